@@ -1,0 +1,353 @@
+//! [`Arena`] hands out page runs of a [`Mapping`]; a [`Buf`] is such a run, owned, and gives it back when dropped.
+#![allow(unsafe_code)]
+
+use std::{
+    ops::Range,
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{Iova, Mapping};
+
+/// Memory is handed out in multiples of this: 4096 bytes.
+pub const PAGE: usize = 4096;
+
+/// One owner's share of a [`Mapping`].
+///
+/// Allocation always takes the lowest run that fits, so that a light load keeps using the same, cache-warm pages.
+#[derive(Debug)]
+pub struct Arena {
+    pool: Arc<Pool>,
+}
+
+/// What an `Arena` and its `Buf`s share: a bit for each page, set while somebody owns it.
+#[derive(Debug)]
+struct Pool {
+    mapping: Arc<Mapping>,
+    /// First byte in the mapping.
+    start: usize,
+    pages: usize,
+    used: Box<[AtomicU64]>,
+}
+
+impl Arena {
+    pub(crate) fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Self {
+        let pages = len / PAGE;
+        let used = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self { pool: Arc::new(Pool { mapping, start, pages, used }) }
+    }
+
+    /// A buffer of `len` bytes, page-aligned, with undefined content. `None`: no run of that length is free now, so wait
+    /// until a `Buf` comes back. A length of 0 always succeeds.
+    pub fn alloc(&mut self, len: usize) -> Option<Buf> {
+        self.alloc_with_margins(0, len, 0)
+    }
+
+    /// As [`alloc`](Self::alloc), with room for `before` and `after` bytes that [`Buf::widen`] can reach.
+    pub(crate) fn alloc_with_margins(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+        let pages = (before + len + after).div_ceil(PAGE);
+        let page = self.pool.take(pages)?;
+        Some(Buf {
+            pool: Arc::clone(&self.pool),
+            page: u32::try_from(page).ok()?,
+            pages: u32::try_from(pages).ok()?,
+            start: u32::try_from(before).ok()?,
+            len: u32::try_from(len).ok()?,
+        })
+    }
+
+    /// Bytes that nobody owns at the moment. They need not lie side by side.
+    pub fn free(&self) -> usize {
+        let used: u32 = self.pool.used.iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
+        (self.pool.pages - used as usize) * PAGE
+    }
+
+    /// Bytes in all, whole pages.
+    pub fn capacity(&self) -> usize {
+        self.pool.pages * PAGE
+    }
+}
+
+impl Pool {
+    /// Claims the lowest run of `want` free pages. Only the `Arena` claims, through `&mut`; others only free, so a bit seen
+    /// clear stays clear until it is set here.
+    fn take(&self, want: usize) -> Option<usize> {
+        let mut page = 0;
+        while page + want <= self.pages {
+            let word = self.word_from(page);
+            let in_use = word.trailing_ones() as usize;
+            if in_use > 0 {
+                page += in_use;
+                continue;
+            }
+            let mut run = 0;
+            while run < want {
+                let left = 64 - (page + run) % 64;
+                let free = (self.word_from(page + run).trailing_zeros() as usize).min(left);
+                run += free;
+                if free < left {
+                    break;
+                }
+            }
+            if run >= want {
+                self.each_word(page..page + want, |word, mask| {
+                    // Acquire: pairs with the Release in `give_back`, so that the last owner's accesses are over.
+                    word.fetch_or(mask, Ordering::Acquire);
+                });
+                return Some(page);
+            }
+            page += run;
+        }
+        None
+    }
+
+    fn give_back(&self, run: Range<usize>) {
+        self.each_word(run, |word, mask| {
+            let before = word.fetch_and(!mask, Ordering::Release);
+            debug_assert_eq!(before & mask, mask, "a page is freed by its owner");
+        });
+    }
+
+    /// The bits from `page` to the end of its word, lowest first; above them zeroes.
+    fn word_from(&self, page: usize) -> u64 {
+        self.used.get(page / 64).map_or(0, |word| word.load(Ordering::Relaxed) >> (page % 64))
+    }
+
+    fn each_word(&self, run: Range<usize>, mut act: impl FnMut(&AtomicU64, u64)) {
+        let mut page = run.start;
+        while page < run.end {
+            let bits = (64 - page % 64).min(run.end - page);
+            act(&self.used[page / 64], (u64::MAX >> (64 - bits)) << (page % 64));
+            page += bits;
+        }
+    }
+}
+
+/// A stretch of device-visible memory with one owner. Dropped, its pages go back to the arena it came from.
+///
+/// The device, and for a shared mapping its peer process, may write here at any time: the content is only ever copied,
+/// never borrowed.
+#[derive(Debug)]
+pub struct Buf {
+    pool: Arc<Pool>,
+    page: u32,
+    /// Pages that this owns and frees; 0 for a [loan](Self::lend) and after [`abandon`](Self::abandon).
+    pages: u32,
+    /// First byte of the content, counted from the first page.
+    start: u32,
+    len: u32,
+}
+
+impl Buf {
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether the length is 0: as allocated, or after [`abandon`](Self::abandon).
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first byte's address as the device sees it.
+    #[inline]
+    pub fn iova(&self) -> Iova {
+        self.pool.mapping.iova().plus(self.offset() as u64)
+    }
+
+    /// The first byte's address in this process, for a system call or a copy. Others may write here at any time.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.pool.mapping.as_ptr().wrapping_add(self.offset())
+    }
+
+    /// The first byte's offset in the mapping's memfd.
+    #[inline]
+    pub fn offset(&self) -> usize {
+        self.pool.start + self.page as usize * PAGE + self.start as usize
+    }
+
+    /// The mapping it lies in.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.pool.mapping
+    }
+
+    /// Copies `bytes` into the buffer, from its byte `at` on.
+    ///
+    /// # Panics
+    /// When they do not fit.
+    #[inline]
+    pub fn copy_from(&mut self, at: usize, bytes: &[u8]) {
+        self.check(at, bytes.len());
+        // SAFETY: checked to lie in this Buf's window, which lies in its own pages of a mapping that the Arc keeps alive.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(at), bytes.len()) }
+    }
+
+    /// Copies the buffer's content from its byte `at` on to `bytes`, filling them.
+    ///
+    /// # Panics
+    /// When it does not hold that many.
+    #[inline]
+    pub fn copy_to(&self, at: usize, bytes: &mut [u8]) {
+        self.check(at, bytes.len());
+        // SAFETY: as in `copy_from`.
+        unsafe { ptr::copy_nonoverlapping(self.as_ptr().add(at), bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    /// Copies `len` bytes of `from` (from its byte `from_at` on) to this buffer's byte `at` and on.
+    ///
+    /// # Panics
+    /// When either is too short.
+    pub fn copy_buf(&mut self, at: usize, from: &Self, from_at: usize, len: usize) {
+        self.check(at, len);
+        from.check(from_at, len);
+        // SAFETY: both checked; `ptr::copy` allows overlap, which a loan of this very Buf may have.
+        unsafe { ptr::copy(from.as_ptr().add(from_at), self.as_ptr().add(at), len) }
+    }
+
+    /// Sets `len` bytes from byte `at` on to zero.
+    ///
+    /// # Panics
+    /// When the buffer is shorter.
+    #[inline]
+    pub fn zero(&mut self, at: usize, len: usize) {
+        self.check(at, len);
+        // SAFETY: as in `copy_from`.
+        unsafe { ptr::write_bytes(self.as_ptr().add(at), 0, len) }
+    }
+
+    /// A copy of the content. For tests and cold paths.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len()];
+        self.copy_to(0, &mut bytes);
+        bytes
+    }
+
+    /// Gives the memory up for good: a device that cannot be stopped may write to it, so nobody may own it again. What is
+    /// left is an empty buffer.
+    pub fn abandon(&mut self) {
+        (self.pages, self.len) = (0, 0);
+    }
+
+    /// Moves the two ends outwards, to take in margins that were allocated. `false`, and nothing changes: there is no room.
+    pub(crate) fn widen(&mut self, before: usize, after: usize) -> bool {
+        let room = self.pages as usize * PAGE;
+        let Some(start) = (self.start as usize).checked_sub(before) else { return false };
+        let len = before + self.len() + after;
+        if start + len > room {
+            return false;
+        }
+        // Both fit: `room` itself did when it was allocated.
+        (self.start, self.len) = (start as u32, len as u32);
+        true
+    }
+
+    /// Moves the two ends inwards.
+    pub(crate) fn narrow(&mut self, before: usize, after: usize) {
+        assert!(before + after <= self.len(), "a window is narrowed within itself");
+        self.start += before as u32;
+        self.len -= (before + after) as u32;
+    }
+
+    /// A part of this buffer that frees nothing when dropped. Only for [`Channel`](crate::Channel), which keeps `self`
+    /// until the loan has come back, and abandons `self` if it never does.
+    pub(crate) fn lend(&self, at: usize, len: usize) -> Self {
+        self.check(at, len);
+        Self { pool: Arc::clone(&self.pool), page: self.page, pages: 0, start: self.start + at as u32, len: len as u32 }
+    }
+
+    #[inline]
+    fn check(&self, at: usize, len: usize) {
+        assert!(at <= self.len() && len <= self.len() - at, "{len} bytes at {at} lie within a Buf of {}", self.len);
+    }
+}
+
+impl Drop for Buf {
+    #[inline]
+    fn drop(&mut self) {
+        if self.pages > 0 {
+            let page = self.page as usize;
+            self.pool.give_back(page..page + self.pages as usize);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arena(pages: usize) -> Arena {
+        let mapping = Mapping::new(pages * PAGE).unwrap();
+        Arena::new(mapping, 0, pages * PAGE)
+    }
+
+    #[test]
+    fn lowest_run_first_and_none_when_full() {
+        let mut a = arena(130);
+        let (one, all) = (a.alloc(1).unwrap(), a.alloc(129 * PAGE).unwrap());
+        assert_eq!((one.offset(), all.offset(), a.free()), (0, PAGE, 0));
+        assert!(a.alloc(1).is_none());
+        drop(one);
+        assert_eq!(a.alloc(PAGE).unwrap().offset(), 0);
+        drop(all);
+        assert_eq!(a.free(), 130 * PAGE);
+    }
+
+    #[test]
+    fn random_runs_never_overlap_and_all_come_back() {
+        let mut a = arena(300);
+        let mut seed = 1u64;
+        let mut live: Vec<Buf> = Vec::new();
+        for _ in 0..20_000 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let draw = (seed >> 33) as usize;
+            if draw.is_multiple_of(3) && !live.is_empty() {
+                live.swap_remove(draw % live.len());
+            } else if let Some(b) = a.alloc(draw % (70 * PAGE) + 1) {
+                let end = b.offset() + b.len();
+                assert!(end <= 300 * PAGE);
+                assert!(live.iter().all(|o| end <= o.offset() || o.offset() + o.len() <= b.offset()));
+                live.push(b);
+            }
+        }
+        live.clear();
+        assert_eq!(a.free(), a.capacity());
+    }
+
+    #[test]
+    fn an_abandoned_run_is_never_handed_out_again() {
+        let mut a = arena(2);
+        let mut b = a.alloc(PAGE).unwrap();
+        b.abandon();
+        assert!(b.is_empty());
+        drop(b);
+        assert_eq!((a.free(), a.alloc(1).unwrap().offset()), (PAGE, PAGE));
+    }
+
+    #[test]
+    fn windows_move_within_their_margins() {
+        let mut a = arena(4);
+        let mut b = a.alloc_with_margins(100, 50, 362).unwrap();
+        b.copy_from(0, &[7; 50]);
+        assert!(!b.widen(101, 0));
+        assert!(b.widen(100, 362));
+        assert_eq!((b.offset(), b.len()), (0, 512));
+        b.narrow(100, 362);
+        assert_eq!(b.to_vec(), [7; 50]);
+        let mut loan = b.lend(10, 5);
+        loan.zero(0, 5);
+        drop(loan);
+        assert_eq!(b.to_vec()[9..16], [7, 0, 0, 0, 0, 0, 7]);
+    }
+
+    #[test]
+    #[should_panic(expected = "lie within a Buf")]
+    fn copies_are_checked() {
+        arena(1).alloc(8).unwrap().copy_from(4, &[0; 5]);
+    }
+}

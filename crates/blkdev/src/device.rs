@@ -1,0 +1,206 @@
+//! The two traits a driver implements, and the plain data that passes between it and [`Channel`](crate::Channel).
+
+use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
+
+use crate::{Buf, Error, Extent, Mapping};
+
+/// Control plane of a block device: shared between threads, cold.
+pub trait Device: Send + Sync {
+    /// Limits and capabilities, as they were when the device was opened. Truthful: what is claimed here works.
+    fn info(&self) -> &Info;
+
+    /// Size in bytes, a multiple of [`Info::block_size`]. May change while the device is open.
+    fn capacity(&self) -> u64;
+
+    /// Makes memory known to the device: a DMA mapping, a memory slot, an IOTLB entry, or nothing at all. Every `Buf`
+    /// that is pushed to a queue of this device lies in a mapping registered here. The device keeps the mapping alive.
+    ///
+    /// # Errors
+    /// What the kernel or the peer refused, and what to do about it.
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
+
+    /// Opens one of the device's queues with room for `depth` requests (the driver may offer less; see
+    /// [`Info::depth_max`]). At most [`Info::queues_max`] can be open at a time.
+    ///
+    /// # Errors
+    /// No queue left, or what the kernel or the peer refused.
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+}
+
+/// Data plane: one owner, hot. Nothing here waits for the device, allocates, or calls back.
+///
+/// Dropping a queue with requests in flight drains it first; where that cannot be done in bounded time, memory that the
+/// device may still touch is leaked on purpose ([`Buf::abandon`]).
+pub trait Queue: Send {
+    /// Takes a request. The device need not hear of it before [`kick`](Self::kick).
+    ///
+    /// What the driver may rely on ([`Channel`](crate::Channel) sees to it): the range lies within the capacity,
+    /// offset and length are non-zero multiples of [`Info::block_size`] (`Status` and `Prefetch` included), `Buf`s are as
+    /// long as the request and at most [`Info::transfer_max`], `Zero` and `Discard` are at most `zero_max` and
+    /// `discard_max`, and no operation is asked for that [`Caps`] denies.
+    ///
+    /// # Errors
+    /// The queue is full: the request comes back, buffer and all.
+    #[expect(clippy::result_large_err, reason = "what goes in comes out")]
+    fn push(&mut self, request: Request) -> Result<(), Request>;
+
+    /// One doorbell for everything pushed since the last one, left out when the device asked for none.
+    /// Failures show as completions.
+    fn kick(&mut self);
+
+    /// Appends what has finished since the last call. A dead device finishes everything with [`Error::Gone`].
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Readable when the queue was [armed](Self::arm) and something has finished. `None`: this queue can only be polled.
+    /// The owner need not read from it: `arm` and `reap` do what is necessary.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Asks for a wake-up at the next completion. `false`: completions already wait (or may wait), reap first.
+    fn arm(&mut self) -> bool;
+
+    /// Gives the device up: the next `reap`s finish everything that is in flight with [`Error::Gone`], and so does
+    /// everything that is pushed later. Called when a request has taken longer than [`Info::timeout`]. Memory that the
+    /// device may still write to is [abandoned](Buf::abandon), never reused.
+    fn give_up(&mut self);
+}
+
+/// A request to a queue. The tag is its owner's, and comes back in the [`Completion`].
+#[derive(Debug)]
+pub struct Request {
+    /// Chosen by whoever pushes; the driver only hands it back.
+    pub tag: u64,
+    /// What to do, and the memory to do it with.
+    pub op: Op,
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// That of the request.
+    pub tag: u64,
+    /// That of the request, memory included. After [`Error::Gone`] the buffer may be [abandoned](Buf::abandon).
+    pub op: Op,
+    /// How it ended. A read that succeeded has filled its whole buffer.
+    pub result: Result<(), Error>,
+}
+
+/// What a queue can be asked to do. Offsets and lengths are bytes; `at` is always the first byte.
+#[derive(Debug)]
+pub enum Op {
+    /// Fills `buf` from the device.
+    Read {
+        /// First byte on the device.
+        at: u64,
+        /// As long as the request.
+        buf: Buf,
+    },
+    /// Writes `buf` to the device.
+    Write {
+        /// First byte on the device.
+        at: u64,
+        /// As long as the request.
+        buf: Buf,
+        /// Durable before it completes. Only where [`Caps::fua`].
+        fua: bool,
+    },
+    /// Makes a range read as zeroes. Only where [`Caps::zero`].
+    Zero {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The space may be given back.
+        unmap: bool,
+    },
+    /// Hints that the range is not needed any more; what it reads as afterwards is not defined. Only where
+    /// [`Caps::discard`].
+    Discard {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Everything that has completed becomes durable. Only where [`Caps::flush`].
+    Flush,
+    /// Asks what the range holds. Only where [`Caps::status`]. The answer starts at `at`, has no gaps, covers at least one
+    /// byte and at most the range; a driver may answer for a prefix of the range only.
+    Status {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Empty when pushed; the answer when completed.
+        extents: Vec<Extent>,
+    },
+    /// Hints that the range will be read soon. Only where [`Caps::prefetch`].
+    Prefetch {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// Limits and capabilities of a device.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// The driver's short name, `"vhost-user"`.
+    pub driver: &'static str,
+    /// Where the device is: a path, an address. For people.
+    pub target: String,
+    /// The device's own identification (a serial number), or empty.
+    pub serial: String,
+    /// How many queues can be open at a time, at least 1.
+    pub queues_max: u16,
+    /// The deepest queue that can be asked for, in requests, at least 1.
+    pub depth_max: u16,
+    /// Every offset and length is a multiple of this: a power of two, 1 to 65536 bytes. 1: no alignment at all.
+    pub block_size: u32,
+    /// Offsets and lengths that are multiples of this are fast: a power of two, at least 512 bytes.
+    pub preferred_block_size: u32,
+    /// The longest `Read` or `Write`, in bytes: at least [`PAGE`](crate::PAGE) and a multiple of `block_size`.
+    pub transfer_max: u32,
+    /// The longest `Zero`, in bytes: a multiple of `block_size`, or `u64::MAX`.
+    pub zero_max: u64,
+    /// The longest `Discard`, in bytes: a multiple of `discard_alignment`, or `u64::MAX`.
+    pub discard_max: u64,
+    /// Discards that do not start and end on a multiple of this are lost on the device: a multiple of `block_size`.
+    pub discard_alignment: u32,
+    /// How long a request may take before the device is given up ([`Queue::give_up`]); `None`: for ever.
+    pub timeout: Option<Duration>,
+    /// What the device can do.
+    pub caps: Caps,
+}
+
+/// What a device can do by itself. What it cannot, [`Channel`](crate::Channel) emulates where that is possible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caps {
+    /// Nothing can be written.
+    pub read_only: bool,
+    /// Seeks are slow.
+    pub rotational: bool,
+    /// There is a volatile cache, and [`Op::Flush`] empties it. Without it every write is durable when it completes.
+    pub flush: bool,
+    /// A write can be made durable by itself ([`Op::Write`]'s `fua`).
+    pub fua: bool,
+    /// [`Op::Zero`] works, and is faster than writing zeroes.
+    pub zero: bool,
+    /// [`Op::Discard`] works.
+    pub discard: bool,
+    /// [`Op::Status`] tells holes from data.
+    pub status: bool,
+    /// [`Op::Prefetch`] works.
+    pub prefetch: bool,
+}
+
+impl fmt::Debug for dyn Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("info", self.info()).field("capacity", &self.capacity()).finish()
+    }
+}
+
+impl fmt::Debug for dyn Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").field("wake_fd", &self.wake_fd()).finish()
+    }
+}

@@ -1,0 +1,86 @@
+//! Why a request failed: small, `Copy`, and mappable to an errno or to any wire's error in one `match`.
+
+use std::{fmt, io};
+
+/// The outcome of a request that did not succeed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Error {
+    /// The device says that the transfer failed, or answered nonsense.
+    Io,
+    /// The request itself is malformed: zero-length where that has no meaning, a buffer that does not fit.
+    Invalid,
+    /// Part of the range lies past the end of the device.
+    OutOfRange,
+    /// The device has no room left for the data.
+    NoSpace,
+    /// A request that would change data, to a device that is read-only.
+    ReadOnly,
+    /// The device cannot do this operation; nothing was changed.
+    NotSupported,
+    /// The device is dead, was taken away or did not answer in time. What it did with the request is unknown.
+    Gone,
+    /// The request was withdrawn before it reached the device ([`Channel::cancel`](crate::Channel::cancel)).
+    Cancelled,
+}
+
+impl Error {
+    /// The errno (a positive number) that Linux uses for this.
+    pub fn errno(self) -> i32 {
+        match self {
+            Self::Io | Self::Gone => libc::EIO,
+            Self::Invalid | Self::OutOfRange => libc::EINVAL,
+            Self::NoSpace => libc::ENOSPC,
+            Self::ReadOnly => libc::EROFS,
+            Self::NotSupported => libc::EOPNOTSUPP,
+            Self::Cancelled => libc::ECANCELED,
+        }
+    }
+
+    /// The meaning of an errno (a positive number); everything that has no better name is [`Error::Io`].
+    pub fn from_errno(errno: i32) -> Self {
+        match errno {
+            libc::EINVAL => Self::Invalid,
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Self::NoSpace,
+            libc::EROFS | libc::EPERM | libc::EACCES | libc::EBADF => Self::ReadOnly,
+            libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY => Self::NotSupported,
+            libc::ENODEV | libc::ENXIO | libc::ESHUTDOWN | libc::ENOTCONN => Self::Gone,
+            libc::ECANCELED => Self::Cancelled,
+            _ => Self::Io,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Io => "input/output error",
+            Self::Invalid => "invalid request",
+            Self::OutOfRange => "range ends past the end of the device",
+            Self::NoSpace => "no space left on the device",
+            Self::ReadOnly => "the device is read-only",
+            Self::NotSupported => "the device does not support this operation",
+            Self::Gone => "the device is gone or does not answer",
+            Self::Cancelled => "request withdrawn",
+        })
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        Self::from_raw_os_error(error.errno())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errno_and_back_keeps_the_meaning() {
+        for e in [Error::Io, Error::Invalid, Error::NoSpace, Error::ReadOnly, Error::NotSupported, Error::Cancelled] {
+            assert_eq!(Error::from_errno(e.errno()), e);
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! [`Mapping`]: one stretch of shared memory, mapped once, that devices are told of once.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::Arena;
+
+/// An address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) makes one, so it always lies in one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Iova(u64);
+
+impl Iova {
+    /// The address, for a descriptor.
+    pub fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The address `bytes` further on. The caller stays within what `self` came from.
+    #[must_use]
+    pub fn plus(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+/// A memfd, mapped shared and for as long as this lives. 2 MiB aligned; huge pages where the system has any to give.
+///
+/// The kernel and other processes may write to it at any time, so nothing here ever makes a Rust reference into it.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    fd: OwnedFd,
+    divided: AtomicBool,
+}
+
+/// Devices and the IOMMU want large, aligned pieces (SPDK registers memory in steps of 2 MiB).
+const ALIGN: usize = 2 << 20;
+
+/// Mappings are placed below 2^38 where there is room, so that the virtual address serves as I/O address too even behind
+/// an IOMMU of 39 bits; the process's own address space is then the allocator of I/O addresses, and there is no table.
+const LOWEST: usize = 1 << 32;
+const HIGHEST: usize = 1 << 38;
+
+impl Mapping {
+    /// Maps `len` bytes (rounded up to 2 MiB), zeroed.
+    ///
+    /// # Errors
+    /// No memory, no address space or no file descriptor left.
+    pub fn new(len: usize) -> io::Result<Arc<Self>> {
+        let len = len.max(1).checked_next_multiple_of(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
+        // Huge pages are reserved by the administrator or absent: without enough of them mmap fails at once.
+        Self::with(len, libc::MFD_CLOEXEC | libc::MFD_HUGETLB)
+            .or_else(|_| Self::with(len, libc::MFD_CLOEXEC))
+            .map(Arc::new)
+    }
+
+    fn with(len: usize, flags: libc::c_uint) -> io::Result<Self> {
+        // SAFETY: the name is a NUL-terminated constant; a new descriptor is ours alone.
+        let fd = unsafe {
+            let fd = libc::memfd_create(c"blkdev".as_ptr(), flags);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            OwnedFd::from_raw_fd(fd)
+        };
+        let size = libc::off_t::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: plain system call on a descriptor that we own.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let base = map(&fd, len)?;
+        if flags & libc::MFD_HUGETLB == 0 {
+            // SAFETY: the range was mapped just now, and the advice changes no content. A refusal costs only speed.
+            unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        }
+        Ok(Self { base, len, fd, divided: AtomicBool::new(false) })
+    }
+
+    /// Divides the memory into `count` arenas of equal size, each with whole pages.
+    ///
+    /// # Panics
+    /// When called twice: every byte has one owner.
+    pub fn arenas(self: &Arc<Self>, count: usize) -> Vec<Arena> {
+        assert!(!self.divided.swap(true, Ordering::Relaxed), "a mapping is divided once");
+        let each = self.len / count.max(1) / crate::PAGE * crate::PAGE;
+        (0..count).map(|n| Arena::new(Arc::clone(self), n * each, each)).collect()
+    }
+
+    /// First byte. To be used only through raw, volatile or atomic access: others write here.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Length in bytes, a multiple of 2 MiB.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The first byte's address as the device sees it; byte `n` is at `iova() + n`.
+    pub fn iova(&self) -> Iova {
+        Iova(self.base.as_ptr() as u64)
+    }
+}
+
+/// The memfd; the mapping starts at its byte 0.
+impl AsFd for Mapping {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Maps `fd` at a 2 MiB boundary, low in the address space if there is room.
+fn map(fd: &OwnedFd, len: usize) -> io::Result<NonNull<u8>> {
+    let mut hint = LOWEST;
+    while hint + len <= HIGHEST {
+        // SAFETY: NOREPLACE never touches an existing mapping.
+        match unsafe { mmap(hint, len, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE, fd.as_raw_fd()) } {
+            Ok(base) => return Ok(base),
+            // Taken: go on behind what might be another mapping of about our size.
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => hint += len,
+            Err(e) => return Err(e),
+        }
+    }
+    // Anywhere: reserve more than is needed, then map over the aligned part of the reservation and give back the rest.
+    // SAFETY: an anonymous reservation at an address of the kernel's choice; MAP_FIXED then replaces only a part of it, and
+    // what is unmapped are the two ends of it that nobody has seen.
+    unsafe {
+        let start =
+            mmap(0, len + ALIGN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)?.as_ptr() as usize;
+        let aligned = start.next_multiple_of(ALIGN);
+        let base = mmap(aligned, len, libc::MAP_SHARED | libc::MAP_FIXED, fd.as_raw_fd());
+        let (head, tail) = (aligned - start, start + ALIGN - aligned);
+        if head > 0 {
+            libc::munmap(start as *mut _, head);
+        }
+        if tail > 0 {
+            libc::munmap((aligned + len) as *mut _, tail);
+        }
+        base
+    }
+}
+
+/// # Safety
+/// With `MAP_FIXED` the range must be the caller's to replace.
+unsafe fn mmap(hint: usize, len: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<NonNull<u8>> {
+    // SAFETY: the caller answers for what is at `hint`; new memory harms nobody.
+    let at = unsafe { libc::mmap(hint as *mut _, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap gave address 0"))
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `with`, and whoever holds an address into it holds an `Arc` of this.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+// SAFETY: the pointer is only an address: this type itself never reads or writes through it, and the memory belongs to
+// whoever owns the part of it (an `Arena`'s `Buf`, a driver's ring), not to a thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; all methods that take `&self` only tell addresses, and `divided` is atomic.
+unsafe impl Sync for Mapping {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_aligned_low_and_rounded() {
+        let (a, b) = (Mapping::new(1).unwrap(), Mapping::new((2 << 20) + 1).unwrap());
+        assert_eq!((a.len(), b.len()), (ALIGN, 2 * ALIGN));
+        for m in [&a, &b] {
+            assert_eq!(m.as_ptr() as usize % ALIGN, 0);
+            assert!(m.iova().get() < HIGHEST as u64);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a mapping is divided once")]
+    fn no_byte_has_two_owners() {
+        let m = Mapping::new(1).unwrap();
+        let _first = m.arenas(2);
+        m.arenas(1);
+    }
+}

@@ -1,0 +1,148 @@
+//! Moves payload between a socket and a [`Buf`] without a Rust reference to memory that others can write.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    marker::PhantomData,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, BorrowedFd},
+    ptr,
+};
+
+use crate::Buf;
+
+/// Pieces that one [`Gather`] takes. Small enough for the stack; past a few hundred a longer list gains nothing.
+pub const PIECES: usize = 256;
+
+/// A list of pieces to send with one system call.
+pub struct Gather<'a> {
+    list: [MaybeUninit<libc::iovec>; PIECES],
+    count: usize,
+    borrowed: PhantomData<&'a Buf>,
+}
+
+impl<'a> Gather<'a> {
+    /// An empty list.
+    #[expect(clippy::new_without_default, reason = "an empty list is made to be filled, never asked for by default")]
+    pub fn new() -> Self {
+        Self { list: [const { MaybeUninit::uninit() }; PIECES], count: 0, borrowed: PhantomData }
+    }
+
+    /// Whether no more pieces fit.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.count == PIECES
+    }
+
+    /// Whether nothing was added.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Adds bytes. Ignored when full.
+    #[inline]
+    pub fn bytes(&mut self, bytes: &'a [u8]) {
+        self.add(bytes.as_ptr(), bytes.len());
+    }
+
+    /// Adds the content of `buf` from byte `at` on. Ignored when full.
+    ///
+    /// # Panics
+    /// When `at` lies past the end.
+    #[inline]
+    pub fn buf(&mut self, buf: &'a Buf, at: usize) {
+        assert!(at <= buf.len(), "a piece starts within its Buf");
+        self.add(buf.as_ptr().wrapping_add(at), buf.len() - at);
+    }
+
+    #[inline]
+    fn add(&mut self, base: *const u8, len: usize) {
+        if let Some(slot) = self.list.get_mut(self.count) {
+            slot.write(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+            self.count += 1;
+        }
+    }
+
+    /// Sends what fits into the socket now, and tells how many bytes that was. Never raises SIGPIPE, never waits.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the socket is full; otherwise what the kernel said.
+    pub fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut message = empty_message();
+        message.msg_iov = self.list.as_mut_ptr().cast();
+        message.msg_iovlen = self.count;
+        // SAFETY: the first `count` entries are initialised; each points at bytes or a Buf borrowed for 'a, which outlives
+        // this call; the kernel only reads from them.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl std::fmt::Debug for Gather<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gather").field("count", &self.count).finish()
+    }
+}
+
+/// Receives what is there now: first into `buf` from byte `at` on, what is more into `staging`. Tells the sum; 0 means that
+/// the peer has closed. Never waits.
+///
+/// # Errors
+/// `WouldBlock` when nothing is there; otherwise what the kernel said.
+///
+/// # Panics
+/// When `at` lies past the end of `buf`.
+pub fn receive(socket: BorrowedFd<'_>, buf: Option<(&mut Buf, usize)>, staging: &mut [u8]) -> io::Result<usize> {
+    let tail = libc::iovec { iov_base: staging.as_mut_ptr().cast(), iov_len: staging.len() };
+    let mut list = [tail, tail];
+    let mut count = 1;
+    if let Some((buf, at)) = buf {
+        assert!(at <= buf.len(), "a payload lands within its Buf");
+        list[0] = libc::iovec { iov_base: buf.as_ptr().wrapping_add(at).cast(), iov_len: buf.len() - at };
+        count = 2;
+    }
+    let mut message = empty_message();
+    message.msg_iov = list.as_mut_ptr();
+    message.msg_iovlen = count;
+    // SAFETY: one entry is `staging`, borrowed for the call; the other is the rest of a Buf, whose pages are ours and
+    // mapped for as long as it lives, and it is borrowed for the call too.
+    let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+fn empty_message() -> libc::msghdr {
+    // SAFETY: all fields are integers or pointers, for which zero is a value: no name, no pieces, no control data.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_name = ptr::null_mut();
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::{fd::AsFd, unix::net::UnixStream};
+
+    use super::*;
+    use crate::Mapping;
+
+    #[test]
+    fn bytes_and_bufs_cross_a_socket() {
+        let mut arena = Mapping::new(1).unwrap().arenas(1).remove(0);
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut buf = arena.alloc(5000).unwrap();
+        buf.copy_from(0, &[9; 5000]);
+        let mut list = Gather::new();
+        list.bytes(b"head");
+        list.buf(&buf, 1);
+        assert_eq!(list.send(a.as_fd()).unwrap(), 4 + 4999);
+
+        let (mut into, mut staging) = (arena.alloc(10).unwrap(), [0; 8192]);
+        assert_eq!(receive(b.as_fd(), Some((&mut into, 6)), &mut staging).unwrap(), 4 + 4999);
+        assert_eq!(into.to_vec()[6..], *b"head");
+        assert_eq!(staging[..4999], [9; 4999]);
+        let again = receive(b.as_fd(), None, &mut staging).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::WouldBlock);
+        drop(a);
+        assert_eq!(receive(b.as_fd(), None, &mut staging).unwrap(), 0);
+    }
+}
