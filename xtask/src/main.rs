@@ -1,2 +1,53 @@
-//! (being written)
-fn main() {}
+//! The project's tasks: `cargo xtask setup | demo | test | ci | fuzz`.
+
+mod demo;
+mod fuzz;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+usage: cargo xtask TASK
+
+  demo             make a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
+  test             check formatting, lints and documentation, then run every test
+  ci               what the integration server runs: the same as test
+  setup            install what demo and test need and this machine lacks (Debian, apt-get)
+  fuzz [TARGET] [SECONDS]
+                   fuzz one target for some seconds (60); without a target: list them
+
+demo and test run setup by themselves. Nothing is mounted, and only setup may need root.";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    std::env::set_current_dir(shell::root())?;
+    match args[..] {
+        ["setup"] => setup::run(),
+        ["demo"] => demo::run(),
+        ["test" | "ci"] => test::run(),
+        ["fuzz"] => fuzz::list(),
+        ["fuzz", target] => fuzz::run(target, 60),
+        ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
+        ["help" | "-h" | "--help"] => {
+            println!("{HELP}");
+            Ok(())
+        }
+        [] => bail!("no task given\n\n{HELP}"),
+        _ => bail!("no such task: {}\n\n{HELP}", args.join(" ")),
+    }
+}

@@ -1,0 +1,108 @@
+//! Installs the programs that the demo and the tests run, where the machine lacks them.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::shell::{self, find};
+
+/// A program, and the packages it may be in: the first that exists and brings it wins.
+struct Need {
+    program: &'static str,
+    packages: &'static [&'static str],
+    purpose: &'static str,
+}
+
+const NEEDS: &[Need] = &[
+    Need { program: "qemu-img", packages: &["qemu-utils"], purpose: "makes and compares disk images" },
+    Need {
+        program: "qemu-storage-daemon",
+        // Debian 12 has it in qemu-system-common, later ones in qemu-utils.
+        packages: &["qemu-utils", "qemu-system-common"],
+        purpose: "exports an image over vhost-user",
+    },
+    Need { program: "nbdinfo", packages: &["libnbd-bin"], purpose: "an NBD client: nbdinfo, nbdcopy" },
+    Need { program: "nbdsh", packages: &["python3-libnbd"], purpose: "an NBD client: Python" },
+    Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
+    Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
+];
+
+/// Sets up, and fails when something is still missing.
+pub(crate) fn run() -> Result<()> {
+    if missing().next().is_none() {
+        return Ok(());
+    }
+    println!("setup: these programs are missing:");
+    for need in missing() {
+        println!("  {:20} {}", need.program, need.purpose);
+    }
+    // Two rounds, because a package that was to bring a program may turn out not to.
+    let mut tried: Vec<&str> = Vec::new();
+    for round in 0.. {
+        let packages: Vec<&str> = missing()
+            .filter_map(|need| need.packages.iter().find(|package| !tried.contains(package)))
+            .fold(Vec::new(), |mut all, package| {
+                if !all.contains(package) {
+                    all.push(package);
+                }
+                all
+            });
+        if packages.is_empty() {
+            break;
+        }
+        let root = privilege(&packages)?;
+        if round == 0 {
+            println!("setup: apt-get update");
+            apt(root, &["update", "-qq"])?;
+        }
+        println!("setup: apt-get install {}", packages.join(" "));
+        apt(root, &[&["install", "-y", "-qq", "--no-install-recommends"], &packages[..]].concat())?;
+        tried.extend(packages);
+    }
+    ensure!(missing().next().is_none(), "still missing after setup: {}", missing_programs().join(", "));
+    println!("setup: done");
+    Ok(())
+}
+
+/// The programs that are not there.
+pub(crate) fn missing_programs() -> Vec<&'static str> {
+    missing().map(|need| need.program).collect()
+}
+
+fn missing() -> impl Iterator<Item = &'static Need> {
+    NEEDS.iter().filter(|need| find(need.program).is_none() || (need.program == "nbdsh" && !nbdsh_works()))
+}
+
+/// nbdsh is a script: it is there only when its Python module is there too.
+fn nbdsh_works() -> bool {
+    shell::command("nbdsh")
+        .args(["-c", "pass"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// How to run apt-get as root: the words before it. An error says what the user is to type.
+fn privilege(packages: &[&str]) -> Result<&'static [&'static str]> {
+    if find("apt-get").is_none() {
+        bail!(
+            "this machine has no apt-get; install by its own means what Debian calls {}, then run this again",
+            packages.join(" ")
+        );
+    }
+    let output = Command::new("id").arg("-u").output()?;
+    if output.stdout == b"0\n" {
+        return Ok(&[]);
+    }
+    if find("sudo").is_some() {
+        return Ok(&["sudo"]);
+    }
+    bail!("not root and no sudo here; as root type `apt-get install {}`, then run this again", packages.join(" "))
+}
+
+fn apt(root: &[&str], args: &[&str]) -> Result<()> {
+    let words = [root, &["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "Dpkg::Use-Pty=0"], args].concat();
+    shell::ok(Command::new(words[0]).args(&words[1..]).env("PATH", shell::search_path()))
+}

@@ -1,0 +1,53 @@
+//! Every check there is, in the order in which they fail fastest.
+
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::{setup, shell};
+
+/// Runs all checks; the first that fails ends the run.
+pub(crate) fn run() -> Result<()> {
+    let start = Instant::now();
+    setup::run()?;
+    step(shell::cargo().args(["fmt", "--all", "--check"]))?;
+    step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"]))?;
+    let mut doc = shell::cargo();
+    doc.args(["doc", "--workspace", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    step(&mut doc)?;
+    announce("cargo build --release -p nbdblk");
+    let nbdblk = shell::build_nbdblk()?;
+
+    // The tests of the binary run what users run: the release build. Unit tests keep their debug assertions.
+    let mut tests = shell::cargo();
+    if nextest() {
+        tests.args(["nextest", "run", "--workspace", "--all-features", "--no-fail-fast"]);
+        tests.args(["--config-file", "tests/nextest.toml"]);
+    } else {
+        tests.args(["test", "--workspace", "--all-features", "--no-fail-fast", "--all-targets"]);
+    }
+    step(tests.env("NBDBLK_BIN", &nbdblk).stdin(Stdio::null()))?;
+    step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
+    println!("\nall checks passed in {} s", start.elapsed().as_secs());
+    Ok(())
+}
+
+fn nextest() -> bool {
+    let mut probe = shell::cargo();
+    probe.args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    probe.status().is_ok_and(|status| status.success())
+}
+
+fn announce(what: &str) {
+    println!("\n=== {what}");
+}
+
+fn step(command: &mut Command) -> Result<()> {
+    announce(&shell::show(command));
+    let start = Instant::now();
+    shell::ok(command)?;
+    println!("=== done in {:.1} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
