@@ -1,0 +1,308 @@
+//! Server side of the transmission phase: bytes in, commands out. It owns the count of every payload, so that whatever becomes of a
+//! WRITE exactly its bytes leave the stream. Never does I/O, never allocates.
+
+use crate::command::{self, Command, Header, Judged, Refused, Rejection, Write};
+use crate::limits::{HEADER_MAX, SWALLOW_MAX};
+use crate::reader::take_up_to;
+use crate::terms::{ContextSet, Fatal, Terms};
+use crate::wire::{
+    CommandFlags, CommandKind, Cookie, EXTENDED_REQUEST_LEN, EXTENDED_REQUEST_MAGIC, Mode, REQUEST_LEN, REQUEST_MAGIC,
+    WireError,
+};
+
+/// What the client sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// A command to be carried out and answered.
+    Command(Cookie, Command),
+    /// A WRITE. Its `len` bytes follow as [`Payload`](Self::Payload), or are received straight into place by the caller
+    /// ([`Receiver::payload_left`]).
+    Write(Cookie, Write),
+    /// The next bytes of the WRITE that was announced; never empty.
+    Payload(&'a [u8]),
+    /// A request to be answered with an error. It comes when the payload of the request, if any, is past: clients do not expect the
+    /// answer to a request that they still are sending.
+    Reject(Cookie, Rejection),
+    /// The client goes: finish what is outstanding, then close. Nothing comes after it.
+    Disconnect,
+}
+
+/// The decoder of one connection's requests.
+#[derive(Clone, Debug)]
+pub struct Receiver {
+    terms: Terms,
+    state: State,
+    /// Bytes of the current payload that are not past yet. 0 in `State::Header`.
+    left: u32,
+    /// How much of `raw` is filled: the front of a split header or of a split field.
+    have: usize,
+    raw: [u8; HEADER_MAX],
+    /// Of the last request with a payload.
+    cookie: Cookie,
+    at: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// At a request.
+    Header,
+    /// In the payload of a WRITE.
+    Payload,
+    /// In a payload that nobody wants, and what to say after it.
+    Skip(Option<Rejection>),
+    /// In the payload of a BLOCK_STATUS: first its length, then ids.
+    Selection { one: bool, len: Option<u64>, ids: Result<ContextSet, ()> },
+    /// After DISC.
+    Over,
+}
+
+impl Receiver {
+    /// A decoder at the first request.
+    pub fn new(terms: Terms) -> Self {
+        Self {
+            terms: terms.told(),
+            state: State::Header,
+            left: 0,
+            have: 0,
+            raw: [0; HEADER_MAX],
+            cookie: Cookie(0),
+            at: 0,
+        }
+    }
+
+    /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after DISC). Parts of
+    /// headers are kept inside, so the caller never has to keep any. After an error the connection must be dropped.
+    #[inline]
+    pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
+        if !matches!(self.state, State::Header) {
+            let event = self.resume(input);
+            if event.is_some() || !matches!(self.state, State::Header) {
+                return Ok(event);
+            }
+        }
+        let Some(header) = self.header(input)? else { return Ok(None) };
+        self.begin(&header, input)
+    }
+
+    /// Bytes of the announced WRITE that the caller does not have yet; 0 outside of one. When it is more than 0 and `input` is used up,
+    /// they may be received straight into place, and told by [`payload_placed`](Self::payload_placed).
+    #[inline]
+    pub fn payload_left(&self) -> u32 {
+        if matches!(self.state, State::Payload) { self.left } else { 0 }
+    }
+
+    /// Says that `n` bytes of the payload went past this decoder, straight into place.
+    ///
+    /// # Panics
+    ///
+    /// When that is more than [`payload_left`](Self::payload_left).
+    #[inline]
+    pub fn payload_placed(&mut self, n: u32) {
+        assert!(n <= self.payload_left(), "{n} bytes were placed of a payload of {}", self.payload_left());
+        self.left -= n;
+        if self.left == 0 {
+            self.state = State::Header;
+        }
+    }
+
+    /// Gives up the rest of the announced WRITE's payload: the receiver swallows it, without an event. The caller answers the WRITE, and
+    /// should do so no earlier than the payload is past; [`reject_payload`](Self::reject_payload) takes care of that.
+    pub fn skip_payload(&mut self) {
+        if matches!(self.state, State::Payload) {
+            self.state = State::Skip(None);
+        }
+    }
+
+    /// Gives up the rest of the last announced WRITE's payload, and has [`next`](Self::next) say [`Event::Reject`] when it is past.
+    /// Valid from [`Event::Write`] on until the last byte of its payload was taken, and for a WRITE of no bytes until the next call of
+    /// `next`.
+    pub fn reject_payload(&mut self, error: WireError, text: &'static str) {
+        self.state = State::Skip(Some(Rejection { kind: CommandKind::WRITE, at: self.at, error, text }));
+    }
+
+    /// The export has another size from now on.
+    pub fn set_size(&mut self, size: u64) {
+        self.terms.size = size;
+    }
+
+    /// The terms, as the client was told them.
+    pub fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    /// Whether the stream stands between two requests: nothing is lost when it ends here.
+    pub fn is_idle(&self) -> bool {
+        self.have == 0 && matches!(self.state, State::Header | State::Over)
+    }
+
+    /// Takes a header off `input`, or keeps what there is of it.
+    #[inline]
+    fn header(&mut self, input: &mut &[u8]) -> Result<Option<Header>, Fatal> {
+        if self.terms.mode == Mode::Extended {
+            let Some(raw) = self.take::<EXTENDED_REQUEST_LEN>(input) else { return Ok(None) };
+            expect(EXTENDED_REQUEST_MAGIC, &raw)?;
+            Ok(Some(Header { len: u64::from_be_bytes(part(&raw, 24)), ..fields(&raw) }))
+        } else {
+            let Some(raw) = self.take::<REQUEST_LEN>(input) else { return Ok(None) };
+            expect(REQUEST_MAGIC, &raw)?;
+            Ok(Some(Header { len: u64::from(u32::from_be_bytes(part(&raw, 24))), ..fields(&raw) }))
+        }
+    }
+
+    /// `N` bytes: from `input` when they are there in one piece, or gathered over several calls.
+    #[inline]
+    fn take<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
+        match input.split_first_chunk::<N>() {
+            Some((whole, rest)) if self.have == 0 => {
+                *input = rest;
+                Some(*whole)
+            }
+            _ => self.gather(input),
+        }
+    }
+
+    #[cold]
+    fn gather<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
+        let piece = take_up_to(input, N - self.have);
+        self.raw[self.have..self.have + piece.len()].copy_from_slice(piece);
+        self.have += piece.len();
+        if self.have < N {
+            return None;
+        }
+        self.have = 0;
+        self.raw.first_chunk().copied()
+    }
+
+    /// What a request begins.
+    #[inline]
+    fn begin<'a>(&mut self, header: &Header, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
+        // Whatever else stands in it: there is no answer to a DISC, and nothing can follow it.
+        if header.kind == CommandKind::DISC {
+            self.state = State::Over;
+            return Ok(Some(Event::Disconnect));
+        }
+        let cookie = Cookie(header.cookie);
+        let payload = header.payload(self.terms.mode);
+        let Some(left) = u32::try_from(payload).ok().filter(|&n| n <= SWALLOW_MAX.max(self.terms.block.payload_max))
+        else {
+            return Err(Fatal::PayloadLength(payload));
+        };
+        match command::judge(&self.terms, header) {
+            Ok(Judged::Command(command)) => Ok(Some(Event::Command(cookie, command))),
+            Ok(Judged::Write(write)) => {
+                self.enter(if left == 0 { State::Header } else { State::Payload }, left, header);
+                Ok(Some(Event::Write(cookie, write)))
+            }
+            Ok(Judged::Selection { one }) => {
+                self.enter(State::Selection { one, len: None, ids: Ok(ContextSet::EMPTY) }, left, header);
+                Ok(self.resume(input))
+            }
+            Err(refused) => {
+                let rejection = rejection(header.kind, header.at, refused);
+                self.enter(State::Skip(Some(rejection)), left, header);
+                Ok(self.resume(input))
+            }
+        }
+    }
+
+    #[inline]
+    fn enter(&mut self, state: State, left: u32, header: &Header) {
+        self.state = state;
+        self.left = left;
+        self.cookie = Cookie(header.cookie);
+        self.at = header.at;
+    }
+
+    /// Goes on with a payload. No event and `State::Header`: a payload that nobody wanted is past.
+    fn resume<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
+        match self.state {
+            State::Header | State::Over => None,
+            State::Payload => {
+                let piece = self.advance(input);
+                if self.left == 0 {
+                    self.state = State::Header;
+                }
+                (!piece.is_empty()).then_some(Event::Payload(piece))
+            }
+            State::Skip(rejection) => {
+                self.advance(input);
+                if self.left > 0 {
+                    return None;
+                }
+                self.state = State::Header;
+                rejection.map(|rejection| Event::Reject(self.cookie, rejection))
+            }
+            State::Selection { one, len, ids } => self.selection(input, one, len, ids),
+        }
+    }
+
+    /// Takes what there is of the payload.
+    fn advance<'a>(&mut self, input: &mut &'a [u8]) -> &'a [u8] {
+        let piece = take_up_to(input, self.left as usize);
+        self.left -= u32::try_from(piece.len()).expect("a piece is no longer than the payload");
+        piece
+    }
+
+    /// Reads on in a payload that names contexts: eight bytes of length, then ids of four.
+    fn selection<'a>(
+        &mut self,
+        input: &mut &'a [u8],
+        one: bool,
+        mut len: Option<u64>,
+        mut ids: Result<ContextSet, ()>,
+    ) -> Option<Event<'a>> {
+        while self.left > 0 || len.is_none() {
+            let Some(known) = len else {
+                let Some(raw) = self.take::<8>(input) else { break };
+                len = Some(u64::from_be_bytes(raw));
+                self.left -= 8;
+                continue;
+            };
+            len = Some(known);
+            let Some(raw) = self.take::<4>(input) else { break };
+            self.left -= 4;
+            let id = u32::from_be_bytes(raw);
+            ids = ids.and_then(|mut set| (self.terms.contexts.contains(id) && set.insert(id)).then_some(set).ok_or(()));
+        }
+        let (0, Some(whole)) = (self.left, len) else {
+            self.state = State::Selection { one, len, ids };
+            return None;
+        };
+        self.state = State::Header;
+        let judged = ids
+            .map_err(|()| (WireError::Inval, "block status of an unknown context, or of one twice"))
+            .and_then(|contexts| command::status(&self.terms, self.at, whole, one, contexts));
+        Some(match judged {
+            Ok(command) => Event::Command(self.cookie, command),
+            Err(refused) => Event::Reject(self.cookie, rejection(CommandKind::BLOCK_STATUS, self.at, refused)),
+        })
+    }
+}
+
+#[inline]
+fn rejection(kind: CommandKind, at: u64, (error, text): Refused) -> Rejection {
+    Rejection { kind, at, error, text }
+}
+
+#[inline]
+fn expect(magic: u32, raw: &[u8]) -> Result<(), Fatal> {
+    let found = u32::from_be_bytes(part(raw, 0));
+    if found == magic { Ok(()) } else { Err(Fatal::RequestMagic(found)) }
+}
+
+/// The fields that stand in the same place in both kinds of header.
+#[inline]
+fn fields(raw: &[u8]) -> Header {
+    Header {
+        flags: CommandFlags(u16::from_be_bytes(part(raw, 4))),
+        kind: CommandKind(u16::from_be_bytes(part(raw, 6))),
+        cookie: u64::from_be_bytes(part(raw, 8)),
+        at: u64::from_be_bytes(part(raw, 16)),
+        len: 0,
+    }
+}
+
+#[inline]
+fn part<const N: usize>(raw: &[u8], at: usize) -> [u8; N] {
+    *raw[at..].first_chunk().expect("the header is long enough")
+}
