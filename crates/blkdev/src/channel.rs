@@ -1,1 +1,973 @@
-//! (being written)
+//! [`Channel`]: one queue, its memory and the requests in flight; the only way consumers reach a device.
+//!
+//! What every driver would otherwise write again is here, once: checks of range and read-only, splits by every limit,
+//! read-modify-write of partial blocks, FUA by a flush, zeroes by writes, holding back what does not fit the queue,
+//! withdrawing and timing out requests.
+//!
+//! A request that the device can take as it is goes straight through ([`Slot::Direct`]). Any other becomes a [`Job`]: it
+//! goes through stages, and each stage sends pieces to the queue, a few at a time, until its range is done.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::BorrowedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Arena, Buf, Completion, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue, Request, extent,
+    gate::{Gate, Pass},
+};
+
+/// How to open channels on a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Payload memory of each channel, in bytes: the bound on what its requests can hold at a time. Some 128 KiB and two
+    /// blocks more are mapped for the channel's own use.
+    pub memory: usize,
+    /// Requests that the queue should hold; the device may offer less.
+    pub depth: u16,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self { memory: 64 << 20, depth: 256 }
+    }
+}
+
+impl Plan {
+    /// Opens `count` channels, each on a queue of its own, with memory that the device knows.
+    ///
+    /// # Errors
+    /// More channels than the device has queues, no memory, or what the device said.
+    pub fn open(&self, device: &Arc<dyn Device>, count: usize) -> io::Result<Vec<Channel>> {
+        let info = device.info();
+        if count == 0 || count > usize::from(info.queues_max) {
+            let text = format!("{}: {count} queues asked for, the device has {}", info.target, info.queues_max);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let each = (self.memory + reserve(info)).next_multiple_of(crate::PAGE);
+        let mapping = Mapping::new(each * count)?;
+        device.register(&mapping)?;
+        let (arenas, passes) = (mapping.arenas(count), Gate::passes(count));
+        let depth = self.depth.clamp(1, info.depth_max);
+        arenas.into_iter().zip(passes).map(|(arena, pass)| Channel::open(device, arena, pass, depth)).collect()
+    }
+}
+
+/// Memory that a channel keeps for itself: zeroes, and the two outer blocks of an unaligned request.
+fn reserve(info: &Info) -> usize {
+    zeroes_len(info) + (2 * info.block_size as usize).next_multiple_of(crate::PAGE)
+}
+
+fn zeroes_len(info: &Info) -> usize {
+    // A multiple of any block size, and as long as one transfer may be.
+    (128 << 10).min(info.transfer_max as usize / info.block_size as usize * info.block_size as usize)
+}
+
+/// What a consumer asks for. Offsets and lengths are bytes and need no alignment; `at` is the first byte.
+#[derive(Debug)]
+pub enum Io {
+    /// Fills `buf`, which [`Channel::alloc`] gave for the same `at`.
+    Read {
+        /// First byte on the device.
+        at: u64,
+        /// As long as the request.
+        buf: Buf,
+    },
+    /// Writes `buf`, which [`Channel::alloc`] gave for the same `at`.
+    Write {
+        /// First byte on the device.
+        at: u64,
+        /// As long as the request.
+        buf: Buf,
+        /// Durable before it is done.
+        fua: bool,
+    },
+    /// Makes a range read as zeroes.
+    Zero {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Durable before it is done.
+        fua: bool,
+        /// The space may be given back.
+        unmap: bool,
+        /// Fail with [`Error::NotSupported`] rather than write zeroes one by one.
+        fast: bool,
+    },
+    /// Hints that a range is not needed any more. Only whole blocks inside the range are touched.
+    Discard {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+        /// What it changed is durable before it is done.
+        fua: bool,
+    },
+    /// Everything that was done before becomes durable.
+    Flush,
+    /// Asks what a range holds. The answer starts at `at`, has no gaps and ends within the range, perhaps before its end.
+    Status {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The answer, once done.
+        extents: Vec<Extent>,
+    },
+    /// Hints that a range will be read soon.
+    Prefetch {
+        /// First byte on the device.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub struct Done {
+    /// That of [`Channel::submit`].
+    pub tag: u64,
+    /// The request, its buffer included; after an error the buffer may be empty ([`Buf::abandon`]).
+    pub io: Io,
+    /// How it ended.
+    pub result: Result<(), Error>,
+}
+
+/// One queue of a device, with memory and the requests in flight. Has one owner and never blocks.
+///
+/// A turn of its owner's loop: [`tick`](Self::tick), any number of [`submit`](Self::submit)s, one
+/// [`kick`](Self::kick), [`reap`](Self::reap); before sleeping [`arm`](Self::arm), then wait for
+/// [`wake_fd`](Self::wake_fd), at most as long as [`due`](Self::due) says.
+#[derive(Debug)]
+pub struct Channel {
+    /// Before the memory it uses: fields are dropped in this order, and a queue drains when dropped.
+    queue: Box<dyn Queue>,
+    device: Arc<dyn Device>,
+    info: Info,
+    arena: Arena,
+    zeroes: Buf,
+    edges: Buf,
+    pass: Pass,
+    slots: Slots,
+    /// What the queue had no room for, in order.
+    held: VecDeque<Request>,
+    /// Jobs that wait for the gate, in order.
+    waiting: VecDeque<u32>,
+    /// The job that has the whole device, and `edges`, to itself.
+    alone: Option<u32>,
+    /// Finished without the queue, to be told at the next `reap`.
+    ready: Vec<Done>,
+    completions: Vec<Completion>,
+    ages: Ages,
+    pushed: bool,
+}
+
+/// Pieces of one job that are under way at a time: enough to keep a device busy, few enough for others to get in between.
+const PIECES: u32 = 16;
+
+impl Channel {
+    fn open(device: &Arc<dyn Device>, mut arena: Arena, pass: Pass, depth: u16) -> io::Result<Self> {
+        let info = device.info().clone();
+        assert!(
+            info.block_size.is_power_of_two() && info.block_size <= 1 << 16,
+            "block size is a power of two up to 64 KiB"
+        );
+        assert!(
+            info.transfer_max as usize >= crate::PAGE.max(info.block_size as usize),
+            "a page or a block can be moved"
+        );
+        let reserved =
+            || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
+        let zeroes = arena.alloc(zeroes_len(&info)).ok_or_else(reserved)?;
+        let edges = arena.alloc(2 * info.block_size as usize).ok_or_else(reserved)?;
+        Ok(Self {
+            queue: device.open_queue(depth)?,
+            device: Arc::clone(device),
+            arena,
+            zeroes,
+            edges,
+            pass,
+            slots: Slots::default(),
+            held: VecDeque::new(),
+            waiting: VecDeque::new(),
+            alone: None,
+            ready: Vec::new(),
+            completions: Vec::with_capacity(depth.into()),
+            ages: Ages::new(info.timeout),
+            pushed: false,
+            info,
+        })
+    }
+
+    /// Limits and capabilities of the device underneath.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// Size of the device in bytes, now.
+    pub fn capacity(&self) -> u64 {
+        self.device.capacity()
+    }
+
+    /// Payload memory that no request holds now, in bytes.
+    pub fn memory_free(&self) -> usize {
+        self.arena.free()
+    }
+
+    /// Payload memory in all, in bytes; the longest request is at most this, less two blocks.
+    pub fn memory(&self) -> usize {
+        self.arena.capacity() - reserve(&self.info)
+    }
+
+    /// Requests that are not done yet.
+    pub fn in_flight(&self) -> usize {
+        self.slots.in_use
+    }
+
+    /// A buffer for a `Read` or `Write` of `len` bytes at `at`, with room around it for the blocks that it covers only in
+    /// part. `None`: no memory left now; go on when some request is done and its buffer dropped.
+    #[inline]
+    pub fn alloc(&mut self, at: u64, len: usize) -> Option<Buf> {
+        let (before, after) = margins(at, len as u64, self.info.block_size);
+        self.arena.alloc_with_margins(before, len, after)
+    }
+
+    /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
+    #[inline]
+    pub fn submit(&mut self, tag: u64, io: Io) {
+        if let Some(result) = self.verdict(&io) {
+            return self.ready.push(Done { tag, io, result });
+        }
+        let op = match io {
+            Io::Read { at, buf } if self.fits(at, &buf) => Op::Read { at, buf },
+            Io::Write { at, buf, fua } if self.fits(at, &buf) && self.can_write_directly(fua) => {
+                let fua = fua && self.info.caps.fua;
+                if self.is_gated() && !self.enter() {
+                    return self.start(tag, Io::Write { at, buf, fua });
+                }
+                Op::Write { at, buf, fua }
+            }
+            Io::Flush => Op::Flush,
+            io => return self.start(tag, io),
+        };
+        let slot = self.slots.insert(Slot::Direct { tag, born: NEVER });
+        self.issue(Request { tag: slot.into(), op });
+    }
+
+    /// One doorbell for everything since the last one.
+    #[inline]
+    pub fn kick(&mut self) {
+        if self.pushed {
+            self.pushed = false;
+            self.queue.kick();
+        }
+    }
+
+    /// Appends what has ended since the last call, and sets going what waited for it.
+    #[inline]
+    pub fn reap(&mut self, done: &mut Vec<Done>) {
+        done.append(&mut self.ready);
+        self.queue.reap(&mut self.completions);
+        if !self.completions.is_empty() {
+            let mut completions = std::mem::take(&mut self.completions);
+            for completion in completions.drain(..) {
+                self.complete(completion, done);
+            }
+            self.completions = completions;
+        }
+        if !self.held.is_empty() {
+            self.push_held();
+        }
+        if !self.waiting.is_empty() {
+            self.admit();
+        }
+        self.kick();
+        done.append(&mut self.ready);
+    }
+
+    /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: it can only be polled.
+    pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.queue.wake_fd()
+    }
+
+    /// Asks for a wake-up. `false`: something has ended already, reap first.
+    pub fn arm(&mut self) -> bool {
+        self.ready.is_empty() && self.queue.arm()
+    }
+
+    /// Come back after this time at the latest, woken or not. `None`: only a wake-up matters.
+    pub fn due(&self) -> Option<Duration> {
+        if !self.waiting.is_empty() {
+            // What we wait for may happen on another channel, which wakes nobody here.
+            return Some(Duration::from_millis(1));
+        }
+        if self.slots.in_use == 0 { None } else { self.ages.unit }
+    }
+
+    /// Tells the time, at every turn. A request that has taken longer than [`Info::timeout`] makes the channel give the
+    /// device up: everything in flight ends with [`Error::Gone`].
+    #[inline]
+    pub fn tick(&mut self, now: Instant) {
+        if self.ages.tick(now) {
+            self.queue.give_up();
+        }
+    }
+
+    /// Withdraws the requests whose tags `which` picks: nothing of them reaches the device that has not yet. They end with
+    /// [`Error::Cancelled`], or as the device says when it already has them.
+    pub fn cancel(&mut self, which: impl Fn(u64) -> bool) {
+        for slot in 0..self.slots.list.len() {
+            if let Slot::Job(job) = &mut self.slots.list[slot]
+                && which(job.tag)
+            {
+                job.error.get_or_insert(Error::Cancelled);
+            }
+        }
+        let mut done = Vec::new();
+        // A job whose last piece comes back here ends in `ready`.
+        for request in std::mem::take(&mut self.held) {
+            let tag = match &self.slots.list[request.tag as usize] {
+                Slot::Direct { tag, .. } => *tag,
+                Slot::Job(job) => job.tag,
+                Slot::Free { .. } => unreachable!("a held request has a slot"),
+            };
+            if which(tag) {
+                let Request { tag, op } = request;
+                self.complete(Completion { tag, op, result: Err(Error::Cancelled) }, &mut done);
+            } else {
+                self.held.push_back(request);
+            }
+        }
+        self.ready.append(&mut done);
+    }
+
+    /// How the request ends if that needs no device.
+    #[inline]
+    fn verdict(&self, io: &Io) -> Option<Result<(), Error>> {
+        let caps = &self.info.caps;
+        let (at, len, changes) = match io {
+            Io::Read { at, buf } => (*at, buf.len() as u64, false),
+            Io::Write { at, buf, .. } => (*at, buf.len() as u64, true),
+            Io::Zero { at, len, .. } | Io::Discard { at, len, .. } => (*at, *len, true),
+            Io::Status { at, len, .. } | Io::Prefetch { at, len } => (*at, *len, false),
+            Io::Flush => return (!caps.flush).then_some(Ok(())),
+        };
+        if changes && caps.read_only {
+            return Some(Err(Error::ReadOnly));
+        }
+        if at.checked_add(len).is_none_or(|end| end > self.device.capacity()) {
+            return Some(Err(Error::OutOfRange));
+        }
+        let supported = match io {
+            Io::Discard { .. } => caps.discard,
+            Io::Prefetch { .. } => caps.prefetch,
+            Io::Zero { fast, .. } => caps.zero || !fast,
+            _ => true,
+        };
+        if !supported {
+            return Some(Err(Error::NotSupported));
+        }
+        (len == 0).then_some(Ok(()))
+    }
+
+    /// Whether a read or write can go to the device as it is.
+    #[inline]
+    fn fits(&self, at: u64, buf: &Buf) -> bool {
+        let mask = u64::from(self.info.block_size) - 1;
+        (at | buf.len() as u64) & mask == 0 && buf.len() <= self.info.transfer_max as usize
+    }
+
+    #[inline]
+    fn can_write_directly(&self, fua: bool) -> bool {
+        !fua || self.info.caps.fua || !self.info.caps.flush
+    }
+
+    /// Whether changes must be counted, because somebody may have to merge into a block.
+    #[inline]
+    fn is_gated(&self) -> bool {
+        self.info.block_size > 1
+    }
+
+    /// Begins a change that covers whole blocks, unless somebody merges or waits to.
+    #[inline]
+    fn enter(&self) -> bool {
+        self.waiting.is_empty() && self.pass.enter()
+    }
+
+    /// Makes a job of what cannot go straight through.
+    #[cold]
+    fn start(&mut self, tag: u64, io: Io) {
+        let job = match Job::new(tag, io, &self.info) {
+            Ok(job) => job,
+            Err(done) => return self.ready.push(*done),
+        };
+        let way = job.way;
+        let slot = self.slots.insert(Slot::Job(job));
+        if way == Way::Free || !self.is_gated() {
+            return self.run(slot);
+        }
+        self.waiting.push_back(slot);
+        self.admit();
+    }
+
+    /// Lets waiting jobs through the gate, in order.
+    #[cold]
+    fn admit(&mut self) {
+        while let Some(&slot) = self.waiting.front() {
+            let job = self.slots.job(slot);
+            if job.error.is_some() {
+                // Withdrawn while it waited: nobody may go on finding the gate closed for its sake.
+                if self.alone.is_none() {
+                    self.pass.open();
+                }
+            } else if job.way == Way::Alone {
+                if self.alone.is_some() || !self.pass.close() || !self.pass.is_quiet() {
+                    return;
+                }
+                self.alone = Some(slot);
+            } else {
+                if !self.pass.enter() {
+                    return;
+                }
+                job.inside = true;
+            }
+            self.waiting.pop_front();
+            self.run(slot);
+        }
+    }
+
+    /// Sends pieces of a job's stage, and goes to the next stage when all have come back.
+    fn run(&mut self, slot: u32) {
+        loop {
+            let job = self.slots.job(slot);
+            while job.error.is_none() && job.out < PIECES {
+                let Some(op) = job.piece(&self.info, &self.zeroes, &self.edges) else { break };
+                job.out += 1;
+                let request = Request { tag: slot.into(), op };
+                // `issue`, spelled out: `job` borrows the slots.
+                if self.held.is_empty() {
+                    self.ages.renew(&mut job.born);
+                    self.pushed = true;
+                    if let Err(request) = self.queue.push(request) {
+                        self.held.push_back(request);
+                    }
+                } else {
+                    self.held.push_back(request);
+                }
+            }
+            if job.out > 0 {
+                return;
+            }
+            if job.error.is_some() || !job.next_stage(&self.info, &mut self.edges) {
+                return self.finish(slot);
+            }
+        }
+    }
+
+    fn finish(&mut self, slot: u32) {
+        let Slot::Job(job) = self.slots.remove(slot) else { unreachable!("only jobs finish here") };
+        self.ages.end(job.born);
+        if job.inside {
+            self.pass.leave();
+        }
+        if self.alone == Some(slot) {
+            self.alone = None;
+            self.pass.open();
+        }
+        self.ready.push(job.done(self.info.block_size));
+    }
+
+    /// Pushes a request of a new direct slot, or holds it back.
+    #[inline]
+    fn issue(&mut self, request: Request) {
+        if !self.held.is_empty() {
+            return self.held.push_back(request);
+        }
+        if let Slot::Direct { born, .. } = &mut self.slots.list[request.tag as usize] {
+            self.ages.renew(born);
+        }
+        self.pushed = true;
+        if let Err(request) = self.queue.push(request) {
+            self.held.push_back(request);
+        }
+    }
+
+    #[cold]
+    fn push_held(&mut self) {
+        while let Some(request) = self.held.pop_front() {
+            let slot = request.tag as usize;
+            if let Err(request) = self.queue.push(request) {
+                return self.held.push_front(request);
+            }
+            self.pushed = true;
+            // Its time starts now: what waits for a slow device is not what the device has lost.
+            match &mut self.slots.list[slot] {
+                Slot::Direct { born, .. } => self.ages.renew(born),
+                Slot::Job(job) => self.ages.renew(&mut job.born),
+                Slot::Free { .. } => unreachable!("a held request has a slot"),
+            }
+        }
+    }
+
+    #[inline]
+    fn complete(&mut self, completion: Completion, done: &mut Vec<Done>) {
+        let Completion { tag, op, result } = completion;
+        let slot = tag as u32;
+        match &mut self.slots.list[tag as usize] {
+            Slot::Direct { tag, born } => {
+                let tag = *tag;
+                self.ages.end(*born);
+                self.slots.remove(slot);
+                let io = match op {
+                    Op::Read { at, buf } => Io::Read { at, buf },
+                    Op::Write { at, buf, fua } => {
+                        if self.is_gated() {
+                            self.pass.leave();
+                        }
+                        Io::Write { at, buf, fua }
+                    }
+                    Op::Flush => Io::Flush,
+                    op => unreachable!("{op:?} is never direct"),
+                };
+                done.push(Done { tag, io, result });
+            }
+            Slot::Job(job) => {
+                job.out -= 1;
+                self.ages.renew(&mut job.born);
+                let memory_lost = job.take_back(op, result);
+                if memory_lost {
+                    // The device is given up and may still write to what was lent to it.
+                    self.edges.abandon();
+                    self.zeroes.abandon();
+                }
+                self.run(slot);
+            }
+            Slot::Free { .. } => panic!("a queue completes each request once, with its own tag"),
+        }
+    }
+}
+
+/// A request that takes more than one step.
+#[derive(Debug)]
+struct Job {
+    tag: u64,
+    /// A buffer in it is widened to whole blocks while the job lasts.
+    io: Io,
+    /// The range as asked for.
+    at: u64,
+    len: u64,
+    way: Way,
+    /// Counted in the gate.
+    inside: bool,
+    stage: Stage,
+    /// What the stage has still to send, from here …
+    cursor: u64,
+    /// … to here: bytes on the device, or numbers of edges.
+    end: u64,
+    /// Pieces under way.
+    out: u32,
+    /// The first error; nothing more is sent after it.
+    error: Option<Error>,
+    /// The device turned down to make zeroes.
+    refused: bool,
+    born: u32,
+}
+
+/// How a job passes the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// It changes nothing.
+    Free,
+    /// It changes whole blocks only.
+    Shared,
+    /// It merges into blocks, and must be alone.
+    Alone,
+}
+
+/// What a job is at. Each goes through a few of these, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Reading the blocks that a write covers in part.
+    Merge,
+    /// The request itself, over whole blocks.
+    Main,
+    /// Writing the zeroes that the device cannot make.
+    Zeroes,
+    /// Reading the blocks that a zero covers in part.
+    EdgesIn,
+    /// Writing them back.
+    EdgesOut,
+    /// Making it durable.
+    Flush,
+}
+
+impl Job {
+    /// `Err`: the request has ended already. (Boxed, since that is rare.)
+    fn new(tag: u64, mut io: Io, info: &Info) -> Result<Self, Box<Done>> {
+        let (at, len) = match &mut io {
+            Io::Read { at, buf } | Io::Write { at, buf, .. } => {
+                let len = buf.len() as u64;
+                let (before, after) = margins(*at, len, info.block_size);
+                if !buf.widen(before, after) {
+                    return Err(Box::new(Done { tag, io, result: Err(Error::Invalid) }));
+                }
+                (*at, len)
+            }
+            Io::Status { at, len, extents } => {
+                if !info.caps.status {
+                    extents.push(Extent { at: *at, len: *len, kind: ExtentKind::Data });
+                    return Err(Box::new(Done { tag, io, result: Ok(()) }));
+                }
+                (*at, *len)
+            }
+            Io::Zero { at, len, .. } | Io::Discard { at, len, .. } | Io::Prefetch { at, len } => (*at, *len),
+            Io::Flush => (0, 1),
+        };
+        let partial = edges(at, len, info.block_size).count > 0;
+        let (way, stage) = match &io {
+            Io::Read { .. } | Io::Status { .. } | Io::Prefetch { .. } | Io::Flush => (Way::Free, Stage::Main),
+            Io::Discard { .. } => (Way::Shared, Stage::Main),
+            Io::Write { .. } if partial => (Way::Alone, Stage::Merge),
+            Io::Write { .. } => (Way::Shared, Stage::Main),
+            Io::Zero { .. } => {
+                let way = if partial { Way::Alone } else { Way::Shared };
+                (way, if info.caps.zero { Stage::Main } else { Stage::Zeroes })
+            }
+        };
+        let (cursor, end, out, error, inside, refused, born) = (0, 0, 0, None, false, false, NEVER);
+        let mut job = Self { tag, io, at, len, way, inside, stage, cursor, end, out, error, refused, born };
+        job.enter(stage, info);
+        Ok(job)
+    }
+
+    /// Goes to a stage, from its start.
+    fn enter(&mut self, stage: Stage, info: &Info) {
+        self.stage = stage;
+        (self.cursor, self.end) = match stage {
+            Stage::Main | Stage::Zeroes => self.blocks(info),
+            Stage::Merge | Stage::EdgesIn | Stage::EdgesOut => (0, edges(self.at, self.len, info.block_size).count),
+            Stage::Flush => (0, 1),
+        };
+    }
+
+    /// The whole blocks that the request is about: around its range if it reads or merges, inside it if it must not touch
+    /// more.
+    fn blocks(&self, info: &Info) -> (u64, u64) {
+        let (at, end) = (self.at, self.at + self.len);
+        let block = match &self.io {
+            Io::Discard { .. } => u64::from(info.discard_alignment.max(info.block_size)),
+            _ => u64::from(info.block_size),
+        };
+        match &self.io {
+            Io::Zero { .. } | Io::Discard { .. } => {
+                let end = end / block * block;
+                (at.next_multiple_of(block).min(end), end)
+            }
+            _ => (at / block * block, end.next_multiple_of(block)),
+        }
+    }
+
+    /// The next request to the queue, if the stage has one.
+    fn piece(&mut self, info: &Info, zeroes: &Buf, scratch: &Buf) -> Option<Op> {
+        if self.cursor >= self.end {
+            return None;
+        }
+        let (at, left) = (self.cursor, self.end - self.cursor);
+        let block = u64::from(info.block_size);
+        let (op, step) = match (self.stage, &mut self.io) {
+            (Stage::Merge | Stage::EdgesIn | Stage::EdgesOut | Stage::Zeroes, _)
+                if scratch.is_empty() || zeroes.is_empty() =>
+            {
+                // Lost to a device that was given up.
+                self.error = Some(Error::Gone);
+                return None;
+            }
+            (Stage::Merge | Stage::EdgesIn | Stage::EdgesOut, _) => {
+                let buf = scratch.lend((at * block) as usize, block as usize);
+                let at = edges(self.at, self.len, info.block_size).starts[at as usize];
+                let out = self.stage == Stage::EdgesOut;
+                (if out { Op::Write { at, buf, fua: false } } else { Op::Read { at, buf } }, 1)
+            }
+            (Stage::Zeroes, _) => {
+                let len = left.min(zeroes.len() as u64);
+                (Op::Write { at, buf: zeroes.lend(0, len as usize), fua: false }, len)
+            }
+            (Stage::Flush, _) | (_, Io::Flush) => (Op::Flush, 1),
+            (Stage::Main, Io::Read { buf, .. }) => {
+                let (from, len) = (at - self.at / block * block, left.min(info.transfer_max.into()));
+                (Op::Read { at, buf: buf.lend(from as usize, len as usize) }, len)
+            }
+            (Stage::Main, Io::Write { buf, fua, .. }) => {
+                let (from, len) = (at - self.at / block * block, left.min(info.transfer_max.into()));
+                let fua = *fua && info.caps.fua;
+                (Op::Write { at, buf: buf.lend(from as usize, len as usize), fua }, len)
+            }
+            (Stage::Main, Io::Zero { unmap, .. }) => {
+                let len = left.min(info.zero_max);
+                (Op::Zero { at, len, unmap: *unmap }, len)
+            }
+            (Stage::Main, Io::Discard { .. }) => {
+                let len = left.min(info.discard_max);
+                (Op::Discard { at, len }, len)
+            }
+            (Stage::Main, Io::Status { extents, .. }) => {
+                (Op::Status { at, len: left, extents: std::mem::take(extents) }, left)
+            }
+            (Stage::Main, Io::Prefetch { .. }) => (Op::Prefetch { at, len: left }, left),
+        };
+        self.cursor += step;
+        Some(op)
+    }
+
+    /// A piece has come back. `true`: without memory that it went with, since the device may still write there.
+    fn take_back(&mut self, op: Op, result: Result<(), Error>) -> bool {
+        let mut lost = false;
+        match op {
+            Op::Read { buf, .. } | Op::Write { buf, .. } if buf.is_empty() => {
+                lost = true;
+                if let Io::Read { buf, .. } | Io::Write { buf, .. } = &mut self.io {
+                    buf.abandon();
+                }
+                self.error = self.error.or(Some(Error::Gone));
+            }
+            Op::Status { extents: found, .. } => {
+                if let Io::Status { extents, .. } = &mut self.io {
+                    *extents = clip(&found, self.at, self.at + self.len);
+                }
+            }
+            _ => {}
+        }
+        match (result, &self.io, self.stage) {
+            (Ok(()), ..) => {}
+            (Err(Error::NotSupported), Io::Zero { .. }, Stage::Main) => {
+                self.refused = true;
+                self.cursor = self.end;
+            }
+            // A hint that the device does not take is not an error.
+            (Err(Error::NotSupported), Io::Discard { .. }, Stage::Main) => self.cursor = self.end,
+            (Err(error), ..) => self.error = self.error.or(Some(error)),
+        }
+        lost
+    }
+
+    /// Goes to the stage after this one, all of whose pieces succeeded. `false`: the job is over.
+    fn next_stage(&mut self, info: &Info, scratch: &mut Buf) -> bool {
+        let zero = matches!(self.io, Io::Zero { .. });
+        let next = match self.stage {
+            Stage::Merge => {
+                self.merge(info, scratch);
+                Some(Stage::Main)
+            }
+            Stage::Main if std::mem::take(&mut self.refused) => {
+                if matches!(self.io, Io::Zero { fast: true, .. }) {
+                    self.error = Some(Error::NotSupported);
+                    return false;
+                }
+                Some(Stage::Zeroes)
+            }
+            Stage::Main | Stage::Zeroes if zero && self.way == Way::Alone => Some(Stage::EdgesIn),
+            Stage::EdgesIn => {
+                self.zero_edges(info, scratch);
+                Some(Stage::EdgesOut)
+            }
+            Stage::Main | Stage::Zeroes | Stage::EdgesOut => self.needs_flush(info).then_some(Stage::Flush),
+            Stage::Flush => None,
+        };
+        if let Some(stage) = next {
+            self.enter(stage, info);
+        }
+        next.is_some()
+    }
+
+    /// Puts what was read around a write into its margins, so that whole blocks can be written.
+    fn merge(&mut self, info: &Info, scratch: &Buf) {
+        let Io::Write { buf, .. } = &mut self.io else { unreachable!("only writes are merged") };
+        let (before, after) = margins(self.at, self.len, info.block_size);
+        buf.copy_buf(0, scratch, 0, before);
+        // The last edge; for a write within one block that is the first one too.
+        let end = (edges(self.at, self.len, info.block_size).count * u64::from(info.block_size)) as usize;
+        buf.copy_buf(buf.len() - after, scratch, end - after, after);
+    }
+
+    /// Clears the part of each edge that the request is about.
+    fn zero_edges(&self, info: &Info, scratch: &mut Buf) {
+        let block = u64::from(info.block_size);
+        let edges = edges(self.at, self.len, info.block_size);
+        for n in 0..edges.count {
+            let start = edges.starts[n as usize];
+            let (from, to) = (self.at.max(start), (self.at + self.len).min(start + block));
+            scratch.zero((n * block + from - start) as usize, (to - from) as usize);
+        }
+    }
+
+    /// Whether what was done must be made durable by a flush.
+    fn needs_flush(&self, info: &Info) -> bool {
+        let fua = match self.io {
+            Io::Write { fua, .. } => fua && !info.caps.fua,
+            Io::Zero { fua, .. } | Io::Discard { fua, .. } => fua,
+            _ => false,
+        };
+        fua && info.caps.flush
+    }
+
+    fn done(mut self, block_size: u32) -> Done {
+        if let Io::Read { buf, .. } | Io::Write { buf, .. } = &mut self.io
+            && !buf.is_empty()
+        {
+            let (before, after) = margins(self.at, self.len, block_size);
+            buf.narrow(before, after);
+        }
+        Done { tag: self.tag, io: self.io, result: self.error.map_or(Ok(()), Err) }
+    }
+}
+
+/// Bytes from the start of the first block to `at`, and from the end of the range to the end of its last block.
+#[inline]
+fn margins(at: u64, len: u64, block_size: u32) -> (usize, usize) {
+    let mask = u64::from(block_size) - 1;
+    ((at & mask) as usize, (at.wrapping_add(len).wrapping_neg() & mask) as usize)
+}
+
+/// The blocks that a range covers only in part: at most its first and its last.
+struct Edges {
+    starts: [u64; 2],
+    count: u64,
+}
+
+fn edges(at: u64, len: u64, block_size: u32) -> Edges {
+    let block = u64::from(block_size);
+    let (head, tail) = (at / block * block, (at + len) / block * block);
+    match (head != at, tail != at + len) {
+        (true, true) if head != tail => Edges { starts: [head, tail], count: 2 },
+        (true, _) => Edges { starts: [head, 0], count: 1 },
+        (false, true) => Edges { starts: [tail, 0], count: 1 },
+        (false, false) => Edges { starts: [0, 0], count: 0 },
+    }
+}
+
+/// What lies within the range, of an answer that may reach out of it.
+fn clip(found: &[Extent], at: u64, end: u64) -> Vec<Extent> {
+    let mut extents = Vec::with_capacity(found.len());
+    for e in found {
+        let (from, to) = (e.at.max(at), (e.at + e.len).min(end));
+        if from < to {
+            extent::append(&mut extents, Extent { at: from, len: to - from, kind: e.kind });
+        }
+    }
+    extents
+}
+
+/// The requests that are not done, by the tag that the queue knows them by.
+#[derive(Debug)]
+struct Slots {
+    list: Vec<Slot>,
+    free: u32,
+    in_use: usize,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Free {
+        next: u32,
+    },
+    /// Gone to the queue as it was.
+    Direct {
+        tag: u64,
+        born: u32,
+    },
+    Job(Job),
+}
+
+/// No slot, no age.
+const NEVER: u32 = u32::MAX;
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self { list: Vec::new(), free: NEVER, in_use: 0 }
+    }
+}
+
+impl Slots {
+    #[inline]
+    fn insert(&mut self, slot: Slot) -> u32 {
+        self.in_use += 1;
+        let index = self.free;
+        match self.list.get_mut(index as usize) {
+            Some(place) => {
+                let Slot::Free { next } = *place else { unreachable!("the free list holds free slots") };
+                self.free = next;
+                *place = slot;
+                index
+            }
+            None => {
+                self.list.push(slot);
+                self.list.len() as u32 - 1
+            }
+        }
+    }
+
+    #[inline]
+    fn remove(&mut self, index: u32) -> Slot {
+        self.in_use -= 1;
+        let next = std::mem::replace(&mut self.free, index);
+        std::mem::replace(&mut self.list[index as usize], Slot::Free { next })
+    }
+
+    fn job(&mut self, index: u32) -> &mut Job {
+        let Slot::Job(job) = &mut self.list[index as usize] else { unreachable!("slot {index} holds a job") };
+        job
+    }
+}
+
+/// How long requests have been under way: not a clock reading each, but a count of those born in each eighth of the time-out.
+#[derive(Debug)]
+struct Ages {
+    unit: Option<Duration>,
+    next: Option<Instant>,
+    now: u32,
+    counts: [u32; 16],
+}
+
+/// Units after which a request is overdue.
+const OVERDUE: u32 = 8;
+
+impl Ages {
+    fn new(timeout: Option<Duration>) -> Self {
+        Self { unit: timeout.map(|t| t / OVERDUE), next: None, now: 0, counts: [0; 16] }
+    }
+
+    /// Counts a request as born now.
+    #[inline]
+    fn renew(&mut self, born: &mut u32) {
+        if self.unit.is_some() {
+            self.end(*born);
+            *born = self.now;
+            self.counts[(self.now % 16) as usize] += 1;
+        }
+    }
+
+    #[inline]
+    fn end(&mut self, born: u32) {
+        if born != NEVER {
+            self.counts[(born % 16) as usize] -= 1;
+        }
+    }
+
+    /// Whether something is overdue. However far apart two calls are, at most one unit passes between them: a process that
+    /// was stopped for a while must first hear what has finished meanwhile.
+    #[inline]
+    fn tick(&mut self, now: Instant) -> bool {
+        let Some(unit) = self.unit else { return false };
+        if self.next.is_some_and(|next| now < next) {
+            return false;
+        }
+        self.next = Some(now + unit);
+        self.now = (self.now + 1) % (1 << 30);
+        (OVERDUE + 1..16).any(|age| self.counts[(self.now.wrapping_sub(age) % 16) as usize] > 0)
+    }
+}

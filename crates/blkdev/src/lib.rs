@@ -2,7 +2,7 @@
 //!
 //! A driver implements [`Device`] and [`Queue`]; a consumer (an NBD server, an nbdkit plugin, a test) sees only
 //! `Channel`. Drivers are dumb: they move aligned requests within their limits. Everything that would otherwise be
-//! written once a driver lives in `Channel`: range checks, splitting, read-modify-write, emulated FUA and zeroes,
+//! written once a driver lives in [`Channel`]: range checks, splitting, read-modify-write, emulated FUA and zeroes,
 //! back-pressure and time-outs.
 //!
 //! ```text
@@ -33,7 +33,7 @@ pub mod memory;
 pub mod null;
 
 pub use arena::{Arena, Buf, PAGE};
-// pub use channel::{Channel, Done, Io, Plan};
+pub use channel::{Channel, Done, Io, Plan};
 pub use device::{Caps, Completion, Device, Info, Op, Queue, Request};
 pub use error::Error;
 pub use extent::{Extent, ExtentKind};
