@@ -1,1 +1,492 @@
-//! (being written)
+//! [`Memory`]: a sparse RAM disk, to serve as it is and to be any kind of awkward device in a test.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    ops::Range,
+    os::fd::BorrowedFd,
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU16, AtomicU64, Ordering},
+    },
+};
+
+use crate::{Buf, Caps, Completion, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue, Request, extent};
+
+/// A RAM disk. Memory is taken in pieces of 64 KiB when they are first written, and given back when they are zeroed with
+/// `unmap` or discarded; what is not allocated is told as a hole.
+///
+/// There is no volatile cache: a write is as durable as it will ever be when it completes. Requests are done by the time
+/// [`Queue::push`] returns, so the queues need no wake-up and have no [`Queue::wake_fd`].
+///
+/// ```
+/// use blkdev::{Device, memory::Memory};
+///
+/// // A disk of 4096-byte blocks that cannot write zeroes by itself:
+/// let disk = Memory::new(1 << 30).with(|info| {
+///     info.block_size = 4096;
+///     info.caps.zero = false;
+/// });
+/// disk.write(0, b"boot sector");
+/// assert_eq!(disk.capacity(), 1 << 30);
+/// ```
+#[derive(Debug)]
+pub struct Memory {
+    disk: Arc<Disk>,
+}
+
+#[derive(Debug)]
+struct Disk {
+    info: Info,
+    capacity: AtomicU64,
+    chunks: Chunks,
+    open: AtomicU16,
+}
+
+impl Memory {
+    /// A disk of `size` bytes, all of them a hole.
+    pub fn new(size: u64) -> Self {
+        let caps = Caps { fua: true, zero: true, discard: true, status: true, prefetch: true, ..Caps::default() };
+        let info = Info {
+            driver: "memory",
+            target: format!("{size} bytes"),
+            serial: String::new(),
+            queues_max: 256,
+            depth_max: 1024,
+            block_size: 1,
+            preferred_block_size: 4096,
+            transfer_max: 32 << 20,
+            zero_max: u64::MAX,
+            discard_max: u64::MAX,
+            discard_alignment: 1,
+            timeout: None,
+            caps,
+        };
+        Self { disk: Arc::new(Disk { info, capacity: size.into(), chunks: Chunks::new(), open: 0.into() }) }
+    }
+
+    /// Changes what the device says of itself: larger blocks, smaller limits, fewer capabilities. Its queues then insist
+    /// on being used within that. The size is rounded down to whole blocks.
+    ///
+    /// # Panics
+    /// When a queue is open.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Info)) -> Self {
+        let disk = Arc::get_mut(&mut self.disk).expect("a memory device is changed before its queues are opened");
+        change(&mut disk.info);
+        let size = disk.capacity.get_mut();
+        *size -= *size % u64::from(disk.info.block_size);
+        disk.info.target = format!("{size} bytes");
+        self
+    }
+
+    /// Copies from the disk, past every queue and limit. What lies past its end reads as zeroes.
+    pub fn read(&self, at: u64, bytes: &mut [u8]) {
+        for piece in pieces(at, bytes.len() as u64) {
+            let part = &mut bytes[piece.within.clone()];
+            match self.disk.chunks.shard(piece.chunk).get(&piece.chunk) {
+                Some(chunk) => part.copy_from_slice(&chunk[piece.start..piece.start + part.len()]),
+                None => part.fill(0),
+            }
+        }
+    }
+
+    /// Copies to the disk, past every queue, limit and write protection: what a read-only device holds comes from here.
+    ///
+    /// # Panics
+    /// When `bytes` do not lie within the disk, or there is no memory for them.
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        assert!(self.disk.holds(at, bytes.len() as u64), "{} bytes at {at} lie within the disk", bytes.len());
+        for piece in pieces(at, bytes.len() as u64) {
+            let part = &bytes[piece.within.clone()];
+            let mut shard = self.disk.chunks.shard_mut(piece.chunk);
+            let chunk = allocated(&mut shard, piece.chunk).expect("there is memory for what is written");
+            chunk[piece.start..piece.start + part.len()].copy_from_slice(part);
+        }
+    }
+
+    /// Makes the disk larger or smaller, while it is in use. What is cut off is forgotten.
+    pub fn resize(&self, size: u64) {
+        let size = size - size % u64::from(self.disk.info.block_size);
+        self.disk.capacity.store(size, Ordering::Relaxed);
+        self.disk.chunks.clear(size, u64::MAX - size, true);
+    }
+
+    /// Bytes of memory that hold data at the moment.
+    pub fn allocated(&self) -> u64 {
+        self.disk.chunks.shards.iter().map(|s| read(s).len() as u64 * CHUNK as u64).sum()
+    }
+}
+
+impl Device for Memory {
+    fn info(&self) -> &Info {
+        &self.disk.info
+    }
+
+    fn capacity(&self) -> u64 {
+        self.disk.capacity.load(Ordering::Relaxed)
+    }
+
+    fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        AtOnce::open(&self.disk, depth)
+    }
+}
+
+impl Disk {
+    fn holds(&self, at: u64, len: u64) -> bool {
+        at.checked_add(len).is_some_and(|end| end <= self.capacity.load(Ordering::Relaxed))
+    }
+}
+
+impl Serve for Disk {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn open(&self) -> &AtomicU16 {
+        &self.open
+    }
+
+    fn serve(&self, op: &mut Op) -> Result<(), Error> {
+        if let Some((at, len)) = range(op) {
+            self.info.insist(op, at, len);
+            // Not a broken promise: the disk may have shrunk since the request was checked.
+            if !self.holds(at, len) {
+                return Err(Error::OutOfRange);
+            }
+        }
+        match op {
+            Op::Read { at, buf } => self.chunks.read(*at, buf),
+            Op::Write { at, buf, .. } => return self.chunks.write(*at, buf),
+            Op::Zero { at, len, unmap } => self.chunks.clear(*at, *len, *unmap),
+            Op::Discard { at, len } => self.chunks.clear(*at, *len, true),
+            Op::Status { at, len, extents } => self.chunks.status(*at, *len, extents),
+            Op::Flush | Op::Prefetch { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+/// Memory is allocated in pieces of this: as large as a request usually is at most, small enough to stay sparse.
+const CHUNK: usize = 64 << 10;
+
+/// Neighbouring chunks are spread over this many locks, so that queues seldom meet.
+const SHARDS: usize = 256;
+
+type Shard = BTreeMap<u64, Box<[u8]>>;
+
+/// The content: chunk number to chunk, absent where nothing was ever written.
+struct Chunks {
+    shards: Box<[RwLock<Shard>]>,
+}
+
+impl fmt::Debug for Chunks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunks").finish_non_exhaustive()
+    }
+}
+
+impl Chunks {
+    fn new() -> Self {
+        Self { shards: (0..SHARDS).map(|_| RwLock::default()).collect() }
+    }
+
+    fn shard(&self, chunk: u64) -> RwLockReadGuard<'_, Shard> {
+        read(&self.shards[chunk as usize % SHARDS])
+    }
+
+    fn shard_mut(&self, chunk: u64) -> RwLockWriteGuard<'_, Shard> {
+        write(&self.shards[chunk as usize % SHARDS])
+    }
+
+    fn read(&self, at: u64, buf: &mut Buf) {
+        for piece in pieces(at, buf.len() as u64) {
+            match self.shard(piece.chunk).get(&piece.chunk) {
+                Some(chunk) => buf.copy_from(piece.within.start, &chunk[piece.start..piece.start + piece.within.len()]),
+                None => buf.zero(piece.within.start, piece.within.len()),
+            }
+        }
+    }
+
+    fn write(&self, at: u64, buf: &Buf) -> Result<(), Error> {
+        for piece in pieces(at, buf.len() as u64) {
+            let mut shard = self.shard_mut(piece.chunk);
+            let chunk = allocated(&mut shard, piece.chunk)?;
+            buf.copy_to(piece.within.start, &mut chunk[piece.start..piece.start + piece.within.len()]);
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zeroes; with `unmap` its whole chunks are given back, without what is allocated stays so.
+    fn clear(&self, at: u64, len: u64, unmap: bool) {
+        let chunks = at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64);
+        // A range may be exabytes, what is allocated never is: look at the shorter of the two.
+        let few = chunks.end - chunks.start < SHARDS as u64;
+        let shards = if few { chunks.clone() } else { 0..SHARDS as u64 };
+        for shard in shards {
+            let mut shard = self.shard_mut(shard);
+            let keys: Vec<u64> = shard.range(chunks.clone()).map(|(key, _)| *key).collect();
+            for key in keys {
+                let start = at.saturating_sub(key * CHUNK as u64) as usize;
+                let end = (at + len - key * CHUNK as u64).min(CHUNK as u64) as usize;
+                if unmap && end - start == CHUNK {
+                    shard.remove(&key);
+                } else if let Some(chunk) = shard.get_mut(&key) {
+                    chunk[start..end].fill(0);
+                }
+            }
+        }
+    }
+
+    fn status(&self, at: u64, len: u64, extents: &mut Vec<Extent>) {
+        let chunks = at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64);
+        let mut present = Vec::new();
+        for shard in &self.shards {
+            present.extend(read(shard).range(chunks.clone()).map(|(key, _)| *key));
+        }
+        present.sort_unstable();
+        let mut next = at;
+        for chunk in present {
+            let data = (chunk * CHUNK as u64).max(at)..((chunk + 1) * CHUNK as u64).min(at + len);
+            if next < data.start {
+                extent::append(extents, Extent { at: next, len: data.start - next, kind: ExtentKind::Hole });
+            }
+            let data_len = data.end - data.start;
+            extent::append(extents, Extent { at: data.start, len: data_len, kind: ExtentKind::Data });
+            next = data.end;
+        }
+        if next < at + len {
+            extent::append(extents, Extent { at: next, len: at + len - next, kind: ExtentKind::Hole });
+        }
+    }
+}
+
+fn allocated(shard: &mut Shard, chunk: u64) -> Result<&mut [u8], Error> {
+    use std::collections::btree_map::Entry;
+    Ok(match shard.entry(chunk) {
+        Entry::Occupied(held) => held.into_mut(),
+        Entry::Vacant(room) => {
+            let mut bytes = Vec::new();
+            bytes.try_reserve_exact(CHUNK).map_err(|_| Error::NoSpace)?;
+            bytes.resize(CHUNK, 0);
+            room.insert(bytes.into_boxed_slice())
+        }
+    })
+}
+
+/// Nothing in here panics half way through a change, so a poisoned lock says nothing about the content.
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The part of a request that lies in one chunk.
+struct Piece {
+    chunk: u64,
+    /// First byte in the chunk.
+    start: usize,
+    /// Which bytes of the request.
+    within: Range<usize>,
+}
+
+fn pieces(at: u64, len: u64) -> impl Iterator<Item = Piece> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let (chunk, start) = ((at + done) / CHUNK as u64, ((at + done) % CHUNK as u64) as usize);
+        let here = (CHUNK - start).min((len - done) as usize);
+        let within = done as usize..done as usize + here;
+        done += here as u64;
+        (here > 0).then_some(Piece { chunk, start, within })
+    })
+}
+
+/// The range that an operation is about; `None` for a flush.
+pub(crate) fn range(op: &Op) -> Option<(u64, u64)> {
+    match op {
+        Op::Read { at, buf } | Op::Write { at, buf, .. } => Some((*at, buf.len() as u64)),
+        Op::Zero { at, len, .. } | Op::Discard { at, len } | Op::Status { at, len, .. } | Op::Prefetch { at, len } => {
+            Some((*at, *len))
+        }
+        Op::Flush => None,
+    }
+}
+
+impl Info {
+    /// Holds the owner of a queue to what [`Queue::push`] promises. Real drivers rely on it; this one checks it.
+    pub(crate) fn insist(&self, op: &Op, at: u64, len: u64) {
+        let caps = self.caps;
+        let (allowed, len_max) = match op {
+            Op::Read { .. } => (true, self.transfer_max.into()),
+            Op::Write { fua, .. } => (!caps.read_only && (caps.fua || !fua), self.transfer_max.into()),
+            Op::Zero { .. } => (!caps.read_only && caps.zero, self.zero_max),
+            Op::Discard { .. } => (!caps.read_only && caps.discard, self.discard_max),
+            Op::Status { .. } => (caps.status, u64::MAX),
+            Op::Prefetch { .. } => (caps.prefetch, u64::MAX),
+            Op::Flush => (caps.flush, u64::MAX),
+        };
+        assert!(allowed, "a queue is asked only for what its device can do: {op:?} with {caps:?}");
+        let block = u64::from(self.block_size);
+        assert!(
+            len > 0 && at.is_multiple_of(block) && len.is_multiple_of(block),
+            "a range consists of whole blocks of {block} bytes: {op:?}",
+        );
+        assert!(len <= len_max, "a request is at most {len_max} bytes long: {op:?}");
+    }
+}
+
+/// What stands behind an [`AtOnce`] queue.
+pub(crate) trait Serve: Send + Sync + 'static {
+    fn info(&self) -> &Info;
+    /// How many queues are open.
+    fn open(&self) -> &AtomicU16;
+    fn serve(&self, op: &mut Op) -> Result<(), Error>;
+}
+
+/// The queue of a device that is done with a request as soon as it has it.
+#[derive(Debug)]
+pub(crate) struct AtOnce<S: Serve> {
+    disk: Arc<S>,
+    depth: usize,
+    done: Vec<Completion>,
+    given_up: bool,
+}
+
+impl<S: Serve> AtOnce<S> {
+    pub(crate) fn open(disk: &Arc<S>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let info = disk.info();
+        let max = info.queues_max;
+        let another = |open: u16| (open < max).then_some(open + 1);
+        if disk.open().fetch_update(Ordering::Relaxed, Ordering::Relaxed, another).is_err() {
+            let text = format!("{}: all of its {max} queues are open: use fewer threads", info.driver);
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+        }
+        let depth = usize::from(depth.clamp(1, info.depth_max));
+        Ok(Box::new(Self { disk: Arc::clone(disk), depth, done: Vec::with_capacity(depth), given_up: false }))
+    }
+}
+
+impl<S: Serve> Queue for AtOnce<S> {
+    fn push(&mut self, mut request: Request) -> Result<(), Request> {
+        if self.done.len() == self.depth {
+            return Err(request);
+        }
+        let result = if self.given_up { Err(Error::Gone) } else { self.disk.serve(&mut request.op) };
+        self.done.push(Completion { tag: request.tag, op: request.op, result });
+        Ok(())
+    }
+
+    fn kick(&mut self) {}
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.done);
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// With nothing to reap there is nothing in flight either, so nobody waits in vain.
+    fn arm(&mut self) -> bool {
+        self.done.is_empty()
+    }
+
+    fn give_up(&mut self) {
+        self.given_up = true;
+    }
+}
+
+impl<S: Serve> Drop for AtOnce<S> {
+    fn drop(&mut self) {
+        self.disk.open().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extents(disk: &Memory, at: u64, len: u64) -> Vec<(u64, u64, ExtentKind)> {
+        let mut found = Vec::new();
+        disk.disk.chunks.status(at, len, &mut found);
+        found.iter().map(|e| (e.at, e.len, e.kind)).collect()
+    }
+
+    #[test]
+    fn memory_comes_with_the_first_write_and_goes_with_unmap() {
+        use ExtentKind::{Data, Hole};
+        const C: u64 = CHUNK as u64;
+        let disk = Memory::new(1 << 62);
+        disk.write(5 * C - 1, &[1, 2]);
+        assert_eq!(disk.allocated(), 2 * C);
+        assert_eq!(extents(&disk, 7, 8 * C), [(7, 4 * C - 7, Hole), (4 * C, 2 * C, Data), (6 * C, 2 * C + 7, Hole)]);
+
+        disk.disk.chunks.clear(4 * C, 2 * C, false);
+        assert_eq!(disk.allocated(), 2 * C, "without unmap, zeroes stay allocated");
+        disk.disk.chunks.clear(4 * C, 2 * C - 1, true);
+        assert_eq!(disk.allocated(), C, "with it, whole chunks go");
+        disk.disk.chunks.clear(0, 1 << 62, true);
+        assert_eq!(disk.allocated(), 0);
+    }
+
+    #[test]
+    fn clearing_touches_nothing_outside() {
+        let disk = Memory::new(64 << 20);
+        let ones = vec![1; 320 * CHUNK];
+        for len in [1, 100, CHUNK, CHUNK + 1, 5 * CHUNK, 300 * CHUNK] {
+            for at in [0, 1, CHUNK - 1, CHUNK, 7 * CHUNK + 13] {
+                disk.write(0, &ones);
+                disk.disk.chunks.clear(at as u64, len as u64, at % 2 == 0);
+                let mut expected = ones.clone();
+                expected[at..at + len].fill(0);
+                let mut found = vec![9; ones.len()];
+                disk.read(0, &mut found);
+                assert!(found == expected, "{len} bytes at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_cut_off_is_forgotten() {
+        let disk = Memory::new(1 << 20).with(|info| info.block_size = 512);
+        disk.write(0, &[1; 1 << 20]);
+        disk.resize(1000);
+        assert_eq!(disk.capacity(), 512);
+        disk.resize(1 << 20);
+        let mut bytes = [9; 513];
+        disk.read(0, &mut bytes);
+        assert_eq!((bytes[511], bytes[512]), (1, 0));
+    }
+
+    #[test]
+    fn queues_are_counted() {
+        let disk = Memory::new(1 << 20).with(|info| info.queues_max = 1);
+        let first = disk.open_queue(1).unwrap();
+        assert_eq!(disk.open_queue(1).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        drop(first);
+        disk.open_queue(1).unwrap();
+    }
+
+    #[test]
+    fn a_full_queue_and_a_queue_given_up() {
+        let mut queue = Memory::new(1 << 20).with(|info| info.caps.flush = true).open_queue(1).unwrap();
+        let flush = |tag| Request { tag, op: Op::Flush };
+        assert!(queue.arm());
+        queue.push(flush(1)).unwrap();
+        assert!(!queue.arm());
+        assert_eq!(queue.push(flush(2)).unwrap_err().tag, 2);
+        let mut done = Vec::new();
+        queue.reap(&mut done);
+        queue.give_up();
+        queue.push(flush(3)).unwrap();
+        queue.reap(&mut done);
+        let results: Vec<_> = done.iter().map(|c| (c.tag, c.result)).collect();
+        assert_eq!(results, [(1, Ok(())), (3, Err(Error::Gone))]);
+    }
+}
