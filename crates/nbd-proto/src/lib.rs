@@ -26,6 +26,8 @@
 //!   `status(out, cookie, at, context, extents, last)`. `out` is anything that is [`Put`].
 //! - [`Fatal`]: drop the connection.
 //!
+//! The client's half is in [`client`].
+//!
 //! The input of every `next` is a slice that it shortens by what it took. Bytes may come in any pieces: the events are the same, and
 //! what is left over of a message is kept inside, never by the caller.
 //!
@@ -40,6 +42,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
+pub mod client;
 mod command;
 mod handshake;
 pub mod limits;

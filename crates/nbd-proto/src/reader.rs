@@ -1,5 +1,7 @@
 //! A slice of bytes and the few verbs to take it apart: every verb says `None` rather than read past the end.
 
+use crate::limits::{HEADER_MAX, NAME_MAX};
+
 /// What is left of a message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a>(&'a [u8]);
@@ -39,14 +41,60 @@ impl<'a> Reader<'a> {
         self.bytes(len)
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
+    /// All that is left.
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        self.0
     }
 
     /// `Some` when nothing is left: the message was exactly as long as its parts.
     pub(crate) fn end(self) -> Option<()> {
         self.0.is_empty().then_some(())
     }
+}
+
+/// Headers and fields that came in pieces, joined: at most [`HEADER_MAX`] bytes are kept.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Joint {
+    have: usize,
+    raw: [u8; HEADER_MAX],
+}
+
+impl Joint {
+    /// `N` bytes: from `input` when they are there in one piece, or gathered over several calls with the same `N`.
+    #[inline]
+    pub(crate) fn take<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
+        match input.split_first_chunk::<N>() {
+            Some((whole, rest)) if self.have == 0 => {
+                *input = rest;
+                Some(*whole)
+            }
+            _ => self.gather(input),
+        }
+    }
+
+    /// Whether nothing is kept.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.have == 0
+    }
+
+    #[cold]
+    fn gather<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
+        const { assert!(N <= HEADER_MAX) };
+        let piece = take_up_to(input, N - self.have);
+        self.raw[self.have..self.have + piece.len()].copy_from_slice(piece);
+        self.have += piece.len();
+        if self.have < N {
+            return None;
+        }
+        self.have = 0;
+        self.raw.first_chunk().copied()
+    }
+}
+
+/// `N` bytes of a header at `at`, which the caller knows to be there.
+#[inline]
+pub(crate) fn part<const N: usize>(raw: &[u8], at: usize) -> [u8; N] {
+    *raw[at..].first_chunk().expect("the header is long enough")
 }
 
 /// Takes up to `len` bytes off the front of `input`.
@@ -57,14 +105,14 @@ pub(crate) fn take_up_to<'a>(input: &mut &'a [u8], len: usize) -> &'a [u8] {
     head
 }
 
-/// A string of the protocol: UTF-8, at most [`NAME_MAX`](crate::limits::NAME_MAX) bytes, no NUL.
+/// A string of the protocol: UTF-8, at most [`NAME_MAX`] bytes, no NUL.
 pub(crate) fn string(bytes: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(bytes).ok()?;
-    (text.len() <= crate::limits::NAME_MAX && !text.contains('\0')).then_some(text)
+    (text.len() <= NAME_MAX && !text.contains('\0')).then_some(text)
 }
 
 /// The longest beginning of `text` that fits a string of the protocol: the texts that come from outside can be longer.
 pub(crate) fn cut(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
-    &text[..text.floor_char_boundary(crate::limits::NAME_MAX)]
+    &text[..text.floor_char_boundary(NAME_MAX)]
 }

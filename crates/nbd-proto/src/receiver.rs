@@ -2,8 +2,8 @@
 //! WRITE exactly its bytes leave the stream. Never does I/O, never allocates.
 
 use crate::command::{self, Command, Header, Judged, Refused, Rejection, Write};
-use crate::limits::{HEADER_MAX, SWALLOW_MAX};
-use crate::reader::take_up_to;
+use crate::limits::SWALLOW_MAX;
+use crate::reader::{Joint, part, take_up_to};
 use crate::terms::{ContextSet, Fatal, Terms};
 use crate::wire::{
     CommandFlags, CommandKind, Cookie, EXTENDED_REQUEST_LEN, EXTENDED_REQUEST_MAGIC, Mode, REQUEST_LEN, REQUEST_MAGIC,
@@ -34,9 +34,7 @@ pub struct Receiver {
     state: State,
     /// Bytes of the current payload that are not past yet. 0 in `State::Header`.
     left: u32,
-    /// How much of `raw` is filled: the front of a split header or of a split field.
-    have: usize,
-    raw: [u8; HEADER_MAX],
+    joint: Joint,
     /// Of the last request with a payload.
     cookie: Cookie,
     at: u64,
@@ -59,15 +57,7 @@ enum State {
 impl Receiver {
     /// A decoder at the first request.
     pub fn new(terms: Terms) -> Self {
-        Self {
-            terms: terms.told(),
-            state: State::Header,
-            left: 0,
-            have: 0,
-            raw: [0; HEADER_MAX],
-            cookie: Cookie(0),
-            at: 0,
-        }
+        Self { terms: terms.told(), state: State::Header, left: 0, joint: Joint::default(), cookie: Cookie(0), at: 0 }
     }
 
     /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after DISC). Parts of
@@ -132,45 +122,21 @@ impl Receiver {
 
     /// Whether the stream stands between two requests: nothing is lost when it ends here.
     pub fn is_idle(&self) -> bool {
-        self.have == 0 && matches!(self.state, State::Header | State::Over)
+        self.joint.is_empty() && matches!(self.state, State::Header | State::Over)
     }
 
     /// Takes a header off `input`, or keeps what there is of it.
     #[inline]
     fn header(&mut self, input: &mut &[u8]) -> Result<Option<Header>, Fatal> {
         if self.terms.mode == Mode::Extended {
-            let Some(raw) = self.take::<EXTENDED_REQUEST_LEN>(input) else { return Ok(None) };
+            let Some(raw) = self.joint.take::<EXTENDED_REQUEST_LEN>(input) else { return Ok(None) };
             expect(EXTENDED_REQUEST_MAGIC, &raw)?;
             Ok(Some(Header { len: u64::from_be_bytes(part(&raw, 24)), ..fields(&raw) }))
         } else {
-            let Some(raw) = self.take::<REQUEST_LEN>(input) else { return Ok(None) };
+            let Some(raw) = self.joint.take::<REQUEST_LEN>(input) else { return Ok(None) };
             expect(REQUEST_MAGIC, &raw)?;
             Ok(Some(Header { len: u64::from(u32::from_be_bytes(part(&raw, 24))), ..fields(&raw) }))
         }
-    }
-
-    /// `N` bytes: from `input` when they are there in one piece, or gathered over several calls.
-    #[inline]
-    fn take<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
-        match input.split_first_chunk::<N>() {
-            Some((whole, rest)) if self.have == 0 => {
-                *input = rest;
-                Some(*whole)
-            }
-            _ => self.gather(input),
-        }
-    }
-
-    #[cold]
-    fn gather<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
-        let piece = take_up_to(input, N - self.have);
-        self.raw[self.have..self.have + piece.len()].copy_from_slice(piece);
-        self.have += piece.len();
-        if self.have < N {
-            return None;
-        }
-        self.have = 0;
-        self.raw.first_chunk().copied()
     }
 
     /// What a request begins.
@@ -253,13 +219,13 @@ impl Receiver {
     ) -> Option<Event<'a>> {
         while self.left > 0 || len.is_none() {
             let Some(known) = len else {
-                let Some(raw) = self.take::<8>(input) else { break };
+                let Some(raw) = self.joint.take::<8>(input) else { break };
                 len = Some(u64::from_be_bytes(raw));
                 self.left -= 8;
                 continue;
             };
             len = Some(known);
-            let Some(raw) = self.take::<4>(input) else { break };
+            let Some(raw) = self.joint.take::<4>(input) else { break };
             self.left -= 4;
             let id = u32::from_be_bytes(raw);
             ids = ids.and_then(|mut set| (self.terms.contexts.contains(id) && set.insert(id)).then_some(set).ok_or(()));
@@ -300,9 +266,4 @@ fn fields(raw: &[u8]) -> Header {
         at: u64::from_be_bytes(part(raw, 16)),
         len: 0,
     }
-}
-
-#[inline]
-fn part<const N: usize>(raw: &[u8], at: usize) -> [u8; N] {
-    *raw[at..].first_chunk().expect("the header is long enough")
 }
