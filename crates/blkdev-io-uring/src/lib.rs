@@ -1,1 +1,26 @@
-//! (being written)
+//! Files and kernel block devices through io_uring, as a [`blkdev::Device`].
+//!
+//! [`IoUring::open`] takes a regular file or a block device. Each queue is an io_uring of its own
+//! ([`blkdev_ring::Ring`]), so queues share nothing but the file.
+//!
+//! # Through the page cache, or not
+//! By default transfers go through the page cache. With [`Options::direct`] they go past it (`O_DIRECT`), and the device's
+//! block size becomes what the file system or the disk demands.
+//!
+//! # What does not go through the ring
+//! Where the kernel cannot do an operation without sleeping it hands it to a worker thread, which costs more than the
+//! operation itself. So these are done on the spot, by a plain system call in `push`, when they are short (at most 64 KiB)
+//! and lie on whole pages:
+//! - writes through the page cache to ext4, f2fs, tmpfs and block devices;
+//! - reads from tmpfs.
+//!
+//! They are copies to memory, unless the kernel makes writers wait because too much is dirty: a write that took longer than
+//! a millisecond sends the queue's writes of the next tenth of a second to the kernel's worker threads, so that whoever
+//! drives the queue is not held up. Where a range is allocated (`Status`) is asked on the spot too.
+
+mod device;
+mod file;
+mod queue;
+mod sys;
+
+pub use device::{IoUring, Options, Source};

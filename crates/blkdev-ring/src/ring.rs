@@ -100,10 +100,10 @@ impl<T: Operation> Ring<T> {
     /// The kernel has no io_uring that will do, forbids it, or is out of memory; the text says what to do.
     pub fn new(depth: u16, file: BorrowedFd<'_>) -> io::Result<Self> {
         let depth = depth.clamp(1, 32768);
-        let ring = setup(depth).map_err(explain)?;
+        let ring = setup(depth).map_err(|e| explain(&e))?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
-        submitter.register_probe(&mut probe).map_err(explain)?;
+        submitter.register_probe(&mut probe).map_err(|e| explain(&e))?;
         let needed = [
             opcode::Read::CODE,
             opcode::Write::CODE,
@@ -115,7 +115,7 @@ impl<T: Operation> Ring<T> {
             let why = "the kernel's io_uring is too old: Linux 5.6 or later is needed";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
-        submitter.register_files(&[file.as_raw_fd()]).map_err(explain)?;
+        submitter.register_files(&[file.as_raw_fd()]).map_err(|e| explain(&e))?;
         Ok(Self {
             ring,
             slots: (0..depth).map(|_| None).collect(),
@@ -305,7 +305,7 @@ fn fetch(submitter: &Submitter<'_>) {
     let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, EnterFlags::GETEVENTS.bits(), None) };
 }
 
-fn explain(error: io::Error) -> io::Error {
+fn explain(error: &io::Error) -> io::Error {
     let remedy = match error.raw_os_error() {
         Some(libc::ENOSYS) => "this kernel has no io_uring; Linux 5.6 or later is needed",
         Some(libc::EPERM | libc::EACCES) => {

@@ -1,0 +1,174 @@
+//! [`Target`]: what there is to know about an opened file or block device, asked once.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::PathBuf,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FallocateFlags, fallocate},
+    sys::statfs::{EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs},
+    unistd::{Whence, lseek},
+};
+
+use crate::sys;
+
+/// `FALLOC_FL_*` modes, as `fallocate` takes them.
+pub(crate) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+/// As [`PUNCH`], but the range stays allocated.
+pub(crate) const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// What a file can do, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) is_disk: bool,
+    /// A power of two; what `O_DIRECT` demands of memory, offsets and lengths, or of `fallocate` on a block device.
+    pub(crate) block_size: u32,
+    pub(crate) preferred_block_size: u32,
+    pub(crate) discard_alignment: u32,
+    pub(crate) serial: String,
+    pub(crate) rotational: bool,
+    /// Nothing is lost when the power fails after a write: no cache of the kernel's nor of the disk's.
+    pub(crate) write_through: bool,
+    pub(crate) zero: bool,
+    /// `fallocate`'s mode for zeroes where the space may be given back.
+    pub(crate) zero_mode: i32,
+    pub(crate) discard: bool,
+    pub(crate) status: bool,
+    /// Short transfers are cheaper on the spot: reads, writes.
+    pub(crate) inline_reads: bool,
+    pub(crate) inline_writes: bool,
+}
+
+/// Refuses what is neither a regular file nor a block device.
+pub(crate) fn check_type(meta: &fs::Metadata, name: &str) -> io::Result<()> {
+    let kind = meta.file_type();
+    let what = match () {
+        () if kind.is_file() || kind.is_block_device() => return Ok(()),
+        () if kind.is_dir() => "a directory",
+        () if kind.is_char_device() => "a character device",
+        () if kind.is_socket() => "a socket",
+        () if kind.is_fifo() => "a pipe",
+        () => "neither",
+    };
+    let text = format!("{name} is {what}; give a regular file or a block device");
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
+
+impl Target {
+    /// Looks at `file`, which `name` names to people.
+    pub(crate) fn new(file: &File, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        check_type(&meta, name)?;
+        if meta.file_type().is_block_device() {
+            Self::disk(file, &meta, name, direct, read_only)
+        } else {
+            Self::regular(file, &meta, name, direct, read_only)
+        }
+    }
+
+    fn regular(file: &File, meta: &fs::Metadata, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
+        let queue = Sysfs::of(meta.dev());
+        let block_size = if direct { direct_block_size(file, name, queue.number("logical_block_size"))? } else { 1 };
+        let magic = fstatfs(file).map(|fs| fs.filesystem_type()).ok();
+        let preferred = u32::try_from(meta.blksize()).ok().filter(|n| n.is_power_of_two()).unwrap_or(0);
+        // Past the end and with KEEP_SIZE: whether holes can be punched, without punching one. ZERO_RANGE cannot be tried
+        // likewise, it would allocate.
+        let end = meta.len().next_multiple_of(1 << 20).try_into().unwrap_or(i64::MAX);
+        let punch = !read_only && fallocate(file, FallocateFlags::from_bits_retain(PUNCH), end, 4096).is_ok();
+        Ok(Self {
+            is_disk: false,
+            block_size,
+            preferred_block_size: preferred.clamp(4096, 1 << 20).max(block_size),
+            discard_alignment: block_size,
+            serial: String::new(),
+            rotational: queue.number("rotational") == Some(1),
+            write_through: false,
+            zero: punch,
+            zero_mode: PUNCH,
+            discard: punch,
+            status: !matches!(lseek(file, 0, Whence::SeekData), Err(e) if e != Errno::ENXIO),
+            inline_reads: !direct && magic == Some(TMPFS_MAGIC),
+            inline_writes: !direct
+                && [EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC].into_iter().any(|m| magic == Some(m)),
+        })
+    }
+
+    fn disk(file: &File, meta: &fs::Metadata, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
+        let context = |e: io::Error| io::Error::new(e.kind(), format!("asking {name} for its block size: {e}"));
+        let logical = sys::logical_block_size(file).map_err(context)?;
+        let physical = sys::physical_block_size(file).map_err(context)?;
+        // Of what goes through the page cache only fallocate has to be aligned; but what is said of a device must hold for
+        // all that it is asked.
+        let block_size = if direct { direct_block_size(file, name, Some(logical.into()))? } else { logical };
+        if !read_only && sys::is_read_only(file).map_err(context)? {
+            let text = format!("{name} is a read-only block device; give read-only=true");
+            return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, text));
+        }
+        let queue = Sysfs::of(meta.rdev());
+        let write_zeroes = queue.number("write_zeroes_max_bytes").is_some_and(|n| n > 0);
+        let discard = queue.number("discard_max_bytes").is_some_and(|n| n > 0);
+        let granularity = queue.number("discard_granularity").and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+        Ok(Self {
+            is_disk: true,
+            block_size,
+            preferred_block_size: physical.clamp(4096, 1 << 20).max(block_size),
+            discard_alignment: granularity.max(1).next_multiple_of(block_size),
+            serial: queue.serial(),
+            rotational: queue.number("rotational") == Some(1),
+            write_through: direct && queue.text("write_cache").as_deref() == Some("write through"),
+            // Without hardware for it the kernel writes zeroes itself, which needs no data from us; but not for PUNCH_HOLE.
+            zero: !read_only,
+            zero_mode: if write_zeroes { PUNCH } else { ZERO },
+            discard: !read_only && discard,
+            status: false,
+            inline_reads: false,
+            inline_writes: !direct,
+        })
+    }
+}
+
+/// What `O_DIRECT` demands of offsets, lengths and memory, as one number: a `Buf` starts at any multiple of the block size.
+fn direct_block_size(file: &File, name: &str, logical: Option<u64>) -> io::Result<u32> {
+    let fallback = logical.and_then(|n| u32::try_from(n).ok()).unwrap_or(4096);
+    let size = match sys::direct_alignment(file) {
+        Some((0, _) | (_, 0)) => {
+            let text = format!("{name} cannot be accessed past the page cache; leave out direct=true");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
+        Some((memory, offset)) => memory.max(offset),
+        None => fallback,
+    };
+    if size.is_power_of_two() && size <= 65536 {
+        return Ok(size);
+    }
+    let text = format!("{name} demands direct transfers in units of {size} bytes; leave out direct=true");
+    Err(io::Error::new(io::ErrorKind::Unsupported, text))
+}
+
+/// A block device's directory in sysfs, which may well be absent.
+struct Sysfs(PathBuf);
+
+impl Sysfs {
+    /// The disk's, for a partition.
+    fn of(dev: u64) -> Self {
+        let own = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(dev), libc::minor(dev)));
+        Self(if own.join("partition").exists() { own.join("..") } else { own })
+    }
+
+    fn text(&self, attribute: &str) -> Option<String> {
+        Some(fs::read_to_string(self.0.join("queue").join(attribute)).ok()?.trim().to_owned())
+    }
+
+    fn number(&self, attribute: &str) -> Option<u64> {
+        self.text(attribute)?.parse().ok()
+    }
+
+    fn serial(&self) -> String {
+        let read = |at: &str| fs::read_to_string(self.0.join(at)).ok();
+        read("serial").or_else(|| read("device/serial")).unwrap_or_default().trim().to_owned()
+    }
+}

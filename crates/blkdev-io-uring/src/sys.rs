@@ -1,0 +1,72 @@
+//! The system calls that std and nix have no safe form of.
+#![allow(unsafe_code)]
+
+use std::{fs::File, io, mem::MaybeUninit, os::fd::AsRawFd};
+
+use blkdev::Buf;
+
+/// `preadv` and `pwritev` of `buf` from its byte `skip` on; `at` is where the buffer's first byte is in the file.
+pub(crate) fn read(file: &File, at: u64, buf: &mut Buf, skip: usize) -> io::Result<usize> {
+    let len = buf.len() - skip;
+    // SAFETY: `skip` and `len` stay within the Buf (the subtraction is checked), whose memory is borrowed for the call.
+    count(unsafe { libc::pread64(file.as_raw_fd(), buf.as_ptr().add(skip).cast(), len, offset(at, skip)) })
+}
+
+/// As [`read`].
+pub(crate) fn write(file: &File, at: u64, buf: &Buf, skip: usize) -> io::Result<usize> {
+    let len = buf.len() - skip;
+    // SAFETY: as in `read`.
+    count(unsafe { libc::pwrite64(file.as_raw_fd(), buf.as_ptr().add(skip).cast(), len, offset(at, skip)) })
+}
+
+fn offset(at: u64, skip: usize) -> i64 {
+    (at + skip as u64) as i64
+}
+
+fn count(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// What a file demands of direct transfers, in bytes: the alignment of memory, and of offsets and lengths. `None`: the
+/// kernel (before 6.1) or the file system does not tell. Zeroes: the file cannot do direct transfers.
+pub(crate) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    let mut out = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `out` has the size of the structure, and all
+    // zeroes is a valid value of it.
+    let out = unsafe {
+        let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
+        if libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, out.as_mut_ptr()) < 0 {
+            return None;
+        }
+        out.assume_init()
+    };
+    (out.stx_mask & libc::STATX_DIOALIGN != 0).then_some((out.stx_dio_mem_align, out.stx_dio_offset_align))
+}
+
+/// `_IO(0x12, 94)`: whether a block device is read-only.
+const BLKROGET: libc::Ioctl = 0x125e;
+/// `_IO(0x12, 104)`: a block device's logical block size.
+const BLKSSZGET: libc::Ioctl = 0x1268;
+/// `_IO(0x12, 123)`: a block device's physical block size.
+const BLKPBSZGET: libc::Ioctl = 0x127b;
+
+pub(crate) fn is_read_only(disk: &File) -> io::Result<bool> {
+    int(disk, BLKROGET).map(|n| n != 0)
+}
+
+pub(crate) fn logical_block_size(disk: &File) -> io::Result<u32> {
+    int(disk, BLKSSZGET)
+}
+
+pub(crate) fn physical_block_size(disk: &File) -> io::Result<u32> {
+    int(disk, BLKPBSZGET)
+}
+
+fn int(disk: &File, request: libc::Ioctl) -> io::Result<u32> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: each of the requests above stores one int. On a descriptor that is no block device it is refused.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), request, &raw mut value) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value as u32)
+}
