@@ -318,6 +318,11 @@ impl Channel {
         }
     }
 
+    /// Gives the device up at once: everything in flight ends with [`Error::Gone`], at the next `reap`s.
+    pub fn give_up(&mut self) {
+        self.queue.give_up();
+    }
+
     /// Withdraws the requests whose tags `which` picks: nothing of them reaches the device that has not yet. They end with
     /// [`Error::Cancelled`], or as the device says when it already has them.
     pub fn cancel(&mut self, which: impl Fn(u64) -> bool) {

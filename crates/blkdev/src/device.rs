@@ -41,7 +41,6 @@ pub trait Queue: Send {
     ///
     /// # Errors
     /// The queue is full: the request comes back, buffer and all.
-    #[expect(clippy::result_large_err, reason = "what goes in comes out")]
     fn push(&mut self, request: Request) -> Result<(), Request>;
 
     /// One doorbell for everything pushed since the last one, left out when the device asked for none.

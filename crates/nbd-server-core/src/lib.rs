@@ -1,1 +1,27 @@
-//! (being written)
+//! An NBD server over any [`blkdev::Device`]: exports, sessions, workers.
+//!
+//! ```text
+//!   listeners ──► door (handshakes, one thread) ──► workers (one thread each, one Channel per export) ──► devices
+//! ```
+//!
+//! - [`Export`] is policy: a device under a name. It answers what the handshake asks about it.
+//! - [`Session`] is one connection's transmission phase without a socket and without a clock: client bytes become block
+//!   requests, completions become replies. It can be driven by any loop, and simulated.
+//! - [`Server`] is the loop: it accepts, shakes hands, and moves each connection to a worker that owns a queue of its export.
+//!
+//! Devices are opened before the server starts, once, and shared by all connections. Payload memory is bounded by
+//! [`Limits::memory`] for each worker and export: what does not fit waits in the socket.
+#![forbid(unsafe_code)]
+
+mod door;
+mod export;
+mod outbox;
+mod poll;
+mod server;
+mod session;
+mod worker;
+
+pub use export::{Export, Exports};
+pub use outbox::Outbox;
+pub use server::{Limits, Listener, Server};
+pub use session::{Session, Stall};

@@ -1,0 +1,17 @@
+//! Serves 1 GiB of memory on a unix socket, until it is killed: `cargo run --release --example ram_disk -- /tmp/nbd.sock`.
+
+use std::{os::unix::net::UnixListener, sync::Arc, thread};
+
+use blkdev::memory::Memory;
+use nbd_server_core::{Export, Limits, Server};
+
+fn main() -> std::io::Result<()> {
+    let path = std::env::args().nth(1).unwrap_or_else(|| "nbd.sock".into());
+    let device = Arc::new(Memory::new(1 << 30));
+    let export = Export { name: String::new(), description: "a RAM disk".into(), device, read_only: false };
+    let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], Limits::default())?;
+    println!("nbd+unix:///?socket={path}");
+    loop {
+        thread::park();
+    }
+}

@@ -1,0 +1,249 @@
+//! The door: accepts connections and shakes hands, on one thread, away from the workers. It never touches a device.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use blkdev::socket::{self, Gather};
+use nbd_proto::{Handshake, Negotiated, Offer, Step};
+use nix::sys::eventfd::EventFd;
+
+use crate::{
+    Exports, Limits, Listener,
+    poll::{Happened, Poll},
+    worker::{Arrival, Handle},
+};
+
+/// The accepting thread's state.
+pub(crate) struct Door {
+    poll: Poll,
+    listeners: Vec<Listener>,
+    exports: Exports,
+    workers: Arc<[Handle]>,
+    guests: Vec<Option<Guest>>,
+    bell: Arc<EventFd>,
+    stop: Arc<AtomicBool>,
+    limits: Limits,
+    /// Until when nobody is let in: there were no descriptors left.
+    closed_until: Option<Instant>,
+}
+
+/// A connection in its handshake.
+struct Guest {
+    socket: OwnedFd,
+    handshake: Handshake,
+    /// What is still to be sent.
+    out: Vec<u8>,
+    /// What came after the last option.
+    sent: Vec<u8>,
+    ending: Option<Ending>,
+    deadline: Instant,
+}
+
+/// What becomes of a guest when `out` is sent.
+enum Ending {
+    Serve(Box<Negotiated>),
+    Close,
+}
+
+const BELL: u64 = u64::MAX;
+/// Tokens of listeners have this bit; those of guests are their numbers.
+const LISTENER: u64 = 1 << 32;
+
+/// Received at a time. Options are short, and what comes after them is bounded by this.
+const STAGING: usize = 16 << 10;
+
+/// How long to wait when there are no descriptors left for another connection.
+const PAUSE: Duration = Duration::from_millis(100);
+
+impl Door {
+    pub(crate) fn new(
+        listeners: Vec<Listener>,
+        exports: Exports,
+        workers: Arc<[Handle]>,
+        bell: Arc<EventFd>,
+        stop: Arc<AtomicBool>,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        poll.add_level(&*bell, BELL)?;
+        for (n, listener) in listeners.iter().enumerate() {
+            listener.set_nonblocking()?;
+            poll.add_level(listener, LISTENER | n as u64)?;
+        }
+        Ok(Self { poll, listeners, exports, workers, guests: Vec::new(), bell, stop, limits, closed_until: None })
+    }
+
+    pub(crate) fn run(mut self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            if let Err(e) = self.turn() {
+                log::error!("no more connections are accepted: {e}");
+                return;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        let now = Instant::now();
+        let deadlines = self.guests.iter().flatten().map(|g| g.deadline).chain(self.closed_until);
+        let timeout = deadlines.min().map(|t| t.saturating_duration_since(now));
+        let happened: Vec<Happened> = self.poll.wait(timeout)?.collect();
+        for event in happened {
+            if event.token == BELL {
+                let _ = self.bell.read();
+            } else if event.token & LISTENER != 0 {
+                self.accept((event.token & !LISTENER) as usize)?;
+            } else {
+                self.talk(event.token as usize);
+            }
+        }
+        let now = Instant::now();
+        for number in 0..self.guests.len() {
+            if self.guests[number].as_ref().is_some_and(|g| g.deadline <= now) {
+                log::info!("a client did not finish its handshake within {:?}: cut off", self.limits.handshake_timeout);
+                self.guests[number] = None;
+            }
+        }
+        if self.closed_until.is_some_and(|t| t <= now) {
+            self.closed_until = None;
+            for (n, listener) in self.listeners.iter().enumerate() {
+                self.poll.add_level(listener, LISTENER | n as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, listener: usize) -> io::Result<()> {
+        let socket = match self.listeners[listener].accept() {
+            Ok(socket) => socket,
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc_errno::EMFILE | libc_errno::ENFILE | libc_errno::ENOMEM)) =>
+            {
+                // The connection stays in the backlog; without a pause this loop would only spin.
+                log::warn!("cannot accept a connection: {e}");
+                if self.closed_until.is_none() {
+                    for listener in &self.listeners {
+                        self.poll.remove(listener)?;
+                    }
+                    self.closed_until = Some(Instant::now() + PAUSE);
+                }
+                return Ok(());
+            }
+            // The client has gone again, or somebody else took it.
+            Err(_) => return Ok(()),
+        };
+        let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
+        let served: usize = (0..self.exports.list().len())
+            .flat_map(|export| self.workers.iter().filter_map(move |w| w.load(export)))
+            .max()
+            .unwrap_or(0);
+        if number >= self.limits.handshakes || served >= self.limits.connections {
+            log::warn!(
+                "a connection was turned away: {number} are in their handshake, {served} are served by one worker"
+            );
+            return Ok(());
+        }
+        let mut out = Vec::new();
+        let handshake = Handshake::new(OFFER, &mut out);
+        let deadline = Instant::now() + self.limits.handshake_timeout;
+        self.poll.add_edge(&socket, number as u64)?;
+        let guest = Guest { socket, handshake, out, sent: Vec::new(), ending: None, deadline };
+        if number == self.guests.len() {
+            self.guests.push(None);
+        }
+        self.guests[number] = Some(guest);
+        self.talk(number);
+        Ok(())
+    }
+
+    /// Goes on with a handshake as far as the client has.
+    fn talk(&mut self, number: usize) {
+        let Some(guest) = &mut self.guests[number] else { return };
+        match guest.talk(&self.exports) {
+            Ok(false) => {}
+            Ok(true) => {
+                let guest = self.guests[number].take().expect("just talked to");
+                if let Some(Ending::Serve(negotiated)) = guest.ending {
+                    self.hand_over(guest.socket, negotiated, guest.sent);
+                }
+            }
+            Err(e) => {
+                log::debug!("a client was dropped in its handshake: {e}");
+                self.guests[number] = None;
+            }
+        }
+    }
+
+    fn hand_over(&self, socket: OwnedFd, negotiated: Box<Negotiated>, sent: Vec<u8>) {
+        let Some(export) = self.exports.position(&negotiated.name) else { return };
+        if let Err(e) = self.poll.remove(&socket) {
+            return log::warn!("a client was turned away: {e}");
+        }
+        let least =
+            self.workers.iter().filter_map(|w| w.load(export).map(|load| (load, w))).min_by_key(|(load, _)| *load);
+        if let Some((_, worker)) = least {
+            worker.send(Arrival { socket, negotiated, export, sent });
+        }
+    }
+}
+
+impl Guest {
+    /// `true`: the handshake is over, one way or the other, and all is sent.
+    fn talk(&mut self, exports: &Exports) -> io::Result<bool> {
+        loop {
+            while !self.out.is_empty() {
+                let mut list = Gather::new();
+                list.bytes(&self.out);
+                match list.send(self.socket.as_fd()) {
+                    Ok(sent) => drop(self.out.drain(..sent)),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            if self.ending.is_some() {
+                return Ok(true);
+            }
+            let mut staging = [0; STAGING];
+            let got = match socket::receive(self.socket.as_fd(), None, &mut staging) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => got,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            let mut input = &staging[..got];
+            match self.handshake.next(&mut input, exports, &mut self.out).map_err(io::Error::other)? {
+                Step::More => {}
+                Step::Done(negotiated) => {
+                    self.sent = input.to_vec();
+                    self.ending = Some(Ending::Serve(negotiated));
+                }
+                // TLS is not offered, so `StartTls` never comes; and if it did, to close is the safe answer.
+                Step::Closed | Step::StartTls => self.ending = Some(Ending::Close),
+            }
+        }
+    }
+}
+
+/// What every client is offered.
+const OFFER: Offer = Offer {
+    structured: true,
+    extended: false,
+    tls: nbd_proto::Tls::Off,
+    block_size_required: false,
+    enforce_alignment: false,
+};
+
+/// Three numbers are not worth a dependency on libc.
+mod libc_errno {
+    pub(super) const ENOMEM: i32 = nix::errno::Errno::ENOMEM as i32;
+    pub(super) const ENFILE: i32 = nix::errno::Errno::ENFILE as i32;
+    pub(super) const EMFILE: i32 = nix::errno::Errno::EMFILE as i32;
+}

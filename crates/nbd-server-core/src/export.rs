@@ -1,0 +1,103 @@
+//! [`Export`]: a device under a name, and what clients are told about it.
+
+use std::{collections::HashSet, io, sync::Arc};
+
+use blkdev::Device;
+use nbd_proto::{
+    BlockSizes, Catalog, Refusal, limits,
+    wire::{BASE_ALLOCATION, TransmissionFlags as Flag},
+};
+
+/// A device that clients may ask for by name.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// At most 4096 bytes; may be empty.
+    pub name: String,
+    /// For people; may be empty.
+    pub description: String,
+    /// What is served.
+    pub device: Arc<dyn Device>,
+    /// Refuse what would change the device, even where the device would allow it.
+    pub read_only: bool,
+}
+
+impl Export {
+    /// What the handshake tells about it. Asks the device nothing that takes time.
+    fn told(&self, payload_max: u32) -> nbd_proto::Export {
+        let info = self.device.info();
+        let writable = !(self.read_only || info.caps.read_only);
+        // All connections reach the same open device, so a flush on one covers the writes of all.
+        let flags = (Flag::HAS_FLAGS.with(Flag::SEND_FLUSH).with(Flag::SEND_FUA))
+            .with(Flag::SEND_DF)
+            .with(Flag::CAN_MULTI_CONN)
+            .with_if(!writable, Flag::READ_ONLY)
+            .with_if(writable, Flag::SEND_WRITE_ZEROES.with(Flag::SEND_FAST_ZERO))
+            .with_if(writable && info.caps.discard, Flag::SEND_TRIM)
+            .with_if(info.caps.prefetch, Flag::SEND_CACHE)
+            .with_if(info.caps.rotational, Flag::ROTATIONAL);
+        nbd_proto::Export {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            size: self.device.capacity(),
+            flags,
+            block: BlockSizes::nearest(info.block_size, info.preferred_block_size, payload_max),
+            contexts: vec![BASE_ALLOCATION.to_owned()],
+        }
+    }
+}
+
+/// The exports of a server; the first is the default one, served under the empty name too.
+#[derive(Clone, Debug)]
+pub struct Exports {
+    list: Arc<[Export]>,
+    /// Longest READ or WRITE, in bytes.
+    payload_max: u32,
+}
+
+impl Exports {
+    /// # Errors
+    /// No export at all, a name twice, or a name or description that no client could be told.
+    pub fn new(list: Vec<Export>, payload_max: u32) -> io::Result<Self> {
+        let refuse = |text: String| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        if list.is_empty() {
+            return refuse("nothing to serve: no export given".into());
+        }
+        let mut names = HashSet::new();
+        for Export { name, description, .. } in &list {
+            if !names.insert(name.as_str()) {
+                return refuse(format!("two exports are named {name:?}"));
+            }
+            for text in [name, description] {
+                if text.len() > limits::NAME_MAX || text.contains('\0') {
+                    return refuse(format!(
+                        "export {name:.40?}: name and description have at most 4096 bytes and no NUL"
+                    ));
+                }
+            }
+        }
+        Ok(Self { list: list.into(), payload_max })
+    }
+
+    /// All of them, the default one first.
+    pub fn list(&self) -> &[Export] {
+        &self.list
+    }
+
+    /// Which export a client means by a name.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        // Somebody may have named an export other than the first "".
+        self.list.iter().position(|e| e.name == name).or((name.is_empty()).then_some(0))
+    }
+}
+
+impl Catalog for Exports {
+    fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal> {
+        self.list.iter().for_each(|e| each(&e.name, &e.description));
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<nbd_proto::Export, Refusal> {
+        let position = self.position(name).ok_or_else(|| Refusal::unknown(name))?;
+        Ok(self.list[position].told(self.payload_max))
+    }
+}

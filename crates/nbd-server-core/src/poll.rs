@@ -1,0 +1,81 @@
+//! The little of epoll that the door and the workers need: edge-triggered, with tokens.
+
+use std::{io, os::fd::AsFd, time::Duration};
+
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    eventfd::{EfdFlags, EventFd},
+};
+
+/// A set of file descriptors, each with a token, and the events of the last wait.
+#[derive(Debug)]
+pub(crate) struct Poll {
+    epoll: Epoll,
+    events: Vec<EpollEvent>,
+}
+
+/// Something happened to the descriptor with this token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Happened {
+    pub(crate) token: u64,
+    /// There is something to read, an end of the stream or an error included.
+    pub(crate) readable: bool,
+    /// There is room to write, or an error.
+    pub(crate) writable: bool,
+}
+
+impl Poll {
+    pub(crate) fn new() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self { epoll, events: vec![EpollEvent::empty(); 256] })
+    }
+
+    /// Tells each time that the descriptor becomes readable or writable, not that it still is.
+    pub(crate) fn add_edge(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
+    }
+
+    /// Tells each time that the descriptor becomes readable.
+    pub(crate) fn add_wake(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token))?)
+    }
+
+    /// Tells as long as the descriptor is readable.
+    pub(crate) fn add_level(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))?)
+    }
+
+    pub(crate) fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(self.epoll.delete(fd)?)
+    }
+
+    /// Waits for events, at most `timeout` (rounded up to milliseconds).
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = Happened> + use<'_>> {
+        let timeout = match timeout {
+            None => EpollTimeout::NONE,
+            Some(t) => {
+                let ms = t.as_micros().div_ceil(1000).min(i32::MAX as u128);
+                EpollTimeout::try_from(ms as i32).unwrap_or(EpollTimeout::MAX)
+            }
+        };
+        let count = match self.epoll.wait(&mut self.events, timeout) {
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(self.events[..count].iter().map(|e| {
+            let bad = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
+            Happened {
+                token: e.data(),
+                readable: e.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | bad),
+                writable: e.events().intersects(EpollFlags::EPOLLOUT | bad),
+            }
+        }))
+    }
+}
+
+/// An eventfd that one thread waits on and others ring.
+pub(crate) fn bell() -> io::Result<EventFd> {
+    Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
+}

@@ -1,0 +1,329 @@
+//! One connection's transmission phase: turns client bytes into block requests and completions into replies. Knows no socket
+//! and no clock.
+
+use blkdev::{Buf, Channel, Done, Error, ExtentKind, Io};
+use nbd_proto::{
+    Command, Cookie, Event, Fatal, Negotiated, Receiver, Replier, WireError, Write,
+    wire::{AllocationFlags, CommandKind},
+};
+
+use crate::Outbox;
+
+/// Requests of one connection that may be under way or unsent at a time. A client that asks for more waits.
+pub(crate) const CALLS_MAX: usize = 1024;
+
+/// A client in the transmission phase.
+///
+/// Its owner feeds it bytes ([`take`](Self::take)), hands it the completions that carry its number
+/// ([`complete`](Self::complete)), and sends its [`outbox`](Self::outbox).
+#[derive(Debug)]
+pub struct Session {
+    /// Upper half of every tag, so that the owner knows whose completion it is.
+    number: u32,
+    receiver: Receiver,
+    replier: Replier,
+    calls: Calls,
+    /// A request that has been read, and waits for memory or for an earlier one to end.
+    stalled: Option<(Cookie, Asked)>,
+    filling: Option<Filling>,
+    outbox: Outbox,
+    /// The client said goodbye.
+    disconnecting: bool,
+    /// The connection is gone: nobody waits for replies.
+    closed: bool,
+}
+
+/// Why a session does not take more input now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// It needs payload memory: try again when the channel has got some back.
+    Memory,
+    /// Its client has too much under way: try again when something is done or sent.
+    Calls,
+    /// Its client said goodbye: nothing more will be taken.
+    Disconnect,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Asked {
+    Command(Command),
+    Write(Write),
+}
+
+/// A write whose payload is still coming.
+#[derive(Debug)]
+struct Filling {
+    cookie: Cookie,
+    write: Write,
+    buf: Buf,
+    have: usize,
+}
+
+impl Session {
+    /// A session on what the handshake agreed. `number` becomes the upper half of the tags that it submits.
+    pub fn new(negotiated: &Negotiated, number: u32) -> Self {
+        Self {
+            number,
+            receiver: Receiver::new(negotiated.terms),
+            replier: Replier::new(negotiated.terms),
+            calls: Calls::default(),
+            stalled: None,
+            filling: None,
+            outbox: Outbox::default(),
+            disconnecting: false,
+            closed: false,
+        }
+    }
+
+    /// Whose completion a tag belongs to.
+    #[inline]
+    pub fn number_of(tag: u64) -> u32 {
+        (tag >> 32) as u32
+    }
+
+    /// Takes requests off `input` and submits them to `channel`, until the input is used up (`None`) or it must wait; then
+    /// call it again with the rest.
+    ///
+    /// # Errors
+    /// The client broke the protocol: drop the connection.
+    pub fn take(&mut self, input: &mut &[u8], channel: &mut Channel) -> Result<Option<Stall>, Fatal> {
+        if self.disconnecting {
+            return Ok(Some(Stall::Disconnect));
+        }
+        if let Some((cookie, asked)) = self.stalled
+            && let Some(stall) = self.begin(cookie, asked, channel)
+        {
+            return Ok(Some(stall));
+        }
+        while let Some(event) = self.receiver.next(input)? {
+            let stall = match event {
+                Event::Command(cookie, command) => self.begin(cookie, Asked::Command(command), channel),
+                Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel),
+                Event::Payload(bytes) => {
+                    let filling = self.filling.as_mut().expect("payload follows a write that has its buffer");
+                    filling.buf.copy_from(filling.have, bytes);
+                    filling.have += bytes.len();
+                    self.write_if_filled(channel);
+                    None
+                }
+                Event::Reject(cookie, refused) => {
+                    self.replier.error(&mut self.outbox, cookie, refused.at, refused.error, refused.text);
+                    (self.outbox.len() >= CALLS_MAX).then_some(Stall::Calls)
+                }
+                Event::Disconnect => {
+                    self.disconnecting = true;
+                    Some(Stall::Disconnect)
+                }
+            };
+            if stall.is_some() {
+                return Ok(stall);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Where the rest of a payload goes: into this buffer, from that byte on. Bytes received there are told by
+    /// [`landed`](Self::landed) before anything else is taken.
+    #[inline]
+    pub fn landing(&mut self) -> Option<(&mut Buf, usize)> {
+        self.filling.as_mut().map(|f| (&mut f.buf, f.have))
+    }
+
+    /// `n` bytes were received where [`landing`](Self::landing) said.
+    pub fn landed(&mut self, n: usize, channel: &mut Channel) {
+        if let Some(filling) = &mut self.filling {
+            self.receiver.payload_placed(u32::try_from(n).expect("a payload is shorter than 4 GiB"));
+            filling.have += n;
+            self.write_if_filled(channel);
+        }
+    }
+
+    /// A request of this session has ended: its reply goes to the outbox.
+    pub fn complete(&mut self, done: Done) {
+        let Call { cookie, at, len } = self.calls.end(done.tag as u32);
+        if self.closed {
+            return;
+        }
+        let (replier, out) = (&self.replier, &mut self.outbox);
+        match (done.result, done.io) {
+            (Ok(()), Io::Read { buf, .. }) => {
+                replier.read_head(out, cookie, at, buf.len() as u32);
+                out.payload(buf);
+            }
+            (Ok(()), Io::Status { extents, .. }) => {
+                let extents = extents.iter().map(|e| nbd_proto::Extent { len: e.len, flags: allocation(e.kind) });
+                replier.status(out, cookie, at, ALLOCATION, extents, true);
+            }
+            (Ok(()), io) => replier.done(out, cookie, at, kind_of(&io)),
+            (Err(error), io) => {
+                let (code, text) = wire_error(error, &io);
+                log::debug!("request for {len} bytes at {at} failed: {text}");
+                replier.error(out, cookie, at, code, text);
+            }
+        }
+    }
+
+    /// Replies to be sent.
+    #[inline]
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// Requests at the device.
+    #[inline]
+    pub fn in_flight(&self) -> usize {
+        self.calls.in_use
+    }
+
+    /// Whether the client said goodbye and got every reply.
+    #[inline]
+    pub fn is_over(&self) -> bool {
+        self.disconnecting && self.calls.in_use == 0 && self.outbox.is_empty()
+    }
+
+    /// Whether memory is held for a client that must act: it has to send the rest of a payload, or take its replies.
+    pub fn is_client_due(&self) -> bool {
+        self.filling.is_some() || !self.outbox.is_empty()
+    }
+
+    /// Gives back what the connection held, now that it is gone. What is at the device comes back by `complete`.
+    pub fn close(&mut self) {
+        self.filling = None;
+        self.stalled = None;
+        self.outbox = Outbox::default();
+        (self.disconnecting, self.closed) = (true, true);
+    }
+
+    /// Starts a request, or remembers it for when that is possible.
+    #[inline]
+    fn begin(&mut self, cookie: Cookie, asked: Asked, channel: &mut Channel) -> Option<Stall> {
+        let stall = if self.calls.in_use + self.outbox.len() >= CALLS_MAX {
+            Some(Stall::Calls)
+        } else {
+            match asked {
+                Asked::Command(command) => self.command(cookie, command, channel),
+                Asked::Write(write) => self.write(cookie, write, channel),
+            }
+        };
+        self.stalled = stall.map(|_| (cookie, asked));
+        stall
+    }
+
+    #[inline]
+    fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel) -> Option<Stall> {
+        let (at, len, io) = match command {
+            Command::Read { at, len, df: _ } => {
+                let Some(buf) = channel.alloc(at, len as usize) else { return Some(Stall::Memory) };
+                (at, len.into(), Io::Read { at, buf })
+            }
+            Command::Flush => (0, 0, Io::Flush),
+            Command::Trim { at, len, fua } => (at, len, Io::Discard { at, len, fua }),
+            Command::Cache { at, len } => (at, len, Io::Prefetch { at, len }),
+            Command::Zero { at, len, unmap, fast, fua } => (at, len, Io::Zero { at, len, fua, unmap, fast }),
+            Command::Status { at, len, one, contexts: _ } => {
+                // What is asked for one extent of is most often asked in a loop: the device need not look further.
+                let extents = Vec::with_capacity(usize::from(one));
+                (at, len, Io::Status { at, len, extents })
+            }
+        };
+        self.submit(Call { cookie, at, len }, io, channel);
+        None
+    }
+
+    fn write(&mut self, cookie: Cookie, write: Write, channel: &mut Channel) -> Option<Stall> {
+        let Some(buf) = channel.alloc(write.at, write.len as usize) else { return Some(Stall::Memory) };
+        self.filling = Some(Filling { cookie, write, buf, have: 0 });
+        self.write_if_filled(channel);
+        None
+    }
+
+    #[inline]
+    fn write_if_filled(&mut self, channel: &mut Channel) {
+        if let Some(Filling { cookie, write, buf, .. }) = self.filling.take_if(|f| f.have == f.buf.len()) {
+            let call = Call { cookie, at: write.at, len: write.len.into() };
+            self.submit(call, Io::Write { at: write.at, buf, fua: write.fua }, channel);
+        }
+    }
+
+    #[inline]
+    fn submit(&mut self, call: Call, io: Io, channel: &mut Channel) {
+        let tag = u64::from(self.number) << 32 | u64::from(self.calls.begin(call));
+        channel.submit(tag, io);
+    }
+}
+
+/// The id of base:allocation, the first and only context of our exports.
+const ALLOCATION: u32 = 0;
+
+fn allocation(kind: ExtentKind) -> u64 {
+    let flags = match kind {
+        ExtentKind::Data => AllocationFlags::NONE,
+        ExtentKind::Hole => AllocationFlags::HOLE.with(AllocationFlags::ZERO),
+        ExtentKind::Zero => AllocationFlags::ZERO,
+    };
+    flags.0
+}
+
+fn kind_of(io: &Io) -> CommandKind {
+    match io {
+        Io::Read { .. } => CommandKind::READ,
+        Io::Write { .. } => CommandKind::WRITE,
+        Io::Zero { .. } => CommandKind::WRITE_ZEROES,
+        Io::Discard { .. } => CommandKind::TRIM,
+        Io::Flush => CommandKind::FLUSH,
+        Io::Status { .. } => CommandKind::BLOCK_STATUS,
+        Io::Prefetch { .. } => CommandKind::CACHE,
+    }
+}
+
+/// What the client is told of an error (proto.md, "Error values").
+fn wire_error(error: Error, io: &Io) -> (WireError, &'static str) {
+    match (error, io) {
+        (Error::ReadOnly, _) => (WireError::Perm, "the device is read-only"),
+        (Error::NoSpace, _) => (WireError::NoSpc, "no space left on the device"),
+        (Error::OutOfRange, Io::Write { .. } | Io::Zero { .. }) => (WireError::NoSpc, "past the end of the device"),
+        (Error::OutOfRange, _) => (WireError::Inval, "past the end of the device"),
+        (Error::NotSupported, Io::Zero { fast: true, .. }) => (WireError::NotSup, "zeroes would have to be written"),
+        (Error::NotSupported, _) => (WireError::Inval, "the device cannot do this"),
+        (Error::Invalid, _) => (WireError::Inval, "invalid request"),
+        (Error::Gone, _) => (WireError::Io, "the device is gone or does not answer"),
+        (Error::Io | Error::Cancelled, _) => (WireError::Io, "the device reported an error"),
+    }
+}
+
+/// Requests at the device, by the lower half of their tags.
+#[derive(Debug, Default)]
+struct Calls {
+    list: Vec<Call>,
+    /// Numbers in `list` that are not in use.
+    free: Vec<u32>,
+    in_use: usize,
+}
+
+/// What a reply needs to know of its request.
+#[derive(Clone, Copy, Debug)]
+struct Call {
+    cookie: Cookie,
+    at: u64,
+    len: u64,
+}
+
+impl Calls {
+    #[inline]
+    fn begin(&mut self, call: Call) -> u32 {
+        self.in_use += 1;
+        if let Some(number) = self.free.pop() {
+            self.list[number as usize] = call;
+            return number;
+        }
+        self.list.push(call);
+        self.list.len() as u32 - 1
+    }
+
+    #[inline]
+    fn end(&mut self, number: u32) -> Call {
+        self.in_use -= 1;
+        self.free.push(number);
+        self.list[number as usize]
+    }
+}

@@ -1,0 +1,509 @@
+//! [`Worker`]: one thread that moves bytes between its connections and its channels, in turns.
+//!
+//! A turn takes what all readable clients have sent, rings each device once, takes what the devices have finished and sends
+//! it. So under load everything happens in batches, without a lock, an allocation or another thread.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use blkdev::{Channel, Done, socket};
+use nbd_proto::Negotiated;
+use nix::sys::eventfd::EventFd;
+
+use crate::{
+    Session, Stall,
+    poll::{Happened, Poll, bell},
+};
+
+/// A client whose handshake is done.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) socket: OwnedFd,
+    pub(crate) negotiated: Box<Negotiated>,
+    /// Which export it asked for.
+    pub(crate) export: usize,
+    /// What it sent after the last option.
+    pub(crate) sent: Vec<u8>,
+}
+
+/// The way to a worker, for other threads.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    inbox: mpsc::Sender<Arrival>,
+    bell: Arc<EventFd>,
+    /// Connections it has.
+    load: Arc<AtomicUsize>,
+    serves: Vec<bool>,
+}
+
+impl Handle {
+    /// How many connections it has, if it serves that export.
+    pub(crate) fn load(&self, export: usize) -> Option<usize> {
+        self.serves[export].then(|| self.load.load(Ordering::Relaxed))
+    }
+
+    /// Hands a connection over; `false`: the worker has ended.
+    pub(crate) fn send(&self, arrival: Arrival) -> bool {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        self.inbox.send(arrival).is_ok() && self.ring()
+    }
+
+    /// Wakes it.
+    pub(crate) fn ring(&self) -> bool {
+        self.bell.write(1).is_ok()
+    }
+}
+
+/// One thread's connections and channels.
+struct Worker {
+    poll: Poll,
+    inbox: mpsc::Receiver<Arrival>,
+    bell: Arc<EventFd>,
+    load: Arc<AtomicUsize>,
+    stop: Arc<AtomicBool>,
+    /// By export; `None` where others serve it.
+    lanes: Vec<Option<Lane>>,
+    /// By number; a number stays taken until nothing of its connection is at a device.
+    conns: Vec<Option<Conn>>,
+    free: Vec<u32>,
+    /// Connections with something to do in this turn.
+    active: Vec<u32>,
+    staging: Box<[u8]>,
+    done: Vec<Done>,
+    now: Instant,
+    swept: Instant,
+    stall_timeout: Duration,
+}
+
+/// A channel, and the connections that wait for its memory: first come, first served, so that nobody starves.
+struct Lane {
+    channel: Channel,
+    starved: VecDeque<u32>,
+}
+
+struct Conn {
+    /// `None`: gone, and only waiting for what is still at the device.
+    socket: Option<OwnedFd>,
+    session: Session,
+    lane: usize,
+    /// Input that could not be taken yet. While there is any, no more is received.
+    backlog: Vec<u8>,
+    stall: Option<Stall>,
+    readable: bool,
+    writable: bool,
+    /// In `active`.
+    active: bool,
+    /// When bytes last moved.
+    moved: Instant,
+}
+
+/// Bytes received at a time: a hundred small writes, or thousands of other requests. Larger does not save system calls that
+/// matter, and would fall out of the cache.
+const STAGING: usize = 256 << 10;
+
+/// Receives of one connection in a turn, before others have theirs.
+const RECEIVES: usize = 4;
+
+const BELL: u64 = u64::MAX;
+/// Tokens of lanes have this bit; those of connections are their numbers.
+const LANE: u64 = 1 << 32;
+
+/// Starts a worker with its channels, one for each export that it serves.
+///
+/// # Errors
+/// No descriptors or threads left.
+pub(crate) fn start(
+    name: String,
+    channels: Vec<Option<Channel>>,
+    stall_timeout: Duration,
+    stop: &Arc<AtomicBool>,
+) -> io::Result<(Handle, JoinHandle<()>)> {
+    let (sender, inbox) = mpsc::channel();
+    let (poll, bell, load) = (Poll::new()?, Arc::new(bell()?), Arc::new(AtomicUsize::new(0)));
+    poll.add_level(&*bell, BELL)?;
+    for (export, channel) in channels.iter().enumerate() {
+        if let Some(fd) = channel.as_ref().and_then(Channel::wake_fd) {
+            poll.add_wake(fd, LANE | export as u64)?;
+        }
+    }
+    let handle = Handle {
+        inbox: sender,
+        bell: Arc::clone(&bell),
+        load: Arc::clone(&load),
+        serves: channels.iter().map(Option::is_some).collect(),
+    };
+    let now = Instant::now();
+    let lanes = channels.into_iter().map(|c| c.map(|channel| Lane { channel, starved: VecDeque::new() })).collect();
+    let worker = Worker {
+        poll,
+        inbox,
+        bell,
+        load,
+        stop: Arc::clone(stop),
+        lanes,
+        conns: Vec::new(),
+        free: Vec::new(),
+        active: Vec::new(),
+        staging: vec![0; STAGING].into_boxed_slice(),
+        done: Vec::new(),
+        now,
+        swept: now,
+        stall_timeout,
+    };
+    let thread = thread::Builder::new().name(name).spawn(move || worker.run())?;
+    Ok((handle, thread))
+}
+
+impl Worker {
+    fn run(mut self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            self.turn();
+            if let Err(e) = self.wait() {
+                log::error!("a worker cannot wait for events any more: {e}");
+                break;
+            }
+        }
+        self.wind_up();
+    }
+
+    fn turn(&mut self) {
+        self.now = Instant::now();
+        for lane in self.lanes.iter_mut().flatten() {
+            lane.channel.tick(self.now);
+        }
+        self.feed_starved();
+        let active = std::mem::take(&mut self.active);
+        for &number in &active {
+            self.input(number);
+        }
+        // Back in place, so that the completions of this turn add to it.
+        self.active = active;
+        self.reap();
+        self.output();
+        if self.now.duration_since(self.swept) > Duration::from_secs(1) {
+            self.sweep();
+        }
+    }
+
+    /// Waits until there is something to do, or only looks when there is already.
+    fn wait(&mut self) -> io::Result<()> {
+        let mut timeout = None;
+        if self.active.is_empty() {
+            for lane in self.lanes.iter_mut().flatten() {
+                if lane.channel.in_flight() > 0 {
+                    if !lane.channel.arm() {
+                        timeout = Some(Duration::ZERO);
+                        break;
+                    }
+                    timeout = [timeout, lane.channel.due()].into_iter().flatten().min();
+                }
+                if !lane.starved.is_empty() {
+                    // Somebody may have to be cut off.
+                    timeout = Some(timeout.map_or(Duration::from_secs(1), |t| t.min(Duration::from_secs(1))));
+                }
+            }
+        } else {
+            timeout = Some(Duration::ZERO);
+        }
+        let mut rung = false;
+        for Happened { token, readable, writable, .. } in self.poll.wait(timeout)? {
+            if token == BELL {
+                rung = true;
+            } else if token & LANE == 0
+                && let Some(conn) = &mut self.conns[token as usize]
+            {
+                conn.readable |= readable;
+                conn.writable |= writable;
+                activate(&mut self.active, token as u32, conn);
+            }
+        }
+        if rung {
+            let _ = self.bell.read();
+            while let Ok(arrival) = self.inbox.try_recv() {
+                self.welcome(arrival);
+            }
+        }
+        Ok(())
+    }
+
+    fn welcome(&mut self, arrival: Arrival) {
+        let Arrival { socket, negotiated, export, sent } = arrival;
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.conns.push(None);
+            self.conns.len() as u32 - 1
+        });
+        if let Err(e) = self.poll.add_edge(&socket, number.into()) {
+            log::warn!("a client was turned away: {e}");
+            self.load.fetch_sub(1, Ordering::Relaxed);
+            return self.free.push(number);
+        }
+        let conn = self.conns[number as usize].insert(Conn {
+            socket: Some(socket),
+            session: Session::new(&negotiated, number),
+            lane: export,
+            backlog: sent,
+            stall: None,
+            readable: true,
+            writable: true,
+            active: false,
+            moved: self.now,
+        });
+        activate(&mut self.active, number, conn);
+    }
+
+    /// Lets those who wait for memory go on, in order, as far as there is some now.
+    fn feed_starved(&mut self) {
+        for lane in 0..self.lanes.len() {
+            while let Some(&number) = self.lanes[lane].as_ref().and_then(|lane| lane.starved.front()) {
+                let conn = self.conns[number as usize].as_mut().expect("who waits is there");
+                conn.stall = None;
+                activate(&mut self.active, number, conn);
+                if !self.feed(number) {
+                    continue;
+                }
+                if self.conns[number as usize].as_ref().is_some_and(|conn| conn.stall == Some(Stall::Memory)) {
+                    break;
+                }
+                self.lanes[lane].as_mut().expect("just looked at").starved.pop_front();
+            }
+        }
+    }
+
+    /// Takes what an active connection has sent.
+    fn input(&mut self, number: u32) {
+        let Some(conn) = &mut self.conns[number as usize] else { return };
+        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
+        let wants = match conn.stall {
+            None => conn.readable || !conn.backlog.is_empty(),
+            Some(Stall::Calls) => true,
+            Some(Stall::Memory | Stall::Disconnect) => false,
+        };
+        if !wants {
+            return;
+        }
+        if lane.starved.is_empty() || conn.session.landing().is_some() {
+            self.feed(number);
+        } else {
+            conn.stall = Some(Stall::Memory);
+        }
+        if let Some(conn) = &self.conns[number as usize]
+            && conn.stall == Some(Stall::Memory)
+            && let Some(lane) = &mut self.lanes[conn.lane]
+        {
+            lane.starved.push_back(number);
+        }
+    }
+
+    /// Takes what a connection has sent until that is all, it must wait, or others should have their turn. `false`: it was at
+    /// its end, and is buried.
+    fn feed(&mut self, number: u32) -> bool {
+        let Some(conn) = &mut self.conns[number as usize] else { return false };
+        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
+        let waited = conn.stall.take().is_some() || !conn.backlog.is_empty();
+        let mut alive = !waited || conn.take_backlog(&mut lane.channel);
+        for _ in 0..RECEIVES {
+            if !alive || conn.stall.is_some() || !conn.readable {
+                break;
+            }
+            alive = conn.receive(&mut self.staging, &mut lane.channel, self.now);
+        }
+        if !alive {
+            self.bury(number);
+        }
+        alive
+    }
+
+    /// Rings the devices, and turns what they have finished into replies.
+    fn reap(&mut self) {
+        for lane in self.lanes.iter_mut().flatten() {
+            lane.channel.kick();
+            lane.channel.reap(&mut self.done);
+        }
+        let mut done = std::mem::take(&mut self.done);
+        for done in done.drain(..) {
+            let number = Session::number_of(done.tag);
+            let slot = &mut self.conns[number as usize];
+            let conn = slot.as_mut().expect("a number is kept while something of it is at a device");
+            conn.session.complete(done);
+            if conn.socket.is_some() {
+                activate(&mut self.active, number, conn);
+            } else if conn.session.in_flight() == 0 {
+                *slot = None;
+                self.free.push(number);
+            }
+        }
+        self.done = done;
+    }
+
+    /// Sends replies, and keeps in `active` who has still something to do.
+    fn output(&mut self) {
+        let mut active = std::mem::take(&mut self.active);
+        active.retain(|&number| {
+            let Some(conn) = &mut self.conns[number as usize] else { return false };
+            let alive = conn.send(self.now);
+            let over = conn.session.is_over();
+            let more = match conn.stall {
+                None => conn.readable || !conn.backlog.is_empty(),
+                // Each reply that goes out, and each request that ends, makes room; both activate.
+                Some(Stall::Calls) => conn.session.outbox().is_empty() && conn.session.in_flight() == 0,
+                Some(Stall::Memory | Stall::Disconnect) => false,
+            };
+            conn.active = more && alive && !over;
+            if !alive || over {
+                self.bury(number);
+                return false;
+            }
+            more
+        });
+        // `bury` never adds to the list.
+        self.active = active;
+    }
+
+    /// Closes a connection. What it has at the device comes back later; what has not got there never will.
+    fn bury(&mut self, number: u32) {
+        let slot = &mut self.conns[number as usize];
+        let Some(conn) = slot else { return };
+        if conn.socket.take().is_none() {
+            return;
+        }
+        self.load.fetch_sub(1, Ordering::Relaxed);
+        conn.session.close();
+        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
+        lane.starved.retain(|&n| n != number);
+        if conn.session.in_flight() == 0 {
+            *slot = None;
+            self.free.push(number);
+        } else {
+            lane.channel.cancel(|tag| Session::number_of(tag) == number);
+        }
+    }
+
+    /// Cuts off clients that hold memory and do nothing, while others wait for it.
+    fn sweep(&mut self) {
+        self.swept = self.now;
+        for number in 0..self.conns.len() as u32 {
+            let Some(conn) = &self.conns[number as usize] else { continue };
+            let starving = self.lanes[conn.lane].as_ref().is_some_and(|lane| !lane.starved.is_empty());
+            if starving
+                && conn.socket.is_some()
+                && conn.session.is_client_due()
+                && self.now.duration_since(conn.moved) > self.stall_timeout
+            {
+                log::warn!(
+                    "a client held memory that others wait for and moved nothing for {:?}: cut off",
+                    self.stall_timeout
+                );
+                self.bury(number);
+            }
+        }
+    }
+
+    /// Ends all connections, and lets the devices finish what they have, in bounded time.
+    fn wind_up(&mut self) {
+        for number in 0..self.conns.len() as u32 {
+            self.bury(number);
+        }
+        let start = Instant::now();
+        for lane in self.lanes.iter_mut().flatten() {
+            while lane.channel.in_flight() > 0 && start.elapsed() < WIND_UP {
+                lane.channel.reap(&mut self.done);
+                self.done.clear();
+                thread::sleep(Duration::from_millis(1));
+            }
+            if lane.channel.in_flight() > 0 {
+                log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                lane.channel.give_up();
+                lane.channel.reap(&mut self.done);
+                self.done.clear();
+            }
+        }
+    }
+}
+
+/// How long the devices have to finish when the server stops.
+const WIND_UP: Duration = Duration::from_secs(2);
+
+fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
+    if !conn.active {
+        conn.active = true;
+        active.push(number);
+    }
+}
+
+impl Conn {
+    /// Receives once, and takes it. `false`: the connection is at its end.
+    fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        let landing = self.session.landing();
+        let direct = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
+        let got = match socket::receive(socket.as_fd(), landing, staging) {
+            Ok(0) => return false,
+            Ok(got) => got,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                return true;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return true,
+            Err(_) => return false,
+        };
+        self.moved = now;
+        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own.
+        self.readable = got == direct + staging.len();
+        self.session.landed(got.min(direct), channel);
+        let mut input = &staging[..got.saturating_sub(direct)];
+        match self.session.take(&mut input, channel) {
+            Ok(stall) => {
+                self.stall = stall;
+                self.backlog.extend_from_slice(input);
+                true
+            }
+            Err(fatal) => {
+                log::info!("a client was dropped: {fatal}");
+                false
+            }
+        }
+    }
+
+    /// Takes what had to wait. `false`: the connection is at its end.
+    fn take_backlog(&mut self, channel: &mut Channel) -> bool {
+        let mut input = &self.backlog[..];
+        match self.session.take(&mut input, channel) {
+            Ok(stall) => {
+                let taken = self.backlog.len() - input.len();
+                self.backlog.drain(..taken);
+                self.stall = stall;
+                true
+            }
+            Err(fatal) => {
+                log::info!("a client was dropped: {fatal}");
+                false
+            }
+        }
+    }
+
+    /// Sends what the socket takes. `false`: the connection is broken.
+    fn send(&mut self, now: Instant) -> bool {
+        let Some(socket) = &self.socket else { return true };
+        if self.session.outbox().is_empty() || !self.writable {
+            return true;
+        }
+        match self.session.outbox().send(socket.as_fd()) {
+            Ok(all) => {
+                self.writable = all;
+                self.moved = now;
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
