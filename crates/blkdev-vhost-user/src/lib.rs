@@ -1,1 +1,114 @@
-//! (being written)
+//! vhost-user-blk back ends (qemu-storage-daemon, SPDK, DPDK, ...) as a [`blkdev::Device`]. This side is the front end.
+//!
+//! ```no_run
+//! # fn main() -> std::io::Result<()> {
+//! use blkdev::Device;
+//! use blkdev_vhost_user::{Options, VhostUser};
+//!
+//! let device = VhostUser::connect(&Options::new("/run/vhost.sock"))?;
+//! println!("{} bytes in blocks of {}", device.capacity(), device.info().block_size);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The back end needs virtio 1.0 and the protocol feature CONFIG, without which nobody knows the capacity. MQ, REPLY_ACK and
+//! CONFIGURE_MEM_SLOTS are used where offered. Nothing here waits without an end: a back end that does not answer, is busy
+//! with another front end, or dies is an error in bounded time, on the control socket as on every queue.
+
+mod connect;
+mod control;
+mod watch;
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use blkdev::{Device, Info, Mapping, Queue};
+use blkdev_virtio::VirtioBlk;
+
+use control::Control;
+
+/// How to reach a back end, and how to use it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The back end's socket, at most 107 bytes long.
+    pub path: PathBuf,
+    /// Never write, even if the back end would allow it.
+    pub read_only: bool,
+    /// Queues to use; `None`: as many as the back end has. More than it has is an error.
+    pub num_queues: Option<u16>,
+    /// Descriptors in a ring, at most: a power of two, 4 to 32768. 256.
+    pub queue_size: u16,
+    /// How long connecting may take, and each control message after that. 5 s.
+    pub connect_timeout: Duration,
+    /// How long a request may take before the back end is given up. 30 s.
+    pub request_timeout: Duration,
+}
+
+impl Options {
+    /// The defaults, for the back end at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+            num_queues: None,
+            queue_size: 256,
+            connect_timeout: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A connected back end.
+#[derive(Debug)]
+pub struct VhostUser {
+    device: VirtioBlk<Control>,
+}
+
+impl VhostUser {
+    /// Connects, negotiates, and reads what the device is.
+    ///
+    /// # Errors
+    /// There is no back end at the path, it is busy with another front end, did not answer within
+    /// [`Options::connect_timeout`], cannot be driven, or the options are out of range. The text says which.
+    pub fn connect(options: &Options) -> io::Result<Self> {
+        let begin = Instant::now();
+        let target = options.path.display().to_string();
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("vhost-user {target}: {e}"));
+        let stream = connect::connect(&options.path, options.connect_timeout).map_err(named)?;
+        let left = options.connect_timeout.saturating_sub(begin.elapsed());
+        let control = Control::negotiate(stream, target.clone(), left, options.connect_timeout).map_err(named)?;
+        let device = VirtioBlk::open(
+            control,
+            &blkdev_virtio::Options {
+                queues: options.num_queues,
+                queue_size: options.queue_size,
+                read_only: options.read_only,
+                timeout: Some(options.request_timeout),
+            },
+        )?;
+        device.transport().established()?;
+        Ok(Self { device })
+    }
+}
+
+impl Device for VhostUser {
+    fn info(&self) -> &Info {
+        self.device.info()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.device.capacity()
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.device.register(mapping)
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.device.open_queue(depth)
+    }
+}

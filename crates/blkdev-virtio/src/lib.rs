@@ -1,1 +1,21 @@
-//! (being written)
+//! The driver's side of virtio-blk over any [`Transport`]: virtqueues, request layout, and a [`blkdev::Device`] on top.
+//!
+//! A transport (vhost-user, vhost-vdpa, PCI over VFIO) moves feature bits, configuration bytes, ring addresses and
+//! doorbells. [`VirtioBlk::open`] negotiates over it and does all the rest.
+//!
+//! The device shares memory with us and is not trusted: ring memory is read by atomic access only, everything that the
+//! driver needs to know of its own requests lives in private memory, and an index, a descriptor id or a length that cannot
+//! be true ends the device ([`Error::Gone`](blkdev::Error::Gone) for all that is in flight) instead of the process.
+
+mod blk;
+mod config;
+mod life;
+#[cfg(feature = "model")]
+pub mod model;
+mod shared;
+mod split;
+mod transport;
+
+pub use blk::{Options, VirtioBlk};
+pub use life::Life;
+pub use transport::{Doorbell, Ring, Transport};

@@ -1,0 +1,49 @@
+//! Prints the first 512 bytes of a vhost-user-blk device: `cargo run --example read -- /path/to/socket`
+use std::{env, io, process::ExitCode};
+
+use blkdev::{Device, Mapping, Op, Request};
+use blkdev_vhost_user::{Options, VhostUser};
+
+fn main() -> ExitCode {
+    let Some(path) = env::args_os().nth(1) else {
+        eprintln!("usage: read SOCKET");
+        return ExitCode::from(2);
+    };
+    match first_block(&Options::new(path)) {
+        Ok(bytes) => {
+            for (n, line) in bytes[..512].chunks(16).enumerate() {
+                let hex: String = line.iter().map(|b| format!(" {b:02x}")).collect();
+                println!("{:04x}:{hex}", n * 16);
+            }
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn first_block(options: &Options) -> io::Result<Vec<u8>> {
+    let device = VhostUser::connect(options)?;
+    let memory = Mapping::new(1 << 20)?;
+    device.register(&memory)?;
+    let mut arena = memory.arenas(1).remove(0);
+    let mut queue = device.open_queue(1)?;
+
+    let buf = arena.alloc(device.info().block_size as usize).ok_or(io::ErrorKind::OutOfMemory)?;
+    let request = Request { tag: 1, op: Op::Read { at: 0, buf } };
+    queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
+    queue.kick();
+    let mut done = Vec::new();
+    loop {
+        queue.reap(&mut done);
+        let Some(completion) = done.pop() else {
+            std::thread::yield_now();
+            continue;
+        };
+        completion.result?;
+        let Op::Read { buf, .. } = completion.op else { unreachable!("what goes in comes out") };
+        return Ok(buf.to_vec());
+    }
+}

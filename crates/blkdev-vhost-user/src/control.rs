@@ -1,0 +1,386 @@
+//! [`Control`]: the control socket of a vhost-user back end, as the transport of a virtio-blk device.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd},
+        unix::net::UnixStream,
+    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use blkdev::Mapping;
+use blkdev_virtio::{Doorbell, Life, Ring, Transport};
+use vhost::{
+    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
+    vhost_user::{
+        Frontend, VhostUserFrontend,
+        message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
+    },
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::watch::Watch;
+
+/// Memory regions in one SET_MEM_TABLE that every back end takes (the specification's VHOST_MEMORY_BASELINE_NREGIONS).
+const REGIONS_MAX: usize = 8;
+
+/// GET_CONFIG's number.
+const GET_CONFIG: u32 = 24;
+
+/// Length of a message's header: request, flags, size of the rest. 12 bytes.
+const HEADER: usize = 12;
+
+/// Offset, size and flags at the start of GET_CONFIG's payload. 12 bytes.
+const CONFIG_HEADER: usize = 12;
+
+/// The longest message that is accepted.
+const MESSAGE_MAX: usize = 4096;
+
+/// A control socket whose protocol features have been negotiated.
+pub(crate) struct Control {
+    target: String,
+    life: Arc<Life>,
+    timeout: Duration,
+    features: u64,
+    protocol: VhostUserProtocolFeatures,
+    queues_max: u16,
+    slots_max: usize,
+    /// The socket that `frontend` talks over, for what it cannot do. Used with `state` locked.
+    stream: UnixStream,
+    state: Mutex<State>,
+    // Last: when the front end is gone and the socket closed, the thread is told to stop.
+    watch: Watch,
+}
+
+struct State {
+    frontend: Frontend,
+    /// What the back end has mapped.
+    regions: Vec<Arc<Mapping>>,
+    running: BTreeMap<u16, Running>,
+}
+
+/// What it takes to start a queue again.
+struct Running {
+    config: VringConfigData,
+    kick: EventFd,
+    call: EventFd,
+}
+
+impl Control {
+    /// `left` of the time for connecting; `timeout` for every exchange after it.
+    pub(crate) fn negotiate(stream: UnixStream, target: String, left: Duration, timeout: Duration) -> io::Result<Self> {
+        let life = Life::new(format!("vhost-user {target}"));
+        let watch = Watch::new(stream.try_clone()?, Arc::clone(&life))?;
+        let mut control = Self {
+            target,
+            life,
+            timeout: left,
+            features: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            queues_max: 1,
+            slots_max: REGIONS_MAX,
+            stream: stream.try_clone()?,
+            state: Mutex::new(State {
+                frontend: Frontend::from_stream(stream, 1),
+                regions: Vec::new(),
+                running: BTreeMap::new(),
+            }),
+            watch,
+        };
+        let (features, protocol, queues, slots) = control.exchange("greeting", |state| {
+            let frontend = &mut state.frontend;
+            frontend.set_owner()?;
+            let features = frontend.get_features()?;
+            let mut protocol = VhostUserProtocolFeatures::empty();
+            if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+                let wanted = VhostUserProtocolFeatures::MQ
+                    | VhostUserProtocolFeatures::REPLY_ACK
+                    | VhostUserProtocolFeatures::CONFIG
+                    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+                protocol = frontend.get_protocol_features()? & wanted;
+                frontend.set_protocol_features(protocol)?;
+            }
+            if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+                frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            }
+            let mq = protocol.contains(VhostUserProtocolFeatures::MQ);
+            let queues = if mq { frontend.get_queue_num()? } else { 1 };
+            let slots = protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+            let slots = if slots { frontend.get_max_mem_slots()? } else { REGIONS_MAX as u64 };
+            Ok((features, protocol, queues, slots))
+        })?;
+        control.timeout = timeout;
+        control.features = features;
+        control.protocol = protocol;
+        control.queues_max = u16::try_from(queues).unwrap_or(u16::MAX);
+        control.slots_max = usize::try_from(slots).unwrap_or(usize::MAX);
+        Ok(control)
+    }
+
+    /// Connecting has succeeded.
+    pub(crate) fn established(&self) -> io::Result<()> {
+        self.watch.established();
+        if self.life.is_dead() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionReset, "the back end closed the connection"));
+        }
+        Ok(())
+    }
+
+    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Talks to the back end, in bounded time.
+    fn exchange<R>(&self, what: &str, talk: impl FnOnce(&mut State) -> vhost::Result<R>) -> io::Result<R> {
+        let mut state = self.state();
+        self.watch.within(self.timeout, || talk(&mut state)).map_err(|e| self.explain(what, &e))
+    }
+
+    fn explain(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
+        if self.watch.was_late() {
+            let busy = if self.features == 0 { "; is the back end busy with another front end?" } else { "" };
+            let why = format!("{what}: no answer within {:?}{busy}", self.timeout);
+            return io::Error::new(io::ErrorKind::TimedOut, why);
+        }
+        if self.life.is_dead() {
+            return io::Error::new(
+                io::ErrorKind::ConnectionReset,
+                format!("{what}: the back end closed the connection ({error})"),
+            );
+        }
+        io::Error::other(format!("{what}: {error}"))
+    }
+
+    /// One GET_CONFIG. `Ok(0)`: the back end refused the size.
+    ///
+    /// `Frontend::get_config` takes only answers of exactly the length asked for, and loses its place in the stream at any
+    /// other; back ends exist that always answer with all they have, and those that answer with nothing.
+    fn ask_config(&self, want: usize, config: &mut [u8]) -> io::Result<usize> {
+        let mut message = [0; HEADER + CONFIG_HEADER + 256];
+        let fields = [GET_CONFIG, 1, (CONFIG_HEADER + want) as u32, 0, want as u32, 0];
+        for (n, field) in fields.into_iter().enumerate() {
+            message[4 * n..4 * n + 4].copy_from_slice(&field.to_ne_bytes());
+        }
+        let mut stream = &self.stream;
+        stream.write_all(&message[..HEADER + CONFIG_HEADER + want])?;
+
+        let mut header = [0; HEADER];
+        stream.read_exact(&mut header)?;
+        let field =
+            |n: usize| u32::from_ne_bytes([header[4 * n], header[4 * n + 1], header[4 * n + 2], header[4 * n + 3]]);
+        let len = field(2) as usize;
+        if field(0) != GET_CONFIG || field(1) & 0b111 != 0b101 || len > MESSAGE_MAX {
+            let why = format!("message {} with flags {:#x} of {len} bytes is no answer to it", field(0), field(1));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        let mut payload = vec![0; len];
+        stream.read_exact(&mut payload)?;
+        let Some(body) = payload.get(CONFIG_HEADER..) else { return Ok(0) };
+        let size = u32::from_ne_bytes([payload[4], payload[5], payload[6], payload[7]]) as usize;
+        let count = body.len().min(size).min(config.len());
+        config[..count].copy_from_slice(&body[..count]);
+        Ok(count)
+    }
+
+    /// Stops the queue and tells the next available index that the back end would have looked at.
+    fn stop(frontend: &Frontend, index: u16) -> vhost::Result<u16> {
+        frontend.get_vring_base(usize::from(index)).map(|base| base as u16)
+    }
+
+    fn start(&self, frontend: &mut Frontend, index: u16, base: u16, ring: &Running) -> vhost::Result<()> {
+        let index = usize::from(index);
+        frontend.set_vring_num(index, ring.config.queue_size)?;
+        frontend.set_vring_base(index, base)?;
+        frontend.set_vring_addr(index, &ring.config)?;
+        frontend.set_vring_call(index, &ring.call)?;
+        frontend.set_vring_kick(index, &ring.kick)?;
+        // Without protocol features a ring starts enabled.
+        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            frontend.set_vring_enable(index, true)?;
+        }
+        if !self.has(VhostUserProtocolFeatures::REPLY_ACK) {
+            // A kick that a back end sees before it has enabled the ring can be lost. Messages are worked on in order, so with
+            // the answer to this one the ring is enabled.
+            frontend.get_features()?;
+        }
+        Ok(())
+    }
+}
+
+impl Transport for Control {
+    type Doorbell = Kick;
+
+    fn driver(&self) -> &'static str {
+        "vhost-user"
+    }
+
+    fn target(&self) -> &str {
+        &self.target
+    }
+
+    fn life(&self) -> &Arc<Life> {
+        &self.life
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn accept(&self, features: u64) -> io::Result<()> {
+        let all = features | self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.exchange("accepting features", |state| state.frontend.set_features(all))
+    }
+
+    fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize> {
+        if !self.has(VhostUserProtocolFeatures::CONFIG) {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the back end does not offer the protocol feature CONFIG, without which its capacity is unknown",
+            ));
+        }
+        let _locked = self.state();
+        // All of it, what is needed, what virtio 1.0 had, and the capacity alone.
+        let mut best = 0;
+        for want in [bytes.len(), needed, 36, 24, 8] {
+            if want > bytes.len() || want <= best {
+                continue;
+            }
+            let count = self.watch.within(self.timeout, || self.ask_config(want, bytes));
+            best = best.max(count.map_err(|e| self.explain("reading the configuration", &e))?);
+            if best >= needed {
+                break;
+            }
+        }
+        if best == 0 {
+            return Err(io::Error::other("the back end refuses to tell its configuration"));
+        }
+        Ok(best)
+    }
+
+    fn queues_max(&self) -> u16 {
+        self.queues_max
+    }
+
+    fn ring_max(&self, _index: u16) -> u16 {
+        u16::MAX
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.exchange("adding memory", |state| {
+            let State { frontend, regions, running } = state;
+            if regions.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+                return Ok(Ok(()));
+            }
+            if regions.len() >= self.slots_max {
+                return Ok(Err(io::Error::other(format!(
+                    "the back end takes at most {} memory regions; use fewer and larger ones",
+                    self.slots_max
+                ))));
+            }
+            if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+                frontend.add_mem_region(&region(mapping))?;
+                regions.push(Arc::clone(mapping));
+                return Ok(Ok(()));
+            }
+            // A new table takes the place of the old one, under requests that use it. So the queues stop meanwhile, which waits
+            // for what the back end has taken up; what it has not is still in the ring when they go on.
+            let mut stopped = Vec::new();
+            for index in running.keys() {
+                stopped.push((*index, Self::stop(frontend, *index)?));
+            }
+            regions.push(Arc::clone(mapping));
+            let table: Vec<_> = regions.iter().map(region).collect();
+            frontend.set_mem_table(&table)?;
+            for (index, base) in stopped {
+                let ring = &running[&index];
+                self.start(frontend, index, base, ring)?;
+                // For what was made available while the queue stood still.
+                let _ = ring.kick.write(1);
+            }
+            Ok(Ok(()))
+        })?
+    }
+
+    fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
+        let kick = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let bell = Kick(kick.try_clone()?);
+        let running = Running {
+            config: VringConfigData {
+                queue_max_size: ring.size,
+                queue_size: ring.size,
+                flags: 0,
+                desc_table_addr: ring.descriptors.get(),
+                used_ring_addr: ring.used.get(),
+                avail_ring_addr: ring.available.get(),
+                log_addr: None,
+            },
+            kick,
+            call: duplicate(ring.call)?,
+        };
+        self.exchange("starting a queue", |state| {
+            self.start(&mut state.frontend, index, 0, &running)?;
+            state.running.insert(index, running);
+            Ok(())
+        })?;
+        Ok(bell)
+    }
+
+    fn stop_queue(&self, index: u16) -> io::Result<()> {
+        self.exchange("stopping a queue", |state| {
+            state.running.remove(&index);
+            Self::stop(&state.frontend, index).map(drop)
+        })
+    }
+
+    fn cut_off(&self) {
+        self.watch.shut_down();
+    }
+}
+
+/// The mapping as the back end has to know it: our addresses are the device's addresses, too.
+fn region(mapping: &Arc<Mapping>) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: mapping.iova().get(),
+        memory_size: mapping.len() as u64,
+        userspace_addr: mapping.iova().get(),
+        mmap_offset: 0,
+        mmap_handle: mapping.as_fd().as_raw_fd(),
+    }
+}
+
+/// The eventfd, in the type that `vhost` takes.
+fn duplicate(call: BorrowedFd<'_>) -> io::Result<EventFd> {
+    let fd = call.try_clone_to_owned()?.into_raw_fd();
+    // SAFETY: a descriptor that was duplicated just now belongs to nobody else; `EventFd` closes it.
+    Ok(unsafe { EventFd::from_raw_fd(fd) })
+}
+
+/// The eventfd that tells the back end to look at a queue.
+#[derive(Debug)]
+pub(crate) struct Kick(EventFd);
+
+impl Doorbell for Kick {
+    #[inline]
+    fn ring(&self) {
+        // EAGAIN: the counter is full, so the back end will not sleep either.
+        let _ = self.0.write(1);
+    }
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("target", &self.target)
+            .field("protocol", &self.protocol)
+            .field("queues_max", &self.queues_max)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,237 @@
+//! What a device's configuration space says (virtio 1.2, 5.2.4), turned into limits that can be relied on.
+
+use std::io;
+
+use blkdev::PAGE;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+/// The unit of the specification's sector numbers, whatever the block size is.
+pub(crate) const SECTOR: u64 = 512;
+
+/// The longest transfer that is ever offered: one descriptor of this length serves what NBD clients send.
+const TRANSFER_MAX: u64 = 32 << 20;
+
+/// `struct virtio_blk_config` up to `write_zeroes_may_unmap`, padding included.
+pub(crate) const LEN: usize = 60;
+
+/// The blk features this driver knows, and where the part of the configuration space ends that belongs to each.
+const FEATURES: [(u32, usize); 10] = [
+    (VIRTIO_BLK_F_SIZE_MAX, 12),
+    (VIRTIO_BLK_F_SEG_MAX, 16),
+    (VIRTIO_BLK_F_RO, 0),
+    (VIRTIO_BLK_F_BLK_SIZE, 24),
+    (VIRTIO_BLK_F_FLUSH, 0),
+    (VIRTIO_BLK_F_TOPOLOGY, 32),
+    (VIRTIO_BLK_F_CONFIG_WCE, 33),
+    (VIRTIO_BLK_F_MQ, 36),
+    (VIRTIO_BLK_F_DISCARD, 48),
+    (VIRTIO_BLK_F_WRITE_ZEROES, 57),
+];
+
+/// How much of the configuration space the offered features speak of, in bytes.
+pub(crate) fn needed(offered: u64) -> usize {
+    FEATURES.iter().filter(|(bit, _)| has(offered, *bit)).map(|(_, end)| *end).max().unwrap_or(0).max(8)
+}
+
+/// The offered blk features that this driver uses and whose part of the configuration space was there to read.
+pub(crate) fn usable(offered: u64, config_len: usize) -> u64 {
+    FEATURES.iter().filter(|(bit, end)| has(offered, *bit) && *end <= config_len).fold(0, |all, (bit, _)| all | 1 << bit)
+}
+
+pub(crate) fn has(features: u64, bit: u32) -> bool {
+    features & (1 << bit) != 0
+}
+
+/// Limits, checked: what is in here keeps the promises of [`blkdev::Info`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Config {
+    /// Bytes, a multiple of `block_size`.
+    pub(crate) capacity: u64,
+    pub(crate) block_size: u32,
+    pub(crate) preferred_block_size: u32,
+    /// The longest piece that one descriptor may describe, in bytes.
+    pub(crate) segment_max: u32,
+    /// Descriptors that `transfer_max` takes at most.
+    pub(crate) segments: u16,
+    pub(crate) transfer_max: u32,
+    pub(crate) zero_max: Option<u64>,
+    pub(crate) zero_may_unmap: bool,
+    pub(crate) discard_max: Option<u64>,
+    pub(crate) discard_alignment: u32,
+    pub(crate) queues: u16,
+    pub(crate) read_only: bool,
+    pub(crate) flush: bool,
+}
+
+impl Config {
+    /// Reads what `features` (see [`usable`]) speak of. `chain_max` is the longest descriptor chain, header and status
+    /// included.
+    pub(crate) fn parse(bytes: &[u8], features: u64, chain_max: u16) -> io::Result<Self> {
+        let has = |bit| has(features, bit);
+        let u32_at = |at| number(bytes, at, 4) as u32;
+        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+        if bytes.len() < 8 {
+            return Err(invalid(format!("the configuration space has {} bytes, too few for a capacity", bytes.len())));
+        }
+
+        let block_size = if has(VIRTIO_BLK_F_BLK_SIZE) { u32_at(20) } else { SECTOR as u32 };
+        if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
+            return Err(invalid(format!("block size {block_size}, not a power of two from 512 to 65536")));
+        }
+        let block = u64::from(block_size);
+        let sectors = number(bytes, 0, 8);
+        let capacity = sectors
+            .checked_mul(SECTOR)
+            .filter(|bytes| i64::try_from(*bytes).is_ok())
+            .ok_or_else(|| invalid(format!("a capacity of {sectors} sectors, more than 2^63 bytes")))?;
+
+        // A segment limit of 0 would forbid all data: such devices mean that they set none.
+        let size_max = if has(VIRTIO_BLK_F_SIZE_MAX) { u64::from(u32_at(8)) } else { 0 };
+        let size_max = if size_max == 0 { TRANSFER_MAX } else { size_max.min(TRANSFER_MAX) };
+        let segment_max = if size_max >= block { size_max / block * block } else { size_max };
+        let seg_max = if has(VIRTIO_BLK_F_SEG_MAX) { u64::from(u32_at(12)).max(1) } else { 1 };
+        let seg_max = seg_max.min(u64::from(chain_max.saturating_sub(2)));
+        let transfer_max = (segment_max * seg_max).min(TRANSFER_MAX) / block * block;
+        if transfer_max < block.max(PAGE as u64) {
+            return Err(invalid(format!(
+                "segments of {size_max} bytes, {seg_max} in a request of a ring that takes chains of {chain_max}: too \
+                 little for {} bytes",
+                block.max(PAGE as u64)
+            )));
+        }
+        let segments = transfer_max.div_ceil(segment_max) as u16;
+
+        // 0 stands for "no limit" here as for Linux' driver.
+        let range_max = |at| {
+            let sectors = if u32_at(at) == 0 { u64::from(u32::MAX) } else { u64::from(u32_at(at)) };
+            sectors * SECTOR / block * block
+        };
+        let zero_max = Some(range_max(48)).filter(|max| has(VIRTIO_BLK_F_WRITE_ZEROES) && *max > 0);
+        let discard_alignment = u32_at(44)
+            .checked_mul(SECTOR as u32)
+            .filter(|a| has(VIRTIO_BLK_F_DISCARD) && *a > 0 && a.is_multiple_of(block_size))
+            .unwrap_or(block_size);
+        let alignment = u64::from(discard_alignment);
+        let discard_max =
+            Some(range_max(36) / alignment * alignment).filter(|max| has(VIRTIO_BLK_F_DISCARD) && *max > 0);
+
+        let preferred_block_size = if has(VIRTIO_BLK_F_TOPOLOGY) {
+            let physical = block.checked_shl(u32::from(bytes[24])).unwrap_or(0);
+            let least = number(bytes, 26, 2) * block;
+            [physical, least].into_iter().filter(|b| b.is_power_of_two() && *b <= 1 << 20).fold(block, u64::max) as u32
+        } else {
+            block_size
+        };
+        Ok(Self {
+            capacity: capacity / block * block,
+            block_size,
+            // Below a page no device is faster, and most back ends have a page cache.
+            preferred_block_size: preferred_block_size.max(PAGE as u32),
+            segment_max: segment_max as u32,
+            segments,
+            transfer_max: transfer_max as u32,
+            zero_max,
+            zero_may_unmap: zero_max.is_some() && bytes[56] != 0,
+            discard_max,
+            discard_alignment,
+            queues: if has(VIRTIO_BLK_F_MQ) { (number(bytes, 34, 2) as u16).max(1) } else { 1 },
+            read_only: has(VIRTIO_BLK_F_RO),
+            // With CONFIG_WCE the device says whether its cache writes back (5.2.6.2); without, FLUSH implies that it does.
+            flush: has(VIRTIO_BLK_F_FLUSH) && !(has(VIRTIO_BLK_F_CONFIG_WCE) && bytes[32] == 0),
+        })
+    }
+}
+
+/// The little-endian number in `len` bytes from `at` on; bytes that are not there count as zero.
+fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
+    (0..len).map(|n| u64::from(bytes.get(at + n).copied().unwrap_or(0)) << (8 * n)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
+        | 1 << VIRTIO_BLK_F_SEG_MAX
+        | 1 << VIRTIO_BLK_F_BLK_SIZE
+        | 1 << VIRTIO_BLK_F_TOPOLOGY
+        | 1 << VIRTIO_BLK_F_FLUSH
+        | 1 << VIRTIO_BLK_F_CONFIG_WCE
+        | 1 << VIRTIO_BLK_F_MQ
+        | 1 << VIRTIO_BLK_F_DISCARD
+        | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+
+    fn bytes(fields: &[(usize, &[u8])]) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        bytes[..8].copy_from_slice(&2048u64.to_le_bytes());
+        bytes[20..24].copy_from_slice(&512u32.to_le_bytes());
+        for (at, value) in fields {
+            bytes[*at..at + value.len()].copy_from_slice(value);
+        }
+        bytes
+    }
+
+    fn parse(features: u64, fields: &[(usize, &[u8])]) -> Config {
+        Config::parse(&bytes(fields), features, 256).unwrap()
+    }
+
+    fn refuse(features: u64, fields: &[(usize, &[u8])], part: &str) {
+        let e = Config::parse(&bytes(fields), features, 256).unwrap_err().to_string();
+        assert!(e.contains(part), "{e}");
+    }
+
+    #[test]
+    fn a_device_without_features_is_plain() {
+        let c = Config::parse(&bytes(&[])[..8], 0, 256).unwrap();
+        assert_eq!((c.capacity, c.block_size, c.segments, c.queues), (1 << 20, 512, 1, 1));
+        assert_eq!((c.transfer_max, c.zero_max, c.discard_max, c.flush), (32 << 20, None, None, false));
+    }
+
+    #[test]
+    fn transfers_are_cut_into_segments_that_fit() {
+        let limits = |size: u32, seg: u32| {
+            let c = parse(ALL, &[(8, &size.to_le_bytes()), (12, &seg.to_le_bytes())]);
+            (c.segment_max, c.segments, c.transfer_max)
+        };
+        assert_eq!(limits(0, 0), (32 << 20, 1, 32 << 20));
+        assert_eq!(limits(4096, 126), (4096, 126, 126 * 4096));
+        assert_eq!(limits(4096, u32::MAX), (4096, 254, 254 * 4096));
+        assert_eq!(limits(u32::MAX, u32::MAX), (32 << 20, 1, 32 << 20));
+        assert_eq!(limits(1000, 100), (512, 100, 51200));
+        assert_eq!(limits(100, 100), (100, 98, 9728));
+        refuse(ALL, &[(8, &1u32.to_le_bytes())], "too little");
+        refuse(ALL, &[(8, &512u32.to_le_bytes()), (12, &7u32.to_le_bytes())], "too little for 4096");
+    }
+
+    #[test]
+    fn nonsense_is_refused_or_does_no_harm() {
+        for size in [0u32, 1, 511, 513, 131072, u32::MAX] {
+            refuse(ALL, &[(20, &size.to_le_bytes())], "block size");
+        }
+        refuse(ALL, &[(0, &[0xff; 8])], "2^63");
+        let c = parse(ALL, &[(20, &4096u32.to_le_bytes()), (36, &1u32.to_le_bytes()), (44, &[0xff; 4]), (48, &[1])]);
+        assert_eq!((c.zero_max, c.discard_max, c.discard_alignment), (None, None, 4096));
+        let c = parse(ALL, &[(24, &[200]), (26, &[3, 0]), (44, &[3])]);
+        assert_eq!((c.preferred_block_size, c.discard_alignment), (4096, 1536));
+        assert_eq!((c.zero_max, c.discard_max), (Some(u64::from(u32::MAX) * 512), Some(u64::from(u32::MAX) * 512 / 1536 * 1536)));
+    }
+
+    #[test]
+    fn a_short_configuration_costs_only_the_features_it_lacks() {
+        assert_eq!(needed(ALL), 57);
+        assert_eq!(needed(0), 8);
+        assert_eq!(usable(ALL, 36) & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES), 0);
+        assert!(has(usable(ALL, 36), VIRTIO_BLK_F_MQ));
+        assert_eq!(usable(u64::MAX, LEN) & !ALL, 1 << VIRTIO_BLK_F_RO);
+    }
+
+    #[test]
+    fn a_cache_that_writes_through_needs_no_flush() {
+        assert!(!parse(ALL, &[(32, &[0])]).flush);
+        assert!(parse(ALL, &[(32, &[1])]).flush);
+        assert!(parse(1 << VIRTIO_BLK_F_FLUSH, &[(32, &[0])]).flush);
+    }
+}
