@@ -1,0 +1,111 @@
+//! Golden conversations: text files of bytes that both sides say, in hexadecimal and in quotes, with a comment on every line.
+
+use std::path::Path;
+
+use nbd_proto::{Offer, Tls};
+
+/// A whole connection. The client says `turns[i].0`, and the server answers `turns[i].1`; the first answer is the greeting's.
+pub struct Golden {
+    pub file: String,
+    pub offer: Offer,
+    pub turns: Vec<Turn>,
+    /// What the server understood, in order.
+    pub log: Vec<String>,
+}
+
+pub struct Turn {
+    pub client: Vec<u8>,
+    pub server: Vec<u8>,
+    /// TLS begins before this turn.
+    pub tls: bool,
+}
+
+impl Golden {
+    /// All that the client says up to the next begin of TLS, part by part.
+    pub fn parts(&self) -> Vec<Vec<u8>> {
+        let mut parts = vec![Vec::new()];
+        for turn in &self.turns {
+            if turn.tls {
+                parts.push(Vec::new());
+            }
+            parts.last_mut().unwrap().extend_from_slice(&turn.client);
+        }
+        parts
+    }
+
+    pub fn server(&self) -> Vec<u8> {
+        self.turns.iter().flat_map(|turn| turn.server.clone()).collect()
+    }
+}
+
+/// All files of `tests/golden`, in order.
+pub fn all() -> Vec<Golden> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut files: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() >= 10, "the golden conversations are there");
+    files.iter().map(|file| parse(file)).collect()
+}
+
+fn parse(file: &Path) -> Golden {
+    let text = std::fs::read_to_string(file).unwrap();
+    let mut golden = Golden {
+        file: file.file_name().unwrap().to_str().unwrap().to_owned(),
+        offer: Offer::default(),
+        turns: vec![Turn { client: Vec::new(), server: Vec::new(), tls: false }],
+        log: Vec::new(),
+    };
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let (mark, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let last = golden.turns.last_mut().unwrap();
+        match mark {
+            "S" => last.server.extend(bytes(rest)),
+            "C" if last.server.is_empty() && golden_has_said(last) => last.client.extend(bytes(rest)),
+            "C" => golden.turns.push(Turn { client: bytes(rest), server: Vec::new(), tls: false }),
+            "TLS" => golden.turns.push(Turn { client: Vec::new(), server: Vec::new(), tls: true }),
+            "E" => golden.log.push(rest.to_owned()),
+            "OFFER" => {
+                for word in rest.split(' ') {
+                    match word {
+                        "no-structured" => golden.offer.structured = false,
+                        "no-extended" => golden.offer.extended = false,
+                        "tls-optional" => golden.offer.tls = Tls::Optional,
+                        "tls-required" => golden.offer.tls = Tls::Required,
+                        "block-size-required" => golden.offer.block_size_required = true,
+                        "enforce-alignment" => golden.offer.enforce_alignment = true,
+                        other => panic!("{}: unknown offer {other}", golden.file),
+                    }
+                }
+            }
+            other => panic!("{}: unknown mark {other}", golden.file),
+        }
+    }
+    golden
+}
+
+fn golden_has_said(turn: &Turn) -> bool {
+    !turn.client.is_empty() || turn.tls
+}
+
+/// `0003 "text" 00*124 # comment`
+fn bytes(line: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut rest = line.trim();
+    while !rest.is_empty() && !rest.starts_with('#') {
+        if let Some(quoted) = rest.strip_prefix('"') {
+            let (text, after) = quoted.split_once('"').expect("a quote ends");
+            out.extend_from_slice(text.as_bytes());
+            rest = after.trim_start();
+            continue;
+        }
+        let (word, after) = rest.split_once(' ').unwrap_or((rest, ""));
+        let (hex, times) = word.split_once('*').map_or((word, 1), |(hex, n)| (hex, n.parse().expect("a count")));
+        let piece: Vec<u8> =
+            (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).expect("hexadecimal")).collect();
+        for _ in 0..times {
+            out.extend_from_slice(&piece);
+        }
+        rest = after.trim_start();
+    }
+    out
+}
