@@ -410,8 +410,10 @@ mod tests {
         Mapping::new(1 << 20).unwrap().arenas(1).remove(0)
     }
 
+    type Order = Vec<(u64, Result<(), Error>)>;
+
     /// Pushes `count` writes of 4 KiB, each in its place, and reaps until nothing more comes.
-    fn writes(faults: Faults, count: u64) -> (Fault<Memory>, Vec<(u64, Result<(), Error>)>) {
+    fn writes(faults: Faults, count: u64) -> (Fault<Memory>, Order) {
         let device = Fault::new(Memory::new(1 << 20), faults);
         let mut arena = arena();
         let mut queue = device.open_queue(1024).unwrap();

@@ -105,6 +105,11 @@ impl Memory {
         }
     }
 
+    /// Makes a range read as zeroes and gives its memory back, past every queue, limit and write protection.
+    pub fn clear(&self, at: u64, len: u64) {
+        self.disk.chunks.clear(at, len, true);
+    }
+
     /// Makes the disk larger or smaller, while it is in use. What is cut off is forgotten.
     pub fn resize(&self, size: u64) {
         let size = size - size % u64::from(self.disk.info.block_size);
