@@ -1,0 +1,265 @@
+//! The driver against a device in this process that keeps to the specification, completes out of order, or is hostile.
+
+use std::{
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use blkdev::{Completion, Device, Error, Mapping, Op, Queue, Request, conformance};
+use blkdev_virtio::{
+    Options, VirtioBlk,
+    model::{Fault, Local, Model, SERIAL, Spec},
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+const MIB: u64 = 1 << 20;
+
+// virtio_bindings is no dependency of this test.
+const INDIRECT: u32 = 28;
+const EVENT_IDX: u32 = 29;
+const VERSION_1: u32 = 32;
+const MULTIQUEUE: u32 = 12;
+
+fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
+    let model = Model::new(spec);
+    let device = VirtioBlk::open(Local::new(&model), options).unwrap();
+    (model, Arc::new(device))
+}
+
+/// Waits for `count` completions, by the wake-up descriptor; panics after ten seconds.
+fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
+    let end = Instant::now() + Duration::from_secs(10);
+    let mut done = Vec::new();
+    loop {
+        queue.reap(&mut done);
+        if done.len() >= count {
+            return done;
+        }
+        if queue.arm() {
+            let fd = queue.wake_fd().unwrap();
+            let _ = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(100u16));
+        }
+        assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+    }
+}
+
+fn conforms(spec: Spec, options: &Options) {
+    let (_, device) = open(spec, options);
+    conformance::check(&device);
+}
+
+#[test]
+fn conforms_with_everything() {
+    conforms(Spec::new(32 * MIB), &Options::default());
+}
+
+#[test]
+fn conforms_without_indirect_descriptors() {
+    conforms(Spec::new(32 * MIB).without(INDIRECT), &Options::default());
+}
+
+#[test]
+fn conforms_without_event_index() {
+    conforms(Spec::new(32 * MIB).without(EVENT_IDX), &Options::default());
+}
+
+#[test]
+fn conforms_with_a_plain_ring_of_eight() {
+    let options = Options { queue_size: 8, ..Options::default() };
+    conforms(Spec::new(32 * MIB).without(INDIRECT).without(EVENT_IDX), &options);
+}
+
+#[test]
+fn conforms_with_small_segments() {
+    conforms(Spec::new(32 * MIB).segments(4096, 126), &Options::default());
+    conforms(Spec::new(32 * MIB).segments(1536, 14).without(INDIRECT), &Options::default());
+}
+
+#[test]
+fn conforms_with_large_blocks_on_one_queue() {
+    conforms(Spec::new(32 * MIB).field(20, 4096).without(MULTIQUEUE), &Options::default());
+}
+
+#[test]
+fn conforms_without_used_lengths() {
+    conforms(Spec::new(32 * MIB).fault(Fault::NoLengths, 0), &Options::default());
+}
+
+#[test]
+fn conforms_read_only() {
+    let (_, device) = open(Spec::new(32 * MIB).read_only(), &Options::default());
+    conformance::check_read_only(&device);
+    let (_, device) = open(Spec::new(32 * MIB), &Options { read_only: true, ..Options::default() });
+    conformance::check_read_only(&device);
+}
+
+#[test]
+fn info_tells_the_limits() {
+    let (_, device) = open(Spec::new(MIB).segments(4096, 100), &Options { queue_size: 64, ..Options::default() });
+    let info = device.info();
+    assert_eq!((info.serial.as_str(), info.queues_max, info.depth_max), (SERIAL, 4, 64));
+    assert_eq!((info.transfer_max, info.zero_max, info.discard_max), (62 * 4096, 4096 * 512, 8192 * 512));
+    assert!(info.caps.flush && info.caps.zero && info.caps.discard && !info.caps.read_only);
+    assert_eq!(device.capacity(), MIB);
+}
+
+#[test]
+fn what_cannot_be_driven_is_refused() {
+    let refuse = |spec: Spec, options: Options, part: &str| {
+        let e = VirtioBlk::open(Local::new(&Model::new(spec)), &options).unwrap_err().to_string();
+        assert!(e.contains(part), "{e}");
+    };
+    let options = Options::default;
+    refuse(Spec::new(MIB).without(VERSION_1), options(), "older than virtio 1.0");
+    refuse(Spec::new(MIB).field(20, 100), options(), "block size 100");
+    refuse(Spec::new(MIB).segments(1, 1), options(), "too little");
+    refuse(Spec::new(MIB), Options { queue_size: 100, ..options() }, "queue size 100");
+    refuse(Spec::new(MIB), Options { queues: Some(5), ..options() }, "the device has 4");
+    refuse(Spec::new(MIB), Options { queues: Some(0), ..options() }, "0 queues");
+    let timeout = Some(Duration::from_millis(200));
+    refuse(Spec::new(MIB).fault(Fault::Silent, 0), Options { timeout, ..options() }, "does not answer");
+    for fault in [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong] {
+        refuse(Spec::new(MIB).fault(fault, 0), Options { timeout, ..options() }, "used");
+    }
+}
+
+/// Pushes 40 reads to a device that goes wrong at the 30th, and tells how they end.
+fn reads(spec: Spec) -> (Vec<Completion>, Arc<dyn Device>, Box<dyn Queue>) {
+    // Two requests went into opening it.
+    let spec = Spec { after: 32, ..spec };
+    let (_, device) = open(spec, &Options::default());
+    let memory = Mapping::new(MIB as usize).unwrap();
+    device.register(&memory).unwrap();
+    let mut arena = memory.arenas(1).remove(0);
+    let mut queue = device.open_queue(64).unwrap();
+    for tag in 0..40 {
+        let mut buf = arena.alloc(4096).unwrap();
+        buf.zero(0, 4096);
+        queue.push(Request { tag, op: Op::Read { at: tag * 4096, buf } }).unwrap();
+    }
+    queue.kick();
+    let done = collect(&mut *queue, 40);
+    assert_eq!(done.len(), 40);
+    (done, device, queue)
+}
+
+#[test]
+fn nonsense_in_the_ring_ends_the_device() {
+    for fault in [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong] {
+        let (done, device, mut queue) = reads(Spec::new(MIB).fault(fault, 0));
+        let gone = done.iter().filter(|c| c.result == Err(Error::Gone)).count();
+        assert!((1..=40).contains(&gone), "{fault:?}: {gone} gone");
+        for Completion { op, result, .. } in &done {
+            let Op::Read { buf, .. } = op else { panic!("what goes in comes out") };
+            match result {
+                Ok(()) => assert_eq!(buf.len(), 4096, "{fault:?}"),
+                Err(e) => assert_eq!((*e, buf.is_empty()), (Error::Gone, true), "{fault:?}: memory is abandoned"),
+            }
+        }
+        // It stays dead, for this queue and for all others.
+        queue.push(Request { tag: 99, op: Op::Flush }).unwrap();
+        assert!(!queue.arm());
+        assert_eq!(collect(&mut *queue, 1)[0].result, Err(Error::Gone));
+        assert!(device.open_queue(1).is_err());
+    }
+}
+
+#[test]
+fn nonsense_in_a_request_fails_the_request() {
+    let faults = [Fault::LengthTooShort, Fault::NoLengths, Fault::Status(3), Fault::Status(0xff), Fault::NoStatus];
+    for fault in faults {
+        let (done, _device, mut queue) = reads(Spec::new(MIB).fault(fault, 0));
+        let failed = done.iter().filter(|c| c.result == Err(Error::Io)).count();
+        let good = done.iter().filter(|c| c.result.is_ok()).count();
+        assert!(failed >= 1 && failed + good == 40, "{fault:?}: {failed} failed, {good} good");
+        queue.push(Request { tag: 99, op: Op::Flush }).unwrap();
+        queue.kick();
+        assert_eq!(collect(&mut *queue, 1).len(), 1, "{fault:?}: the queue lives");
+    }
+}
+
+#[test]
+fn a_silent_device_can_be_given_up() {
+    for fault in [Fault::Silent, Fault::Scribble] {
+        let (_, device) = open(Spec::new(MIB).fault(fault, 2), &Options::default());
+        let memory = Mapping::new(MIB as usize).unwrap();
+        device.register(&memory).unwrap();
+        let mut arena = memory.arenas(1).remove(0);
+        let (mut queue, mut other) = (device.open_queue(64).unwrap(), device.open_queue(64).unwrap());
+        for tag in 0..20 {
+            let (at, buf) = (tag * 4096, arena.alloc(4096).unwrap());
+            let op = if tag % 2 == 0 { Op::Read { at, buf } } else { Op::Write { at, buf, fua: false } };
+            queue.push(Request { tag, op }).unwrap();
+        }
+        queue.kick();
+        assert!(other.arm());
+        queue.give_up();
+        let done = collect(&mut *queue, 20);
+        assert!(done.iter().all(|c| c.result == Err(Error::Gone)));
+        let fd = other.wake_fd().unwrap();
+        assert_eq!(poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(5000u16)), Ok(1), "a sleeper wakes");
+        drop(done);
+        assert_eq!(arena.free(), arena.capacity() - 20 * 4096, "memory that the device may use is not used again");
+    }
+}
+
+#[test]
+fn give_up_conforms() {
+    let (_, device) = open(Spec::new(32 * MIB), &Options::default());
+    conformance::check_give_up(&device);
+}
+
+#[test]
+fn a_queue_that_nobody_waits_for_is_not_notified() {
+    for spec in [Spec::new(MIB), Spec::new(MIB).without(EVENT_IDX)] {
+        let (model, device) = open(spec, &Options::default());
+        let opening = model.notifications();
+        let mut queue = device.open_queue(64).unwrap();
+        let mut done = Vec::new();
+        // More than 2^16, so that all indices wrap.
+        for round in 0..3000 {
+            for tag in 0..32 {
+                queue.push(Request { tag, op: Op::Flush }).unwrap();
+            }
+            queue.kick();
+            while done.len() < 32 {
+                queue.reap(&mut done);
+                std::thread::yield_now();
+            }
+            assert!(done.drain(..).all(|c| c.result.is_ok()), "round {round}");
+        }
+        assert_eq!(model.taken(), 2 + 3000 * 32);
+        assert_eq!(model.notifications(), opening);
+        queue.push(Request { tag: 1, op: Op::Flush }).unwrap();
+        assert!(queue.arm());
+        queue.kick();
+        let fd = queue.wake_fd().unwrap();
+        assert_eq!(poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(5000u16)), Ok(1));
+        assert_eq!(model.notifications(), opening + 1);
+    }
+}
+
+#[test]
+fn a_full_queue_gives_the_request_back() {
+    let (_, device) = open(Spec::new(MIB).fault(Fault::Silent, 2), &Options::default());
+    let mut queue = device.open_queue(3).unwrap();
+    for tag in 0..3 {
+        queue.push(Request { tag, op: Op::Flush }).unwrap();
+    }
+    assert_eq!(queue.push(Request { tag: 3, op: Op::Flush }).unwrap_err().tag, 3);
+    queue.give_up();
+}
+
+#[test]
+fn queues_are_counted_and_reused() {
+    let (_, device) = open(Spec::new(MIB), &Options { queues: Some(2), ..Options::default() });
+    for _ in 0..20 {
+        let (mut a, b) = (device.open_queue(8).unwrap(), device.open_queue(200).unwrap());
+        let e = device.open_queue(8).unwrap_err().to_string();
+        assert!(e.contains("all 2 queues"), "{e}");
+        drop(b);
+        a.push(Request { tag: 1, op: Op::Flush }).unwrap();
+        // Dropped with a request in flight: drained.
+    }
+}
