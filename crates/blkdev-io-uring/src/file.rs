@@ -20,6 +20,8 @@ use crate::sys;
 pub(crate) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// As [`PUNCH`], but the range stays allocated.
 pub(crate) const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+/// Allocates, as zeroes, what is not allocated yet.
+pub(crate) const FILL: i32 = libc::FALLOC_FL_KEEP_SIZE;
 
 /// What a file can do, and how.
 #[derive(Clone, Debug)]
@@ -75,8 +77,7 @@ impl Target {
         let block_size = if direct { direct_block_size(file, name, queue.number("logical_block_size"))? } else { 1 };
         let magic = fstatfs(file).map(|fs| fs.filesystem_type()).ok();
         let preferred = u32::try_from(meta.blksize()).ok().filter(|n| n.is_power_of_two()).unwrap_or(0);
-        // Past the end and with KEEP_SIZE: whether holes can be punched, without punching one. ZERO_RANGE cannot be tried
-        // likewise, it would allocate.
+        // Past the end and with KEEP_SIZE: whether holes can be punched, without punching one.
         let end = meta.len().next_multiple_of(1 << 20).try_into().unwrap_or(i64::MAX);
         let punch = !read_only && fallocate(file, FallocateFlags::from_bits_retain(PUNCH), end, 4096).is_ok();
         Ok(Self {

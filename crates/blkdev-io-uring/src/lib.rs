@@ -3,6 +3,17 @@
 //! [`IoUring::open`] takes a regular file or a block device. Each queue is an io_uring of its own
 //! ([`blkdev_ring::Ring`]), so queues share nothing but the file.
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//! use blkdev::{Device, Plan};
+//! use blkdev_io_uring::{IoUring, Options};
+//!
+//! let disk = IoUring::open(Options { direct: true, ..Options::path("/var/lib/images/disk.img") })?;
+//! let disk: Arc<dyn Device> = Arc::new(disk);
+//! let channels = Plan::default().open(&disk, 2)?; // one for each thread that works with it
+//! # std::io::Result::Ok(())
+//! ```
+//!
 //! # Through the page cache, or not
 //! By default transfers go through the page cache. With [`Options::direct`] they go past it (`O_DIRECT`), and the device's
 //! block size becomes what the file system or the disk demands.
@@ -15,8 +26,8 @@
 //! - reads from tmpfs.
 //!
 //! They are copies to memory, unless the kernel makes writers wait because too much is dirty: a write that took longer than
-//! a millisecond sends the queue's writes of the next tenth of a second to the kernel's worker threads, so that whoever
-//! drives the queue is not held up. Where a range is allocated (`Status`) is asked on the spot too.
+//! 10 ms sends the queue's writes of the next 100 ms (when that happens again and again, of up to 5 s) to the kernel's
+//! worker threads, so that whoever drives the queue is not held up. Where a range is allocated (`Status`) is asked on the spot too.
 
 mod device;
 mod file;

@@ -16,7 +16,7 @@ use nix::{
 
 use crate::{
     device::Shared,
-    file::{PUNCH, ZERO},
+    file::{FILL, PUNCH, ZERO},
     sys,
 };
 
@@ -24,11 +24,13 @@ use crate::{
 /// worker thread of the kernel's, which can then do it on another core.
 const INLINE_MAX: usize = 64 << 10;
 
-/// A write on the spot that took longer than this met writeback or a journal, not just memory.
-const SLOW: Duration = Duration::from_millis(1);
+/// A transfer on the spot that took longer than this was made to wait for the disk. A copy takes microseconds, and being
+/// preempted some milliseconds.
+const SLOW: Duration = Duration::from_millis(10);
 
-/// For how long the kernel's worker threads do the writes, after a [`SLOW`] one.
-const DETOUR: Duration = Duration::from_millis(100);
+/// For how long the kernel's worker threads do the writes after a [`SLOW`] one: doubled when the next one is slow again.
+const DETOUR_MIN: Duration = Duration::from_millis(100);
+const DETOUR_MAX: Duration = Duration::from_secs(5);
 
 /// How many extents one `Status` is answered with at most: each costs a system call or two, about a microsecond.
 const EXTENTS_MAX: usize = 64;
@@ -46,6 +48,8 @@ pub(crate) struct FileQueue {
     depth: usize,
     /// Writes are not done on the spot before this.
     detour_until: Option<Instant>,
+    /// For how long, should the next one be slow.
+    detour: Duration,
     gone: bool,
 }
 
@@ -56,7 +60,7 @@ pub(crate) struct Flight {
     /// Bytes that were transferred already.
     moved: u32,
     tries: u8,
-    /// For `Zero` and `Discard`: `fallocate`'s mode, or 0 for the command.
+    /// For `Zero` and `Discard`: `fallocate`'s mode, or 0 for the block device's own discard.
     mode: i32,
 }
 
@@ -126,12 +130,19 @@ impl Flight {
                 return Err(self);
             }
             (_, Err(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => Err(Error::Io),
-            (_, Err(errno)) => {
-                if self.mode == ZERO && errno == libc::EOPNOTSUPP {
-                    shared.zero_range_fails.store(true, Ordering::Relaxed);
-                }
-                Err(Error::from_errno(errno))
+            // A file system without ZERO_RANGE (tmpfs): a hole, which is then filled where the space must be kept. That it
+            // cannot be filled leaves zeroes all the same.
+            (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == ZERO && !shared.target.is_disk => {
+                shared.zero_range_fails.store(true, Ordering::Relaxed);
+                self.mode = PUNCH;
+                return Err(self);
             }
+            (Op::Zero { unmap: false, .. }, Ok(_)) if self.mode == PUNCH => {
+                self.mode = FILL;
+                return Err(self);
+            }
+            (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == FILL => Ok(()),
+            (_, Err(errno)) => Err(Error::from_errno(errno)),
             (_, Ok(_)) => Ok(()),
         };
         Ok(Completion { tag: self.request.tag, op: self.request.op, result: end })
@@ -152,7 +163,7 @@ impl FileQueue {
         })?;
         let depth = usize::from(depth);
         let done = Vec::with_capacity(depth);
-        Ok(Self { shared: Arc::clone(shared), ring, done, depth, detour_until: None, gone: false })
+        Ok(Self { shared: Arc::clone(shared), ring, done, depth, detour_until: None, detour: DETOUR_MIN, gone: false })
     }
 
     fn finish(&mut self, request: Request, result: Result<(), Error>) {
@@ -199,7 +210,10 @@ impl FileQueue {
                 Ok(completion) => {
                     let ended = Instant::now();
                     if ended - started > SLOW {
-                        self.detour_until = Some(ended + DETOUR);
+                        self.detour_until = Some(ended + self.detour);
+                        self.detour = (self.detour * 2).min(DETOUR_MAX);
+                    } else {
+                        self.detour = DETOUR_MIN;
                     }
                     return completion;
                 }
@@ -219,32 +233,20 @@ impl Queue for FileQueue {
             self.finish(request, Err(Error::Gone));
             return Ok(());
         }
+        let (shared, target) = (&self.shared, &self.shared.target);
         let mode = match &mut request.op {
-            Op::Zero { unmap, .. } => {
-                if *unmap {
-                    self.shared.target.zero_mode
-                } else {
-                    ZERO
-                }
-            }
-            Op::Discard { .. } => {
-                if self.shared.discard_command {
-                    0
-                } else {
-                    PUNCH
-                }
-            }
+            Op::Zero { unmap: true, .. } => target.zero_mode,
+            Op::Zero { unmap: false, .. } if shared.zero_range_fails.load(Ordering::Relaxed) => PUNCH,
+            Op::Zero { unmap: false, .. } => ZERO,
+            Op::Discard { .. } if shared.discard_command => 0,
+            Op::Discard { .. } => PUNCH,
             Op::Status { at, len, extents } => {
-                let result = status(&self.shared, *at, *len, extents);
+                let result = status(shared, *at, *len, extents);
                 self.finish(request, result);
                 return Ok(());
             }
             _ => 0,
         };
-        if mode == ZERO && self.shared.zero_range_fails.load(Ordering::Relaxed) {
-            self.finish(request, Err(Error::NotSupported));
-            return Ok(());
-        }
         let inline = self.is_inline(&request.op);
         let flight = Flight::new(request, mode);
         if inline {

@@ -1,0 +1,42 @@
+//! Prints the first 512 bytes of a file or block device, through a queue of its own: `read PATH`.
+
+use std::{env, io};
+
+use blkdev::{Device, Mapping, Op, Request};
+use blkdev_io_uring::{IoUring, Options};
+
+fn main() -> io::Result<()> {
+    let path = env::args().nth(1).ok_or_else(|| io::Error::other("usage: read PATH"))?;
+    let device = IoUring::open(Options { read_only: true, ..Options::path(path) })?;
+    println!("{:#?}", device.info());
+    println!("{} bytes", device.capacity());
+
+    // Memory that the device is told of once, and a buffer in it.
+    let mapping = Mapping::new(1 << 20)?;
+    device.register(&mapping)?;
+    let mut arena = mapping.arenas(1).remove(0);
+    let len = device.capacity().min(512.max(device.info().block_size.into())) as usize;
+    let buf = arena.alloc(len).ok_or(io::ErrorKind::OutOfMemory)?;
+    if len == 0 {
+        return Ok(());
+    }
+
+    // The buffer goes in with the request and comes out with the completion.
+    let mut queue = device.open_queue(1)?;
+    queue.push(Request { tag: 0, op: Op::Read { at: 0, buf } }).expect("a new queue has room");
+    queue.kick();
+    let mut done = Vec::new();
+    while done.is_empty() {
+        queue.reap(&mut done);
+    }
+    for completion in done {
+        completion.result?;
+        if let Op::Read { buf, .. } = completion.op {
+            for (n, line) in buf.to_vec().iter().take(512).collect::<Vec<_>>().chunks(16).enumerate() {
+                let hex: Vec<String> = line.iter().map(|byte| format!("{byte:02x}")).collect();
+                println!("{:04x}  {}", n * 16, hex.join(" "));
+            }
+        }
+    }
+    Ok(())
+}
