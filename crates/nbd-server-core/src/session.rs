@@ -3,7 +3,7 @@
 
 use blkdev::{Buf, Channel, Done, Error, ExtentKind, Io};
 use nbd_proto::{
-    Command, Cookie, Event, Fatal, Negotiated, Receiver, Replier, WireError, Write,
+    Command, Cookie, Event, Fatal, Negotiated, Receiver, Replier, Terms, WireError, Write,
     wire::{AllocationFlags, CommandKind},
 };
 
@@ -75,6 +75,11 @@ impl Session {
         }
     }
 
+    /// What client and server agreed on.
+    pub fn terms(&self) -> &Terms {
+        self.receiver.terms()
+    }
+
     /// Whose completion a tag belongs to.
     #[inline]
     pub fn number_of(tag: u64) -> u32 {
@@ -140,7 +145,7 @@ impl Session {
 
     /// A request of this session has ended: its reply goes to the outbox.
     pub fn complete(&mut self, done: Done) {
-        let Call { cookie, at, len } = self.calls.end(done.tag as u32);
+        let Call { cookie, at, len, one } = self.calls.end(done.tag as u32);
         if self.closed {
             return;
         }
@@ -151,7 +156,9 @@ impl Session {
                 out.payload(buf);
             }
             (Ok(()), Io::Status { extents, .. }) => {
-                let extents = extents.iter().map(|e| nbd_proto::Extent { len: e.len, flags: allocation(e.kind) });
+                let wanted = if one { 1 } else { extents.len() };
+                let extents =
+                    extents[..wanted].iter().map(|e| nbd_proto::Extent { len: e.len, flags: allocation(e.kind) });
                 replier.status(out, cookie, at, ALLOCATION, extents, true);
             }
             (Ok(()), io) => replier.done(out, cookie, at, kind_of(&io)),
@@ -220,13 +227,10 @@ impl Session {
             Command::Trim { at, len, fua } => (at, len, Io::Discard { at, len, fua }),
             Command::Cache { at, len } => (at, len, Io::Prefetch { at, len }),
             Command::Zero { at, len, unmap, fast, fua } => (at, len, Io::Zero { at, len, fua, unmap, fast }),
-            Command::Status { at, len, one, contexts: _ } => {
-                // What is asked for one extent of is most often asked in a loop: the device need not look further.
-                let extents = Vec::with_capacity(usize::from(one));
-                (at, len, Io::Status { at, len, extents })
-            }
+            Command::Status { at, len, one: _, contexts: _ } => (at, len, Io::Status { at, len, extents: Vec::new() }),
         };
-        self.submit(Call { cookie, at, len }, io, channel);
+        let one = matches!(command, Command::Status { one: true, .. });
+        self.submit(Call { cookie, at, len, one }, io, channel);
         None
     }
 
@@ -240,7 +244,7 @@ impl Session {
     #[inline]
     fn write_if_filled(&mut self, channel: &mut Channel) {
         if let Some(Filling { cookie, write, buf, .. }) = self.filling.take_if(|f| f.have == f.buf.len()) {
-            let call = Call { cookie, at: write.at, len: write.len.into() };
+            let call = Call { cookie, at: write.at, len: write.len.into(), one: false };
             self.submit(call, Io::Write { at: write.at, buf, fua: write.fua }, channel);
         }
     }
@@ -306,6 +310,8 @@ struct Call {
     cookie: Cookie,
     at: u64,
     len: u64,
+    /// A status that is to be answered with one extent.
+    one: bool,
 }
 
 impl Calls {

@@ -1,0 +1,470 @@
+//! A whole server without sockets and without a clock: clients, sessions, channels and a disorderly device, all driven by a
+//! seed and held against a model.
+//!
+//! Each seed makes another device (block sizes, limits, capabilities), another mode of the protocol, another set of faults
+//! and several clients at once, whose bytes arrive and leave in pieces of any size; some clients vanish in the middle of a
+//! word. What must hold in every one of them: each request of a living client is answered exactly once and rightly, what was
+//! acknowledged is there, no buffer is lost, and all of it ends.
+
+use std::{collections::HashMap, sync::Arc};
+
+use blkdev::{
+    Channel, Device, Done, Plan,
+    fault::{Errors, Fault, Faults, Rng},
+    memory::Memory,
+};
+use nbd_proto::{
+    Cookie, Handshake, Mode, Offer, WireError,
+    client::{self, Chunk, Course, Decoder, Encoder, Wish},
+    wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
+};
+use nbd_server_core::{Export, Exports, Session, Stall};
+
+#[test]
+fn orderly_devices() {
+    run_seeds(0..3000, |_, _| {});
+}
+
+#[test]
+fn failing_devices() {
+    run_seeds(10_000..11_500, |rng, faults| {
+        let some = rng.below(20) as f64 / 100.0;
+        faults.errors =
+            Errors { read: some, write: some, zero: some, discard: some, flush: some, status: some, prefetch: some };
+        faults.torn = rng.chance(0.5);
+    });
+}
+
+#[test]
+fn dying_devices() {
+    run_seeds(20_000..21_000, |rng, faults| faults.death = Some(rng.below(200)));
+}
+
+fn run_seeds(seeds: std::ops::Range<u64>, worsen: fn(&mut Rng, &mut Faults)) {
+    for seed in seeds {
+        // What panics inside names the seed, which is all it takes to see it again.
+        let result = std::panic::catch_unwind(|| World::new(seed, worsen).run());
+        assert!(result.is_ok(), "seed {seed} fails");
+    }
+}
+
+struct World {
+    rng: Rng,
+    device: Arc<Fault<Memory>>,
+    model: Model,
+    channels: Vec<Channel>,
+    clients: Vec<Client>,
+    /// Requests that the clients will send yet.
+    budget: u32,
+    faulty: bool,
+}
+
+/// What the device must hold: a byte, or anything.
+struct Model {
+    bytes: Vec<Option<u8>>,
+    /// Ranges that are being changed or read, by client and cookie; none overlap unless both only read.
+    busy: HashMap<(usize, u64), (u64, u64, bool)>,
+}
+
+struct Client {
+    session: Session,
+    channel: usize,
+    mode: Mode,
+    encoder: Encoder,
+    decoder: Decoder,
+    asked: HashMap<u64, Asked>,
+    next: u64,
+    /// Encoded, not yet with the server.
+    wire: Vec<u8>,
+    /// The reply that is coming in: of which request, and where its next byte belongs.
+    incoming: Option<(u64, u64)>,
+    stall: Option<Stall>,
+    goodbye: bool,
+    gone: bool,
+}
+
+struct Asked {
+    kind: Kind,
+    at: u64,
+    len: u64,
+    flags: Flags,
+    data: Vec<u8>,
+    /// It is wrong on purpose: this is the answer.
+    expected: Option<WireError>,
+}
+
+const DEVICE: u64 = 256 << 10;
+
+impl World {
+    fn new(seed: u64, worsen: fn(&mut Rng, &mut Faults)) -> Self {
+        let mut rng = Rng::new(seed);
+        let mut faults = Faults::new(rng.next());
+        worsen(&mut rng, &mut faults);
+        let faulty = faults.death.is_some() || faults.errors.read > 0.0;
+        let block = *rng.pick(&[1u32, 512, 4096]);
+        let memory = Memory::new(DEVICE).with(|info| {
+            info.block_size = block;
+            info.transfer_max = *rng.pick(&[4096, 12 << 10, 1 << 20]);
+            info.zero_max = *rng.pick(&[4096, 64 << 10, u64::MAX]);
+            info.discard_max = *rng.pick(&[8192, u64::MAX]);
+            info.discard_alignment = block.max(*rng.pick(&[1, 4096]));
+            info.queues_max = 4;
+            let caps = &mut info.caps;
+            caps.zero = rng.chance(0.7);
+            caps.discard = rng.chance(0.8);
+            caps.status = rng.chance(0.7);
+            caps.fua = rng.chance(0.5);
+            caps.flush = !caps.fua || rng.chance(0.5);
+        });
+        let mut content = vec![0; DEVICE as usize];
+        if rng.chance(0.5) {
+            rng.fill(&mut content[..DEVICE as usize / 2]);
+            memory.write(0, &content);
+        }
+        let device = Arc::new(Fault::new(memory, faults));
+        let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
+        let plan = Plan { memory: *rng.pick(&[64 << 10, 256 << 10]), depth: rng.range(1, 32) as u16 };
+        let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
+        let export =
+            Export { name: "disk".into(), description: String::new(), device: dynamic, read_only: rng.chance(0.1) };
+        let exports = Exports::new(vec![export], 1 << 20).unwrap();
+        let clients = (0..rng.range(1, 5))
+            .map(|n| Client::shake_hands(&exports, n as usize, rng.below(channels.len() as u64) as usize, &mut rng))
+            .collect();
+        let model = Model { bytes: content.into_iter().map(Some).collect(), busy: HashMap::new() };
+        let budget = rng.range(20, 200) as u32;
+        Self { rng, device, model, channels, clients, budget, faulty }
+    }
+
+    fn run(mut self) {
+        for step in 0.. {
+            assert!(step < 200_000, "everything ends");
+            if self.budget > 0 && self.rng.chance(0.5) {
+                self.ask();
+            }
+            if self.rng.chance(0.002) {
+                let n = self.rng.below(self.clients.len() as u64) as usize;
+                self.kill(n);
+            }
+            let n = self.rng.below(self.clients.len() as u64) as usize;
+            match self.rng.below(4) {
+                0 | 1 => self.deliver(n),
+                2 => self.collect(n),
+                _ => self.turn(),
+            }
+            if self.budget == 0 && self.is_over() {
+                break;
+            }
+        }
+        self.check_the_end();
+    }
+
+    /// All has been said, all has been answered.
+    fn is_over(&mut self) -> bool {
+        for client in self.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.asked.is_empty()) {
+            client.goodbye = true;
+            client.encoder.disconnect(&mut client.wire, Cookie(0));
+        }
+        self.clients.iter().all(|c| if c.gone { c.session.in_flight() == 0 } else { c.session.is_over() })
+    }
+
+    /// A client makes up a request.
+    fn ask(&mut self) {
+        let n = self.rng.below(self.clients.len() as u64) as usize;
+        let rng = &mut self.rng;
+        let client = &mut self.clients[n];
+        if client.gone || client.goodbye {
+            self.budget -= 1;
+            return;
+        }
+        let kind = *rng.pick(&[
+            Kind::READ,
+            Kind::READ,
+            Kind::WRITE,
+            Kind::WRITE,
+            Kind::WRITE_ZEROES,
+            Kind::TRIM,
+            Kind::FLUSH,
+            Kind::CACHE,
+            Kind::BLOCK_STATUS,
+            Kind(77),
+        ]);
+        let longest = *rng.pick(&[600, 9000, 40_000]);
+        let mut len = rng.range(1, longest);
+        let mut at = rng.below(DEVICE - len);
+        if rng.chance(0.4) {
+            // Aligned, as clients mostly do it.
+            (at, len) = (at & !4095, len.next_multiple_of(4096).min(DEVICE - (at & !4095)));
+        }
+        if rng.chance(0.02) {
+            at = DEVICE - len / 2;
+        }
+        let fua = rng.chance(0.2);
+        let terms = client.session.terms();
+        let mut flags = Flags::NONE.with_if(fua, Flags::FUA);
+        if kind == Kind::WRITE_ZEROES {
+            flags = flags
+                .with_if(rng.chance(0.5), Flags::NO_HOLE)
+                .with_if(rng.chance(0.3) && terms.flags.contains(T::SEND_FAST_ZERO), Flags::FAST_ZERO);
+        }
+        if kind == Kind::BLOCK_STATUS {
+            flags = flags.with_if(rng.chance(0.3), Flags::REQ_ONE);
+        }
+        if kind == Kind::FLUSH || kind == Kind(77) {
+            (at, len) = (0, 0);
+        }
+        let changes = matches!(kind, Kind::WRITE | Kind::WRITE_ZEROES | Kind::TRIM);
+        let expected = match kind {
+            Kind(77) => Some(WireError::Inval),
+            Kind::BLOCK_STATUS if terms.contexts.is_empty() => Some(WireError::Inval),
+            _ if changes && terms.flags.contains(T::READ_ONLY) => Some(WireError::Perm),
+            Kind::TRIM if !terms.flags.contains(T::SEND_TRIM) => Some(WireError::Inval),
+            Kind::WRITE | Kind::WRITE_ZEROES if at + len > DEVICE => Some(WireError::NoSpc),
+            _ if at + len > DEVICE => Some(WireError::Inval),
+            _ => None,
+        };
+        if expected.is_none() && !self.model.is_free(at, len, changes) {
+            return;
+        }
+        let (cookie, mut data) = (client.next, Vec::new());
+        client.next += 1;
+        client.encoder.request(&mut client.wire, Cookie(cookie), kind, flags, at, len);
+        if kind == Kind::WRITE {
+            data = vec![0; len as usize];
+            rng.fill(&mut data);
+            client.wire.extend_from_slice(&data);
+        }
+        if expected.is_none() {
+            self.model.busy.insert((n, cookie), (at, len, changes));
+        }
+        client.asked.insert(cookie, Asked { kind, at, len, flags, data, expected });
+        self.budget -= 1;
+    }
+
+    /// Some bytes of a client reach its session, as a socket would bring them.
+    fn deliver(&mut self, n: usize) {
+        let client = &mut self.clients[n];
+        if client.gone || client.stall == Some(Stall::Disconnect) || client.wire.is_empty() && client.stall.is_none() {
+            return;
+        }
+        let channel = &mut self.channels[client.channel];
+        let longest = *self.rng.pick(&[1, 40, 5000, 100_000]);
+        let mut piece = (self.rng.range(0, longest) as usize + 1).min(client.wire.len());
+        if let Some((buf, at)) = client.session.landing() {
+            // Straight into place, as `receive` does it; what is more goes the other way.
+            let direct = piece.min(buf.len() - at);
+            buf.copy_from(at, &client.wire[..direct]);
+            client.session.landed(direct, channel);
+            client.wire.drain(..direct);
+            piece -= direct;
+        }
+        let mut input = &client.wire[..piece];
+        client.stall = client.session.take(&mut input, channel).expect("the client keeps to the protocol");
+        let taken = piece - input.len();
+        client.wire.drain(..taken);
+    }
+
+    /// Some bytes of replies reach a client.
+    fn collect(&mut self, n: usize) {
+        if self.clients[n].gone {
+            return;
+        }
+        let longest = *self.rng.pick(&[1, 100, 10_000, 200_000]);
+        let mut piece = vec![0; self.rng.range(0, longest) as usize + 1];
+        let got = self.clients[n].session.outbox().read(&mut piece);
+        let mut input = &piece[..got];
+        loop {
+            let client = &mut self.clients[n];
+            match client.decoder.next(&mut input).expect("the server keeps to the protocol") {
+                None => break,
+                Some(client::Event::Simple(cookie, result)) => {
+                    let asked = &client.asked[&cookie.0];
+                    assert!(client.mode == Mode::Simple || asked.kind != Kind::READ, "reads are answered in chunks");
+                    if asked.kind == Kind::READ && result.is_ok() && asked.len > 0 {
+                        client.decoder.expect_payload(asked.len as u32);
+                        client.incoming = Some((cookie.0, asked.at));
+                    } else {
+                        self.answered(n, cookie.0, result);
+                    }
+                }
+                Some(client::Event::Chunk { cookie, done, chunk, .. }) => {
+                    let asked = &client.asked[&cookie.0];
+                    match chunk {
+                        Chunk::Data { at, len } => {
+                            assert_eq!((asked.kind, at, len.into(), done), (Kind::READ, asked.at, asked.len, true));
+                            client.incoming = Some((cookie.0, at));
+                        }
+                        Chunk::Status { context: 0, extents } => {
+                            let (mut at, end) = (asked.at, asked.at + asked.len);
+                            assert!(!asked.flags.contains(Flags::REQ_ONE) || extents.len() == 1);
+                            for e in &extents {
+                                if e.flags & 2 != 0 {
+                                    self.model.must_be_zero(at, (at + e.len).min(end));
+                                }
+                                at += e.len;
+                            }
+                            assert!(extents.iter().all(|e| e.len > 0) && at <= end && done);
+                            self.answered(n, cookie.0, Ok(()));
+                        }
+                        Chunk::Error { error, .. } => self.answered(n, cookie.0, Err(error)),
+                        Chunk::None => self.answered(n, cookie.0, Ok(())),
+                        other => panic!("an unexpected chunk: {other:?}"),
+                    }
+                }
+                Some(client::Event::Payload(bytes)) => {
+                    let (cookie, at) = client.incoming.expect("data belongs to a read");
+                    self.model.must_hold(at, bytes);
+                    let asked = &client.asked[&cookie];
+                    let next = at + bytes.len() as u64;
+                    client.incoming = Some((cookie, next));
+                    if next == asked.at + asked.len {
+                        self.answered(n, cookie, Ok(()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// A request is answered: exactly once, and rightly.
+    fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
+        let asked = self.clients[n].asked.remove(&cookie).expect("one answer for each request");
+        self.model.busy.remove(&(n, cookie));
+        if let Some(expected) = asked.expected {
+            return assert_eq!(result, Err(expected), "{:?} {:?}", asked.kind, asked.flags);
+        }
+        let range = asked.at as usize..(asked.at + asked.len) as usize;
+        match result {
+            Ok(()) => match asked.kind {
+                Kind::WRITE => {
+                    self.model.bytes[range].iter_mut().zip(&asked.data).for_each(|(byte, new)| *byte = Some(*new));
+                }
+                Kind::WRITE_ZEROES => self.model.bytes[range].fill(Some(0)),
+                Kind::TRIM => self.model.bytes[range].fill(None),
+                _ => {}
+            },
+            // It should not have changed anything.
+            Err(WireError::NotSup) => assert!(asked.flags.contains(Flags::FAST_ZERO)),
+            Err(error) => {
+                assert!(self.faulty, "{:?} of {} at {} failed with {error:?}", asked.kind, asked.len, asked.at);
+                self.model.forget(&asked);
+            }
+        }
+    }
+
+    /// The server's loop: devices and replies move on.
+    fn turn(&mut self) {
+        for channel in &mut self.channels {
+            channel.kick();
+            let mut done: Vec<Done> = Vec::new();
+            channel.reap(&mut done);
+            for done in done {
+                self.clients[Session::number_of(done.tag) as usize].session.complete(done);
+            }
+        }
+    }
+
+    /// A client vanishes.
+    fn kill(&mut self, n: usize) {
+        let client = &mut self.clients[n];
+        if client.gone || client.goodbye {
+            return;
+        }
+        client.gone = true;
+        client.session.close();
+        self.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
+        for (cookie, asked) in client.asked.drain() {
+            self.model.forget(&asked);
+            // What is at the device may still happen: keep others away from there until the end.
+            if let Some((.., changes)) = self.model.busy.get_mut(&(n, cookie)) {
+                *changes = true;
+            }
+        }
+    }
+
+    fn check_the_end(mut self) {
+        for channel in &self.channels {
+            assert_eq!(channel.in_flight(), 0);
+            assert!(self.faulty || channel.memory_free() == channel.memory(), "every buffer came back");
+        }
+        assert!(self.clients.iter().all(|c| c.gone || c.asked.is_empty()), "every request was answered");
+        self.channels.clear();
+        let mut content = vec![0; DEVICE as usize];
+        self.device.device().read(0, &mut content);
+        self.model.must_hold(0, &content);
+    }
+}
+
+impl Model {
+    fn is_free(&self, at: u64, len: u64, changes: bool) -> bool {
+        self.busy.values().all(|&(b, n, c)| at + len <= b || b + n <= at || !(c || changes))
+    }
+
+    fn must_hold(&self, at: u64, bytes: &[u8]) {
+        let known = &self.bytes[at as usize..at as usize + bytes.len()];
+        if let Some(n) = known.iter().zip(bytes).position(|(known, byte)| known.is_some_and(|k| k != *byte)) {
+            panic!("byte {} is {} and should be {:?}", at + n as u64, bytes[n], known[n]);
+        }
+    }
+
+    fn must_be_zero(&self, at: u64, end: u64) {
+        assert!(self.bytes[at as usize..end as usize].iter().all(|b| b.is_none_or(|b| b == 0)), "a hole holds zeroes");
+    }
+
+    /// Whether it happened is not known: every byte may be old or new.
+    fn forget(&mut self, asked: &Asked) {
+        let range = asked.at as usize..(asked.at + asked.len).min(DEVICE) as usize;
+        match asked.kind {
+            _ if asked.expected.is_some() => {}
+            Kind::WRITE | Kind::WRITE_ZEROES | Kind::TRIM => self.bytes[range].fill(None),
+            _ => {}
+        }
+    }
+}
+
+impl Client {
+    /// The handshake of both halves, in pieces of any size.
+    fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
+        let mode = *rng.pick(&[Mode::Simple, Mode::Structured]);
+        let contexts = if rng.chance(0.8) { vec!["base:allocation".to_owned()] } else { Vec::new() };
+        let name = rng.pick(&["", "disk"]).to_string();
+        let mut course = Course::new(Wish { name, mode, contexts, tls: false });
+        let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
+        let mut handshake = Handshake::new(Offer { extended: false, ..Offer::default() }, &mut to_client);
+        let (mut negotiated, mut agreed) = (None, None);
+        while negotiated.is_none() || agreed.is_none() {
+            let piece = (rng.below(50) as usize + 1).min(to_client.len());
+            let mut input = &to_client[..piece];
+            if agreed.is_none()
+                && let client::Step::Done(terms) = course.next(&mut input, &mut to_server).unwrap()
+            {
+                agreed = Some(terms);
+            }
+            to_client.drain(..piece);
+            let piece = (rng.below(50) as usize + 1).min(to_server.len());
+            let mut input = &to_server[..piece];
+            if negotiated.is_none()
+                && let nbd_proto::Step::Done(terms) = handshake.next(&mut input, exports, &mut to_client).unwrap()
+            {
+                negotiated = Some(terms);
+            }
+            to_server.drain(..piece);
+        }
+        let (negotiated, agreed) = (negotiated.unwrap(), agreed.unwrap());
+        assert_eq!(negotiated.terms.flags, agreed.terms.flags);
+        let mode = agreed.terms.mode;
+        Self {
+            session: Session::new(&negotiated, number as u32),
+            channel,
+            mode,
+            encoder: Encoder::new(mode),
+            decoder: Decoder::new(mode),
+            asked: HashMap::new(),
+            next: 1,
+            wire: Vec::new(),
+            incoming: None,
+            stall: None,
+            goodbye: false,
+            gone: false,
+        }
+    }
+}
