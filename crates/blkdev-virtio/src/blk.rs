@@ -100,10 +100,7 @@ impl<T: Transport> VirtioBlk<T> {
     fn negotiate(transport: T, options: &Options) -> io::Result<Self> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
         if !options.queue_size.is_power_of_two() || !(4..=RING_MAX).contains(&options.queue_size) {
-            return Err(invalid(format!(
-                "queue size {}, not a power of two from 4 to {RING_MAX}",
-                options.queue_size
-            )));
+            return Err(invalid(format!("queue size {}, not a power of two from 4 to {RING_MAX}", options.queue_size)));
         }
         let ring_max = transport.ring_max(0).max(1);
         let queue_size = options.queue_size.min(1 << ring_max.ilog2());
@@ -275,7 +272,10 @@ impl<T: Transport> Core<T> {
                     Ok(Some(used)) => return Ok(used),
                     Err(nonsense) => return Err(io::Error::new(io::ErrorKind::InvalidData, nonsense.to_string())),
                     Ok(None) if self.life.is_dead() => {
-                        return Err(io::Error::new(io::ErrorKind::NotConnected, "the device went away while it was opened"));
+                        return Err(io::Error::new(
+                            io::ErrorKind::NotConnected,
+                            "the device went away while it was opened",
+                        ));
                     }
                     Ok(None) => {}
                 }

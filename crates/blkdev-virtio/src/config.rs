@@ -38,7 +38,10 @@ pub(crate) fn needed(offered: u64) -> usize {
 
 /// The offered blk features that this driver uses and whose part of the configuration space was there to read.
 pub(crate) fn usable(offered: u64, config_len: usize) -> u64 {
-    FEATURES.iter().filter(|(bit, end)| has(offered, *bit) && *end <= config_len).fold(0, |all, (bit, _)| all | 1 << bit)
+    FEATURES
+        .iter()
+        .filter(|(bit, end)| has(offered, *bit) && *end <= config_len)
+        .fold(0, |all, (bit, _)| all | 1 << bit)
 }
 
 pub(crate) fn has(features: u64, bit: u32) -> bool {
@@ -216,7 +219,10 @@ mod tests {
         assert_eq!((c.zero_max, c.discard_max, c.discard_alignment), (None, None, 4096));
         let c = parse(ALL, &[(24, &[200]), (26, &[3, 0]), (44, &[3])]);
         assert_eq!((c.preferred_block_size, c.discard_alignment), (4096, 1536));
-        assert_eq!((c.zero_max, c.discard_max), (Some(u64::from(u32::MAX) * 512), Some(u64::from(u32::MAX) * 512 / 1536 * 1536)));
+        assert_eq!(
+            (c.zero_max, c.discard_max),
+            (Some(u64::from(u32::MAX) * 512), Some(u64::from(u32::MAX) * 512 / 1536 * 1536))
+        );
     }
 
     #[test]

@@ -98,8 +98,15 @@ impl Spec {
         ];
         let mut config = vec![0; 60];
         config[..8].copy_from_slice(&(capacity / 512).to_le_bytes());
-        let spec = Self { features: bits.iter().fold(0, |all, bit| all | 1 << bit), config, seed: 1, fault: None, after: 0 };
-        spec.field(12, 126).field(20, 512).field(32, 1 | 4 << 16).field(36, 8192).field(40, 1).field(48, 4096).field(52, 1)
+        let spec =
+            Self { features: bits.iter().fold(0, |all, bit| all | 1 << bit), config, seed: 1, fault: None, after: 0 };
+        spec.field(12, 126)
+            .field(20, 512)
+            .field(32, 1 | 4 << 16)
+            .field(36, 8192)
+            .field(40, 1)
+            .field(48, 4096)
+            .field(52, 1)
     }
 
     /// With the four configuration bytes from `at` on set to `value`.
@@ -464,8 +471,14 @@ impl Queue {
             let len = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
             let flags = u32::from(u16::from_le_bytes(bytes[12..14].try_into().unwrap()));
             if flags & VRING_DESC_F_INDIRECT != 0 {
-                assert!(self.indirect && in_ring && parts.is_empty(), "an indirect descriptor stands alone, where accepted");
-                assert!(flags & VRING_DESC_F_NEXT == 0 && len > 0 && len.is_multiple_of(16), "an indirect table is one");
+                assert!(
+                    self.indirect && in_ring && parts.is_empty(),
+                    "an indirect descriptor stands alone, where accepted"
+                );
+                assert!(
+                    flags & VRING_DESC_F_NEXT == 0 && len > 0 && len.is_multiple_of(16),
+                    "an indirect table is one"
+                );
                 (table, size, at, in_ring) = (address, len / 16, 0, false);
                 continue;
             }

@@ -262,7 +262,8 @@ impl<T> Split<T> {
                 (Some(self.memory.iova(segment)), 16, VRING_DESC_F_NEXT)
             }
         };
-        let shape = if len <= self.segment_max { u16::from(data.is_some()) } else { len.div_ceil(self.segment_max) as u16 };
+        let shape =
+            if len <= self.segment_max { u16::from(data.is_some()) } else { len.div_ceil(self.segment_max) as u16 };
         assert!(shape <= layout.segments, "a transfer of {len} bytes fits {} segments", layout.segments);
         if self.slots[usize::from(slot)].shape != shape {
             self.reshape(slot, shape);

@@ -1,0 +1,359 @@
+//! Back ends for the tests: qemu-storage-daemon, and one made of the model device with faults of its own.
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, fs,
+    io::{self, IoSliceMut, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use blkdev::{Completion, Queue};
+use blkdev_virtio::model::{Addresses, Model, Running};
+use nix::{
+    cmsg_space,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
+};
+
+/// A directory that goes with the test.
+pub struct Dir(PathBuf);
+
+impl Dir {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("vhost-user-{}-{count}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A qemu-storage-daemon with one vhost-user-blk export.
+pub struct Qemu {
+    pub socket: PathBuf,
+    child: Child,
+    _dir: Dir,
+}
+
+impl Qemu {
+    /// Over a file of `len` zero bytes, which is at `file()`.
+    pub fn file(len: u64, export: &str) -> Self {
+        let dir = Dir::new();
+        fs::File::create(dir.join("disk")).unwrap().set_len(len).unwrap();
+        let node = format!("driver=file,node-name=n,discard=unmap,filename={}", dir.join("disk").display());
+        Self::start(dir, &node, export)
+    }
+
+    pub fn null(len: u64, export: &str) -> Self {
+        Self::start(Dir::new(), &format!("driver=null-co,node-name=n,read-zeroes=on,size={len}"), export)
+    }
+
+    fn start(dir: Dir, node: &str, export: &str) -> Self {
+        let socket = dir.join("socket");
+        let child = Command::new("qemu-storage-daemon")
+            .args(["--object", "iothread,id=io0", "--blockdev", node, "--export"])
+            .arg(format!("type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},{export}", socket.display()))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu-storage-daemon is installed");
+        let end = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            assert!(Instant::now() < end, "qemu-storage-daemon listens");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Self { socket, child, _dir: dir }
+    }
+
+    pub fn disk(&self) -> PathBuf {
+        self._dir.join("disk")
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Waits for `count` completions, by the wake-up descriptor; panics after `patience`.
+pub fn collect(queue: &mut dyn Queue, count: usize, patience: Duration) -> Vec<Completion> {
+    let end = Instant::now() + patience;
+    let mut done = Vec::new();
+    loop {
+        queue.reap(&mut done);
+        if done.len() >= count {
+            return done;
+        }
+        if queue.arm() {
+            let fd = queue.wake_fd().unwrap();
+            let _ = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(100u16));
+        }
+        assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+    }
+}
+
+/// Protocol feature bits of the specification.
+pub const MQ: u64 = 1 << 0;
+pub const REPLY_ACK: u64 = 1 << 3;
+pub const CONFIG: u64 = 1 << 9;
+pub const MEM_SLOTS: u64 = 1 << 15;
+pub const ALL: u64 = MQ | REPLY_ACK | CONFIG | MEM_SLOTS;
+
+/// How a back end answers GET_CONFIG.
+#[derive(Clone, Copy)]
+pub enum Answer {
+    /// With as many bytes as were asked for.
+    Asked,
+    /// With so many, whatever was asked for.
+    Always(usize),
+    /// With nothing to whoever asks for more than so many.
+    AtMost(usize),
+}
+
+#[derive(Clone)]
+pub struct Quirks {
+    pub protocol: u64,
+    pub config: Answer,
+    /// Messages that are never answered.
+    pub mute: Vec<u32>,
+}
+
+impl Default for Quirks {
+    fn default() -> Self {
+        Self { protocol: ALL, config: Answer::Asked, mute: Vec::new() }
+    }
+}
+
+/// A back end made of a [`Model`], which serves one front end after the other.
+pub struct Backend {
+    pub socket: PathBuf,
+    pub model: Arc<Model>,
+    pub seen: Arc<Mutex<BTreeSet<u32>>>,
+    stop: Arc<AtomicBool>,
+    client: Arc<Mutex<Option<UnixStream>>>,
+    thread: Option<JoinHandle<()>>,
+    _dir: Dir,
+}
+
+impl Backend {
+    pub fn new(model: Arc<Model>, quirks: Quirks) -> Self {
+        let dir = Dir::new();
+        let socket = dir.join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (stop, client) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
+        let seen = Arc::<Mutex<BTreeSet<u32>>>::default();
+        let thread = {
+            let (model, stop, client, seen) = (model.clone(), stop.clone(), client.clone(), seen.clone());
+            thread::spawn(move || {
+                while let Ok((stream, _)) = listener.accept() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    *client.lock().unwrap() = Some(stream.try_clone().unwrap());
+                    let mut session = Session {
+                        stream,
+                        model: &model,
+                        quirks: &quirks,
+                        ack: false,
+                        rings: BTreeMap::new(),
+                        seen: &seen,
+                    };
+                    while session.message().is_ok() {}
+                    drop(session);
+                    model.unmap_all();
+                }
+            })
+        };
+        Self { socket, model, seen, stop, client, thread: Some(thread), _dir: dir }
+    }
+
+    /// Closes the connection, and lives on.
+    pub fn hang_up(&self) {
+        if let Some(client) = self.client.lock().unwrap().take() {
+            let _ = client.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.hang_up();
+        let _ = UnixStream::connect(&self.socket);
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join)
+            && !thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+struct Session<'a> {
+    stream: UnixStream,
+    model: &'a Arc<Model>,
+    quirks: &'a Quirks,
+    ack: bool,
+    rings: BTreeMap<u32, Vring>,
+    seen: &'a Mutex<BTreeSet<u32>>,
+}
+
+#[derive(Default)]
+struct Vring {
+    addresses: Addresses,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    running: Option<Running>,
+}
+
+impl Session<'_> {
+    fn message(&mut self) -> io::Result<()> {
+        let mut header = [0; 12];
+        let mut space = cmsg_space!([std::os::fd::RawFd; 8]);
+        let mut fds = Vec::new();
+        let got = {
+            let mut parts = [IoSliceMut::new(&mut header)];
+            let message =
+                recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+            for control in message.cmsgs()? {
+                if let ControlMessageOwned::ScmRights(raw) = control {
+                    fds.extend(raw.into_iter().map(own));
+                }
+            }
+            message.bytes
+        };
+        if got == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.stream.read_exact(&mut header[got..])?;
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        let (request, flags) = (word(0), word(4));
+        let mut payload = vec![0; word(8) as usize];
+        self.stream.read_exact(&mut payload)?;
+        self.seen.lock().unwrap().insert(request);
+        if self.quirks.mute.contains(&request) {
+            return Ok(());
+        }
+
+        let number = |at: usize| u64::from_ne_bytes(payload[at..at + 8].try_into().unwrap());
+        let half = |at: usize| u32::from_ne_bytes(payload[at..at + 4].try_into().unwrap());
+        let mut answer: Option<Vec<u8>> = None;
+        let protocol = self.quirks.protocol;
+        match request {
+            1 => answer = Some((self.model.spec().features | 1 << 30 | 1 << 26).to_ne_bytes().to_vec()),
+            2 => {
+                assert_eq!(number(0) & 1 << 26, 0, "LOG_ALL is never accepted");
+                self.model.accept(number(0));
+            }
+            3 | 14 => {}
+            5 => {
+                assert_eq!(protocol & MEM_SLOTS, 0, "a back end with slots is given slots");
+                assert!(self.rings.values().all(|r| r.running.is_none()), "the table changes while nothing uses it");
+                self.model.unmap_all();
+                assert_eq!(half(0) as usize, fds.len());
+                for (n, fd) in fds.iter().enumerate() {
+                    self.map(&payload[8 + 32 * n..], fd)?;
+                }
+            }
+            8 => self.ring(half(0)).addresses.size = half(4) as u16,
+            9 => {
+                let (descriptors, used, available) = (number(8), number(16), number(24));
+                let addresses = &mut self.ring(half(0)).addresses;
+                *addresses = Addresses { descriptors, used, available, ..*addresses };
+            }
+            10 => self.ring(half(0)).addresses.base = half(4) as u16,
+            11 => {
+                let (index, ring) = (half(0), self.ring(half(0)));
+                let base = ring.running.take().map_or(ring.addresses.base, Running::stop);
+                answer = Some([index.to_ne_bytes(), u32::from(base).to_ne_bytes()].concat());
+            }
+            12 => self.ring(number(0) as u32).kick = fds.pop(),
+            13 => self.ring(number(0) as u32).call = fds.pop(),
+            15 => answer = Some(protocol.to_ne_bytes().to_vec()),
+            16 => {
+                assert_eq!(number(0) & !protocol, 0, "only what was offered");
+                self.ack = number(0) & REPLY_ACK != 0;
+            }
+            17 => answer = Some(4u64.to_ne_bytes().to_vec()),
+            18 => {
+                let model = Arc::clone(self.model);
+                let ring = self.ring(half(0));
+                ring.running =
+                    Some(model.start(ring.addresses, ring.kick.take().unwrap(), ring.call.take().unwrap())?);
+            }
+            24 => {
+                let config = &self.model.spec().config;
+                let asked = half(4) as usize;
+                let len = match self.quirks.config {
+                    Answer::Asked => asked,
+                    Answer::Always(len) => len,
+                    Answer::AtMost(most) if asked > most => 0,
+                    Answer::AtMost(_) => asked,
+                };
+                let mut reply = Vec::new();
+                if len > 0 {
+                    reply.extend([0u32, len as u32, 0].iter().flat_map(|w| w.to_ne_bytes()));
+                    reply.extend((0..len).map(|at| config.get(at).copied().unwrap_or(0)));
+                }
+                answer = Some(reply);
+            }
+            36 => answer = Some(32u64.to_ne_bytes().to_vec()),
+            37 => self.map(&payload[8..], &fds[0])?,
+            _ => panic!("message {request} is one that this back end offers"),
+        }
+        let ack = self.ack && flags & 8 != 0;
+        if let Some(body) = answer.or(ack.then(|| vec![0; 8])) {
+            let header = [request, 1 | 4, body.len() as u32].map(u32::to_ne_bytes).concat();
+            self.stream.write_all(&[header, body].concat())?;
+        }
+        Ok(())
+    }
+
+    fn ring(&mut self, index: u32) -> &mut Vring {
+        self.rings.entry(index).or_default()
+    }
+
+    /// Address, length, user address, offset.
+    fn map(&self, region: &[u8], fd: &OwnedFd) -> io::Result<()> {
+        let number = |at: usize| u64::from_ne_bytes(region[at..at + 8].try_into().unwrap());
+        self.model.map(number(0), number(8) as usize, fd.as_fd(), number(24))
+    }
+}
+
+#[allow(unsafe_code)]
+fn own(raw: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: the kernel made this descriptor for us in recvmsg, and nobody else knows of it.
+    unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
+}
+
+/// Connects to `path` and says nothing.
+pub fn idle_client(path: &Path) -> UnixStream {
+    UnixStream::connect(path).unwrap()
+}
