@@ -189,8 +189,7 @@ impl Handshake {
     /// The header of an option: what can be said without its data.
     fn option(&mut self, opt: Opt, len: u32, catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Option<Step>, Fatal> {
         self.options += 1;
-        self.bytes += 16 + u64::from(len);
-        if self.options > OPTIONS_MAX || self.bytes > OPTION_BYTES_MAX {
+        if self.options > OPTIONS_MAX {
             return Err(Fatal::Options(self.options));
         }
         if opt == Opt::EXPORT_NAME {
@@ -201,6 +200,10 @@ impl Handshake {
         }
         if len > OPTION_SKIP_MAX {
             return Err(Fatal::OptionLength(opt, len));
+        }
+        self.bytes += u64::from(len);
+        if self.bytes > OPTION_BYTES_MAX {
+            return Err(Fatal::Options(self.options));
         }
         if opt == Opt::SET_META_CONTEXT {
             // Whatever becomes of this option, the set before it is gone.

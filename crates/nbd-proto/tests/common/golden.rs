@@ -109,3 +109,56 @@ fn bytes(line: &str) -> Vec<u8> {
     }
     out
 }
+
+/// The golden conversations as inputs of the fuzz targets: by name, for `bodies::handshake`.
+pub fn handshakes() -> Vec<(String, Vec<u8>)> {
+    all()
+        .into_iter()
+        .map(|golden| {
+            let offer = golden.offer;
+            let head = u8::from(!offer.structured)
+                | u8::from(!offer.extended) << 1
+                | (offer.tls as u8) << 2
+                | u8::from(offer.block_size_required) << 4
+                | u8::from(offer.enforce_alignment) << 5;
+            (golden.file.clone(), [vec![head], golden.parts().concat()].concat())
+        })
+        .collect()
+}
+
+/// For `bodies::receiver`: what comes after the handshake, in the mode it was in.
+pub fn requests() -> Vec<(String, Vec<u8>)> {
+    live()
+        .map(|(golden, mode)| {
+            (golden.file.clone(), [vec![mode, 0], after(&golden.parts().concat(), &REQUESTS)].concat())
+        })
+        .collect()
+}
+
+/// For `bodies::decoder`.
+pub fn replies() -> Vec<(String, Vec<u8>)> {
+    live()
+        .flat_map(|(golden, mode)| {
+            let said = golden.server();
+            let transmission = [vec![mode], after(&said, &REPLIES)].concat();
+            [(format!("handshake-{}", golden.file), [vec![mode], said].concat()), (golden.file.clone(), transmission)]
+        })
+        .collect()
+}
+
+const REQUESTS: [[u8; 4]; 2] = [[0x25, 0x60, 0x95, 0x13], [0x21, 0xe4, 0x1c, 0x71]];
+const REPLIES: [[u8; 4]; 3] = [[0x67, 0x44, 0x66, 0x98], [0x66, 0x8e, 0x33, 0xef], [0x6e, 0x8a, 0x27, 0x8c]];
+
+fn live() -> impl Iterator<Item = (Golden, u8)> {
+    all().into_iter().filter_map(|golden| {
+        let done = golden.log.iter().find(|line| line.starts_with("Done"))?;
+        let mode = ["Simple", "Structured", "Extended"].iter().position(|mode| done.contains(mode))?;
+        Some((golden, mode as u8))
+    })
+}
+
+/// From the first of these magics on.
+fn after(bytes: &[u8], magics: &[[u8; 4]]) -> Vec<u8> {
+    let start = bytes.windows(4).position(|window| magics.iter().any(|magic| window == magic));
+    bytes[start.unwrap_or(bytes.len())..].to_vec()
+}

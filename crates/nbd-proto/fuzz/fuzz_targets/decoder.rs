@@ -1,0 +1,7 @@
+//! The client's half, fed with anything.
+#![no_main]
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| common::bodies::decoder(data));

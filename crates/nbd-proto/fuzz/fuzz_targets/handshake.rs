@@ -1,0 +1,7 @@
+//! A whole server, handshake and transmission, fed with anything.
+#![no_main]
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| common::bodies::handshake(data));

@@ -1,0 +1,7 @@
+//! The receiver, fed with anything: it accounts for every byte.
+#![no_main]
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| common::bodies::receiver(data));

@@ -1,0 +1,236 @@
+//! Payloads: whatever becomes of a WRITE, exactly its bytes leave the stream; and none of it needs memory.
+
+mod common;
+
+use common::{ALL, SIZE, Seed};
+use nbd_proto::client::Encoder;
+use nbd_proto::wire::{CommandKind, TransmissionFlags};
+use nbd_proto::{BlockSizes, Command, ContextSet, Cookie, Event, Fatal, Mode, Receiver, Rejection, Terms, WireError};
+
+fn terms() -> Terms {
+    Terms {
+        mode: Mode::Simple,
+        flags: ALL,
+        size: SIZE,
+        block: BlockSizes { min: 512, preferred: 4096, payload_max: 1 << 16 },
+        enforce_alignment: false,
+        contexts: ContextSet::EMPTY,
+    }
+}
+
+/// A WRITE of `len` bytes, and a FLUSH.
+fn write_and_flush(at: u64, len: u32) -> Vec<u8> {
+    let encoder = Encoder::new(Mode::Simple);
+    let mut stream = Vec::new();
+    encoder.write_head(&mut stream, Cookie(1), at, len, false);
+    stream.resize(stream.len() + len as usize, 0xee);
+    encoder.flush(&mut stream, Cookie(2));
+    stream
+}
+
+const FLUSH: Event<'_> = Event::Command(Cookie(2), Command::Flush);
+
+/// Other servers cut the line at 33 MiB, or eat from the wrong stream: here 33 MiB and 64 MiB are refused in step.
+#[test]
+fn a_refused_write_is_swallowed_in_step() {
+    let too_long = "write longer than the maximum payload";
+    for (at, len, error, text) in [
+        (0, (1 << 16) + 1, WireError::Inval, too_long),
+        (SIZE, 1, WireError::NoSpc, "range ends past the export"),
+        (u64::MAX, 512, WireError::NoSpc, "range ends past the export"),
+        (0, 33 << 20, WireError::NoSpc, "range ends past the export"),
+        (0, 64 << 20, WireError::NoSpc, "range ends past the export"),
+    ] {
+        let stream = write_and_flush(at, len);
+        for step in [stream.len(), 1 << 16, if len > 1 << 20 { 1_000_003 } else { 1009 }] {
+            let mut receiver = Receiver::new(terms());
+            let mut seen = Vec::new();
+            for mut piece in stream.chunks(step) {
+                while let Some(event) = receiver.next(&mut piece).unwrap() {
+                    assert!(!matches!(event, Event::Payload(_)), "nobody wants this payload");
+                    seen.push(format!("{event:?}"));
+                }
+                assert!(piece.is_empty());
+            }
+            let rejection = Rejection { kind: CommandKind::WRITE, at, error, text };
+            assert_eq!(seen, [format!("{:?}", Event::Reject(Cookie(1), rejection)), format!("{FLUSH:?}")]);
+        }
+    }
+}
+
+#[test]
+fn a_payload_nobody_would_send_ends_the_connection() {
+    for (len, payload_max, fatal) in [
+        ((64 << 20) + 1, 1 << 16, true),
+        (u32::MAX, 1 << 16, true),
+        (u32::MAX, u32::MAX, false),
+        (65 << 20, 65 << 20, false),
+    ] {
+        let block = BlockSizes { payload_max, ..BlockSizes::default() };
+        let mut head = Vec::new();
+        Encoder::new(Mode::Simple).write_head(&mut head, Cookie(1), 0, len, false);
+        let outcome = Receiver::new(Terms { block, size: 1 << 40, ..terms() }).next(&mut head.as_slice());
+        match fatal {
+            true => assert_eq!(outcome, Err(Fatal::PayloadLength(len.into()))),
+            false => assert!(matches!(outcome, Ok(Some(Event::Write(Cookie(1), write))) if write.len == len)),
+        }
+    }
+}
+
+/// A READ of 4 GiB less a byte from a server without a limit: one structured chunk could not tell its length.
+#[test]
+fn a_read_fits_one_chunk() {
+    let block = BlockSizes { payload_max: u32::MAX, ..BlockSizes::default() };
+    for (len, fits) in [(u32::MAX - 8, true), (u32::MAX - 7, false), (u32::MAX, false)] {
+        let terms = Terms { block, size: 1 << 40, mode: Mode::Structured, ..terms() };
+        let mut head = Vec::new();
+        Encoder::new(Mode::Structured).read(&mut head, Cookie(1), 0, len);
+        let event = Receiver::new(terms).next(&mut head.as_slice()).unwrap().unwrap();
+        assert_eq!(matches!(event, Event::Command(..)), fits, "{len}");
+        if fits {
+            nbd_proto::Replier::new(terms).read_head(&mut head, Cookie(1), 0, len);
+        }
+    }
+}
+
+/// Part of the payload rides along with the header, the rest is received straight into place.
+#[test]
+fn the_rest_of_a_payload_may_go_past() {
+    let stream = write_and_flush(0, 1000);
+    for ridden in 0..=1000 {
+        let mut receiver = Receiver::new(terms());
+        let mut input = &stream[..28 + ridden];
+        assert!(matches!(receiver.next(&mut input), Ok(Some(Event::Write(..)))));
+        if ridden > 0 {
+            assert_eq!(receiver.next(&mut input), Ok(Some(Event::Payload(&stream[28..28 + ridden]))));
+        }
+        assert_eq!(receiver.next(&mut input), Ok(None), "and nothing happens without bytes");
+        assert_eq!(receiver.payload_left() as usize, 1000 - ridden);
+        // In two pieces, the second of which may be empty.
+        let left = receiver.payload_left();
+        receiver.payload_placed(left / 3);
+        assert_eq!(receiver.payload_left(), left - left / 3);
+        receiver.payload_placed(left - left / 3);
+        assert_eq!(receiver.payload_left(), 0);
+        assert_eq!(receiver.next(&mut &stream[1028..]), Ok(Some(FLUSH)));
+        assert!(receiver.is_idle());
+    }
+}
+
+/// The owner gives up a WRITE at any time: the rest is swallowed, and it may have that told for it.
+#[test]
+fn a_write_may_be_given_up() {
+    for len in [0u32, 1, 2, 1000] {
+        let stream = write_and_flush(512, len);
+        for taken in 0..=len as usize {
+            for reject in [false, true] {
+                let mut receiver = Receiver::new(terms());
+                let mut input = &stream[..28 + taken];
+                assert!(matches!(receiver.next(&mut input), Ok(Some(Event::Write(..)))));
+                if taken > 0 {
+                    assert!(matches!(receiver.next(&mut input), Ok(Some(Event::Payload(_)))));
+                }
+                match reject {
+                    true => receiver.reject_payload(WireError::NoSpc, "full"),
+                    false => receiver.skip_payload(),
+                }
+                assert_eq!(receiver.payload_left(), 0);
+                let mut rest = &stream[28 + taken..];
+                if reject {
+                    let rejection =
+                        Rejection { kind: CommandKind::WRITE, at: 512, error: WireError::NoSpc, text: "full" };
+                    assert_eq!(receiver.next(&mut rest), Ok(Some(Event::Reject(Cookie(1), rejection))));
+                    assert_eq!(rest.len(), 28, "told when the payload is past");
+                }
+                assert_eq!(receiver.next(&mut rest), Ok(Some(FLUSH)));
+                assert_eq!(receiver.next(&mut rest), Ok(None));
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "2 bytes were placed of a payload of 1")]
+fn more_cannot_be_placed_than_is_left() {
+    let stream = write_and_flush(0, 1);
+    let mut receiver = Receiver::new(terms());
+    receiver.next(&mut &stream[..28]).unwrap();
+    receiver.payload_placed(2);
+}
+
+#[test]
+fn the_size_may_change() {
+    let mut receiver = Receiver::new(terms());
+    let read = |receiver: &mut Receiver, at| {
+        let mut head = Vec::new();
+        Encoder::new(Mode::Simple).read(&mut head, Cookie(1), at, 512);
+        matches!(receiver.next(&mut head.as_slice()), Ok(Some(Event::Command(..))))
+    };
+    assert!(!read(&mut receiver, SIZE));
+    receiver.set_size(SIZE + 512);
+    assert!(read(&mut receiver, SIZE));
+    receiver.set_size(SIZE);
+    assert!(!read(&mut receiver, SIZE));
+    receiver.set_size(0);
+    assert!(!read(&mut receiver, 0));
+}
+
+#[test]
+fn nothing_comes_after_disc() {
+    let encoder = Encoder::new(Mode::Simple);
+    let mut stream = Vec::new();
+    encoder.disconnect(&mut stream, Cookie(9));
+    encoder.flush(&mut stream, Cookie(2));
+    let mut receiver = Receiver::new(terms());
+    let mut input = stream.as_slice();
+    assert_eq!(receiver.next(&mut input), Ok(Some(Event::Disconnect)));
+    for _ in 0..3 {
+        assert_eq!(receiver.next(&mut input), Ok(None));
+        assert_eq!(input.len(), 28, "and nothing is taken");
+    }
+    assert!(receiver.is_idle());
+}
+
+/// What the mode does not allow is taken away, whatever the owner set.
+#[test]
+fn flags_are_told_as_the_mode_allows() {
+    use TransmissionFlags as Flag;
+    let told = |mode, flags: Flag, contexts: &[u32]| {
+        Terms { mode, flags, contexts: contexts.iter().copied().collect(), ..terms() }.told().flags
+    };
+    let all = Flag::KNOWN;
+    assert_eq!(
+        told(Mode::Simple, all, &[0]),
+        all.without(Flag::SEND_DF).without(Flag::SEND_RESIZE).without(Flag::BLOCK_STATUS_PAYLOAD)
+    );
+    assert_eq!(told(Mode::Structured, all, &[0]), all.without(Flag::SEND_RESIZE).without(Flag::BLOCK_STATUS_PAYLOAD));
+    assert_eq!(told(Mode::Extended, all, &[]), all.without(Flag::SEND_RESIZE).without(Flag::BLOCK_STATUS_PAYLOAD));
+    assert_eq!(told(Mode::Extended, all, &[0]), all.without(Flag::SEND_RESIZE));
+    assert_eq!(told(Mode::Simple, Flag::SEND_FAST_ZERO, &[]), Flag::HAS_FLAGS);
+    assert!(
+        Terms { contexts: [1].into_iter().collect(), ..terms() }.told().contexts.is_empty(),
+        "no status in simple replies"
+    );
+}
+
+/// A long stream of random requests, by seeds, in random pieces: as whole.
+#[test]
+fn random_streams_are_cut_at_random() {
+    for seed in 0..30 {
+        let mut seed = Seed(seed);
+        let mut data = vec![seed.next() as u8, seed.next() as u8];
+        let encoder =
+            Encoder::new([Mode::Simple, Mode::Structured, Mode::Extended, Mode::Extended][usize::from(data[0] & 3)]);
+        for _ in 0..100 {
+            let kind = CommandKind([0, 1, 1, 3, 4, 5, 6, 7, 7, 8, 0xffff][seed.below(11) as usize]);
+            let flags = nbd_proto::wire::CommandFlags(if seed.chance(2) { 32 } else { seed.below(64) as u16 });
+            let (at, len) =
+                (seed.below(SIZE + 100), [0, 8, 12, 20, 512, seed.below(3000), 70_000][seed.below(7) as usize]);
+            encoder.request(&mut data, Cookie(seed.next()), kind, flags, at, len);
+            if kind == CommandKind::WRITE || (data[0] & 2 != 0 && flags.0 & 32 != 0) {
+                data.extend((0..len).map(|i| if i < 12 { 0 } else { 3 }));
+            }
+        }
+        common::bodies::receiver(&data);
+    }
+}
