@@ -1,1 +1,249 @@
-//! (being written)
+//! Every driver of libblkio (the crate `blkio`) as a [`blkdev::Device`]: to pick by choice, to compare with, to measure
+//! against.
+//!
+//! ```no_run
+//! # fn main() -> std::io::Result<()> {
+//! use blkdev::Device;
+//! use blkdev_libblkio::Libblkio;
+//!
+//! let properties = [("path".into(), "/dev/vdb".into()), ("direct".into(), "true".into())];
+//! let device = Libblkio::open("io_uring", &properties)?;
+//! println!("{} bytes in blocks of {}", device.capacity(), device.info().block_size);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Drivers, properties and their values are libblkio's own. Beyond that, this crate keeps away from what libblkio 1.5
+//! (blkio 0.5.1) is known to do wrong:
+//! - **io_uring never discards**: every kernel refuses the flags that it uses. [`Caps::discard`] is false there.
+//! - **A request that fits no ring wedges its virtio queue for good.** Requests are of one segment and no longer than the
+//!   device says, and no more are in flight than the ring has descriptors for: three each, so 85 on a queue of 256.
+//! - **The longest transfer of an NVMe device is made up.** Transfers there are of at most 128 KiB.
+//! - **A back end that dies is never noticed.** Requests to virtio devices time out ([`Libblkio::timeout`], 60 s).
+//! - **A read-only virtio device does not start** unless it is asked for read-only. It is opened again, read-only.
+//! - **The capacity of a vhost-user device is a question to its back end each time.** It is asked once, at the start: a device
+//!   that grows is not noticed.
+//! - **A completion that makes no sense panics** (or loops) inside libblkio. A panic there ends its queue, not the process.
+//!   Back ends must be trusted all the same.
+
+mod queue;
+
+use std::{
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue};
+use blkio::{Blkio, Blkioq, Errno, MemoryRegion};
+
+use queue::Home;
+
+/// A device of libblkio.
+#[derive(Debug)]
+pub struct Libblkio {
+    info: Info,
+    capacity: u64,
+    home: Arc<Home>,
+}
+
+/// Set before connecting, all others after it.
+const EARLY: [&str; 4] = ["path", "fd", "direct", "read-only"];
+
+/// Where libblkio sets no limit: as long as any of our requests.
+const TRANSFER_MAX: u64 = 32 << 20;
+
+/// What an NVMe controller takes is for it to say (MDTS), but libblkio does not ask. Few take less than this.
+const TRANSFER_MAX_NVME: u64 = 128 << 10;
+
+/// Descriptors that a request takes in a virtqueue: header, data, status.
+const DESCRIPTORS: u16 = 3;
+
+impl Libblkio {
+    /// Creates, connects and starts a device. `properties` are set before or after connecting, as libblkio wants it.
+    ///
+    /// All queues are created now: `num-queues` of them, by default one a processor if the device has as many.
+    ///
+    /// # Errors
+    /// What libblkio said, with the driver, the property and its value.
+    pub fn open(driver: &str, properties: &[(String, String)]) -> io::Result<Self> {
+        match Self::start(driver, properties) {
+            Err((errno, _)) if errno == Errno::ROFS => {
+                let mut properties = properties.to_vec();
+                properties.push(("read-only".into(), "true".into()));
+                Self::start(driver, &properties)
+            }
+            outcome => outcome,
+        }
+        .map_err(|(_, error)| error)
+    }
+
+    fn start(driver: &str, properties: &[(String, String)]) -> Result<Self, (Errno, io::Error)> {
+        let fail = |what: String| {
+            move |error: blkio::Error| {
+                let kind = io::Error::from_raw_os_error(error.errno().raw_os_error()).kind();
+                (error.errno(), io::Error::new(kind, format!("libblkio {driver}: {what}: {}", error.message())))
+            }
+        };
+        let set = |blkio: &mut Blkio, early: bool| {
+            for (name, value) in properties.iter().filter(|(name, _)| EARLY.contains(&name.as_str()) == early) {
+                blkio.set_str(name, value).map_err(fail(format!("{name}={value}")))?;
+            }
+            Ok(())
+        };
+        let mut blkio = Blkio::new(driver).map_err(fail("no such driver".into()))?;
+        set(&mut blkio, true)?;
+        let target = target(properties);
+        blkio.connect().map_err(fail(format!("connecting to {target}")))?;
+        set(&mut blkio, false)?;
+        let has = |name: &str| properties.iter().any(|(given, _)| given == name);
+        if !has("num-queues") && !has("num-poll-queues") {
+            let processors = std::thread::available_parallelism().map_or(1, |n| i32::try_from(n.get()).unwrap_or(1));
+            let count = blkio.get_i32("max-queues").map_or(1, |max| max.min(processors)).max(1);
+            blkio.set_i32("num-queues", count).map_err(fail(format!("num-queues={count}")))?;
+        }
+        let started = blkio.start().map_err(fail(format!("starting {target}")))?;
+        let mut queues = started.queues;
+        queues.extend(started.poll_queues);
+        let (info, capacity) =
+            describe(driver, &target, &blkio, &queues).map_err(|text| (Errno::INVAL, io::Error::other(text)))?;
+        Ok(Self { info, capacity, home: Arc::new(Home::new(blkio, queues)) })
+    }
+
+    /// How long a request may take before the device is given up. `None`: for ever. Before channels are opened.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.info.timeout = timeout;
+        self
+    }
+
+    /// A property as libblkio tells it, for people and for tests.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn property(&self, name: &str) -> io::Result<String> {
+        lock(&self.home.blkio).get_str(name).map_err(|error| io::Error::other(format!("{name}: {error}")))
+    }
+}
+
+fn target(properties: &[(String, String)]) -> String {
+    let named = |wanted: &str| properties.iter().find(|(name, _)| name == wanted).map(|(_, value)| value);
+    match (named("path"), named("fd")) {
+        (Some(path), _) => path.clone(),
+        (None, Some(fd)) => format!("fd {fd}"),
+        (None, None) => "nothing (set path or fd)".into(),
+    }
+}
+
+/// What the properties of a started device amount to. The error is a text.
+fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Result<(Info, u64), String> {
+    let number = |name: &str| -> Result<u64, String> {
+        let value = blkio.get_str(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"))?;
+        // -1 and the like mean nothing for what is asked here.
+        Ok(value.parse().unwrap_or(0))
+    };
+    let flag = |name: &str| blkio.get_bool(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"));
+    let is_virtio = driver.starts_with("virtio-blk");
+    let is_io_uring = driver == "io_uring";
+
+    let block = number("request-alignment")?.max(1);
+    if !block.is_power_of_two() || block > 65536 {
+        return Err(format!("libblkio {driver}: blocks of {block} bytes are not supported"));
+    }
+    let needs = number("buf-alignment")?;
+    if needs > PAGE as u64 && needs > block {
+        return Err(format!("libblkio {driver}: buffers aligned to {needs} bytes are not supported"));
+    }
+    let down = |len: u64, unit: u64| len / unit * unit;
+    // 0: no limit. Requests are of one segment, so its limit is theirs too.
+    let own = if driver == "nvme-io_uring" { TRANSFER_MAX_NVME } else { TRANSFER_MAX };
+    let limits = [number("max-transfer")?, number("max-segment-len")?, own];
+    let transfer_max = down(limits.into_iter().filter(|max| *max > 0).min().unwrap_or(own), block);
+    if transfer_max < PAGE as u64 {
+        return Err(format!("libblkio {driver}: transfers of at most {transfer_max} bytes are not supported"));
+    }
+    // On io_uring 0 is no limit, elsewhere it means that there is no such operation.
+    let zero_max = number("max-write-zeroes-len")?;
+    let discard_max = number("max-discard-len")?;
+    let unit = match number("discard-alignment")? {
+        granularity if granularity >= block && granularity.is_multiple_of(block) => granularity,
+        _ => block,
+    };
+    let (depth_name, each) = if is_virtio { ("queue-size", DESCRIPTORS) } else { ("num-entries", 1) };
+    let depth_max = u16::try_from(number(depth_name)?).unwrap_or(u16::MAX) / each;
+    let preferred = number("optimal-io-alignment")?.max(block).max(512).next_power_of_two().min(1 << 20);
+    let small = |n: u64| u32::try_from(n).map_err(|_| format!("libblkio {driver}: a limit of {n} bytes"));
+    let flush = flag("flush-needed")?;
+    let info = Info {
+        driver: "libblkio",
+        target: format!("{driver} {target}"),
+        serial: String::new(),
+        queues_max: u16::try_from(queues.len()).unwrap_or(u16::MAX),
+        depth_max: depth_max.max(1),
+        block_size: small(block)?,
+        preferred_block_size: small(preferred)?,
+        transfer_max: small(transfer_max)?,
+        zero_max: if zero_max == 0 { u64::MAX } else { down(zero_max, block) },
+        discard_max: down(discard_max, unit),
+        discard_alignment: small(unit)?,
+        timeout: is_virtio.then_some(Duration::from_secs(60)),
+        caps: Caps {
+            read_only: flag("read-only")?,
+            rotational: false,
+            flush,
+            // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, which `Channel` does as well.
+            fua: is_io_uring || flag("supports-fua-natively")?,
+            zero: is_io_uring || down(zero_max, block) > 0,
+            discard: !is_io_uring && down(discard_max, unit) > 0,
+            status: false,
+            prefetch: false,
+        },
+    };
+    let capacity = number("capacity")?;
+    Ok((info, down(capacity, block)))
+}
+
+impl Device for Libblkio {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let region = MemoryRegion {
+            addr: mapping.as_ptr() as usize,
+            iova: 0,
+            len: mapping.len(),
+            fd: std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&**mapping)),
+            fd_offset: 0,
+            flags: 0,
+        };
+        let mut blkio = lock(&self.home.blkio);
+        blkio.map_mem_region(&region).map_err(|error| {
+            let (target, len) = (&self.info.target, mapping.len());
+            io::Error::other(format!("libblkio {target}: registering {len} bytes of memory: {error}"))
+        })?;
+        lock(&self.home.mappings).push(Arc::clone(mapping));
+        Ok(())
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let Some(queue) = lock(&self.home.queues).pop() else {
+            let max = self.info.queues_max;
+            let text = format!(
+                "libblkio {}: all of its {max} queues are open, or were given up: set num-queues",
+                self.info.target
+            );
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+        };
+        Ok(Box::new(queue::LibblkioQueue::new(&self.home, queue, depth.clamp(1, self.info.depth_max))))
+    }
+}
+
+/// Nobody panics half way through a change of what is behind these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
