@@ -1,0 +1,47 @@
+//! `fd=N`: a file descriptor that whoever started this process left open for it.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+};
+
+/// Another descriptor of the same open file. The inherited one stays open: the command line may name it again.
+///
+/// # Errors
+/// `fd` is not open, or was opened by this process.
+pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    let describe = |error: io::Error| io::Error::new(error.kind(), format!("fd={fd}: {error}"));
+    // SAFETY: F_GETFD takes any number and touches no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(describe(io::Error::last_os_error()));
+    }
+    // What this process opens is closed on exec, what it has inherited was not: nobody else's descriptor gets through.
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(describe(io::Error::new(io::ErrorKind::InvalidInput, "not inherited")));
+    }
+    // SAFETY: F_DUPFD_CLOEXEC takes any number and touches no memory.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(describe(io::Error::last_os_error()));
+    }
+    // SAFETY: the kernel has just made `copy`, so nobody else knows it and it is ours to close.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[test]
+    fn only_inherited_descriptors_are_taken() {
+        let own = std::fs::File::open("/dev/null").unwrap();
+        assert!(inherited(own.as_raw_fd()).unwrap_err().to_string().ends_with("not inherited"));
+        assert_eq!(inherited(i32::MAX).unwrap_err().to_string(), "fd=2147483647: Bad file descriptor (os error 9)");
+        let copy = inherited(libc::STDERR_FILENO).unwrap();
+        assert!(copy.as_raw_fd() > 2);
+    }
+}

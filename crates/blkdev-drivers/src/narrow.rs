@@ -1,0 +1,46 @@
+//! `num-queues` for drivers that would open any number of queues.
+
+use std::{io, sync::Arc};
+
+use blkdev::{Device, Info, Mapping, Queue};
+
+use crate::Error;
+
+/// The same device with `queues` queues at most; unchanged when nothing was asked for.
+///
+/// # Errors
+/// The device has fewer.
+pub(crate) fn narrow(device: Arc<dyn Device>, queues: Option<u16>) -> io::Result<Arc<dyn Device>> {
+    let Some(queues_max) = queues else { return Ok(device) };
+    let Info { driver, queues_max: has, .. } = *device.info();
+    if queues_max > has {
+        return Err(Error::invalid(format!("{driver}: num-queues={queues_max}: the device has {has}")).into());
+    }
+    let info = Info { queues_max, ..device.info().clone() };
+    Ok(Arc::new(Narrow { device, info }))
+}
+
+/// Says that it has fewer queues. Whoever opens them keeps to [`Info::queues_max`], so nothing is counted here.
+#[derive(Debug)]
+struct Narrow {
+    device: Arc<dyn Device>,
+    info: Info,
+}
+
+impl Device for Narrow {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn capacity(&self) -> u64 {
+        self.device.capacity()
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.device.register(mapping)
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.device.open_queue(depth)
+    }
+}
