@@ -1,2 +1,75 @@
-//! (being written)
-fn main() {}
+//! `nbdblk`: serves block devices as Network Block Devices. Arguments in, an exit status out; the work is in the libraries.
+
+mod captive;
+mod cli;
+mod control;
+mod drivers;
+mod info;
+mod listen;
+mod logger;
+mod serve;
+mod uri;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use clap::{Parser, error::ErrorKind};
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    logger::start(cli.verbose);
+    let outcome = match &cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Drivers(args) => drivers::run(args),
+    };
+    outcome.unwrap_or_else(|error| {
+        complain(&format!("{error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// Help and version were asked for, or the arguments make no sense: the latter is one line and status 1.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match print(&error.render().to_string()) {
+            Ok(code) => code,
+            Err(_) => ExitCode::FAILURE,
+        },
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            complain("what to do? nbdblk serve, nbdblk info or nbdblk drivers; nbdblk --help says more");
+            ExitCode::FAILURE
+        }
+        _ => {
+            let text = error.render().to_string();
+            let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
+            let words: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+            complain(&format!("{}; nbdblk --help says more", words.join(" ").trim_start_matches("error: ")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One line on stderr.
+fn complain(text: &str) {
+    let line = format!("nbdblk: {}\n", text.trim_end().replace('\n', "; "));
+    // Nobody is left to be told when stderr is closed.
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
+/// Writes to stdout; a reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}

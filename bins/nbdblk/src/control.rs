@@ -1,0 +1,102 @@
+//! What can end the server: signals and the end of the command of `--run`, as one stream of events.
+
+use std::{
+    process,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+        mpsc,
+    },
+    thread,
+};
+
+use anyhow::Context;
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
+};
+
+/// Something that ends the server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event {
+    /// Asked to stop.
+    Stop,
+    /// The command of `--run` ended with this status.
+    Ended(u8),
+}
+
+/// What a signal means at the moment.
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    /// Nothing has to be cleaned up: a signal ends the process at once.
+    Opening,
+    /// A signal asks to stop.
+    Serving,
+    /// The same, but a keyboard's signals are meant for the command of `--run`.
+    Running,
+    /// A signal is impatient: it ends the process at once.
+    Stopping,
+}
+
+/// Receives events. Made before any other thread, so that all of them have the signals blocked.
+#[derive(Debug)]
+pub(crate) struct Control {
+    events: mpsc::Receiver<Event>,
+    sender: mpsc::Sender<Event>,
+    phase: Arc<AtomicU8>,
+}
+
+impl Control {
+    /// Blocks the signals and listens to them.
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let set = stop_signals();
+        set.thread_block().context("blocking signals")?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("opening a signalfd")?;
+        let (sender, events) = mpsc::channel();
+        let phase = Arc::new(AtomicU8::new(Phase::Opening as u8));
+        let control = Self { events, sender: sender.clone(), phase: phase.clone() };
+        let listen = move || {
+            while let Ok(Some(info)) = signals.read_signal() {
+                let signal = Signal::try_from(info.ssi_signo as i32).expect("a signal of the set");
+                log::info!("{signal}");
+                let now = phase.load(Ordering::SeqCst);
+                if now == Phase::Running as u8 && signal != Signal::SIGTERM {
+                    continue;
+                }
+                if now == Phase::Opening as u8 {
+                    process::exit(0);
+                }
+                if now == Phase::Stopping as u8 {
+                    process::exit(128 + signal as i32);
+                }
+                phase.store(Phase::Stopping as u8, Ordering::SeqCst);
+                if sender.send(Event::Stop).is_err() {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(listen).context("starting a thread")?;
+        Ok(control)
+    }
+
+    /// Changes what a signal means.
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::SeqCst);
+    }
+
+    /// For whoever else has events to tell.
+    pub(crate) fn sender(&self) -> mpsc::Sender<Event> {
+        self.sender.clone()
+    }
+
+    /// Sleeps until something happens.
+    pub(crate) fn wait(&self) -> Event {
+        self.events.recv().expect("a sender is kept here")
+    }
+}
+
+/// The signals that stop a server.
+pub(crate) fn stop_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().collect()
+}

@@ -1,0 +1,90 @@
+//! `nbdblk serve`: specs to devices, devices to exports, exports and sockets to a server, until something ends it.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail, ensure};
+use blkdev_drivers::{Spec, properties};
+use nbd_server_core::{Export, Limits, Server};
+
+use crate::{
+    captive::Captive,
+    cli,
+    control::{Control, Event, Phase},
+    info::human,
+    listen::Sockets,
+};
+
+/// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
+const NAME_MAX: usize = 4096;
+
+pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
+    let specs = specs(args)?;
+    let control = Control::start()?;
+    let exports = specs.iter().map(|spec| open(spec, args.read_only)).collect::<anyhow::Result<Vec<_>>>()?;
+    control.enter(Phase::Serving);
+    let Sockets { listeners, addresses, files } = Sockets::bind(args)?;
+
+    let defaults = Limits::default();
+    let limits = Limits {
+        workers: args.threads.map_or(defaults.workers, |threads| threads.get()),
+        memory: args.memory.unwrap_or(defaults.memory),
+        ..defaults
+    };
+    let server = Server::start(exports, listeners, limits).context("starting the server")?;
+
+    let uris = || specs.iter().flat_map(|spec| addresses.iter().map(|address| address.uri(&spec.name)));
+    if args.print_uri {
+        crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
+    } else if args.run.is_none() {
+        crate::complain(&format!("serving at {}", uris().collect::<Vec<_>>().join(" and ")));
+    }
+    let captive = match &args.run {
+        None => None,
+        Some(command) => {
+            control.enter(Phase::Running);
+            Some(Captive::start(command, &addresses, &specs[0].name, &control)?)
+        }
+    };
+
+    let status = loop {
+        match (control.wait(), &captive) {
+            (Event::Stop, Some(captive)) => captive.terminate(),
+            (Event::Stop, None) => break 0,
+            (Event::Ended(status), _) => break status,
+        }
+    };
+    control.enter(Phase::Stopping);
+    // First, so that nothing is left of them when a second signal comes.
+    drop(files);
+    server.stop();
+    Ok(status.into())
+}
+
+/// Everything that can be wrong with the words is found before the first device is opened.
+fn specs(args: &cli::Serve) -> anyhow::Result<Vec<Spec>> {
+    let mut specs: Vec<Spec> = Vec::new();
+    for text in &args.specs {
+        let spec: Spec = text.parse()?;
+        let name = &spec.name;
+        ensure!(name.len() <= NAME_MAX, "an export's name can have {NAME_MAX} bytes, this one has {}", name.len());
+        if !specs.is_empty() && name.is_empty() {
+            bail!("{text} needs a name, NAME:{text}: only the first export can be without");
+        }
+        ensure!(specs.iter().all(|other| other.name != *name), "there are two exports with the name \"{name}\"");
+        specs.push(spec);
+    }
+    Ok(specs)
+}
+
+fn open(spec: &Spec, read_only: bool) -> anyhow::Result<Export> {
+    let settings = crate::info::restrict(&spec.settings, read_only);
+    let device = settings.open()?;
+    let (name, info) = (spec.name.clone(), device.info());
+    log::info!("export \"{name}\": {} {}, {}", info.driver, info.target, human(device.capacity()));
+    for (property, value) in properties(&*device, &settings) {
+        log::info!("export \"{name}\": {property} = {value}");
+    }
+    let description = info.driver.to_owned();
+    let read_only = read_only || info.caps.read_only;
+    Ok(Export { name, description, device, read_only })
+}

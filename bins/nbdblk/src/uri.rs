@@ -1,0 +1,67 @@
+//! Where a server can be reached, as an NBD URI (doc/uri.md of the protocol; the same forms as nbdkit's).
+
+use std::{net::IpAddr, os::unix::ffi::OsStrExt, path::PathBuf};
+
+/// The port of NBD; left out of URIs.
+pub(crate) const PORT: u16 = 10809;
+
+/// An address that clients can connect to.
+#[derive(Clone, Debug)]
+pub(crate) enum Address {
+    /// Of a Unix domain socket, absolute.
+    Unix(PathBuf),
+    /// A host name or an IP address, and the true port.
+    Tcp(String, u16),
+}
+
+impl Address {
+    /// The address of a TCP listener, as a client on the same machine or (when it is a definite address) any other would
+    /// write it.
+    pub(crate) fn tcp(host: &str, port: u16) -> Self {
+        let host = match host.parse::<IpAddr>() {
+            Ok(ip) if ip.is_unspecified() || ip.is_loopback() => "localhost".into(),
+            Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
+            _ => host.into(),
+        };
+        Self::Tcp(host, port)
+    }
+
+    /// The URI of an export here.
+    pub(crate) fn uri(&self, export: &str) -> String {
+        let slash = if export.is_empty() { "" } else { "/" };
+        let export = quote(export.as_bytes());
+        match self {
+            Self::Unix(path) => format!("nbd+unix://{slash}{export}?socket={}", quote(path.as_os_str().as_bytes())),
+            Self::Tcp(host, PORT) => format!("nbd://{host}{slash}{export}"),
+            Self::Tcp(host, port) => format!("nbd://{host}:{port}{slash}{export}"),
+        }
+    }
+}
+
+/// Percent-encodes all but what is never special, and `/`.
+fn quote(bytes: &[u8]) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(byte);
+    bytes.iter().map(|byte| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_are_nbdkit_s() {
+        let check = |address: Address, export, uri| assert_eq!(address.uri(export), uri);
+        let unix = |path: &str| Address::Unix(path.into());
+        check(unix("/tmp/so c:k"), "", "nbd+unix://?socket=/tmp/so%20c%3Ak");
+        check(unix("/s"), "foo", "nbd+unix:///foo?socket=/s");
+        check(unix("/s"), "a b/c:d?é", "nbd+unix:///a%20b/c%3Ad%3F%C3%A9?socket=/s");
+        check(Address::tcp("localhost", PORT), "", "nbd://localhost");
+        check(Address::tcp("localhost", 10899), "foo", "nbd://localhost:10899/foo");
+        check(Address::tcp("localhost", PORT), "/disk", "nbd://localhost//disk");
+        check(Address::tcp("127.0.0.1", 1), "", "nbd://localhost:1");
+        check(Address::tcp("::", 1), "", "nbd://localhost:1");
+        check(Address::tcp("192.0.2.7", 1), "x", "nbd://192.0.2.7:1/x");
+        check(Address::tcp("2001:db8::7", PORT), "x", "nbd://[2001:db8::7]/x");
+        check(Address::tcp("storage.example", PORT), "", "nbd://storage.example");
+    }
+}
