@@ -155,7 +155,7 @@ fn client_log(
                 (client::Answer::Ack, Opt::EXTENDED_HEADERS) => mode = Mode::Extended,
                 (client::Answer::Ack, Opt::STARTTLS) => mode = Mode::Simple,
                 (client::Answer::Ack, Opt::GO) | (client::Answer::Export { .. }, _) => {
-                    decoder = Some(client::Decoder::new(mode))
+                    decoder = Some(client::Decoder::new(mode));
                 }
                 _ => {}
             }

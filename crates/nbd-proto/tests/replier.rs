@@ -35,7 +35,7 @@ fn heads_of_reads() {
         replier(Mode::Structured).read_head(out, C, at, 512);
     });
     check("6e8a278c 0001 0001 0102030405060708 0000000011223344 0000000000000208 0000000011223344", |out| {
-        replier(Mode::Extended).read_head(out, C, at, 512)
+        replier(Mode::Extended).read_head(out, C, at, 512);
     });
     // Of no bytes: complete.
     check("67446698 00000000 0102030405060708", |out| replier(Mode::Simple).read_head(out, C, at, 0));
