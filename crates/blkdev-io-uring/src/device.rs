@@ -94,8 +94,9 @@ impl IoUring {
     /// Opens a file or block device.
     ///
     /// # Errors
-    /// It cannot be opened, is neither a regular file nor a block device, cannot be written though [`Options::read_only`] is
-    /// not set, or cannot do what [`Options::direct`] asks for; or there is no io_uring. The text says which and what to do.
+    /// It cannot be opened, is neither a regular file nor a block device, cannot be written though
+    /// [`Options::read_only`] is not set, or cannot do what [`Options::direct`] asks for; or there is no io_uring. The
+    /// text says which and what to do.
     pub fn open(options: Options) -> io::Result<Self> {
         let Options { source, direct, read_only, entries } = options;
         let (file, name, direct) = match source {

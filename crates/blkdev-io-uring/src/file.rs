@@ -40,8 +40,9 @@ pub(crate) struct Target {
     pub(crate) zero_mode: i32,
     pub(crate) discard: bool,
     pub(crate) status: bool,
-    /// Short transfers are cheaper on the spot: reads, writes.
-    pub(crate) inline_reads: bool,
+    /// The file is its page cache: nothing ever waits for a disk.
+    pub(crate) in_memory: bool,
+    /// Short writes are cheaper on the spot.
     pub(crate) inline_writes: bool,
 }
 
@@ -92,7 +93,7 @@ impl Target {
             zero_mode: PUNCH,
             discard: punch,
             status: !matches!(lseek(file, 0, Whence::SeekData), Err(e) if e != Errno::ENXIO),
-            inline_reads: !direct && magic == Some(TMPFS_MAGIC),
+            in_memory: !direct && magic == Some(TMPFS_MAGIC),
             inline_writes: !direct
                 && [EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC].into_iter().any(|m| magic == Some(m)),
         })
@@ -102,8 +103,8 @@ impl Target {
         let context = |e: io::Error| io::Error::new(e.kind(), format!("asking {name} for its block size: {e}"));
         let logical = sys::logical_block_size(file).map_err(context)?;
         let physical = sys::physical_block_size(file).map_err(context)?;
-        // Of what goes through the page cache only fallocate has to be aligned; but what is said of a device must hold for
-        // all that it is asked.
+        // Of what goes through the page cache only fallocate has to be aligned; but what is said of a device must hold
+        // for all that it is asked.
         let block_size = if direct { direct_block_size(file, name, Some(logical.into()))? } else { logical };
         if !read_only && sys::is_read_only(file).map_err(context)? {
             let text = format!("{name} is a read-only block device; give read-only=true");
@@ -121,18 +122,20 @@ impl Target {
             serial: queue.serial(),
             rotational: queue.number("rotational") == Some(1),
             write_through: direct && queue.text("write_cache").as_deref() == Some("write through"),
-            // Without hardware for it the kernel writes zeroes itself, which needs no data from us; but not for PUNCH_HOLE.
+            // Without hardware for it the kernel writes zeroes itself, which needs no data from us; but not for
+            // PUNCH_HOLE.
             zero: !read_only,
             zero_mode: if write_zeroes { PUNCH } else { ZERO },
             discard: !read_only && discard,
             status: false,
-            inline_reads: false,
+            in_memory: false,
             inline_writes: !direct,
         })
     }
 }
 
-/// What `O_DIRECT` demands of offsets, lengths and memory, as one number: a `Buf` starts at any multiple of the block size.
+/// What `O_DIRECT` demands of offsets, lengths and memory, as one number: a `Buf` starts at any multiple of the block
+/// size.
 fn direct_block_size(file: &File, name: &str, logical: Option<u64>) -> io::Result<u32> {
     let fallback = logical.and_then(|n| u32::try_from(n).ok()).unwrap_or(4096);
     let size = match sys::direct_alignment(file) {

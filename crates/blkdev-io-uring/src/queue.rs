@@ -20,15 +20,16 @@ use crate::{
     sys,
 };
 
-/// The longest transfer that is done on the spot, in bytes. From about here on the copy costs more than the hand-over to a
-/// worker thread of the kernel's, which can then do it on another core.
+/// The longest transfer that is done on the spot, in bytes. From about here on the copy costs more than the hand-over
+/// to a worker thread of the kernel's, which can then do it on another core.
 const INLINE_MAX: usize = 64 << 10;
 
-/// A transfer on the spot that took longer than this was made to wait for the disk. A copy takes microseconds, and being
-/// preempted some milliseconds.
+/// A transfer on the spot that took longer than this was made to wait for the disk. A copy takes microseconds, and
+/// being preempted some milliseconds.
 const SLOW: Duration = Duration::from_millis(10);
 
-/// For how long the kernel's worker threads do the writes after a [`SLOW`] one: doubled when the next one is slow again.
+/// For how long the kernel's worker threads do the writes after a [`SLOW`] one: doubled when the next one is slow
+/// again.
 const DETOUR_MIN: Duration = Duration::from_millis(100);
 const DETOUR_MAX: Duration = Duration::from_secs(5);
 
@@ -93,8 +94,8 @@ impl Flight {
         Self { request, moved: 0, tries: 0, mode }
     }
 
-    /// Whether the kernel has discards for the block device `file` that need no worker thread: one of length 0 is refused
-    /// for its length, once everything else about it was found good.
+    /// Whether the kernel has discards for the block device `file` that need no worker thread: one of length 0 is
+    /// refused for its length, once everything else about it was found good.
     pub(crate) fn probe_discard(file: &std::fs::File) -> io::Result<bool> {
         let mut ring = Ring::new(1, file.as_fd())?;
         let probe = Self::new(Request { tag: 0, op: Op::Discard { at: 0, len: 0 } }, 0);
@@ -124,14 +125,15 @@ impl Flight {
             }
             // The rest of a direct transfer that ended amid a block: the file has shrunk.
             (_, Err(libc::EINVAL)) if self.moved > 0 => Err(Error::Io),
-            // ECANCELED: the thread that submitted it has ended, and the kernel's workers with it.
-            (_, Err(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) if self.tries < TRIES_MAX => {
-                self.tries += 1;
-                return Err(self);
+            (_, Err(errno)) if is_undone(errno) => {
+                if self.tries < TRIES_MAX {
+                    self.tries += 1;
+                    return Err(self);
+                }
+                Err(Error::Io)
             }
-            (_, Err(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => Err(Error::Io),
-            // A file system without ZERO_RANGE (tmpfs): a hole, which is then filled where the space must be kept. That it
-            // cannot be filled leaves zeroes all the same.
+            // A file system without ZERO_RANGE (tmpfs): a hole, which is then filled where the space must be kept. That
+            // it cannot be filled leaves zeroes all the same.
             (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == ZERO && !shared.target.is_disk => {
                 shared.zero_range_fails.store(true, Ordering::Relaxed);
                 self.mode = PUNCH;
@@ -178,7 +180,7 @@ impl FileQueue {
             buf.len() <= INLINE_MAX && at.is_multiple_of(PAGE as u64) && buf.len().is_multiple_of(PAGE)
         };
         match op {
-            Op::Read { at, buf } => self.shared.target.inline_reads && short(*at, buf),
+            Op::Read { at, buf } => self.shared.target.in_memory && short(*at, buf),
             Op::Write { at, buf, fua: false } => {
                 self.shared.target.inline_writes
                     && short(*at, buf)
@@ -209,7 +211,7 @@ impl FileQueue {
             match flight.settle(result, &self.shared) {
                 Ok(completion) => {
                     let ended = Instant::now();
-                    if ended - started > SLOW {
+                    if ended - started > SLOW && !self.shared.target.in_memory {
                         self.detour_until = Some(ended + self.detour);
                         self.detour = (self.detour * 2).min(DETOUR_MAX);
                     } else {
@@ -300,6 +302,13 @@ impl Drop for FileQueue {
     fn drop(&mut self) {
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Whether the kernel gave a request back before it did anything. The last two are what becomes of requests whose
+/// thread has ended: EFAULT of a read that waited for a page (seen with Linux 6.18), ECANCELED of what waited for a
+/// worker thread (older ones). A real EFAULT cannot be, since the memory belongs to a mapping of ours.
+fn is_undone(errno: i32) -> bool {
+    [libc::EINTR, libc::EAGAIN, libc::EFAULT, libc::ECANCELED].contains(&errno)
 }
 
 /// Where the range is allocated, for at most [`EXTENTS_MAX`] extents of it.

@@ -31,8 +31,8 @@ fn count(result: isize) -> io::Result<usize> {
 /// kernel (before 6.1) or the file system does not tell. Zeroes: the file cannot do direct transfers.
 pub(crate) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `out` has the size of the structure, and all
-    // zeroes is a valid value of it.
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `out` has the size of the structure, and
+    // all zeroes is a valid value of it.
     let out = unsafe {
         let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
         if libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, out.as_mut_ptr()) < 0 {

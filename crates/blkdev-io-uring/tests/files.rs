@@ -16,6 +16,7 @@ use std::{
 use blkdev::{Arena, Completion, Device, Error, Extent, ExtentKind, Mapping, Op, Queue, Request};
 use blkdev_io_uring::{IoUring, Options};
 use common::{Loop, Scratch, Tmpfs};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
@@ -261,6 +262,36 @@ fn a_queue_changes_threads_and_outlives_them() {
 }
 
 #[test]
+fn reads_outlive_the_thread_that_submitted_them() {
+    // What waits for the disk when its thread ends is handed back undone by the kernel.
+    let file = Scratch::on_disk(32 * MIB);
+    fill(file.path(), 0, 32 * MIB);
+    for direct in [false, true] {
+        let Rig { mut queue, mut arena, .. } = Rig::new(Options { direct, ..Options::path(file.path()) });
+        for _ in 0..10 {
+            posix_fadvise(file.open(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            queue = thread::scope(|scope| {
+                let arena = &mut arena;
+                let submit = move || {
+                    for tag in 0..32 {
+                        let op = Op::Read { at: tag * MIB, buf: arena.alloc(64 << 10).unwrap() };
+                        queue.push(Request { tag, op }).unwrap();
+                    }
+                    queue.kick();
+                    queue
+                };
+                scope.spawn(submit).join().unwrap()
+            });
+            for completion in wait(&mut *queue, 32) {
+                assert_eq!(completion.result, Ok(()), "{completion:?}");
+                let Op::Read { buf, .. } = completion.op else { panic!("a read came back as {:?}", completion.op) };
+                assert!(buf.to_vec().iter().all(|&byte| byte == 0xa5));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_full_queue_gives_the_request_back() {
     let file = Scratch::on_disk(MIB);
     let device = IoUring::open(Options { entries: 3, ..Options::path(file.path()) }).unwrap();
@@ -346,9 +377,7 @@ fn what_cannot_be_opened_says_what_to_do() {
 
 #[test]
 fn a_read_only_loop_device_names_the_remedy() {
-    let Some(disk) = Loop::new(MIB, 512) else { return };
-    let set = std::process::Command::new("blockdev").arg("--setro").arg(disk.path()).status().unwrap();
-    assert!(set.success());
+    let Some(disk) = Loop::with(MIB, &["--read-only"]) else { return };
     refused(Options::path(disk.path()), &["read-only=true"]);
     let device = IoUring::open(Options { read_only: true, ..Options::path(disk.path()) }).unwrap();
     assert_eq!(device.capacity(), MIB);

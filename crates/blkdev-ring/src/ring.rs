@@ -13,7 +13,8 @@ use io_uring::{EnterFlags, IoUring, Probe, Submitter, opcode, squeue, types};
 
 /// Something that a [`Ring`] can carry: an owner of memory that says what to do with it.
 pub trait Operation: Send {
-    /// What the kernel is to do. Asked when the operation is pushed, and again when [`Ring::reap`]'s closure gives it back.
+    /// What the kernel is to do. Asked when the operation is pushed, and again when [`Ring::reap`]'s closure gives it
+    /// back.
     fn command(&self) -> Command<'_>;
 
     /// The memory that [`command`](Self::command) names, if any. When the kernel cannot be waited for, it is
@@ -148,16 +149,17 @@ impl<T: Operation> Ring<T> {
         let Some(slot) = self.free.pop() else { return Err(op) };
         let op = self.slots[usize::from(slot)].insert(op);
         let entry = entry(op, &mut self.mappings).user_data(slot.into());
-        // SAFETY: the memory that the entry points at belongs to a Buf that the operation in `slots[slot]` owns or borrows
-        // for longer (`command` takes `&self`), in a mapping that `mappings` keeps. The operation leaves the slot only when
-        // its completion was seen (`reap`); where that cannot be waited for, `give_up` abandons the Buf and leaks `mappings`.
+        // SAFETY: the memory that the entry points at belongs to a Buf that the operation in `slots[slot]` owns or
+        // borrows for longer (`command` takes `&self`), in a mapping that `mappings` keeps. The operation leaves the
+        // slot only when its completion was seen (`reap`); where that cannot be waited for, `give_up` abandons the Buf
+        // and leaks `mappings`.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue has an entry for each slot");
         Ok(())
     }
 
-    /// Hands what was pushed to the kernel, with one system call, or none when nothing was. What the kernel has no memory
-    /// for at the moment stays, and is tried again by `kick`, `reap` and [`arm`](Self::arm).
+    /// Hands what was pushed to the kernel, with one system call, or none when nothing was. What the kernel has no
+    /// memory for at the moment stays, and is tried again by `kick`, `reap` and [`arm`](Self::arm).
     #[inline]
     pub fn kick(&mut self) {
         if self.state == State::Alive && !self.ring.submission().is_empty() {
@@ -177,8 +179,8 @@ impl<T: Operation> Ring<T> {
         self.state == State::Broken
     }
 
-    /// Hands every operation that has finished to `each`, with the count of bytes or the errno (positive). An operation that
-    /// `each` gives back goes to the kernel again, with the [`command`](Operation::command) that it has then.
+    /// Hands every operation that has finished to `each`, with the count of bytes or the errno (positive). An operation
+    /// that `each` gives back goes to the kernel again, with the [`command`](Operation::command) that it has then.
     #[inline]
     pub fn reap(&mut self, mut each: impl FnMut(T, Result<u32, i32>) -> Option<T>) {
         if self.state == State::GivenUp {
@@ -208,8 +210,8 @@ impl<T: Operation> Ring<T> {
         self.kick();
     }
 
-    /// Whether it is right to sleep now until the descriptor is readable. `false`: completions wait, or something could not
-    /// be submitted yet; reap first.
+    /// Whether it is right to sleep now until the descriptor is readable. `false`: completions wait, or something could
+    /// not be submitted yet; reap first.
     pub fn arm(&mut self) -> bool {
         self.kick();
         let (submitter, sq, mut cq) = self.ring.split();
@@ -217,13 +219,13 @@ impl<T: Operation> Ring<T> {
             fetch(&submitter);
             cq.sync();
         }
-        // TASKRUN may still be set, for a thread that submitted earlier. When that one brings its completions here, or when
-        // this one goes to sleep and finds more of its own, the descriptor becomes readable.
+        // TASKRUN may still be set, for a thread that submitted earlier. When that one brings its completions here, or
+        // when this one goes to sleep and finds more of its own, the descriptor becomes readable.
         self.state == State::Alive && sq.is_empty() && cq.is_empty()
     }
 
-    /// Hands every operation that is in flight to `each`, unfinished, its memory [abandoned](Buf::abandon) and leaked: the
-    /// kernel may still write there. Nothing can be pushed any more.
+    /// Hands every operation that is in flight to `each`, unfinished, its memory [abandoned](Buf::abandon) and leaked:
+    /// the kernel may still write there. Nothing can be pushed any more.
     pub fn give_up(&mut self, mut each: impl FnMut(T)) {
         self.state = State::GivenUp;
         if self.in_flight() > 0 {

@@ -57,11 +57,13 @@ pub(crate) struct Loop {
 impl Loop {
     /// `None`, and a loud word about it: there is no right to make one here.
     pub(crate) fn new(size: u64, block_size: u32) -> Option<Self> {
+        Self::with(size, &["--sector-size", &block_size.to_string()])
+    }
+
+    /// As [`new`](Self::new), with other options of `losetup`.
+    pub(crate) fn with(size: u64, options: &[&str]) -> Option<Self> {
         let file = Scratch::on_disk(size);
-        let made = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &block_size.to_string()])
-            .arg(file.path())
-            .output();
+        let made = Command::new("losetup").args(["--find", "--show"]).args(options).arg(file.path()).output();
         match made {
             Ok(made) if made.status.success() => {
                 Some(Self { path: String::from_utf8(made.stdout).unwrap().trim().into(), file })
