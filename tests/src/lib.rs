@@ -1,1 +1,41 @@
-//! Harness of the end-to-end tests.
+//! Harness of the end-to-end tests: directories, processes and clients that cannot outlive or hang a test.
+//!
+//! ```no_run
+//! use nbdblk_tests::{Dir, Nbdblk, tool};
+//!
+//! let dir = Dir::new();
+//! let server = Nbdblk::unix(&dir, &["memory=1M"]);
+//! assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), "1048576");
+//! assert!(server.terminate().success());
+//! ```
+//!
+//! Every external program has a deadline and dies with the test; a program that is not installed fails the test and
+//! names `cargo xtask setup`. Nothing here asserts on times: deadlines only tell a hang from slowness.
+
+mod dir;
+mod image;
+mod process;
+mod qsd;
+pub mod raw;
+mod server;
+
+pub use dir::Dir;
+pub use image::{Rng, allocated, assert_equal, write_runs};
+pub use process::{Cmd, DEADLINE, Daemon, Output, eventually, root, tool};
+pub use qsd::{Export, Qsd};
+pub use server::{Address, Nbdblk, nbdblk};
+
+/// Runs a script in nbdsh, connected to `uri` as `h`; answers what it printed.
+pub fn nbdsh(uri: &str, script: &str) -> String {
+    tool("nbdsh").args(["-u", uri, "-c", script]).ok().out
+}
+
+/// Runs a script in nbdsh with `h` not yet connected and `uri` a variable; answers what it printed.
+pub fn nbdsh_unconnected(uri: &str, script: &str) -> String {
+    tool("nbdsh").args(["-c", &format!("uri = {uri:?}"), "-c", script]).ok().out
+}
+
+/// What nbdinfo says of the exports at `uri`, as JSON.
+pub fn nbdinfo(uri: &str) -> serde_json::Value {
+    serde_json::from_str(&tool("nbdinfo").args(["--json", uri]).ok().out).expect("nbdinfo prints JSON")
+}

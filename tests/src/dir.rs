@@ -1,0 +1,48 @@
+//! A directory of its own for each test, removed when the test ends.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A temporary directory; removed with all it holds when dropped.
+#[derive(Debug)]
+pub struct Dir(PathBuf);
+
+impl Dir {
+    /// Makes a directory with a short name, because the path of a socket in it has room for 107 bytes only.
+    #[expect(clippy::new_without_default, reason = "making one has an effect on the file system")]
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("nbdblk-{}-{count}", std::process::id()));
+        std::fs::create_dir(&path).unwrap_or_else(|error| panic!("creating {}: {error}", path.display()));
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The path of a file in it.
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The path of a file in it, as text.
+    pub fn text(&self, name: &str) -> String {
+        self.at(name).to_str().expect("temporary directories have plain names").into()
+    }
+
+    /// Makes an empty (sparse) file of `size` bytes and answers its path.
+    pub fn sparse(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.at(name);
+        std::fs::File::create(&path).and_then(|file| file.set_len(size)).expect("a file can be made in the directory");
+        path
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

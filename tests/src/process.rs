@@ -1,0 +1,258 @@
+//! Programs run by tests: each has a deadline, its own process group, and dies with the test.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+/// How long a program may take before the test says that it hangs. Generous: the machine may be loaded.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The root of the workspace.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
+}
+
+/// A program that setup installs, ready to take arguments.
+///
+/// # Panics
+/// If it is not installed.
+pub fn tool(name: &str) -> Cmd {
+    let path = search_path()
+        .split(':')
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("{name} is not installed: run `cargo xtask setup`"));
+    Cmd::new(path)
+}
+
+// Debian's programs first: nbdsh's Python module belongs to Debian's python3 and not to any other one.
+fn search_path() -> String {
+    format!("/usr/bin:/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default())
+}
+
+/// Waits until `test` holds.
+///
+/// # Panics
+/// If it does not within the deadline; `what` says what was waited for.
+pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !test() {
+        assert!(start.elapsed() < DEADLINE, "not within {} s: {what}", DEADLINE.as_secs());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A command to be run to its end, or left running.
+#[derive(Debug)]
+pub struct Cmd {
+    program: PathBuf,
+    command: Command,
+    input: Vec<u8>,
+}
+
+/// What a program left.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
+impl Cmd {
+    /// A program by its path.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        let program = program.into();
+        // A test that is killed cannot clean up; the kernel then kills what it started.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(&program);
+        command.env("PATH", search_path()).process_group(0);
+        Self { program, command, input: Vec::new() }
+    }
+
+    /// Adds arguments.
+    pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Runs it in a directory.
+    pub fn within(mut self, dir: &Path) -> Self {
+        self.command.current_dir(dir);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Gives it something to read.
+    pub fn input(mut self, input: &[u8]) -> Self {
+        self.input = input.into();
+        self
+    }
+
+    /// Runs it to its end, whatever that is.
+    ///
+    /// # Panics
+    /// If it does not end within the deadline.
+    pub fn run(mut self) -> Output {
+        let shown = self.shown();
+        self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = Killed(self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}")));
+        let mut stdin = child.0.stdin.take().expect("stdin is piped");
+        let input = std::mem::take(&mut self.input);
+        let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+        let out = collect(child.0.stdout.take().expect("stdout is piped"));
+        let err = collect(child.0.stderr.take().expect("stderr is piped"));
+        let status = wait(&mut child.0, DEADLINE);
+        drop(child);
+        let text = |reader: JoinHandle<Vec<u8>>| {
+            String::from_utf8_lossy(&reader.join().expect("a reader does not panic")).into_owned()
+        };
+        drop(writer);
+        let (out, err) = (text(out), text(err));
+        let status = status.unwrap_or_else(|| panic!("{shown} hangs; it said:\n{out}{err}"));
+        Output { status, out, err }
+    }
+
+    /// Runs it to its end, which must be a good one.
+    ///
+    /// # Panics
+    /// If it fails or hangs.
+    pub fn ok(self) -> Output {
+        let shown = self.shown();
+        let output = self.run();
+        assert!(output.status.success(), "{shown}: {}\n{}{}", output.status, output.out, output.err);
+        output
+    }
+
+    /// Starts it and leaves it running; what it says goes to the file `log`.
+    pub fn spawn(mut self, log: PathBuf) -> Daemon {
+        let shown = self.shown();
+        let file = File::create(&log).expect("a log can be made in the directory of the test");
+        self.command.stdin(Stdio::piped());
+        self.command.stderr(file.try_clone().expect("a file can be cloned")).stdout(file);
+        let child = self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}"));
+        Daemon { child: Killed(child), log, shown }
+    }
+
+    fn shown(&self) -> String {
+        let args = self.command.get_args().skip(3).map(|arg| format!("{:?}", arg.to_string_lossy()));
+        std::iter::once(self.program.display().to_string()).chain(args).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+fn wait(child: &mut Child, within: Duration) -> Option<ExitStatus> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            return Some(status);
+        }
+        if start.elapsed() > within {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A child that is killed, with its process group, when this is dropped.
+#[derive(Debug)]
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = killpg(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGKILL);
+        let _ = self.0.wait();
+    }
+}
+
+/// A program that runs beside the test; killed when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Killed,
+    log: PathBuf,
+    shown: String,
+}
+
+impl Daemon {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.0.id()
+    }
+
+    /// What it said so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.0.try_wait().expect("a child can be waited for").is_none()
+    }
+
+    /// Sends a signal to it.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).expect("the process is ours");
+    }
+
+    /// Gives it a line to read.
+    pub fn type_line(&mut self, line: &str) {
+        let stdin = self.child.0.stdin.as_mut().expect("stdin is piped");
+        writeln!(stdin, "{line}").expect("the process reads what it is given");
+    }
+
+    /// Waits until it has said `text`.
+    ///
+    /// # Panics
+    /// If it ends before, or does not within the deadline.
+    pub fn await_text(&mut self, text: &str) {
+        self.await_that(&format!("that it says {text:?}"), |log| log.contains(text));
+    }
+
+    /// Waits until what it said makes `test` hold.
+    ///
+    /// # Panics
+    /// If it ends before, or does not within the deadline.
+    pub fn await_that(&mut self, what: &str, test: impl Fn(&str) -> bool) {
+        let start = Instant::now();
+        loop {
+            let alive = self.is_alive();
+            if test(&self.log()) {
+                return;
+            }
+            assert!(alive, "{} ended before {what}; it said:\n{}", self.shown, self.log());
+            assert!(start.elapsed() < DEADLINE, "{} hangs before {what}; it said:\n{}", self.shown, self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// If it does not within the deadline.
+    pub fn await_end(mut self) -> (ExitStatus, String) {
+        let status = wait(&mut self.child.0, DEADLINE);
+        (status.unwrap_or_else(|| panic!("{} hangs; it said:\n{}", self.shown, self.log())), self.log())
+    }
+}

@@ -1,0 +1,142 @@
+//! nbdblk itself, started for a test and killed after it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::sync::OnceLock;
+
+use nix::sys::signal::Signal;
+
+use crate::{Cmd, Daemon, Dir, root};
+
+/// The program under test: `$NBDBLK_BIN`, or else the release binary, built once.
+pub fn nbdblk() -> Cmd {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    Cmd::new(PATH.get_or_init(|| match std::env::var_os("NBDBLK_BIN") {
+        Some(path) => path.into(),
+        None => build(),
+    }))
+}
+
+fn build() -> PathBuf {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["build", "--release", "-p", "nbdblk", "--message-format=json-render-diagnostics"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs the tests, so it is there");
+    assert!(output.status.success(), "building nbdblk failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .next_back()
+        .expect("cargo names the executable it built")
+}
+
+/// Where a server listens.
+#[derive(Debug, Clone)]
+pub enum Address {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP port.
+    Tcp(SocketAddr),
+}
+
+/// A running `nbdblk serve`; killed when dropped.
+#[derive(Debug)]
+pub struct Nbdblk {
+    daemon: Daemon,
+    address: Address,
+}
+
+impl Nbdblk {
+    /// Serves on a unix socket in `dir`, where the server also runs; `args` are exports and options.
+    pub fn unix(dir: &Dir, args: &[&str]) -> Self {
+        let socket = (0..).map(|n| dir.at(&format!("nbd{n}.sock"))).find(|path| !path.exists()).expect("numbers go on");
+        let path = socket.to_str().expect("temporary directories have plain names").to_owned();
+        let daemon = Self::start(dir, &[args, &["--unix", &path]].concat());
+        assert!(socket.exists(), "the URI is printed before the socket is there");
+        Self { daemon, address: Address::Unix(socket) }
+    }
+
+    /// Serves on a TCP port that the kernel chooses.
+    pub fn tcp(dir: &Dir, args: &[&str]) -> Self {
+        let daemon = Self::start(dir, &[args, &["--port", "0"]].concat());
+        let log = daemon.log();
+        let uri = printed_uri(&log).expect("start waited for the URI");
+        let port = uri.trim_end_matches('/').rsplit(':').next().and_then(|port| port.parse().ok());
+        let port: u16 = port.unwrap_or_else(|| panic!("no port in the printed URI {uri:?}"));
+        Self { daemon, address: Address::Tcp(([127, 0, 0, 1], port).into()) }
+    }
+
+    fn start(dir: &Dir, args: &[&str]) -> Daemon {
+        let log = (0..).map(|n| dir.at(&format!("nbdblk{n}.log"))).find(|path| !path.exists()).expect("numbers go on");
+        let mut daemon = nbdblk().args(["serve", "--print-uri"]).args(args).within(dir.path()).spawn(log);
+        daemon.await_that("it prints its URI", |log| printed_uri(log).is_some());
+        daemon
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The URI of the default export.
+    pub fn uri(&self) -> String {
+        self.uri_of("")
+    }
+
+    /// The URI of an export.
+    pub fn uri_of(&self, name: &str) -> String {
+        match &self.address {
+            Address::Unix(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
+            Address::Tcp(address) => format!("nbd://{address}/{name}"),
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    /// What it said so far.
+    pub fn log(&self) -> String {
+        self.daemon.log()
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.daemon.is_alive()
+    }
+
+    /// Open file descriptors of the process.
+    pub fn fds(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
+    }
+
+    /// Resident memory of the process, bytes.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a live process has a VmRSS");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("VmRSS is a number") * 1024
+    }
+
+    /// Asks it to end (SIGTERM) and waits until it has.
+    ///
+    /// # Panics
+    /// If it does not within the deadline.
+    pub fn terminate(self) -> ExitStatus {
+        self.daemon.signal(Signal::SIGTERM);
+        let (status, log) = self.daemon.await_end();
+        assert!(!log.contains("panicked"), "the server panicked:\n{log}");
+        status
+    }
+}
+
+/// The first URI in what the server printed.
+fn printed_uri(log: &str) -> Option<&str> {
+    // A line counts when it is whole.
+    let (whole, _) = log.rsplit_once('\n')?;
+    whole.lines().find(|line| line.starts_with("nbd:") || line.starts_with("nbd+unix:"))
+}

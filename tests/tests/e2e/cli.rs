@@ -1,0 +1,210 @@
+//! The command line: what it prints, what it refuses, and how it ends.
+
+use std::os::unix::net::UnixListener;
+
+use nbdblk_tests::{Dir, Nbdblk, nbdblk, tool};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::MIB;
+
+/// The command fails at once with status 1 and one line that has every one of `words`, and nothing listens.
+fn check_refused(dir: &Dir, args: &[&str], words: &[&str]) {
+    let socket = dir.text("refused.sock");
+    // A backtrace, which the environment may ask for, is not part of a clear message.
+    let output = nbdblk()
+        .args(["serve"])
+        .args(args)
+        .args(["--unix", &socket])
+        .env("RUST_BACKTRACE", "1")
+        .within(dir.path())
+        .run();
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {output:?}");
+    assert_eq!(output.err.trim_end().lines().count(), 1, "{args:?}: one line, not\n{}", output.err);
+    for word in words {
+        assert!(output.err.contains(word), "{args:?}: no {word:?} in {:?}", output.err);
+    }
+    assert!(output.out.is_empty(), "{args:?}: {output:?}");
+    assert!(!dir.at("refused.sock").exists(), "{args:?}: something listens");
+}
+
+#[test]
+fn what_cannot_be_served_is_said_at_start() {
+    let dir = Dir::new();
+    dir.sparse("disk.raw", MIB);
+    std::fs::create_dir(dir.at("dir")).unwrap();
+    let rows: &[(&[&str], &[&str])] = &[
+        (&["nosuch=disk.raw"], &["nosuch"]),
+        (&["disk.raw"], &["disk.raw"]),
+        (&["io_uring=nosuch.raw"], &["nosuch.raw"]),
+        (&["io_uring=nosuch/disk.raw"], &["nosuch/disk.raw"]),
+        (&["io_uring=dir"], &["dir"]),
+        (&["io_uring=/dev/null"], &["/dev/null"]),
+        (&["io_uring="], &["io_uring"]),
+        (&["io_uring=disk.raw,nosuch=1"], &["nosuch"]),
+        (&["io_uring=disk.raw,direct=perhaps"], &["direct", "perhaps"]),
+        (&["io_uring=disk.raw,num-entries=many"], &["num-entries", "many"]),
+        (&["vhost-user=nosuch.sock"], &["nosuch.sock"]),
+        (&["vhost-user=disk.raw"], &["disk.raw"]),
+        (&["vhost-user=disk.raw,num-queues=none"], &["num-queues", "none"]),
+        (&["vhost-user=disk.raw,queue-size=3"], &["queue-size"]),
+        (&["memory=plenty"], &["plenty"]),
+        (&["memory=99999999999999999999"], &["99999999999999999999"]),
+        (&["a:memory=1M", "a:memory=2M"], &["a"]),
+        (&["memory=1M", "io_uring=nosuch.raw"], &["nosuch.raw"]),
+    ];
+    rows.iter().for_each(|(args, words)| check_refused(&dir, args, words));
+}
+
+#[test]
+fn a_file_that_may_only_be_read_is_served_read_only_or_refused_by_its_name() {
+    let dir = Dir::new();
+    let path = dir.sparse("disk.raw", MIB);
+    let mut permissions = std::fs::metadata(&path).unwrap().permissions();
+    permissions.set_readonly(true);
+    std::fs::set_permissions(&path, permissions).unwrap();
+    // With -r it is always served; root may write anything, so nothing else can be said here.
+    let server = Nbdblk::unix(&dir, &["-r", "io_uring=disk.raw"]);
+    assert_eq!(nbdblk_tests::nbdinfo(&server.uri())["exports"][0]["is_read_only"], true);
+}
+
+#[test]
+fn a_socket_that_listens_and_never_answers_is_said_in_bounded_time() {
+    let dir = Dir::new();
+    let _listener = UnixListener::bind(dir.at("mute.sock")).unwrap();
+    check_refused(&dir, &["vhost-user=mute.sock"], &["mute.sock"]);
+}
+
+#[test]
+fn an_address_in_use_is_said() {
+    let dir = Dir::new();
+    let server = Nbdblk::tcp(&dir, &["memory=1M"]);
+    let nbdblk_tests::Address::Tcp(address) = server.address() else { unreachable!("a TCP server") };
+    let output = nbdblk().args(["serve", "memory=1M", "--port", &address.port().to_string()]).run();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.err.contains(&address.port().to_string()), "{output:?}");
+    // A unix socket where somebody listens is not taken from him.
+    let server = Nbdblk::unix(&dir, &["memory=1M"]);
+    let nbdblk_tests::Address::Unix(path) = server.address() else { unreachable!("a unix server") };
+    let output = nbdblk().args(["serve", "memory=2M", "--unix", path.to_str().unwrap()]).run();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), "1048576");
+}
+
+#[test]
+fn run_gives_the_command_its_uri_and_ends_with_its_status() {
+    let dir = Dir::new();
+    let run = |command: &str| nbdblk().args(["serve", "memory=1M", "--run", command]).within(dir.path()).run();
+    let output = run(r#"nbdinfo --size "$uri""#);
+    assert_eq!((output.status.code(), output.out.trim()), (Some(0), "1048576"), "{output:?}");
+    assert_eq!(run("exit 7").status.code(), Some(7));
+    let output = run(r#"test -S "$unixsocket" && echo "$unixsocket""#);
+    assert!(output.status.success(), "{output:?}");
+    assert!(!std::path::Path::new(output.out.trim()).exists(), "the private socket is gone afterwards");
+    // Killed by a signal: as a shell would say it, or at least not as success.
+    assert!(!run("kill -9 $$").status.success());
+}
+
+#[test]
+fn run_takes_the_listener_it_is_given() {
+    let dir = Dir::new();
+    let command = r#"nbdinfo --size "$uri"; echo "$uri""#;
+    for listener in [&["--port", "0"][..], &["--unix", "here.sock"]] {
+        let output =
+            nbdblk().args(["serve"]).args(listener).args(["memory=1M", "--run", command]).within(dir.path()).ok();
+        let (size, uri) = output.out.trim().split_once('\n').expect("two lines");
+        assert_eq!(size, "1048576");
+        assert_eq!(uri.starts_with("nbd+unix"), listener[0] == "--unix", "{uri}");
+    }
+}
+
+#[test]
+fn the_unix_socket_is_removed_at_the_end_and_a_stale_one_is_taken_over() {
+    let dir = Dir::new();
+    drop(UnixListener::bind(dir.at("stale.sock")).unwrap());
+    let mut server = nbdblk()
+        .args(["serve", "memory=1M", "--print-uri", "-U", "stale.sock"])
+        .within(dir.path())
+        .spawn(dir.at("log"));
+    server.await_text("nbd+unix:");
+    assert!(
+        tool("nbdinfo").args(["--size", "nbd+unix:///?socket=stale.sock"]).within(dir.path()).run().status.success()
+    );
+    server.signal(Signal::SIGINT);
+    let (status, log) = server.await_end();
+    assert!(status.success(), "{status}: {log}");
+    assert!(!dir.at("stale.sock").exists());
+}
+
+#[test]
+fn a_relative_path_works_and_so_do_the_names_of_libblkio() {
+    let dir = Dir::new();
+    std::fs::create_dir(dir.at("sub")).unwrap();
+    let image = dir.sparse("sub/disk.raw", 3 * MIB);
+    let qsd = nbdblk_tests::Qsd::start(&dir, &image, nbdblk_tests::Export::default());
+    for spec in [
+        "io_uring=sub/disk.raw",
+        "io_uring=sub/disk.raw,num-queues=1",
+        "io_uring=sub/disk.raw,num-queues=1,num-entries=64",
+        "io_uring=sub/disk.raw,read-only=true",
+        "vhost-user=vhost.sock",
+        "virtio-blk-vhost-user=vhost.sock",
+        "virtio-blk-vhost-user=vhost.sock,num-queues=1,queue-size=64",
+    ] {
+        let server = Nbdblk::unix(&dir, &[spec]);
+        assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), (3 * MIB).to_string(), "{spec}");
+        assert!(server.terminate().success());
+    }
+    drop(qsd);
+}
+
+#[test]
+fn it_listens_on_the_address_it_is_told() {
+    let dir = Dir::new();
+    let server = Nbdblk::tcp(&dir, &["memory=1M", "-i", "127.0.0.1"]);
+    assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), "1048576");
+    let server = Nbdblk::tcp(&dir, &["memory=1M", "--ip-addr", "0.0.0.0"]);
+    assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), "1048576");
+    let output = nbdblk().args(["serve", "memory=1M", "-i", "300.1.1.1"]).run();
+    assert!(!output.status.success(), "{output:?}");
+}
+
+#[test]
+fn help_and_version_teach() {
+    let version = nbdblk().args(["--version"]).ok().out;
+    assert!(version.starts_with("nbdblk 0."), "{version}");
+    let help = nbdblk().args(["serve", "--help"]).ok().out;
+    for word in
+        ["--unix", "--port", "--ip-addr", "--read-only", "--print-uri", "--run", "vhost-user", "io_uring", "nbdsh"]
+    {
+        assert!(help.contains(word), "no {word} in the help:\n{help}");
+    }
+}
+
+#[test]
+fn drivers_are_listed_with_their_properties() {
+    let text = nbdblk().args(["drivers"]).ok().out;
+    for driver in ["io_uring", "vhost-user", "memory", "null"] {
+        assert!(text.contains(driver), "{text}");
+        let json = nbdblk().args(["drivers", driver, "--json"]).ok().out;
+        serde_json::from_str::<Value>(&json).unwrap_or_else(|error| panic!("{error}: {json}"));
+    }
+    let properties = nbdblk().args(["drivers", "io_uring"]).ok().out;
+    for word in ["direct", "num-entries", "read-only", "false"] {
+        assert!(properties.contains(word), "no {word} in\n{properties}");
+    }
+    assert_eq!(nbdblk().args(["drivers", "nosuch"]).run().status.code(), Some(1));
+}
+
+#[test]
+fn info_prints_limits() {
+    let dir = Dir::new();
+    dir.sparse("disk.raw", 5 * MIB);
+    let text = nbdblk().args(["info", "io_uring=disk.raw"]).within(dir.path()).ok().out;
+    assert!(text.contains("5242880"), "{text}");
+    let json = nbdblk().args(["info", "io_uring=disk.raw", "--json"]).within(dir.path()).ok().out;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["capacity"], 5 * MIB, "{json:#}");
+    let output = nbdblk().args(["info", "io_uring=nosuch.raw"]).within(dir.path()).run();
+    assert_eq!((output.status.code(), output.err.trim_end().lines().count()), (Some(1), 1), "{output:?}");
+}

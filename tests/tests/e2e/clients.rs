@@ -1,0 +1,242 @@
+//! What each client says of an export is the truth, and every way to negotiate one works.
+
+use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, nbdinfo, nbdsh, nbdsh_unconnected, tool, write_runs};
+use serde_json::Value;
+
+use crate::{Behind, KIB, MIB};
+
+fn check_size(server: &Nbdblk, size: u64) {
+    let uri = server.uri();
+    assert_eq!(tool("nbdinfo").args(["--size", &uri]).ok().out.trim(), size.to_string());
+    assert_eq!(nbdinfo(&uri)["exports"][0]["export-size"], size);
+    let info = tool("qemu-img").args(["info", "--output=json", &uri]).ok().out;
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!((&info["virtual-size"], &info["format"]), (&Value::from(size), &Value::from("raw")));
+}
+
+/// Every `(key, value)` is what nbdinfo says.
+fn check_info(server: &Nbdblk, expected: &[(&str, Value)]) {
+    let info = nbdinfo(&server.uri());
+    assert_eq!((&info["protocol"], &info["structured"]), (&Value::from("newstyle-fixed"), &Value::from(true)));
+    for (key, value) in expected {
+        assert_eq!(&info["exports"][0][key], value, "{key} of {info:#}");
+    }
+}
+
+/// What every writable export of ours can.
+fn writable() -> Vec<(&'static str, Value)> {
+    let yes = ["can_cache", "can_df", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"];
+    let yes = yes.map(|key| (key, Value::from(true)));
+    yes.into_iter().chain([("is_read_only", false.into()), ("is_rotational", false.into())]).collect()
+}
+
+#[test]
+fn a_file_is_described_truly() {
+    // Not a multiple of 512: a file is served to its last byte.
+    let size = 16 * MIB + 100;
+    let stand = Behind::IoUring.stand(size, &[]);
+    check_size(&stand.server, size);
+    check_info(&stand.server, &writable());
+    check_info(&stand.server, &[("block_size_minimum", 1.into()), ("contexts", vec!["base:allocation"].into())]);
+}
+
+#[test]
+fn a_file_opened_direct_is_described_truly_and_still_takes_any_byte() {
+    let dir = Dir::new();
+    write_runs(&dir.at("disk.raw"), 8 * MIB, [(0, MIB)]);
+    let server = Nbdblk::unix(&dir, &["io_uring=disk.raw,direct=true"]);
+    check_size(&server, 8 * MIB);
+    check_info(&server, &writable());
+    let min = nbdinfo(&server.uri())["exports"][0]["block_size_minimum"].as_u64().unwrap();
+    assert!(min.is_power_of_two() && min <= 4096, "minimum block size {min}");
+    let script = format!(
+        "before = h.pread(3 * 4096, 0); h.pwrite(b'x' * {min}, 4096 + {min})
+after = bytearray(before); after[4096 + {min} : 4096 + 2 * {min}] = b'x' * {min}
+assert h.pread(3 * 4096, 0) == after"
+    );
+    nbdsh(&server.uri(), &script);
+}
+
+#[test]
+fn vhost_user_is_described_truly() {
+    let stand = Behind::VhostUser.stand(64 * MIB, &[]);
+    check_size(&stand.server, 64 * MIB);
+    check_info(&stand.server, &writable());
+    let min = nbdinfo(&stand.server.uri())["exports"][0]["block_size_minimum"].as_u64().unwrap();
+    assert!(min == 1 || min == 512, "minimum block size {min}");
+}
+
+#[test]
+fn memory_and_null_are_described_truly() {
+    let dir = Dir::new();
+    for (spec, size) in [("memory=64M", 64 * MIB), ("null=1G", 1024 * MIB), ("memory=1048576", MIB)] {
+        let server = Nbdblk::unix(&dir, &[spec]);
+        check_size(&server, size);
+        check_info(&server, &writable());
+    }
+}
+
+#[test]
+fn read_only_is_described_truly() {
+    let dir = Dir::new();
+    dir.sparse("disk.raw", MIB);
+    let server = Nbdblk::tcp(&dir, &["-r", "io_uring=disk.raw"]);
+    check_info(&server, &[("is_read_only", true.into()), ("export-size", MIB.into())]);
+    assert!(!tool("qemu-io").args(["-f", "raw", "-c", "write 0 512", &server.uri()]).run().status.success());
+}
+
+/// The rows of `nbdinfo --map`: offset, length, type.
+fn map(uri: &str) -> Vec<(u64, u64, u64)> {
+    let json = tool("nbdinfo").args(["--map", "--json", uri]).ok().out;
+    let rows: Vec<Value> = serde_json::from_str(&json).unwrap();
+    let number = |row: &Value, key: &str| row[key].as_u64().unwrap();
+    rows.iter().map(|row| (number(row, "offset"), number(row, "length"), number(row, "type"))).collect()
+}
+
+#[test]
+fn the_map_of_a_sparse_file_shows_its_holes() {
+    let stand = Behind::IoUring.stand(16 * MIB, &[(MIB, MIB), (5 * MIB, 64 * KIB)]);
+    let expected = [
+        (0, MIB, 3),
+        (MIB, MIB, 0),
+        (2 * MIB, 3 * MIB, 3),
+        (5 * MIB, 64 * KIB, 0),
+        (5 * MIB + 64 * KIB, 11 * MIB - 64 * KIB, 3),
+    ];
+    assert_eq!(map(&stand.server.uri()), expected);
+    // A hole made through the server shows at once, on another connection.
+    nbdsh(&stand.server.uri(), "h.trim(512 * 1024, 1024 * 1024)");
+    assert_eq!(map(&stand.server.uri())[0], (0, MIB + 512 * KIB, 3));
+}
+
+#[test]
+fn the_map_of_vhost_user_is_all_data() {
+    // Virtio-blk cannot say where its holes are, and "data" is the answer that is always safe.
+    let stand = Behind::VhostUser.stand(16 * MIB, &[]);
+    assert_eq!(map(&stand.server.uri()), [(0, 16 * MIB, 0)]);
+}
+
+#[test]
+fn several_exports_are_listed_and_the_first_is_the_default() {
+    let dir = Dir::new();
+    dir.sparse("c.raw", 3 * MIB);
+    let server = Nbdblk::unix(&dir, &["a:memory=1M", "b:null=2M", "c:io_uring=c.raw"]);
+    for (name, size) in [("", MIB), ("a", MIB), ("b", 2 * MIB), ("c", 3 * MIB)] {
+        assert_eq!(
+            tool("nbdinfo").args(["--size", &server.uri_of(name)]).ok().out.trim(),
+            size.to_string(),
+            "{name:?}"
+        );
+    }
+    let list = tool("nbdinfo").args(["--list", "--json", &server.uri()]).ok().out;
+    let list: Value = serde_json::from_str(&list).unwrap();
+    let names: Vec<&str> =
+        list["exports"].as_array().unwrap().iter().map(|e| e["export-name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    let nbdblk_tests::Address::Unix(socket) = server.address() else { unreachable!("a unix server") };
+    let list = tool("qemu-nbd").args(["-L", "-k", socket.to_str().unwrap()]).ok().out;
+    assert!(list.contains("exports available: 3") && list.contains("export: 'b'"), "{list}");
+    // They are different devices.
+    nbdsh(&server.uri_of("a"), "h.pwrite(b'a' * 512, 0)");
+    assert_eq!(nbdsh(&server.uri_of("c"), "print(h.pread(3, 0))").trim(), r"b'\x00\x00\x00'");
+    assert!(!tool("nbdinfo").args([server.uri_of("nosuch")]).run().status.success());
+    assert_eq!(nbdsh(&server.uri(), "print(h.pread(3, 0))").trim(), "b'aaa'");
+}
+
+#[test]
+fn qemu_io_reads_back_the_patterns_it_wrote() {
+    for behind in Behind::BOTH {
+        let stand = behind.stand(64 * MIB, &[(0, 4 * MIB)]);
+        let commands = [
+            "write -P 0x5a 0 64k",
+            "write -f -P 0xa5 64k 1M",
+            "aio_write -P 0x11 2M 4M",
+            "aio_flush",
+            "write -z -u 3M 512k",
+            "discard 8M 1M",
+            "read -P 0x5a 0 64k",
+            "read -P 0xa5 64k 1M",
+            "read -P 0x11 2M 1M",
+            "read -P 0 3M 512k",
+            "read -P 0x11 3584k 512k",
+            "flush",
+        ];
+        let commands = commands.iter().flat_map(|command| ["-c", command]);
+        let output = tool("qemu-io").args(["-f", "raw"]).args(commands).args([stand.server.uri()]).ok();
+        assert!(!output.out.contains("failed") && !output.err.contains("failed"), "{behind:?}: {output:?}");
+    }
+}
+
+/// Every combination of what a client may leave out of its handshake; each reads, writes and zeroes the same.
+const COMBINATIONS: &str = r"
+import itertools, nbd
+def connect(fixed, zeroes, structured, context, sizes, go):
+    h = nbd.NBD()
+    h.set_handshake_flags((nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE if fixed else 0) | (nbd.HANDSHAKE_FLAG_NO_ZEROES if zeroes else 0))
+    h.set_request_structured_replies(structured)
+    # Older libraries ask for a context when one was added, newer ones only when told to as well.
+    if hasattr(h, 'set_request_meta_context'): h.set_request_meta_context(context)
+    h.set_request_block_size(sizes)
+    if context: h.add_meta_context('base:allocation')
+    h.set_opt_mode(go)
+    h.connect_uri(uri)
+    if go and h.aio_is_negotiating(): h.opt_go()
+    return h
+n = 0
+for combination in itertools.product((False, True), repeat=6):
+    h = connect(*combination)
+    n += 1
+    data = bytes([n]) * 5000
+    h.pwrite(data, 4096 * n)
+    assert h.pread(5000, 4096 * n) == data, combination
+    h.zero(1000, 4096 * n + 512)
+    assert h.pread(2000, 4096 * n) == data[:512] + bytes(1000) + data[:488], combination
+    h.flush()
+    # A structured reply is there when it was asked for, and block status with it.
+    assert h.get_structured_replies_negotiated() == (combination[0] and combination[2]), combination
+    assert h.can_df() == h.get_structured_replies_negotiated()
+    if h.can_meta_context('base:allocation'):
+        extents = []
+        h.block_status(8192, 0, lambda name, at, entries, error: extents.extend(entries))
+        assert sum(extents[::2]) >= 4096, extents
+    else:
+        assert not (combination[0] and combination[2] and combination[3]), combination
+    h.shutdown()
+print(n)
+";
+
+#[test]
+fn every_combination_of_handshake_settings_works() {
+    for behind in Behind::BOTH {
+        let stand = behind.stand(4 * MIB, &[]);
+        assert_eq!(nbdsh_unconnected(&stand.server.uri(), COMBINATIONS).trim(), "64", "{behind:?}");
+    }
+}
+
+#[test]
+fn nbdsh_has_five_hundred_requests_in_flight_on_one_connection() {
+    for behind in Behind::BOTH {
+        let stand = behind.stand(64 * MIB, &[(0, 64 * MIB)]);
+        let script = "
+import sys
+bufs = [nbd.Buffer(4096) for n in range(512)]
+cookies = [h.aio_pread(buf, n * 131072 % (64 << 20)) for n, buf in enumerate(bufs)]
+while h.aio_in_flight() > 0: h.poll(-1)
+assert all(h.aio_command_completed(c) for c in cookies)
+sys.stdout.write(str(sum(buf.to_bytearray() == h.pread(4096, n * 131072 % (64 << 20)) for n, buf in enumerate(bufs))))";
+        assert_eq!(nbdsh(&stand.server.uri(), script), "512", "{behind:?}");
+    }
+}
+
+#[test]
+fn qcow2_inside_qcow2_is_read_by_qemu_through_the_server() {
+    // The export's own contents are a qcow2 image: qemu opens it over NBD, reads and writes its metadata there.
+    let dir = Dir::new();
+    let image = dir.sparse("disk.raw", 64 * MIB);
+    let qsd = Qsd::start(&dir, &image, Export { queues: 2, ..Export::default() });
+    let server = Nbdblk::unix(&dir, &[&qsd.spec()]);
+    tool("qemu-img").args(["create", "-q", "-f", "qcow2", &server.uri(), "32M"]).ok();
+    let io = ["-c", "write -P 7 1M 3M", "-c", "read -P 7 2M 1M", "-c", "read -P 0 8M 1M"];
+    tool("qemu-io").args(["-f", "qcow2"]).args(io).args([server.uri()]).ok();
+    tool("qemu-img").args(["check", "-f", "qcow2", &server.uri()]).ok();
+}

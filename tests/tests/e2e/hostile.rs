@@ -1,0 +1,197 @@
+//! Clients that break off, break the rules or are no clients at all; afterwards the server is as it was.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+
+use nbdblk_tests::raw::{Mode, Raw, cmd, request_bytes};
+use nbdblk_tests::{Address, Dir, Nbdblk, Rng, eventually};
+
+use crate::{Behind, MIB};
+
+const SIZE: u64 = 64 * MIB;
+
+/// Leaves in the middle of something; which depends on `n`.
+fn break_off(address: &Address, n: usize, rng: &mut Rng) {
+    let mut raw = Raw::enter(address, Mode::ALL[n % 3], "");
+    let write = |len: u32| request_bytes(0, cmd::WRITE, n as u64, place(n), len);
+    match n % 7 {
+        // Answers that nobody will take.
+        0 => _ = raw.request_reads(&[(0, 4 * MIB as u32); 4]),
+        1 => _ = raw.request_reads(&[(n as u64 * 4096, 4096); 256]),
+        // A payload that never comes, in part or in whole.
+        2 => raw.send(&[write(MIB as u32), rng.bytes(1 + n * 997 % MIB as usize)].concat()),
+        3 => raw.send(&write(32 * MIB as u32)),
+        // Half a header.
+        4 => raw.send(&write(4096)[..1 + n % 27]),
+        // Whole writes, gone before the answer.
+        5 => {
+            for i in 0..8 {
+                raw.request(0, cmd::WRITE, i * 65536, 65536, &[n as u8; 65536]);
+            }
+        }
+        // One answer begun and the rest left lying.
+        _ => {
+            raw.request(0, cmd::READ, 0, 8 * MIB as u32, b"");
+            raw.receive(16);
+        }
+    }
+}
+
+/// Where client `n` writes.
+fn place(n: usize) -> u64 {
+    (n as u64 * 65536) % (SIZE - 32 * MIB)
+}
+
+fn break_off_a_thousand_times(server: Nbdblk) {
+    let mut rng = Rng(1000);
+    let settle = |server: &Nbdblk| {
+        // The last client goes when its descriptors do.
+        let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+        raw.write(SIZE - 4096, b"still here");
+        assert_eq!(raw.read(SIZE - 4096, 10), b"still here");
+    };
+    // What the first ones leave behind is what the server keeps for good: buffers once touched, a heap once grown.
+    settle(&server);
+    let fds = server.fds();
+    (0..210).for_each(|n| break_off(server.address(), n, &mut rng));
+    settle(&server);
+    eventually("the descriptors of the first clients are closed", || server.fds() <= fds);
+    let resident = server.resident();
+    (0..1000).for_each(|n| break_off(server.address(), n, &mut rng));
+    settle(&server);
+    eventually("the descriptors of a thousand clients are closed", || server.fds() <= fds);
+    let grown = server.resident().saturating_sub(resident);
+    assert!(grown < 16 * MIB, "resident memory grew by {grown} bytes over a thousand clients");
+    // No buffer is lost: the largest requests still find theirs, several at a time.
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    raw.request_reads(&[(0, 32 * MIB as u32); 4]);
+    for _ in 0..4 {
+        assert_eq!(raw.answer().error, 0);
+    }
+    drop(raw);
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn a_thousand_clients_killed_in_mid_request_leave_nothing_of_a_file() {
+    let stand = Behind::IoUring.stand(SIZE, &[(0, SIZE)]);
+    break_off_a_thousand_times(stand.server);
+}
+
+#[test]
+fn a_thousand_clients_killed_in_mid_request_leave_nothing_of_vhost_user() {
+    let stand = Behind::VhostUser.stand(SIZE, &[(0, SIZE)]);
+    break_off_a_thousand_times(stand.server);
+    drop(stand.qsd);
+}
+
+#[test]
+fn a_thousand_clients_reset_over_tcp_leave_nothing() {
+    let dir = Dir::new();
+    break_off_a_thousand_times(Nbdblk::tcp(&dir, &["memory=64M"]));
+}
+
+#[test]
+fn a_bad_request_magic_ends_that_connection_only() {
+    let dir = Dir::new();
+    let server = Nbdblk::unix(&dir, &["memory=1M"]);
+    let mut other = Raw::enter(server.address(), Mode::Simple, "");
+    for mode in Mode::ALL {
+        let mut raw = Raw::enter(server.address(), mode, "");
+        let mut bytes = request_bytes(0, cmd::READ, 1, 0, 512);
+        bytes[3] ^= 1;
+        raw.send(&bytes);
+        raw.await_close();
+        assert_eq!(other.read(0, 512), [0; 512]);
+    }
+}
+
+#[test]
+fn a_request_after_disc_is_not_answered() {
+    let dir = Dir::new();
+    let server = Nbdblk::unix(&dir, &["memory=1M"]);
+    let mut raw = Raw::enter(server.address(), Mode::Simple, "");
+    raw.send(&[request_bytes(0, cmd::DISC, 1, 0, 0), request_bytes(0, cmd::READ, 2, 0, 512)].concat());
+    assert_eq!(raw.await_close(), b"");
+}
+
+/// Sends bytes to whoever listens, and goes.
+fn throw(address: &Address, bytes: &[u8]) {
+    let _ = match address {
+        Address::Unix(path) => UnixStream::connect(path).and_then(|mut stream| stream.write_all(bytes)),
+        Address::Tcp(address) => TcpStream::connect(address).and_then(|mut stream| stream.write_all(bytes)),
+    };
+}
+
+#[test]
+fn garbage_on_the_port_is_no_harm() {
+    let dir = Dir::new();
+    for server in [Nbdblk::unix(&dir, &["memory=1M"]), Nbdblk::tcp(&dir, &["memory=1M"])] {
+        Raw::enter(server.address(), Mode::Simple, "").read(0, 1);
+        let fds = server.fds();
+        let mut rng = Rng(99);
+        for n in 0..300 {
+            throw(server.address(), &rng.bytes(n * 37 % 5000));
+            throw(server.address(), b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            throw(server.address(), b"");
+            // A proper beginning, then noise: in the handshake, and in the transmission phase.
+            Raw::greeted(server.address()).try_send(&rng.bytes(100)).ok();
+            Raw::enter(server.address(), Mode::ALL[n % 3], "").try_send(&rng.bytes(1000)).ok();
+        }
+        Raw::enter(server.address(), Mode::Structured, "").read(0, 512);
+        eventually("the descriptors are closed", || server.fds() <= fds);
+        assert!(server.terminate().success());
+    }
+}
+
+#[test]
+fn a_client_that_takes_no_answers_holds_up_nobody_else() {
+    for behind in Behind::BOTH {
+        let stand = behind.stand(SIZE, &[(0, SIZE)]);
+        let address = stand.server.address().clone();
+        let before = stand.server.resident();
+        // Each asks for far more than a socket holds and reads none of it.
+        let mut greedy: Vec<Raw> = (0..8).map(|_| Raw::enter(&address, Mode::Simple, "")).collect();
+        greedy.iter_mut().for_each(|raw| _ = raw.request_reads(&[(0, MIB as u32); 64]));
+        let mut raw = Raw::enter(&address, Mode::Structured, "");
+        for n in 0..100 {
+            raw.write(n * 4096, &[n as u8; 4096]);
+            assert_eq!(raw.read(n * 4096, 1), [n as u8], "{behind:?}");
+        }
+        let grown = stand.server.resident().saturating_sub(before);
+        assert!(grown < 512 * MIB, "{behind:?}: memory for payload is not bounded: {grown} bytes more");
+        // And it ends with all of them still waiting.
+        assert!(stand.server.terminate().success());
+        drop(greedy);
+    }
+}
+
+#[test]
+fn sigterm_ends_the_server_under_load_in_every_phase() {
+    for behind in Behind::BOTH {
+        let stand = behind.stand(SIZE, &[(0, SIZE)]);
+        let address = stand.server.address().clone();
+        let idle = [Raw::connect(&address), Raw::greeted(&address)];
+        let load: Vec<_> = (0..4)
+            .map(|n| {
+                let address = address.clone();
+                std::thread::spawn(move || {
+                    let mut raw = Raw::enter(&address, Mode::Simple, "");
+                    // Until the server goes.
+                    while raw.try_send(&request_bytes(0, cmd::READ, 1, n * MIB, 65536)).is_ok() {
+                        if raw.try_receive(16 + 65536).is_err() {
+                            break;
+                        }
+                    }
+                })
+            })
+            .collect();
+        let mut partial = Raw::enter(&address, Mode::Simple, "");
+        partial.send(&request_bytes(0, cmd::WRITE, 1, 0, MIB as u32));
+        partial.send(&[0; 1000]);
+        assert!(stand.server.terminate().success(), "{behind:?}");
+        load.into_iter().for_each(|thread| thread.join().unwrap());
+        drop((idle, partial));
+    }
+}

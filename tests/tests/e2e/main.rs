@@ -1,0 +1,58 @@
+//! nbdblk as its users meet it: the real binary, real clients, real devices.
+
+mod cli;
+mod clients;
+mod copy;
+mod handshake;
+mod hostile;
+mod original;
+mod requests;
+mod vhost_user;
+
+use std::path::PathBuf;
+
+use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, write_runs};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// A device behind the server, so that one test can run over several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Behind {
+    IoUring,
+    VhostUser,
+}
+
+/// A server over a fresh image, and what must stay alive for it. Dropped from the top: the server goes first.
+struct Stand {
+    server: Nbdblk,
+    qsd: Option<Qsd>,
+    image: PathBuf,
+    dir: Dir,
+}
+
+impl Behind {
+    const BOTH: [Self; 2] = [Self::IoUring, Self::VhostUser];
+
+    /// Serves an image of `size` bytes, empty but for the runs `(at, len)`, which are random.
+    fn stand(self, size: u64, runs: &[(u64, u64)]) -> Stand {
+        let dir = Dir::new();
+        let image = dir.at("disk.raw");
+        write_runs(&image, size, runs.iter().copied());
+        let (qsd, spec) = self.device(&dir, &image);
+        let server = Nbdblk::unix(&dir, &[&spec]);
+        Stand { server, qsd, image, dir }
+    }
+
+    /// What brings the image to the server: the device's process, if it needs one, and the argument.
+    fn device(self, dir: &Dir, image: &std::path::Path) -> (Option<Qsd>, String) {
+        match self {
+            Self::IoUring => (None, format!("io_uring={}", image.display())),
+            Self::VhostUser => {
+                let qsd = Qsd::start(dir, image, Export::default());
+                let spec = qsd.spec();
+                (Some(qsd), spec)
+            }
+        }
+    }
+}
