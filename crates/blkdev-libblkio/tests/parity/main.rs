@@ -1,15 +1,23 @@
 //! libblkio's drivers held against the suite that ours are held against, and then against ours, request by request.
 
 mod backend;
+mod script;
 
-use std::sync::Arc;
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use backend::{Export, Scratch};
 use blkdev::{
-    Device,
+    Device, Error, Io, Plan,
     conformance::{Suite, check, check_read_only},
 };
+use blkdev_io_uring::IoUring;
 use blkdev_libblkio::Libblkio;
+use blkdev_vhost_user::VhostUser;
+use script::{Side, same_all_the_way};
 
 const SIZE: u64 = 40 << 20;
 
@@ -52,4 +60,76 @@ fn a_read_only_export_is_opened_read_only() {
     let scratch = Scratch::new();
     let export = Export::start(&scratch, &scratch.file("disk", SIZE), 1, false);
     check_read_only(&shared(open("virtio-blk-vhost-user", &[("path", export.socket())])));
+}
+
+/// Files of our own and of libblkio's, side by side; `direct` past the page cache.
+fn io_uring_sides(scratch: &Scratch, direct: bool) -> [(String, Side); 2] {
+    let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
+    let options = blkdev_io_uring::Options { direct, ..blkdev_io_uring::Options::path(&ours) };
+    let own = Side::open(Arc::new(IoUring::open(options).unwrap()));
+    let text = direct.to_string();
+    let other = Side::open(shared(open("io_uring", &[("path", &theirs), ("direct", &text)])));
+    [(ours, own), (theirs, other)]
+}
+
+#[test]
+fn io_uring_is_the_same() {
+    for direct in [false, true] {
+        let scratch = Scratch::new();
+        let [(ours, mut own), (theirs, mut other)] = io_uring_sides(&scratch, direct);
+        // libblkio's discards are refused by every kernel, so none are in the script.
+        same_all_the_way(&mut own, &mut other, 500, false);
+        assert!(fs::read(ours).unwrap() == fs::read(theirs).unwrap(), "the files are equal, direct={direct}");
+    }
+}
+
+#[test]
+fn io_uring_discards_with_ours_only() {
+    let scratch = Scratch::new();
+    let [(_, mut own), (_, mut other)] = io_uring_sides(&scratch, false);
+    let results = [&mut own, &mut other].map(|side| side.one(|_| Io::Discard { at: 0, len: 1 << 20, fua: true }).0);
+    assert_eq!(results, [Ok(()), Err(Error::NotSupported)]);
+}
+
+#[test]
+fn virtio_is_the_same() {
+    let scratch = Scratch::new();
+    let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
+    let exports = [&ours, &theirs].map(|file| Export::start(&scratch, file, 1, true));
+    let options = blkdev_vhost_user::Options::new(exports[0].socket());
+    let mut own = Side::open(Arc::new(VhostUser::connect(&options).unwrap()));
+    let mut other = Side::open(shared(open("virtio-blk-vhost-user", &[("path", exports[1].socket())])));
+    same_all_the_way(&mut own, &mut other, 500, true);
+    drop((own, other, exports));
+    assert!(fs::read(ours).unwrap() == fs::read(theirs).unwrap(), "the files are equal");
+}
+
+/// libblkio itself would wait for ever.
+#[test]
+fn requests_to_a_dead_back_end_end() {
+    let scratch = Scratch::new();
+    let export = Export::start(&scratch, &scratch.file("disk", SIZE), 1, true);
+    let device = open("virtio-blk-vhost-user", &[("path", export.socket())]).timeout(Some(Duration::from_millis(800)));
+    let mut channel = Plan { memory: 1 << 20, depth: 16 }.open(&shared(device), 1).unwrap().remove(0);
+    drop(export);
+    let before = channel.memory_free();
+    for tag in 0..4 {
+        let buf = channel.alloc(0, 4096).unwrap();
+        let io = if tag % 2 == 0 { Io::Read { at: 0, buf } } else { Io::Write { at: 8192, buf, fua: true } };
+        channel.submit(tag, io);
+    }
+    let (started, mut done) = (Instant::now(), Vec::new());
+    while done.len() < 4 {
+        channel.tick(Instant::now());
+        channel.kick();
+        channel.reap(&mut done);
+        assert!(started.elapsed() < Duration::from_secs(10), "{} of 4 requests end", done.len());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(done.iter().all(|done| done.result == Err(Error::Gone)), "{done:?}");
+    drop(done);
+    assert_eq!(before - channel.memory_free(), 4 * 4096, "memory that a device may still use is not used again");
+    let started = Instant::now();
+    drop(channel);
+    assert!(started.elapsed() < Duration::from_secs(1), "what was given up is not waited for");
 }
