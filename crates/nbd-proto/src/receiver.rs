@@ -35,39 +35,70 @@ pub struct Receiver {
     /// Bytes of the current payload that are not past yet. 0 in `State::Header`.
     left: u32,
     joint: Joint,
-    /// Of the last request with a payload.
+    /// Of the last request with a payload, or without one but refused.
     cookie: Cookie,
     at: u64,
+    /// In `State::Refuse`: what to say.
+    kind: CommandKind,
+    refused: Refused,
+    /// In `State::Selection`: what is known so far.
+    selection: Selection,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// Where the stream stands. A byte, as it is looked at for every event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// At a request.
     Header,
     /// In the payload of a WRITE.
     Payload,
-    /// In a payload that nobody wants, and what to say after it.
-    Skip(Option<Rejection>),
+    /// In a payload that nobody wants.
+    Skip,
+    /// In a payload that nobody wants, after which a refusal is to be told.
+    Refuse,
     /// In the payload of a BLOCK_STATUS: first its length, then ids.
-    Selection { one: bool, len: Option<u64>, ids: Result<ContextSet, ()> },
+    Selection,
     /// After DISC.
     Over,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Selection {
+    one: bool,
+    len: Option<u64>,
+    ids: ContextSet,
+    /// An id was not negotiated, or there twice.
+    wrong: bool,
 }
 
 impl Receiver {
     /// A decoder at the first request.
     pub fn new(terms: Terms) -> Self {
-        Self { terms: terms.told(), state: State::Header, left: 0, joint: Joint::default(), cookie: Cookie(0), at: 0 }
+        Self {
+            terms: terms.told(),
+            state: State::Header,
+            left: 0,
+            joint: Joint::default(),
+            cookie: Cookie(0),
+            at: 0,
+            kind: CommandKind::WRITE,
+            refused: (WireError::Inval, ""),
+            selection: Selection::default(),
+        }
     }
 
     /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after DISC). Parts of
     /// headers are kept inside, so the caller never has to keep any. After an error the connection must be dropped.
     #[inline]
     pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
-        if !matches!(self.state, State::Header) {
-            let event = self.resume(input);
-            if event.is_some() || !matches!(self.state, State::Header) {
-                return Ok(event);
+        match self.state {
+            State::Header => {}
+            State::Payload => return Ok(self.payload(input)),
+            _ => {
+                let event = self.resume(input);
+                if event.is_some() || self.state != State::Header {
+                    return Ok(event);
+                }
             }
         }
         let Some(header) = self.header(input)? else { return Ok(None) };
@@ -78,7 +109,7 @@ impl Receiver {
     /// they may be received straight into place, and told by [`payload_placed`](Self::payload_placed).
     #[inline]
     pub fn payload_left(&self) -> u32 {
-        if matches!(self.state, State::Payload) { self.left } else { 0 }
+        if self.state == State::Payload { self.left } else { 0 }
     }
 
     /// Says that `n` bytes of the payload went past this decoder, straight into place.
@@ -98,8 +129,8 @@ impl Receiver {
     /// Gives up the rest of the announced WRITE's payload: the receiver swallows it, without an event. The caller answers the WRITE, and
     /// should do so no earlier than the payload is past; [`reject_payload`](Self::reject_payload) takes care of that.
     pub fn skip_payload(&mut self) {
-        if matches!(self.state, State::Payload) {
-            self.state = State::Skip(None);
+        if self.state == State::Payload {
+            self.state = State::Skip;
         }
     }
 
@@ -107,7 +138,7 @@ impl Receiver {
     /// Valid from [`Event::Write`] on until the last byte of its payload was taken, and for a WRITE of no bytes until the next call of
     /// `next`.
     pub fn reject_payload(&mut self, error: WireError, text: &'static str) {
-        self.state = State::Skip(Some(Rejection { kind: CommandKind::WRITE, at: self.at, error, text }));
+        self.refuse(CommandKind::WRITE, (error, text));
     }
 
     /// The export has another size from now on.
@@ -160,12 +191,13 @@ impl Receiver {
                 Ok(Some(Event::Write(cookie, write)))
             }
             Ok(Judged::Selection { one }) => {
-                self.enter(State::Selection { one, len: None, ids: Ok(ContextSet::EMPTY) }, left, header);
+                self.enter(State::Selection, left, header);
+                self.selection = Selection { one, ..Selection::default() };
                 Ok(self.resume(input))
             }
             Err(refused) => {
-                let rejection = rejection(header.kind, header.at, refused);
-                self.enter(State::Skip(Some(rejection)), left, header);
+                self.enter(State::Refuse, left, header);
+                self.refuse(header.kind, refused);
                 Ok(self.resume(input))
             }
         }
@@ -179,30 +211,42 @@ impl Receiver {
         self.at = header.at;
     }
 
-    /// Goes on with a payload. No event and `State::Header`: a payload that nobody wanted is past.
+    fn refuse(&mut self, kind: CommandKind, refused: Refused) {
+        self.state = State::Refuse;
+        self.kind = kind;
+        self.refused = refused;
+    }
+
+    /// The next bytes of a wanted payload.
+    #[inline]
+    fn payload<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
+        let piece = self.advance(input);
+        if self.left == 0 {
+            self.state = State::Header;
+        }
+        (!piece.is_empty()).then_some(Event::Payload(piece))
+    }
+
+    /// Goes on with any other payload. No event and `State::Header`: a payload that nobody wanted is past.
+    #[cold]
     fn resume<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
         match self.state {
-            State::Header | State::Over => None,
-            State::Payload => {
-                let piece = self.advance(input);
-                if self.left == 0 {
-                    self.state = State::Header;
-                }
-                (!piece.is_empty()).then_some(Event::Payload(piece))
-            }
-            State::Skip(rejection) => {
+            State::Header | State::Payload | State::Over => None,
+            State::Selection => self.select(input),
+            State::Skip | State::Refuse => {
                 self.advance(input);
                 if self.left > 0 {
                     return None;
                 }
+                let told = self.state == State::Refuse;
                 self.state = State::Header;
-                rejection.map(|rejection| Event::Reject(self.cookie, rejection))
+                told.then(|| self.rejection(self.kind, self.refused))
             }
-            State::Selection { one, len, ids } => self.selection(input, one, len, ids),
         }
     }
 
     /// Takes what there is of the payload.
+    #[inline]
     fn advance<'a>(&mut self, input: &mut &'a [u8]) -> &'a [u8] {
         let piece = take_up_to(input, self.left as usize);
         self.left -= u32::try_from(piece.len()).expect("a piece is no longer than the payload");
@@ -210,44 +254,35 @@ impl Receiver {
     }
 
     /// Reads on in a payload that names contexts: eight bytes of length, then ids of four.
-    fn selection<'a>(
-        &mut self,
-        input: &mut &'a [u8],
-        one: bool,
-        mut len: Option<u64>,
-        mut ids: Result<ContextSet, ()>,
-    ) -> Option<Event<'a>> {
-        while self.left > 0 || len.is_none() {
-            let Some(known) = len else {
-                let Some(raw) = self.joint.take::<8>(input) else { break };
-                len = Some(u64::from_be_bytes(raw));
+    fn select<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
+        let len = match self.selection.len {
+            Some(len) => len,
+            None => {
+                let len = u64::from_be_bytes(self.joint.take(input)?);
                 self.left -= 8;
-                continue;
-            };
-            len = Some(known);
-            let Some(raw) = self.joint.take::<4>(input) else { break };
-            self.left -= 4;
-            let id = u32::from_be_bytes(raw);
-            ids = ids.and_then(|mut set| (self.terms.contexts.contains(id) && set.insert(id)).then_some(set).ok_or(()));
-        }
-        let (0, Some(whole)) = (self.left, len) else {
-            self.state = State::Selection { one, len, ids };
-            return None;
+                *self.selection.len.insert(len)
+            }
         };
+        while self.left > 0 {
+            let id = u32::from_be_bytes(self.joint.take(input)?);
+            self.left -= 4;
+            self.selection.wrong |= !self.terms.contexts.contains(id) || !self.selection.ids.insert(id);
+        }
         self.state = State::Header;
-        let judged = ids
-            .map_err(|()| (WireError::Inval, "block status of an unknown context, or of one twice"))
-            .and_then(|contexts| command::status(&self.terms, self.at, whole, one, contexts));
+        let Selection { one, ids, wrong, .. } = self.selection;
+        let judged = match wrong {
+            true => Err((WireError::Inval, "block status of an unknown context, or of one twice")),
+            false => command::status(&self.terms, self.at, len, one, ids),
+        };
         Some(match judged {
             Ok(command) => Event::Command(self.cookie, command),
-            Err(refused) => Event::Reject(self.cookie, rejection(CommandKind::BLOCK_STATUS, self.at, refused)),
+            Err(refused) => self.rejection(CommandKind::BLOCK_STATUS, refused),
         })
     }
-}
 
-#[inline]
-fn rejection(kind: CommandKind, at: u64, (error, text): Refused) -> Rejection {
-    Rejection { kind, at, error, text }
+    fn rejection(&self, kind: CommandKind, (error, text): Refused) -> Event<'static> {
+        Event::Reject(self.cookie, Rejection { kind, at: self.at, error, text })
+    }
 }
 
 #[inline]
