@@ -4,8 +4,8 @@ use crate::limits::CONTEXTS_MAX;
 use crate::terms::{ContextSet, Terms};
 use crate::wire::{CommandFlags, CommandKind, Mode, TransmissionFlags, WireError};
 
-/// A request without data on its way: judged, its flags parsed into fields. Ranges lie within the export. `len` can be 0, except for
-/// a status: the protocol leaves it unspecified, and the answer is to do nothing and say that it is done.
+/// A request without data on its way: judged, its flags parsed into fields. Ranges lie within the export. `len` can be
+/// 0, except for a status: the protocol leaves it unspecified, and the answer is to do nothing and say that it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Answer with the data.
@@ -86,7 +86,8 @@ pub struct Write {
     pub fua: bool,
 }
 
-/// A refused request: answer it with [`Replier::error`](crate::Replier::error). Its payload is gone from the stream already.
+/// A refused request: answer it with [`Replier::error`](crate::Replier::error). Its payload is gone from the stream
+/// already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rejection {
     /// What was asked.
@@ -110,7 +111,8 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Bytes after the header. An extended WRITE has a payload even without the flag that it must have: what else could `len` be.
+    /// Bytes after the header. An extended WRITE has a payload even without the flag that it must have: what else could
+    /// `len` be.
     #[inline]
     pub(crate) fn payload(&self, mode: Mode) -> u64 {
         match mode {
@@ -138,8 +140,8 @@ pub(crate) enum Judged {
 /// Why a request is refused.
 pub(crate) type Refused = (WireError, &'static str);
 
-/// Judges a request, everything but DISC. What is refused first when several things are wrong: an unknown command, a flag, a
-/// write to a read-only export, a command that was not advertised, the range, the alignment, the length.
+/// Judges a request, everything but DISC. What is refused first when several things are wrong: an unknown command, a
+/// flag, a write to a read-only export, a command that was not advertised, the range, the alignment, the length.
 #[inline]
 pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
     use CommandKind as Kind;

@@ -1,30 +1,36 @@
-//! The limits of the codec, together, each with its reason: what a peer can make us read, keep or write is bounded by these.
+//! The limits of the codec, together, each with its reason: what a peer can make us read, keep or write is bounded by
+//! these.
 
-/// Longest string of the protocol: export name, description, query, error text (proto.md, "Values": MUST be at most 4096 bytes).
+/// Longest string of the protocol: export name, description, query, error text (proto.md, "Values": MUST be at most
+/// 4096 bytes).
 pub const NAME_MAX: usize = 4096;
 
-/// Largest payload every client may rely on when no block sizes were agreed (proto.md, "Block size constraints"). 32 MiB.
+/// Largest payload every client may rely on when no block sizes were agreed (proto.md, "Block size constraints"). 32
+/// MiB.
 pub const PAYLOAD_MAX: u32 = 32 << 20;
 
 /// Longest header of the transmission phase: an extended request or an extended reply chunk, 32 bytes.
 pub const HEADER_MAX: usize = 32;
 
-/// Longest head that [`Replier`](crate::Replier) puts before a payload: an extended chunk header and its offset, 40 bytes.
+/// Longest head that [`Replier`](crate::Replier) puts before a payload: an extended chunk header and its offset, 40
+/// bytes.
 pub const HEAD_MAX: usize = HEADER_MAX + 8;
 
-/// A refused payload up to this length is swallowed in step; a longer one ends the connection, since whoever sends it knows no
-/// limit. Twice [`PAYLOAD_MAX`], so that a client that is off by a header or by one doubling is refused rather than cut off.
+/// A refused payload up to this length is swallowed in step; a longer one ends the connection, since whoever sends it
+/// knows no limit. Twice [`PAYLOAD_MAX`], so that a client that is off by a header or by one doubling is refused rather
+/// than cut off.
 pub const SWALLOW_MAX: u32 = 64 << 20;
 
-/// Largest option data that is kept in memory and parsed, 64 KiB: an INFO for the longest name, or some hundred context queries.
-/// A longer INFO, GO or META_CONTEXT is answered with `ERR_TOO_BIG`.
+/// Largest option data that is kept in memory and parsed, 64 KiB: an INFO for the longest name, or some hundred context
+/// queries. A longer INFO, GO or META_CONTEXT is answered with `ERR_TOO_BIG`.
 pub const OPTION_MAX: usize = 64 << 10;
 
-/// Option data up to this length is read past, in step, whatever the answer; longer data ends the connection. 32 MiB, as the
-/// protocol does not let a server call less than that an attack anywhere else.
+/// Option data up to this length is read past, in step, whatever the answer; longer data ends the connection. 32 MiB,
+/// as the protocol does not let a server call less than that an attack anywhere else.
 pub const OPTION_SKIP_MAX: u32 = 32 << 20;
 
-/// Options a client may send before GO. libnbd's longest course takes ten; a client that asks for more never means to begin.
+/// Options a client may send before GO. libnbd's longest course takes ten; a client that asks for more never means to
+/// begin.
 pub const OPTIONS_MAX: u32 = 256;
 
 /// Bytes of options a client may send before GO, all together: two of the longest that are read past.

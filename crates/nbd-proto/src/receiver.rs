@@ -1,5 +1,5 @@
-//! Server side of the transmission phase: bytes in, commands out. It owns the count of every payload, so that whatever becomes of a
-//! WRITE exactly its bytes leave the stream. Never does I/O, never allocates.
+//! Server side of the transmission phase: bytes in, commands out. It owns the count of every payload, so that whatever
+//! becomes of a WRITE exactly its bytes leave the stream. Never does I/O, never allocates.
 
 use crate::command::{self, Command, Header, Judged, Refused, Rejection, Write};
 use crate::limits::SWALLOW_MAX;
@@ -20,8 +20,8 @@ pub enum Event<'a> {
     Write(Cookie, Write),
     /// The next bytes of the WRITE that was announced; never empty.
     Payload(&'a [u8]),
-    /// A request to be answered with an error. It comes when the payload of the request, if any, is past: clients do not expect the
-    /// answer to a request that they still are sending.
+    /// A request to be answered with an error. It comes when the payload of the request, if any, is past: clients do
+    /// not expect the answer to a request that they still are sending.
     Reject(Cookie, Rejection),
     /// The client goes: finish what is outstanding, then close. Nothing comes after it.
     Disconnect,
@@ -87,8 +87,9 @@ impl Receiver {
         }
     }
 
-    /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after DISC). Parts of
-    /// headers are kept inside, so the caller never has to keep any. After an error the connection must be dropped.
+    /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after
+    /// DISC). Parts of headers are kept inside, so the caller never has to keep any. After an error the connection must
+    /// be dropped.
     #[inline]
     pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
         match self.state {
@@ -105,8 +106,9 @@ impl Receiver {
         self.begin(&header, input)
     }
 
-    /// Bytes of the announced WRITE that the caller does not have yet; 0 outside of one. When it is more than 0 and `input` is used up,
-    /// they may be received straight into place, and told by [`payload_placed`](Self::payload_placed).
+    /// Bytes of the announced WRITE that the caller does not have yet; 0 outside of one. When it is more than 0 and
+    /// `input` is used up, they may be received straight into place, and told by
+    /// [`payload_placed`](Self::payload_placed).
     #[inline]
     pub fn payload_left(&self) -> u32 {
         if self.state == State::Payload { self.left } else { 0 }
@@ -126,17 +128,18 @@ impl Receiver {
         }
     }
 
-    /// Gives up the rest of the announced WRITE's payload: the receiver swallows it, without an event. The caller answers the WRITE, and
-    /// should do so no earlier than the payload is past; [`reject_payload`](Self::reject_payload) takes care of that.
+    /// Gives up the rest of the announced WRITE's payload: the receiver swallows it, without an event. The caller
+    /// answers the WRITE, and should do so no earlier than the payload is past;
+    /// [`reject_payload`](Self::reject_payload) takes care of that.
     pub fn skip_payload(&mut self) {
         if self.state == State::Payload {
             self.state = State::Skip;
         }
     }
 
-    /// Gives up the rest of the last announced WRITE's payload, and has [`next`](Self::next) say [`Event::Reject`] when it is past.
-    /// Valid from [`Event::Write`] on until the last byte of its payload was taken, and for a WRITE of no bytes until the next call of
-    /// `next`.
+    /// Gives up the rest of the last announced WRITE's payload, and has [`next`](Self::next) say [`Event::Reject`] when
+    /// it is past. Valid from [`Event::Write`] on until the last byte of its payload was taken, and for a WRITE of no
+    /// bytes until the next call of `next`.
     pub fn reject_payload(&mut self, error: WireError, text: &'static str) {
         self.refuse(CommandKind::WRITE, (error, text));
     }

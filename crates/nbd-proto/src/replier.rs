@@ -1,5 +1,5 @@
-//! Server side of the transmission phase: results in, heads of replies out. The payload of a READ is not seen here: the caller sends it
-//! after the head, from wherever it is.
+//! Server side of the transmission phase: results in, heads of replies out. The payload of a READ is not seen here: the
+//! caller sends it after the head, from wherever it is.
 
 use crate::limits::EXTENTS_MAX;
 use crate::reader::cut;
@@ -32,8 +32,8 @@ pub struct Extent {
     pub flags: u64,
 }
 
-/// The encoder of one connection's replies. In every method `at` without another word is the offset of the request, which an
-/// extended reply repeats.
+/// The encoder of one connection's replies. In every method `at` without another word is the offset of the request,
+/// which an extended reply repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replier {
     mode: Mode,
@@ -53,8 +53,8 @@ impl Replier {
         self.mode
     }
 
-    /// The head of a whole, successful READ: exactly `len` bytes of data must follow, and no error is possible any more. For 0 bytes
-    /// the reply is complete.
+    /// The head of a whole, successful READ: exactly `len` bytes of data must follow, and no error is possible any
+    /// more. For 0 bytes the reply is complete.
     #[inline]
     pub fn read_head(&self, out: &mut impl Put, cookie: Cookie, at: u64, len: u32) {
         match self.mode {
@@ -106,8 +106,8 @@ impl Replier {
         out.put(&len.to_be_bytes());
     }
 
-    /// A request is done, with nothing (more) to tell: any command but a READ or a BLOCK_STATUS, those when their last chunk was not
-    /// marked as such, and a READ of 0 bytes.
+    /// A request is done, with nothing (more) to tell: any command but a READ or a BLOCK_STATUS, those when their last
+    /// chunk was not marked as such, and a READ of 0 bytes.
     #[inline]
     pub fn done(&self, out: &mut impl Put, cookie: Cookie, at: u64, kind: CommandKind) {
         match self.mode {
@@ -137,9 +137,10 @@ impl Replier {
         self.error_chunk(out, ChunkKind::ERROR_OFFSET, cookie, at, error, text, &part.to_be_bytes());
     }
 
-    /// The status of one context, from the start of the request on. `last` closes the reply: there must be one such chunk for each
-    /// context of the [`Command::Status`](crate::Command::Status). Empty extents are left out, those after the 2²⁰th too. In
-    /// structured mode an extent of 4 GiB or more is cut below that, to a multiple of the minimum block, and is the last one.
+    /// The status of one context, from the start of the request on. `last` closes the reply: there must be one such
+    /// chunk for each context of the [`Command::Status`](crate::Command::Status). Empty extents are left out, those
+    /// after the 2²⁰th too. In structured mode an extent of 4 GiB or more is cut below that, to a multiple of the
+    /// minimum block, and is the last one.
     ///
     /// # Panics
     ///

@@ -24,8 +24,8 @@ impl Default for BlockSizes {
 }
 
 impl BlockSizes {
-    /// The nearest sizes that the protocol allows: `min` and `preferred` rounded up to powers of two and into their bounds,
-    /// `payload_max` raised to `preferred` and rounded down to `min`.
+    /// The nearest sizes that the protocol allows: `min` and `preferred` rounded up to powers of two and into their
+    /// bounds, `payload_max` raised to `preferred` and rounded down to `min`.
     pub fn nearest(min: u32, preferred: u32, payload_max: u32) -> Self {
         let min = min.clamp(1, 1 << 16).next_power_of_two();
         let preferred = preferred.clamp(min.max(512), 1 << 31).next_power_of_two();
@@ -47,32 +47,32 @@ pub struct Export {
     /// Bytes, at most [`SIZE_MAX`](crate::limits::SIZE_MAX).
     pub size: u64,
     /// All that the export can do. The handshake takes away what the negotiated mode does not allow
-    /// ([`Negotiated::terms`] has the rest): DF without structured replies, FAST_ZERO without WRITE_ZEROES, status payloads
-    /// without extended headers and a context, RESIZE always; and adds HAS_FLAGS.
+    /// ([`Negotiated::terms`] has the rest): DF without structured replies, FAST_ZERO without WRITE_ZEROES, status
+    /// payloads without extended headers and a context, RESIZE always; and adds HAS_FLAGS.
     pub flags: TransmissionFlags,
     /// Told to clients that ask for them; `payload_max` is enforced in any case.
     pub block: BlockSizes,
-    /// Metadata contexts, such as `base:allocation`; the place in this list is the context's id on the wire. Only the first
-    /// [`CONTEXTS_MAX`] are offered.
+    /// Metadata contexts, such as `base:allocation`; the place in this list is the context's id on the wire. Only the
+    /// first [`CONTEXTS_MAX`] are offered.
     pub contexts: Vec<String>,
 }
 
-/// What the handshake asks the server's owner. It is asked anew for every option, so it may change in between; and the owner may
-/// pass another one once TLS has been started.
+/// What the handshake asks the server's owner. It is asked anew for every option, so it may change in between; and the
+/// owner may pass another one once TLS has been started.
 pub trait Catalog {
     /// Calls `each` with the name and the description (or an empty one) of every export that may be listed.
     fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal>;
 
-    /// The export of that name; the empty name is the default export. Must have no side effect that costs: it is called for INFO
-    /// and for the context options too, by clients that may never get any further.
+    /// The export of that name; the empty name is the default export. Must have no side effect that costs: it is called
+    /// for INFO and for the context options too, by clients that may never get any further.
     fn find(&self, name: &str) -> Result<Export, Refusal>;
 }
 
 /// The answer to an option that cannot be granted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// One of `Rep::ERR_*`. `ERR_TLS_REQD` is for exports that are only served over TLS, under [`Tls::Optional`]; where the protocol
-    /// does not allow it the client is told `ERR_POLICY`.
+    /// One of `Rep::ERR_*`. `ERR_TLS_REQD` is for exports that are only served over TLS, under [`Tls::Optional`]; where
+    /// the protocol does not allow it the client is told `ERR_POLICY`.
     pub code: Rep,
     /// Text for people; cut at [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
     pub text: String,
@@ -111,8 +111,8 @@ pub struct Offer {
     pub extended: bool,
     /// TLS.
     pub tls: Tls,
-    /// Refuse clients that do not ask for the block sizes. Only for servers that cannot serve unaligned requests: a server that can
-    /// SHOULD NOT.
+    /// Refuse clients that do not ask for the block sizes. Only for servers that cannot serve unaligned requests: a
+    /// server that can SHOULD NOT.
     pub block_size_required: bool,
     /// Refuse unaligned requests with EINVAL instead of handing them out.
     pub enforce_alignment: bool,
@@ -183,7 +183,8 @@ impl FromIterator<u32> for ContextSet {
     }
 }
 
-/// The terms of one connection's transmission phase: all that [`Receiver`](crate::Receiver) and [`Replier`](crate::Replier) need.
+/// The terms of one connection's transmission phase: all that [`Receiver`](crate::Receiver) and
+/// [`Replier`](crate::Replier) need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Terms {
     /// How requests and replies look.
@@ -229,8 +230,9 @@ pub struct Negotiated {
     pub export: Export,
     /// The name the client asked for; empty for the default export.
     pub name: String,
-    /// The selected contexts: id and name, as the client was told them. They are those of the export when they were selected, and
-    /// the export may have changed since: an owner that does not know one any more answers 0, which is always safe.
+    /// The selected contexts: id and name, as the client was told them. They are those of the export when they were
+    /// selected, and the export may have changed since: an owner that does not know one any more answers 0, which is
+    /// always safe.
     pub contexts: Vec<(u32, String)>,
     /// Whether the client asked for the block sizes, and so must keep to them.
     pub block_size_asked: bool,
@@ -240,8 +242,8 @@ pub struct Negotiated {
     pub terms: Terms,
 }
 
-/// Why a connection must be dropped without another word: the peer broke a MUST, left the stream out of step, or asks for more
-/// than any honest client does.
+/// Why a connection must be dropped without another word: the peer broke a MUST, left the stream out of step, or asks
+/// for more than any honest client does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fatal {

@@ -1,4 +1,5 @@
-//! The fuzz targets without a fuzzer: the golden conversations and the corpus, every truncation of them, and seeded mutations.
+//! The fuzz targets without a fuzzer: the golden conversations and the corpus, every truncation of them, and seeded
+//! mutations.
 
 mod common;
 

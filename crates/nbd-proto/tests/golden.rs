@@ -1,4 +1,5 @@
-//! Golden conversations: fed turn by turn, whole, cut at every byte and byte by byte, both halves say and understand the same.
+//! Golden conversations: fed turn by turn, whole, cut at every byte and byte by byte, both halves say and understand
+//! the same.
 
 mod common;
 
@@ -72,7 +73,8 @@ fn whole_and_byte_by_byte_give_the_same() {
     }
 }
 
-/// CVE-2011-1925, CVE-2017-9524: a client may go after every byte. Nothing panics, and nothing is answered that was not asked.
+/// CVE-2011-1925, CVE-2017-9524: a client may go after every byte. Nothing panics, and nothing is answered that was not
+/// asked.
 #[test]
 fn a_client_may_go_at_any_time() {
     for golden in golden::all() {
@@ -85,7 +87,8 @@ fn a_client_may_go_at_any_time() {
     }
 }
 
-/// The client's half says the golden client's bytes when it is asked to, and understands the golden server's the same at every cut.
+/// The client's half says the golden client's bytes when it is asked to, and understands the golden server's the same
+/// at every cut.
 #[test]
 fn the_client_half_replays_it() {
     for golden in golden::all() {

@@ -1,5 +1,5 @@
-//! Lengths that lie: every 32-bit length inside an option, at every value that ever hurt a server (CVE-2022-26495, CVE-2022-26496,
-//! CVE-2017-15118, CVE-2017-15119). The option is refused, and the next one is understood.
+//! Lengths that lie: every 32-bit length inside an option, at every value that ever hurt a server (CVE-2022-26495,
+//! CVE-2022-26496, CVE-2017-15118, CVE-2017-15119). The option is refused, and the next one is understood.
 
 mod common;
 
@@ -62,7 +62,8 @@ fn the_name_of_info() {
                 0 => &[3, 1],
                 _ => &[UNKNOWN],
             };
-            // A shorter length can be right too: what follows the name reads as kinds, and 0x6161 of them are not there.
+            // A shorter length can be right too: what follows the name reads as kinds, and 0x6161 of them are not
+            // there.
             assert_eq!(replies(&option(INFO, &data)), expected, "a name of {n} bytes, said to be {said}");
         }
     }

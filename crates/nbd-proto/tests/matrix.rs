@@ -1,5 +1,5 @@
-//! Every command, with every combination of flags, in every mode, on every kind of export: the receiver says what a small oracle
-//! says, that was written from the tables of the protocol and not from the receiver.
+//! Every command, with every combination of flags, in every mode, on every kind of export: the receiver says what a
+//! small oracle says, that was written from the tables of the protocol and not from the receiver.
 
 mod common;
 

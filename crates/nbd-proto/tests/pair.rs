@@ -1,5 +1,5 @@
-//! The client's half against the server's half, in memory, every message cut at random: the data that comes back is the data that a
-//! plain vector would have given.
+//! The client's half against the server's half, in memory, every message cut at random: the data that comes back is the
+//! data that a plain vector would have given.
 
 mod common;
 

@@ -1,4 +1,5 @@
-//! The usual course of a handshake: TLS, extended headers or structured replies, contexts, then GO, with what older servers do instead.
+//! The usual course of a handshake: TLS, extended headers or structured replies, contexts, then GO, with what older
+//! servers do instead.
 
 use std::fmt;
 
@@ -24,7 +25,8 @@ pub struct Wish {
 pub struct Agreed {
     /// The terms. `block` holds the defaults when the server did not tell.
     pub terms: Terms,
-    /// The selected contexts: id and name. The server picks the ids; those of 64 and more are only here, not in `terms`.
+    /// The selected contexts: id and name. The server picks the ids; those of 64 and more are only here, not in
+    /// `terms`.
     pub contexts: Vec<(u32, String)>,
     /// The canonical name, if told.
     pub name: Option<String>,

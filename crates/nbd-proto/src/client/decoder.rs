@@ -11,8 +11,8 @@ use crate::wire::{
 /// What the server sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// A simple reply. When it is a success and answers a READ, its data follows, and the decoder must be told how much:
-    /// [`Decoder::expect_payload`].
+    /// A simple reply. When it is a success and answers a READ, its data follows, and the decoder must be told how
+    /// much: [`Decoder::expect_payload`].
     Simple(Cookie, Result<(), WireError>),
     /// A chunk of a reply.
     Chunk {
@@ -98,8 +98,8 @@ struct Head {
     len: u64,
 }
 
-/// Longest chunk that is gathered: a status of [`EXTENTS_MAX`] extents, 16 MiB; and an error with its text, or one of a kind that
-/// is not known here.
+/// Longest chunk that is gathered: a status of [`EXTENTS_MAX`] extents, 16 MiB; and an error with its text, or one of a
+/// kind that is not known here.
 const STATUS_MAX: u64 = 8 + 16 * EXTENTS_MAX as u64;
 const ERROR_MAX: u64 = OPTION_MAX as u64;
 

@@ -15,7 +15,8 @@ impl Encoder {
         Self { mode }
     }
 
-    /// Any request, as it is told: no flag is added, no length is judged. `len` bytes of payload must follow where the request has one.
+    /// Any request, as it is told: no flag is added, no length is judged. `len` bytes of payload must follow where the
+    /// request has one.
     ///
     /// # Panics
     ///

@@ -76,7 +76,8 @@ pub enum Answer {
         /// Its name.
         name: String,
     },
-    /// The question is answered. After [`Ask::Go`]: the transmission phase begins. After [`Ask::StartTls`]: so does TLS.
+    /// The question is answered. After [`Ask::Go`]: the transmission phase begins. After [`Ask::StartTls`]: so does
+    /// TLS.
     Ack,
     /// The question is answered: no.
     Refused(Refusal),
@@ -188,8 +189,8 @@ impl Handshake {
         self.state = if opt == Opt::EXPORT_NAME { State::Export } else { State::Reply(opt) };
     }
 
-    /// Takes one answer off the front of `input`; `None` when it needs more bytes, or a question. The greeting makes it put the client's
-    /// flags into `out`.
+    /// Takes one answer off the front of `input`; `None` when it needs more bytes, or a question. The greeting makes it
+    /// put the client's flags into `out`.
     pub fn next(&mut self, input: &mut &[u8], out: &mut Vec<u8>) -> Result<Option<Answer>, Fatal> {
         loop {
             let want = match self.state {

@@ -1,7 +1,8 @@
-//! The client's half: questions and requests out, answers and replies in. It is the other side of the server's tests, and what a load
-//! generator or a prober is made of; sans-IO in the same manner.
+//! The client's half: questions and requests out, answers and replies in. It is the other side of the server's tests,
+//! and what a load generator or a prober is made of; sans-IO in the same manner.
 //!
-//! - [`Handshake`]: question by question. [`Handshake::ask`] puts an option out, [`Handshake::next`] takes its answers in.
+//! - [`Handshake`]: question by question. [`Handshake::ask`] puts an option out, [`Handshake::next`] takes its
+//!   answers in.
 //! - [`Course`]: the usual course of questions from a greeting to the transmission phase, by a [`Wish`].
 //! - [`Encoder`]: requests. [`Decoder`]: replies.
 

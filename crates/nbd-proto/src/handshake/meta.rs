@@ -9,8 +9,8 @@ use crate::terms::{Catalog, Export, Refusal};
 use crate::wire::{Mode, Opt, Rep};
 
 impl Handshake {
-    /// Answers with the contexts that match a query, or with all when there is none. It may be asked before structured replies are:
-    /// the answer is of use then too (proto.md: a server MAY refuse).
+    /// Answers with the contexts that match a query, or with all when there is none. It may be asked before structured
+    /// replies are: the answer is of use then too (proto.md: a server MAY refuse).
     pub(super) fn list_contexts(&mut self, data: &[u8], catalog: &dyn Catalog, replies: &mut Replies<'_>) -> Answer {
         let request = MetaRequest::parse(data)?;
         let export = self.export(request.name, Opt::LIST_META_CONTEXT, catalog)?;

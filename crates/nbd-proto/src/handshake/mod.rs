@@ -1,4 +1,5 @@
-//! Server side of the handshake: options in, replies out, and in the end the terms of transmission. Keeps at most one option.
+//! Server side of the handshake: options in, replies out, and in the end the terms of transmission. Keeps at most one
+//! option.
 
 mod meta;
 mod option;
@@ -18,9 +19,10 @@ use reply::Replies;
 pub enum Step {
     /// `input` is used up: send `out`, read more, call again.
     More,
-    /// The client may begin TLS: send `out`, do the TLS handshake, and go on with this same [`Handshake`] and the plain text that
-    /// comes out of it. All that was negotiated before is forgotten. What is left in `input` belongs to TLS and must never be used as
-    /// plain text (CVE-2021-3716 and its kin); to close when there is any is the safest, for no client may send before the answer.
+    /// The client may begin TLS: send `out`, do the TLS handshake, and go on with this same [`Handshake`] and the plain
+    /// text that comes out of it. All that was negotiated before is forgotten. What is left in `input` belongs to TLS
+    /// and must never be used as plain text (CVE-2021-3716 and its kin); to close when there is any is the safest, for
+    /// no client may send before the answer.
     StartTls,
     /// Send `out`, then the transmission phase begins, with what is left in `input`.
     Done(Box<Negotiated>),
@@ -100,8 +102,8 @@ impl Handshake {
         }
     }
 
-    /// Takes what it needs off the front of `input` and appends replies to `out`, which are to be sent whatever the outcome. Parts of
-    /// messages are kept inside. After an error the connection must be dropped.
+    /// Takes what it needs off the front of `input` and appends replies to `out`, which are to be sent whatever the
+    /// outcome. Parts of messages are kept inside. After an error the connection must be dropped.
     pub fn next(&mut self, input: &mut &[u8], catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Step, Fatal> {
         let step = self.run(input, catalog, out);
         if !matches!(step, Ok(Step::More | Step::StartTls)) {

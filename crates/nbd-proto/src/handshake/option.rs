@@ -1,4 +1,5 @@
-//! Takes apart the data of INFO, GO and the context options, exactly: every length inside must fit, and nothing may be left over.
+//! Takes apart the data of INFO, GO and the context options, exactly: every length inside must fit, and nothing may be
+//! left over.
 
 use crate::limits::NAME_MAX;
 use crate::reader::{Reader, string};

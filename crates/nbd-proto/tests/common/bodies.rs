@@ -1,4 +1,5 @@
-//! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus through them.
+//! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus
+//! through them.
 
 use nbd_proto::wire::{CommandFlags, CommandKind, TransmissionFlags};
 use nbd_proto::{BlockSizes, ContextSet, Event, Mode, Offer, Receiver, Terms, Tls, client};
@@ -32,7 +33,8 @@ fn serve(offer: Offer, pieces: &mut dyn Iterator<Item = &[u8]>) -> (Vec<String>,
     (server.log, server.out)
 }
 
-/// The receiver alone: the first two bytes are the terms. Every byte that it takes belongs to a request that it told of.
+/// The receiver alone: the first two bytes are the terms. Every byte that it takes belongs to a request that it told
+/// of.
 pub fn receiver(data: &[u8]) {
     let Some((&[a, b], stream)) = data.split_first_chunk() else { return };
     let mode = [Mode::Simple, Mode::Structured, Mode::Extended, Mode::Extended][usize::from(a & 3)];

@@ -1,10 +1,12 @@
-//! Golden conversations: text files of bytes that both sides say, in hexadecimal and in quotes, with a comment on every line.
+//! Golden conversations: text files of bytes that both sides say, in hexadecimal and in quotes, with a comment on every
+//! line.
 
 use std::path::Path;
 
 use nbd_proto::{Offer, Tls};
 
-/// A whole connection. The client says `turns[i].0`, and the server answers `turns[i].1`; the first answer is the greeting's.
+/// A whole connection. The client says `turns[i].0`, and the server answers `turns[i].1`; the first answer is the
+/// greeting's.
 pub struct Golden {
     pub file: String,
     pub offer: Offer,

@@ -1,4 +1,5 @@
-//! What the tests share: a catalog, a small server around the codec, golden conversations, and a seeded stream of numbers.
+//! What the tests share: a catalog, a small server around the codec, golden conversations, and a seeded stream of
+//! numbers.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 pub mod bodies;
@@ -18,8 +19,8 @@ pub const SIZE: u64 = 1 << 20;
 /// Every flag an owner could set.
 pub const ALL: TransmissionFlags = TransmissionFlags(0x1fff).without(TransmissionFlags::READ_ONLY);
 
-/// Exports by name: the default one and `disk` are the same, `ro` is read-only, `tls` wants TLS, `late` is shutting down, `huge` is too
-/// large, `odd` breaks the rules of its owner.
+/// Exports by name: the default one and `disk` are the same, `ro` is read-only, `tls` wants TLS, `late` is shutting
+/// down, `huge` is too large, `odd` breaks the rules of its owner.
 pub struct Exports;
 
 impl Catalog for Exports {
@@ -244,7 +245,7 @@ impl Live {
 }
 
 /// A seeded stream of numbers (SplitMix64): the tests need variety, not chance.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Seed(pub u64);
 
 impl Seed {
