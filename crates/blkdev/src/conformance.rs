@@ -80,7 +80,7 @@ type Step = fn(&mut Bench);
 /// Steps that need no channel come before any is opened, since a device may have one queue only.
 const RAW: [(&str, Step); 3] = [("info", info), ("queue", raw::requests), ("queues", raw::queues)];
 
-const CHANNEL: [(&str, Step); 16] = [
+const CHANNEL: [(&str, Step); 17] = [
     ("fill", steps::fill),
     ("edges", steps::edges),
     ("zero", steps::zero),
@@ -96,6 +96,7 @@ const CHANNEL: [(&str, Step); 16] = [
     ("model", steps::model),
     ("threads", steps::threads),
     ("neighbours", steps::neighbours),
+    ("whole and part", steps::whole_and_part),
     ("drop", steps::drop_in_flight),
 ];
 

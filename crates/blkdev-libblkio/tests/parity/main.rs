@@ -66,9 +66,9 @@ fn a_read_only_export_is_opened_read_only() {
 fn io_uring_sides(scratch: &Scratch, direct: bool) -> [(String, Side); 2] {
     let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
     let options = blkdev_io_uring::Options { direct, ..blkdev_io_uring::Options::path(&ours) };
-    let own = Side::open(Arc::new(IoUring::open(options).unwrap()));
+    let own = Side::open(&(Arc::new(IoUring::open(options).unwrap()) as Arc<dyn Device>));
     let text = direct.to_string();
-    let other = Side::open(shared(open("io_uring", &[("path", &theirs), ("direct", &text)])));
+    let other = Side::open(&shared(open("io_uring", &[("path", &theirs), ("direct", &text)])));
     [(ours, own), (theirs, other)]
 }
 
@@ -97,8 +97,8 @@ fn virtio_is_the_same() {
     let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
     let exports = [&ours, &theirs].map(|file| Export::start(&scratch, file, 1, true));
     let options = blkdev_vhost_user::Options::new(exports[0].socket());
-    let mut own = Side::open(Arc::new(VhostUser::connect(&options).unwrap()));
-    let mut other = Side::open(shared(open("virtio-blk-vhost-user", &[("path", exports[1].socket())])));
+    let mut own = Side::open(&(Arc::new(VhostUser::connect(&options).unwrap()) as Arc<dyn Device>));
+    let mut other = Side::open(&shared(open("virtio-blk-vhost-user", &[("path", exports[1].socket())])));
     same_all_the_way(&mut own, &mut other, 500, true);
     drop((own, other, exports));
     assert!(fs::read(ours).unwrap() == fs::read(theirs).unwrap(), "the files are equal");

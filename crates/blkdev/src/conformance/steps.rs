@@ -1,14 +1,18 @@
 //! The steps that go through channels.
 
 use std::{
-    sync::Barrier,
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use super::{
     Bench,
-    model::{Model, covered, old_or_zero},
+    model::{Model, covered, noise, old_or_zero},
     rig::{PATIENCE, Rig, readable, wait},
+    same,
 };
 use crate::{Error, Extent, Io, PAGE, fault::Rng};
 
@@ -264,7 +268,7 @@ pub(super) fn many_at_once(bench: &mut Bench) {
         if !read_only {
             let mut expected = vec![0; buf.len()];
             bench.shadow.read(at, &mut expected);
-            super::same(at, &buf.to_vec(), &expected);
+            same(at, &buf.to_vec(), &expected);
         }
     }
 }
@@ -447,6 +451,74 @@ pub(super) fn neighbours(bench: &mut Bench) {
         }
     });
     bench.verify(0..pieces * piece + block);
+}
+
+/// Writes of whole blocks, and of a few bytes in the same blocks at the same time: outside these bytes every block holds
+/// what the write of the whole has left.
+pub(super) fn whole_and_part(bench: &mut Bench) {
+    const BLOCKS: u64 = 8;
+    let block = bench.block().max(512);
+    let (from, to) = (3, 10);
+    let check = |n: u64, found: &[u8], whole: &[u8]| {
+        same(n * block, &found[..from], &whole[..from]);
+        same(n * block + to as u64, &found[to..], &whole[to..]);
+    };
+    let keeps_data = bench.keeps_data;
+    let expected = move |whole: Vec<u8>| if keeps_data { whole } else { vec![0; whole.len()] };
+
+    // On one channel, both in flight, in either order.
+    for round in 0..40 {
+        let wholes: Vec<_> = (0..BLOCKS).map(|_| bench.noise(block)).collect();
+        let rig = bench.rig();
+        for (n, whole) in (0u64..).zip(&wholes) {
+            let mut ios =
+                [rig.write_of(n * block, whole, false), rig.write_of(n * block + from as u64, &[0x11; 7], false)];
+            if (n + round) % 2 == 0 {
+                ios.reverse();
+            }
+            for io in ios {
+                rig.submit(io);
+            }
+        }
+        assert!(rig.finish().iter().all(|done| done.result == Ok(())));
+        for (n, whole) in (0u64..).zip(wholes) {
+            let found = rig.read(n * block, block);
+            check(n, &found, &expected(whole));
+        }
+    }
+
+    // One channel with the whole, the others with parts.
+    let seed = bench.rng.next();
+    let done = AtomicBool::new(false);
+    let (first, others) = bench.rigs.split_first_mut().expect("there is a channel");
+    std::thread::scope(|scope| {
+        for (rig, seed) in others.iter_mut().zip(seed..) {
+            let (mut rng, done) = (Rng::new(seed), &done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    rig.write(rng.below(2) * block + from as u64, &[0x22; 7]);
+                }
+            });
+        }
+        // Even when a check fails, so that the others end.
+        let _end = OnDrop(|| done.store(true, Ordering::Relaxed));
+        let mut rng = Rng::new(seed);
+        for _ in 0..300 {
+            let (n, whole) = (rng.below(2), noise(&mut rng, block));
+            first.write(n * block, &whole);
+            let found = first.read(n * block, block);
+            check(n, &found, &expected(whole));
+        }
+    });
+    bench.write(0, BLOCKS * block);
+}
+
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 /// Channels can be dropped with work in flight, and opened again. What they wrote is there, or not.
