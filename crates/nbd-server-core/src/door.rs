@@ -16,7 +16,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::{
     Exports, Limits, Listener,
-    poll::{Happened, Poll},
+    poll::{Happened, Interest, Poll},
     worker::{Arrival, Handle},
 };
 
@@ -152,7 +152,7 @@ impl Door {
         let mut out = Vec::new();
         let handshake = Handshake::new(OFFER, &mut out);
         let deadline = Instant::now() + self.limits.handshake_timeout;
-        self.poll.add_edge(&socket, number as u64)?;
+        self.poll.add_edge(&socket, number as u64, Interest::Both)?;
         let guest = Guest { socket, handshake, out, sent: Vec::new(), ending: None, deadline };
         if number == self.guests.len() {
             self.guests.push(None);

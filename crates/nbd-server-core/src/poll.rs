@@ -14,14 +14,32 @@ pub(crate) struct Poll {
     events: Vec<EpollEvent>,
 }
 
+/// What is waited for. Errors are told in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interest {
+    Read,
+    Write,
+    Both,
+}
+
+impl Interest {
+    fn flags(self) -> EpollFlags {
+        let read = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
+        EpollFlags::EPOLLET
+            | match self {
+                Self::Read => read,
+                Self::Write => EpollFlags::EPOLLOUT,
+                Self::Both => read | EpollFlags::EPOLLOUT,
+            }
+    }
+}
+
 /// Something happened to the descriptor with this token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Happened {
     pub(crate) token: u64,
     /// There is something to read, an end of the stream or an error included.
     pub(crate) readable: bool,
-    /// There is room to write, or an error.
-    pub(crate) writable: bool,
 }
 
 impl Poll {
@@ -30,10 +48,14 @@ impl Poll {
         Ok(Self { epoll, events: vec![EpollEvent::empty(); 256] })
     }
 
-    /// Tells each time that the descriptor becomes readable or writable, not that it still is.
-    pub(crate) fn add_edge(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-        Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
+    /// Tells each time that the descriptor becomes what `interest` says, not that it still is.
+    pub(crate) fn add_edge(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(interest.flags(), token))?)
+    }
+
+    /// Changes the interest, and tells what is already so.
+    pub(crate) fn set_edge(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+        Ok(self.epoll.modify(fd, &mut EpollEvent::new(interest.flags(), token))?)
     }
 
     /// Tells each time that the descriptor becomes readable.
@@ -69,7 +91,6 @@ impl Poll {
             Happened {
                 token: e.data(),
                 readable: e.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | bad),
-                writable: e.events().intersects(EpollFlags::EPOLLOUT | bad),
             }
         }))
     }

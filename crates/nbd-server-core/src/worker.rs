@@ -22,7 +22,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::{
     Session, Stall,
-    poll::{Happened, Poll, bell},
+    poll::{Happened, Interest, Poll, bell},
 };
 
 /// A client whose handshake is done.
@@ -100,6 +100,10 @@ struct Conn {
     backlog: Vec<u8>,
     stall: Option<Stall>,
     readable: bool,
+    /// Its socket is full. Until it takes replies again nothing more is read from it: a client that is behind is not to be
+    /// served further, and not to wake us with every word it sends.
+    blocked: bool,
+    /// Worth a try to send.
     writable: bool,
     /// In `active`.
     active: bool,
@@ -216,14 +220,15 @@ impl Worker {
             timeout = Some(Duration::ZERO);
         }
         let mut rung = false;
-        for Happened { token, readable, writable, .. } in self.poll.wait(timeout)? {
+        for Happened { token, readable } in self.poll.wait(timeout)? {
             if token == BELL {
                 rung = true;
             } else if token & LANE == 0
                 && let Some(conn) = &mut self.conns[token as usize]
             {
                 conn.readable |= readable;
-                conn.writable |= writable;
+                // While it is blocked nothing else is waited for.
+                conn.writable |= conn.blocked;
                 activate(&mut self.active, token as u32, conn);
             }
         }
@@ -242,7 +247,7 @@ impl Worker {
             self.conns.push(None);
             self.conns.len() as u32 - 1
         });
-        if let Err(e) = self.poll.add_edge(&socket, number.into()) {
+        if let Err(e) = self.poll.add_edge(&socket, number.into(), Interest::Read) {
             log::warn!("a client was turned away: {e}");
             self.load.fetch_sub(1, Ordering::Relaxed);
             return self.free.push(number);
@@ -254,6 +259,7 @@ impl Worker {
             backlog: sent,
             stall: None,
             readable: true,
+            blocked: false,
             writable: true,
             active: false,
             moved: self.now,
@@ -284,6 +290,7 @@ impl Worker {
         let Some(conn) = &mut self.conns[number as usize] else { return };
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let wants = match conn.stall {
+            _ if conn.blocked => false,
             None => conn.readable || !conn.backlog.is_empty(),
             Some(Stall::Calls) => true,
             Some(Stall::Memory | Stall::Disconnect) => false,
@@ -350,12 +357,13 @@ impl Worker {
         let mut active = std::mem::take(&mut self.active);
         active.retain(|&number| {
             let Some(conn) = &mut self.conns[number as usize] else { return false };
-            let alive = conn.send(self.now);
+            let alive = conn.send(&self.poll, number, self.now);
             let over = conn.session.is_over();
             let more = match conn.stall {
+                _ if conn.blocked => false,
                 None => conn.readable || !conn.backlog.is_empty(),
-                // Each reply that goes out, and each request that ends, makes room; both activate.
-                Some(Stall::Calls) => conn.session.outbox().is_empty() && conn.session.in_flight() == 0,
+                // Each request that ends makes room, and activates.
+                Some(Stall::Calls) => conn.session.in_flight() == 0,
                 Some(Stall::Memory | Stall::Disconnect) => false,
             };
             conn.active = more && alive && !over;
@@ -492,18 +500,19 @@ impl Conn {
     }
 
     /// Sends what the socket takes. `false`: the connection is broken.
-    fn send(&mut self, now: Instant) -> bool {
+    fn send(&mut self, poll: &Poll, number: u32, now: Instant) -> bool {
         let Some(socket) = &self.socket else { return true };
         if self.session.outbox().is_empty() || !self.writable {
             return true;
         }
-        match self.session.outbox().send(socket.as_fd()) {
-            Ok(all) => {
-                self.writable = all;
-                self.moved = now;
-                true
-            }
-            Err(_) => false,
+        let Ok(all) = self.session.outbox().send(socket.as_fd()) else { return false };
+        self.writable = all;
+        self.moved = now;
+        if self.blocked != all {
+            return true;
         }
+        self.blocked = !all;
+        let interest = if all { Interest::Read } else { Interest::Write };
+        poll.set_edge(socket, number.into(), interest).is_ok()
     }
 }
