@@ -1,18 +1,25 @@
-//! Random 4 KiB reads at one queue depth, by polling: `cargo run --release --example qd -- SOCKET [DEPTH [SECONDS]]`
+//! Random 4 KiB reads at one queue depth: `cargo run --release --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]`
 //!
-//! Prints the time for each request, and how much of it this process' own thread spent outside of waiting.
+//! Prints the time for each request, and what it costs this side: by polling, the median of turns that found something
+//! (what a turn without a completion takes is waiting); with wake-ups, the processor time of the thread, system calls
+//! included. On a machine that is busy with other things, give both ends a core and `chrt -f 1`.
 use std::{
     env, io,
     time::{Duration, Instant},
 };
 
-use blkdev::{Device, Mapping, Op, Request};
+use blkdev::{Completion, Device, Mapping, Op, Queue, Request};
 use blkdev_vhost_user::{Options, VhostUser};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    time::{ClockId, clock_gettime},
+};
 
 fn main() -> io::Result<()> {
     let mut args = env::args().skip(1);
-    let path = args.next().ok_or_else(|| io::Error::other("usage: qd SOCKET [DEPTH [SECONDS]]"))?;
+    let path = args.next().ok_or_else(|| io::Error::other("usage: qd SOCKET [DEPTH [poll|wake [SECONDS]]]"))?;
     let depth: u16 = args.next().map_or(Ok(64), |a| a.parse()).map_err(io::Error::other)?;
+    let sleep = args.next().is_some_and(|a| a == "wake");
     let seconds: f64 = args.next().map_or(Ok(2.0), |a| a.parse()).map_err(io::Error::other)?;
 
     let device = VhostUser::connect(&Options::new(path))?;
@@ -20,52 +27,76 @@ fn main() -> io::Result<()> {
     device.register(&memory)?;
     let mut arena = memory.arenas(1).remove(0);
     let mut queue = device.open_queue(depth)?;
-    let blocks = device.capacity() / 4096;
-
-    let mut random = 1u64;
-    let mut place = || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random % blocks * 4096
-    };
+    let mut load = Load { random: 1, blocks: device.capacity() / 4096 };
     for tag in 0..u64::from(depth) {
         let buf = arena.alloc(4096).ok_or(io::ErrorKind::OutOfMemory)?;
-        queue.push(Request { tag, op: Op::Read { at: place(), buf } }).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        let request = Request { tag, op: Op::Read { at: load.place(), buf } };
+        queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
     }
     queue.kick();
 
     let mut done = Vec::with_capacity(usize::from(depth));
-    let (mut requests, mut batches, mut empty) = (0u64, 0u64, 0u64);
-    // Time in calls that did something; a reap that finds nothing is waiting.
-    let mut own = Duration::ZERO;
+    let (mut requests, mut turns) = (0u64, Vec::with_capacity(1 << 22));
+    let processor = cpu_time()?;
     let begin = Instant::now();
     while begin.elapsed().as_secs_f64() < seconds {
         let turn = Instant::now();
-        queue.reap(&mut done);
-        if done.is_empty() {
-            empty += 1;
+        let count = load.turn(&mut *queue, &mut done)?;
+        if let Some(each) = (turn.elapsed().as_nanos() as u64).checked_div(count) {
+            turns.push(each);
+            requests += count;
+        } else if !sleep {
             std::hint::spin_loop();
-            continue;
+        } else if queue.arm()
+            && let Some(fd) = queue.wake_fd()
+        {
+            let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(1000u16));
         }
-        requests += done.len() as u64;
-        batches += 1;
-        for mut completion in done.drain(..) {
-            completion.result?;
-            if let Op::Read { at, .. } = &mut completion.op {
-                *at = place();
-            }
-            let request = Request { tag: completion.tag, op: completion.op };
-            queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
-        }
-        queue.kick();
-        own += turn.elapsed();
     }
-    let wall = begin.elapsed().as_nanos() as f64 / requests as f64;
+    let (wall, processor) = (begin.elapsed(), cpu_time()? - processor);
+    let each = |time: Duration| time.as_nanos() as f64 / requests as f64;
+    turns.sort_unstable();
+    let ours = if sleep { each(processor) } else { turns.get(turns.len() / 2).map_or(0.0, |ns| *ns as f64) };
     println!(
-        "depth {depth}: {wall:.0} ns a request, {:.0} of them ours; {:.1} requests a batch; {empty} empty looks",
-        own.as_nanos() as f64 / requests as f64,
-        requests as f64 / batches as f64,
+        "depth {depth}: {:.0} ns a request, {ours:.0} of them ours; {:.1} requests a turn",
+        each(wall),
+        requests as f64 / turns.len() as f64,
     );
     Ok(())
+}
+
+/// Where the next reads go.
+struct Load {
+    random: u64,
+    blocks: u64,
+}
+
+impl Load {
+    fn place(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % self.blocks * 4096
+    }
+
+    /// Takes back what has finished and starts as many anew. Tells how many.
+    fn turn(&mut self, queue: &mut dyn Queue, done: &mut Vec<Completion>) -> io::Result<u64> {
+        queue.reap(done);
+        let count = done.len() as u64;
+        for Completion { tag, mut op, result } in done.drain(..) {
+            result?;
+            if let Op::Read { at, .. } = &mut op {
+                *at = self.place();
+            }
+            queue.push(Request { tag, op }).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        }
+        if count > 0 {
+            queue.kick();
+        }
+        Ok(count)
+    }
+}
+
+fn cpu_time() -> io::Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }

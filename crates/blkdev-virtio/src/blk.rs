@@ -456,7 +456,7 @@ impl<T: Transport> blkdev::Queue for Queue<T> {
 /// `struct virtio_blk_discard_write_zeroes` (5.2.6).
 #[inline]
 fn range(at: u64, len: u64, flags: u32) -> Data {
-    Data::Segment([at / SECTOR, len / SECTOR | u64::from(flags) << 32])
+    Data::Segment([at / SECTOR, (len / SECTOR) | (u64::from(flags) << 32)])
 }
 
 #[inline]

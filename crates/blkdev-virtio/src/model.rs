@@ -173,6 +173,7 @@ pub struct Model {
     memory: RwLock<Vec<Region>>,
     disk: Mutex<Vec<u8>>,
     taken: AtomicU64,
+    completed: AtomicU64,
     notifications: AtomicU64,
 }
 
@@ -201,6 +202,7 @@ impl Model {
             accepted: AtomicU64::new(0),
             memory: RwLock::default(),
             taken: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
             notifications: AtomicU64::new(0),
         })
     }
@@ -223,6 +225,11 @@ impl Model {
     /// How many requests were taken up.
     pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
+    }
+
+    /// How many were completed.
+    pub fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Acquire)
     }
 
     /// Maps memory of the driver's.
@@ -538,6 +545,7 @@ impl Queue {
             self.used = self.used.wrapping_add(self.ring.size + 1);
         }
         self.model.store16(self.ring.used + 2, self.used, Ordering::Release);
+        self.model.completed.fetch_add(1, Ordering::Release);
         true
     }
 

@@ -32,7 +32,11 @@ const HEADER: usize = 16;
 /// What a status byte is before the device has written it: no status of the specification.
 const UNWRITTEN: u8 = 0xff;
 
-/// Where everything lies in a queue's stretch of memory.
+/// Where everything lies in a queue's stretch of memory, counted in bytes from its start: descriptors, available ring, used
+/// ring, slots.
+///
+/// A slot is [indirect table, header] and, in a line of its own, [status, segment]. With one data descriptor the first part
+/// is exactly a line. The status is the one byte in it that the device writes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     /// Descriptors in the ring: a power of two.
@@ -40,13 +44,29 @@ pub(crate) struct Layout {
     /// Data descriptors that a request may have.
     segments: u16,
     indirect: bool,
+    available: usize,
+    used: usize,
+    /// The first slot.
+    slots: usize,
+    /// From a slot to the next.
+    stride: usize,
+    /// The header in its slot.
+    header: usize,
+    /// The status in its slot.
+    status: usize,
 }
 
 impl Layout {
     /// A ring of `size` descriptors for requests with up to `segments` data descriptors.
     pub(crate) fn new(size: u16, segments: u16, indirect: bool) -> Self {
         assert!(size.is_power_of_two() && segments >= 1 && size >= segments + 2, "the longest chain fits the ring");
-        Self { size, segments, indirect }
+        let entries = usize::from(size);
+        let available = entries * DESCRIPTOR;
+        let used = (available + 6 + 2 * entries).next_multiple_of(2 * LINE);
+        let slots = (used + 6 + 8 * entries).next_multiple_of(2 * LINE);
+        let header = if indirect { (usize::from(segments) + 2) * DESCRIPTOR } else { 0 };
+        let status = (header + HEADER).next_multiple_of(LINE);
+        Self { size, segments, indirect, available, used, slots, stride: status + LINE, header, status }
     }
 
     /// The smallest ring that holds `depth` requests, at most `size_max` (a power of two).
@@ -66,30 +86,8 @@ impl Layout {
         self.segments + 2
     }
 
-    fn available(&self) -> usize {
-        usize::from(self.size) * DESCRIPTOR
-    }
-
-    fn used(&self) -> usize {
-        (self.available() + 6 + 2 * usize::from(self.size)).next_multiple_of(2 * LINE)
-    }
-
-    fn slots_at(&self) -> usize {
-        (self.used() + 6 + 8 * usize::from(self.size)).next_multiple_of(2 * LINE)
-    }
-
-    /// A slot: [indirect table, header] and, in a line of its own, [status, segment]. With one data descriptor the first
-    /// part is exactly a line. The status is the one byte in it that the device writes.
-    fn table(&self) -> usize {
-        if self.indirect { usize::from(self.chain()) * DESCRIPTOR } else { 0 }
-    }
-
-    fn tail(&self) -> usize {
-        (self.table() + HEADER).next_multiple_of(LINE)
-    }
-
     fn slot(&self, slot: u16) -> usize {
-        self.slots_at() + usize::from(slot) * (self.tail() + LINE)
+        self.slots + usize::from(slot) * self.stride
     }
 
     /// Length in bytes, a multiple of two lines.
@@ -226,7 +224,7 @@ impl<T> Split<T> {
 
     /// Descriptor table, available ring, used ring.
     pub(crate) fn addresses(&self) -> [Iova; 3] {
-        [0, self.layout.available(), self.layout.used()].map(|at| self.memory.iova(at))
+        [0, self.layout.available, self.layout.used].map(|at| self.memory.iova(at))
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -239,7 +237,7 @@ impl<T> Split<T> {
     }
 
     fn status_at(&self, slot: u16) -> usize {
-        self.layout.slot(slot) + self.layout.tail()
+        self.layout.slot(slot) + self.layout.status
     }
 
     /// Lays a request out and enters it into the available ring; the device does not know yet. Full: `owner` comes back.
@@ -277,12 +275,12 @@ impl<T> Split<T> {
                 left -= piece;
             }
         }
-        let header = at + layout.table();
+        let header = at + layout.header;
         self.memory.store64(header, chain.header[0], Ordering::Relaxed);
         self.memory.store64(header + 8, chain.header[1], Ordering::Relaxed);
 
         let head = if layout.indirect { slot } else { first };
-        let entry = layout.available() + 4 + 2 * usize::from(self.staged & (layout.size - 1));
+        let entry = layout.available + 4 + 2 * usize::from(self.staged & (layout.size - 1));
         self.memory.store16(entry, head, Ordering::Relaxed);
         self.staged = self.staged.wrapping_add(1);
         let private = &mut self.slots[usize::from(slot)];
@@ -303,7 +301,7 @@ impl<T> Split<T> {
         let layout = self.layout;
         let at = layout.slot(slot);
         let (table, first) = if layout.indirect { (at, 0) } else { self.run(slot) };
-        let (header, status) = (self.memory.iova(at + layout.table()), self.memory.iova(self.status_at(slot)));
+        let (header, status) = (self.memory.iova(at + layout.header), self.memory.iova(self.status_at(slot)));
         self.descriptor(table, header, HEADER as u32, VRING_DESC_F_NEXT, first + 1);
         let last = usize::from(segments) + 1;
         self.descriptor(table + last * DESCRIPTOR, status, 1, VRING_DESC_F_WRITE, 0);
@@ -330,15 +328,15 @@ impl<T> Split<T> {
         let before = self.published;
         self.published = self.staged;
         // Release: descriptors, headers and ring entries first.
-        self.memory.store16(self.layout.available() + 2, self.published, Ordering::Release);
+        self.memory.store16(self.layout.available + 2, self.published, Ordering::Release);
         // The device writes what it wants and then looks at the index; we write the index and then look at what it wants.
         // Without a full barrier both can miss the other.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let event = self.layout.used() + 4 + 8 * usize::from(self.layout.size);
+            let event = self.layout.used + 4 + 8 * usize::from(self.layout.size);
             reaches(self.memory.load16(event, Ordering::Relaxed), before, self.published)
         } else {
-            u32::from(self.memory.load16(self.layout.used(), Ordering::Relaxed)) & VRING_USED_F_NO_NOTIFY == 0
+            u32::from(self.memory.load16(self.layout.used, Ordering::Relaxed)) & VRING_USED_F_NO_NOTIFY == 0
         }
     }
 
@@ -348,7 +346,7 @@ impl<T> Split<T> {
         if self.seen == self.used && !self.look()? {
             return Ok(None);
         }
-        let entry = self.layout.used() + 4 + 8 * usize::from(self.seen & (self.layout.size - 1));
+        let entry = self.layout.used + 4 + 8 * usize::from(self.seen & (self.layout.size - 1));
         let id = self.memory.load32(entry, Ordering::Relaxed);
         let len = self.memory.load32(entry + 4, Ordering::Relaxed);
         let slot = if self.layout.indirect {
@@ -379,7 +377,7 @@ impl<T> Split<T> {
     #[inline]
     fn look(&mut self) -> Result<bool, Nonsense> {
         // Acquire: the used entries, the data and the status bytes after it.
-        let now = self.memory.load16(self.layout.used() + 2, Ordering::Acquire);
+        let now = self.memory.load16(self.layout.used + 2, Ordering::Acquire);
         if now == self.seen {
             return Ok(false);
         }
@@ -403,11 +401,11 @@ impl<T> Split<T> {
             return false;
         }
         self.armed = true;
-        let (at, value) = if self.event_idx { (self.used_event(), self.seen) } else { (self.layout.available(), 0) };
+        let (at, value) = if self.event_idx { (self.used_event(), self.seen) } else { (self.layout.available, 0) };
         self.memory.store16(at, value, Ordering::Relaxed);
         // Re-check after asking: what was used between the last look and now raises no event (2.7.7, 2.7.10).
         fence(Ordering::SeqCst);
-        if self.memory.load16(self.layout.used() + 2, Ordering::Relaxed) == self.seen {
+        if self.memory.load16(self.layout.used + 2, Ordering::Relaxed) == self.seen {
             return true;
         }
         self.disarm();
@@ -419,7 +417,7 @@ impl<T> Split<T> {
         if self.event_idx {
             self.park();
         } else {
-            self.memory.store16(self.layout.available(), VRING_AVAIL_F_NO_INTERRUPT as u16, Ordering::Relaxed);
+            self.memory.store16(self.layout.available, VRING_AVAIL_F_NO_INTERRUPT as u16, Ordering::Relaxed);
         }
     }
 
@@ -430,7 +428,7 @@ impl<T> Split<T> {
     }
 
     fn used_event(&self) -> usize {
-        self.layout.available() + 4 + 2 * usize::from(self.layout.size)
+        self.layout.available + 4 + 2 * usize::from(self.layout.size)
     }
 }
 

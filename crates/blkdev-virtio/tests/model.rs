@@ -38,7 +38,8 @@ fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
         }
         if queue.arm() {
             let fd = queue.wake_fd().unwrap();
-            let _ = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(100u16));
+            let woken = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16));
+            assert_eq!(woken, Ok(1), "{} of {count} requests came back, and no wake-up", done.len());
         }
         assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
     }

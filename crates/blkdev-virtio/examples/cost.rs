@@ -1,0 +1,48 @@
+//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH]`
+//!
+//! Drives the model device, which works in a thread of its own, with batches of 4 KiB reads, and times the calls only.
+use std::{env, io, sync::Arc, thread, time::Instant};
+
+use blkdev::{Device, Mapping, Op, Request};
+use blkdev_virtio::{
+    Options, VirtioBlk,
+    model::{Local, Model, Spec},
+};
+
+fn main() -> io::Result<()> {
+    let batch: u64 = env::args().nth(1).map_or(Ok(64), |a| a.parse()).map_err(io::Error::other)?;
+    let model = Model::new(Spec::new(32 << 20));
+    let device: Arc<dyn Device> = Arc::new(VirtioBlk::open(Local::new(&model), &Options::default())?);
+    let memory = Mapping::new(batch as usize * 4096)?;
+    device.register(&memory)?;
+    let mut arena = memory.arenas(1).remove(0);
+    let mut queue = device.open_queue(batch as u16)?;
+    let mut ready: Vec<_> = (0..batch)
+        .map(|tag| Request { tag, op: Op::Read { at: tag * 4096, buf: arena.alloc(4096).expect("there is enough") } })
+        .collect();
+    let mut done = Vec::with_capacity(batch as usize);
+    let (mut pushes, mut reaps) = (Vec::new(), Vec::new());
+    for _ in 0..20_000 {
+        let begin = Instant::now();
+        for request in ready.drain(..) {
+            queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        }
+        pushes.push(begin.elapsed());
+        queue.kick();
+        // Until the model has finished with the whole batch, so that one reap takes all of it.
+        while model.completed() < 2 + pushes.len() as u64 * batch {
+            thread::yield_now();
+        }
+        let begin = Instant::now();
+        queue.reap(&mut done);
+        reaps.push(begin.elapsed());
+        ready.extend(done.drain(..).map(|c| Request { tag: c.tag, op: c.op }));
+        assert_eq!(ready.len() as u64, batch);
+    }
+    for (name, mut times) in [("push", pushes), ("reap", reaps)] {
+        times.sort_unstable();
+        let each = |part: usize| times[times.len() * part / 100].as_nanos() as f64 / batch as f64;
+        println!("{name}: {:.1} ns a request (a tenth of the batches: {:.1})", each(50), each(10));
+    }
+    Ok(())
+}
