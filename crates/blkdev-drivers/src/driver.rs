@@ -116,17 +116,11 @@ static DRIVERS: &[Driver] = &[
             Property::created(
                 "connect-timeout",
                 Kind::Time,
-                Some("5"),
+                Some("5s"),
                 "how long the server may take to answer when the device is opened",
             )
             .checked(some_time),
-            Property::created(
-                "request-timeout",
-                Kind::Time,
-                Some("30"),
-                "how long a request may take before the device is given up",
-            )
-            .checked(some_time),
+            REQUEST_TIMEOUT,
             Property::constant("driver", Kind::Str, "virtio-blk-vhost-user", DRIVER_ABOUT),
             Property::told(
                 "max-queue-size",
@@ -189,13 +183,15 @@ static DRIVERS: &[Driver] = &[
         own: &[
             Property::created("driver", Kind::Str, Some(""), "libblkio's name of the driver, such as nvme-io_uring"),
             READ_ONLY,
+            REQUEST_TIMEOUT,
         ],
         open: |settings| {
             let mut properties = settings.extra().to_vec();
             if settings.bool("read-only") {
                 properties.insert(0, ("read-only".into(), "true".into()));
             }
-            Ok(Arc::new(blkdev_libblkio::Libblkio::open(&settings.needed("driver")?, &properties)?))
+            let device = blkdev_libblkio::Libblkio::open(&settings.needed("driver")?, &properties)?;
+            Ok(Arc::new(device.timeout(Some(settings.time("request-timeout")))))
         },
     },
 ];
@@ -221,6 +217,14 @@ const NUM_QUEUES: Property = Property::connected(
 const NUM_POLL_QUEUES: Property =
     Property::connected("num-poll-queues", Kind::I32, Some("0"), "only 0: queues that are polled are not supported")
         .checked(no_poll_queues);
+
+const REQUEST_TIMEOUT: Property = Property::created(
+    "request-timeout",
+    Kind::Time,
+    Some("30s"),
+    "how long a request may take before the device is given up",
+)
+.checked(some_time);
 
 const DRIVER_ABOUT: &str = "libblkio's name of the driver";
 
