@@ -12,7 +12,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 #[command(name = "nbdblk", version, disable_version_flag = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     /// Log more: -v what is opened and who connects, -vv details
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count, display_order = 900)]
     pub(crate) verbose: u8,
 
     /// Print the version
@@ -40,11 +40,11 @@ pub(crate) enum Command {
 #[derive(Args, Debug)]
 #[command(after_help = SERVE_EXAMPLES)]
 pub(crate) struct Serve {
-    /// What to serve: a driver, what it opens, and properties
+    /// What to serve: [NAME:]DRIVER=VALUE[,PROPERTY=VALUE]...
     ///
     /// NAME is the export's name, and ends at a colon before the first "=". Write ",," for a comma in a value. "nbdblk
     /// drivers" lists the drivers, "nbdblk drivers NAME" their properties.
-    #[arg(value_name = "[NAME:]DRIVER=VALUE[,PROPERTY=VALUE]...", required = true)]
+    #[arg(value_name = "EXPORT", required = true)]
     pub(crate) specs: Vec<String>,
 
     /// Listen on a Unix domain socket; "-": on a private one, for --run. May be repeated
@@ -91,8 +91,8 @@ pub(crate) struct Serve {
 
 #[derive(Args, Debug)]
 pub(crate) struct Info {
-    /// The device, as for "nbdblk serve"
-    #[arg(value_name = "DRIVER=VALUE[,PROPERTY=VALUE]...")]
+    /// What to open: DRIVER=VALUE[,PROPERTY=VALUE]..., as for "nbdblk serve"
+    #[arg(value_name = "DEVICE")]
     pub(crate) spec: String,
 
     /// Open the device for reading only
@@ -124,11 +124,18 @@ fn memory(text: &str) -> Result<usize, String> {
 
 const EXAMPLES: &str = "\
 Examples:
-  nbdblk serve io_uring=disk.img                           on nbd://localhost
-  nbdblk serve vhost-user=/run/vhost.sock -U /run/nbd.sock on nbd+unix://?socket=/run/nbd.sock
-  nbdblk serve memory=1G --run 'nbdinfo \"$uri\"'            as long as the command runs
-  nbdblk info io_uring=/dev/sdb                            what the device can do
-  nbdblk drivers vhost-user                                what can be set
+  On nbd://localhost, for as long as it runs:
+    nbdblk serve io_uring=disk.img
+
+  On a Unix domain socket, nbd+unix://?socket=/run/nbd.sock:
+    nbdblk serve vhost-user=/run/vhost.sock -U /run/nbd.sock
+
+  For one command:
+    nbdblk serve memory=1G --run 'nbdinfo \"$uri\"'
+
+  What a device can do, and what can be set on it:
+    nbdblk info io_uring=/dev/sdb
+    nbdblk drivers io_uring
 
 \"nbdblk serve --help\" tells more.";
 

@@ -37,11 +37,11 @@ fn text(device: &dyn Device, settings: &Settings) -> String {
         ("target", info.target.clone()),
         ("serial", info.serial.clone()),
         ("size", format!("{} bytes, {}", device.capacity(), human(device.capacity()))),
-        ("block size", format!("{}, best {}", info.block_size, info.preferred_block_size)),
+        ("block size", format!("{}, preferred {}", info.block_size, info.preferred_block_size)),
         ("transfer", longest(info.transfer_max.into(), true)),
         ("zeroes", longest(info.zero_max, info.caps.zero)),
         ("discard", longest(info.discard_max, info.caps.discard)),
-        ("queues", format!("{} of {} requests", info.queues_max, info.depth_max)),
+        ("queues", format!("up to {}, of {} requests each", info.queues_max, info.depth_max)),
         ("time-out", info.timeout.map_or("none".into(), |timeout| Value::Time(timeout).to_string())),
         ("can", can.join(" ")),
     ];

@@ -52,7 +52,8 @@ fn usage(error: &clap::Error) -> ExitCode {
             let text = error.render().to_string();
             let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
             let words: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
-            complain(&format!("{}; nbdblk --help says more", words.join(" ").trim_start_matches("error: ")));
+            let line = words.join("; ").replace(":; ", ": ");
+            complain(&format!("{}; nbdblk --help says more", line.trim_start_matches("error: ")));
             ExitCode::FAILURE
         }
     }
