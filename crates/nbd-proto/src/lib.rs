@@ -38,6 +38,8 @@
 //! - FLUSH with an offset or a length is a FLUSH. FUA is valid with every command, once advertised.
 //! - A refused request is told after its payload is past; a payload up to [`limits::SWALLOW_MAX`] keeps the stream in
 //!   step.
+//! - A WRITE with an extended header is a WRITE, even without the flag PAYLOAD_LEN that it must have: qemu 10.0 does
+//!   not set it.
 //! - A command that was not advertised is EINVAL; on a read-only export one that writes is EPERM, advertised or not.
 //! - LIST_META_CONTEXT is answered without structured replies too. A query without a colon is `ERR_INVALID`.
 //! - STARTTLS without TLS is `ERR_POLICY`.

@@ -56,9 +56,6 @@ fn oracle(kind: u16, flags: u16, mode: Mode, export: u16, contexts: bool) -> Fat
     if flags & !allowed != 0 {
         return Fate::Refused(EINVAL);
     }
-    if kind == 1 && extended && flags & payload_len == 0 {
-        return Fate::Refused(EINVAL);
-    }
     if matches!(kind, 1 | 4 | 6) && has(1) {
         return Fate::Refused(EPERM);
     }
