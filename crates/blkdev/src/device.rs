@@ -59,7 +59,8 @@ pub trait Queue: Send {
 
     /// Gives the device up: the next `reap`s finish everything that is in flight with [`Error::Gone`], and so does
     /// everything that is pushed later. Called when a request has taken longer than [`Info::timeout`]. Memory that the
-    /// device may still write to is [abandoned](Buf::abandon), never reused.
+    /// device may still touch is [abandoned](Buf::abandon), never reused: what it may write to, and what it may read, since
+    /// a write that comes late must not put another request's data on the disk.
     fn give_up(&mut self);
 }
 
