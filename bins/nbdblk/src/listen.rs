@@ -81,7 +81,10 @@ impl Sockets {
                 port = bound.local_addr().with_context(|| format!("listening on {address}"))?.port();
                 self.listeners.push(bound.into());
             }
-            self.addresses.push(Address::tcp(host, port));
+            let address = Address::tcp(host, port);
+            if !self.addresses.contains(&address) {
+                self.addresses.push(address);
+            }
         }
         Ok(())
     }

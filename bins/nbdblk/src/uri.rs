@@ -6,7 +6,7 @@ use std::{net::IpAddr, os::unix::ffi::OsStrExt, path::PathBuf};
 pub(crate) const PORT: u16 = 10809;
 
 /// An address that clients can connect to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Address {
     /// Of a Unix domain socket, absolute.
     Unix(PathBuf),

@@ -250,9 +250,10 @@ fn only_a_dead_socket_is_replaced() {
     assert_eq!(fs::read_to_string(&socket).expect("it is still there"), "precious");
     fs::remove_file(&socket).expect("it can be removed");
 
-    let listener = UnixListener::bind(&socket).expect("a socket can be bound");
+    let (server, _) = Server::start(&["serve", "memory=1M", "-U", &socket], 1);
     bad(&["serve", "memory=1M", "-U", &socket], &[&socket, "another server"]);
-    drop(listener);
+    assert_eq!(server.stop(Signal::SIGKILL).0, None);
+    assert!(Path::new(&socket).exists(), "nobody has removed it");
 
     let (server, _) = Server::start(&["serve", "memory=1M", "-U", &socket], 1);
     UnixStream::connect(&socket).expect("the socket listens");
