@@ -173,7 +173,8 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     let depth_max = u16::try_from(number(depth_name)?).unwrap_or(u16::MAX) / each;
     let preferred = number("optimal-io-alignment")?.max(block).max(512).next_power_of_two().min(1 << 20);
     let small = |n: u64| u32::try_from(n).map_err(|_| format!("libblkio {driver}: a limit of {n} bytes"));
-    let flush = flag("flush-needed")?;
+    // Back ends may say that they need none and do (qemu-storage-daemon); where there is nothing to flush libblkio's flush is free.
+    let flush = is_virtio || flag("flush-needed")?;
     let info = Info {
         driver: "libblkio",
         target: format!("{driver} {target}"),
