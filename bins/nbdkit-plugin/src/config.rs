@@ -1,0 +1,276 @@
+//! The words after the plugin's name: collected as nbdkit hands them over, checked when all are there.
+
+use std::ffi::CStr;
+
+use blkdev_drivers::{Error, Property, Settings, drivers, find, parse_size};
+
+use crate::{host, options};
+
+/// Why a callback fails: an errno, and a line for people.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub(crate) errno: i32,
+    /// Empty: nbdkit knows already, or nobody needs to.
+    pub(crate) text: String,
+}
+
+impl Fault {
+    pub(crate) fn invalid(text: impl Into<String>) -> Self {
+        Self { errno: libc::EINVAL, text: text.into() }
+    }
+}
+
+/// For `nbdkit --help nbdblk`.
+pub(crate) const HELP: &CStr = c"\
+[driver=]DRIVER   how the device is reached: io_uring, virtio-blk-vhost-user, ...
+                  (nbdkit --dump-plugin lists them; required)
+path=PATH         the file, device or socket
+PROPERTY=VALUE    any other property of the driver, as in libblkio
+get=PROPERTY      print a property when the device is open (with nbdkit -v)
+payload-memory=SIZE
+                  memory for requests under way, for each queue (64M)";
+
+/// Drivers of libblkio: the ones that this build lacks get an answer of their own.
+const LIBBLKIO: [&str; 5] =
+    ["io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"];
+
+/// The least that a channel can work with: room for the longest piece several times over.
+const MEMORY_MIN: u64 = 8 << 20;
+const MEMORY_MAX: u64 = 1 << 32;
+
+/// What has been said so far.
+#[derive(Debug, Default)]
+pub(crate) struct Words {
+    driver: Option<String>,
+    /// In the order of the command line; paths are absolute already.
+    properties: Vec<(String, String)>,
+    gets: Vec<String>,
+    memory: Option<usize>,
+    #[cfg(feature = "panic-test")]
+    panic_at: Option<u64>,
+}
+
+/// What was asked for, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Choice {
+    pub(crate) settings: Settings,
+    /// Properties to be printed.
+    pub(crate) gets: Vec<String>,
+    /// Payload memory of each channel, bytes.
+    pub(crate) memory: usize,
+    #[cfg(feature = "panic-test")]
+    pub(crate) panic_at: Option<u64>,
+}
+
+impl Words {
+    /// Takes one `key=value`.
+    ///
+    /// # Errors
+    /// What can be seen to be wrong with it alone.
+    pub(crate) fn add(&mut self, key: &str, value: &str) -> Result<(), Fault> {
+        match key.replace('_', "-").as_str() {
+            "driver" if self.driver.is_some() => return Err(Fault::invalid("'driver' property set more than once")),
+            "driver" => self.driver = Some(value.into()),
+            "read-only" => {
+                return Err(Fault::invalid(
+                    "do not set the libblkio \"read-only\" parameter, use the nbdkit -r flag if read-only is required",
+                ));
+            }
+            "get" => self.gets.push(value.into()),
+            "payload-memory" => {
+                let size = parse_size(value).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
+                let refuse = || Fault::invalid(format!("{key}={value}: value must be a size from 8M to 4G"));
+                self.memory = Some(size.and_then(|size| size.try_into().ok()).ok_or_else(refuse)?);
+            }
+            #[cfg(feature = "panic-test")]
+            "panic-at" => self.panic_at = value.parse().ok(),
+            "path" => self.properties.push((key.into(), absolute(value)?)),
+            // nbdblk's short form, io_uring=disk.img.
+            _ if self.driver.is_none() && find(key).is_ok() => {
+                let name = find(key).map_or("path", |driver| driver.value);
+                self.driver = Some(key.into());
+                self.properties.push((name.into(), if name == "path" { absolute(value)? } else { value.into() }));
+            }
+            _ => self.properties.push((key.into(), value.into())),
+        }
+        Ok(())
+    }
+
+    /// All words are there: what they come to.
+    ///
+    /// # Errors
+    /// No driver, one that does not exist, or a property that the driver does not take.
+    pub(crate) fn check(&self) -> Result<Choice, Fault> {
+        let missing = || {
+            Fault::invalid("you must supply the driver=<DRIVER> parameter after the plugin name on the command line")
+        };
+        let name = self.driver.as_deref().ok_or_else(missing)?;
+        let driver = find(name).map_err(|error| unknown(name, &error))?;
+        let mut settings = Settings::new(driver);
+        for (name, value) in &self.properties {
+            settings.set(name, value).map_err(|error| refused(name, value, &error))?;
+        }
+        if options::read_only() {
+            restrict(&mut settings);
+        }
+        Ok(Choice {
+            settings,
+            gets: self.gets.clone(),
+            memory: self.memory.unwrap_or(64 << 20),
+            #[cfg(feature = "panic-test")]
+            panic_at: self.panic_at,
+        })
+    }
+}
+
+/// Settings for a device that is only read. `false`: the driver has no word for that.
+pub(crate) fn restrict(settings: &mut Settings) -> bool {
+    settings.can_set("read-only") && settings.set("read-only", "true").is_ok()
+}
+
+/// The drivers of this build, under all their names.
+pub(crate) fn driver_names() -> String {
+    let names = drivers().iter().flat_map(|driver| std::iter::once(&driver.name).chain(driver.aliases));
+    names.copied().collect::<Vec<_>>().join(",")
+}
+
+/// The property of an answer, and what is wrong with asking for it.
+pub(crate) fn unreadable(name: &str, settings: &Settings) -> Fault {
+    match settings.get(name) {
+        Err(error) => refuse(&error, &format!("get={name}")),
+        Ok(_) => Fault { errno: libc::ENODEV, text: format!("get={name}: the device does not tell") },
+    }
+}
+
+fn absolute(path: &str) -> Result<String, Fault> {
+    // Empty means not set, as in libblkio.
+    if path.is_empty() {
+        return Ok(String::new());
+    }
+    host::absolute_path(path).ok_or_else(|| Fault { errno: libc::EINVAL, text: String::new() })
+}
+
+fn unknown(name: &str, error: &Error) -> Fault {
+    let known = driver_names().replace(',', ", ");
+    let text = if LIBBLKIO.contains(&name.replace("nvme-io-uring", "nvme-io_uring").as_str()) {
+        format!("driver={name}: a driver of libblkio that this plugin does not have yet; it has {known}")
+    } else {
+        format!("driver={name}: {}: {error}", error.message())
+    };
+    Fault { errno: error.errno(), text }
+}
+
+fn refused(name: &str, value: &str, error: &Error) -> Fault {
+    refuse(error, &format!("{name}={value}"))
+}
+
+/// libblkio's words, and behind them ours where they say more than that.
+fn refuse(error: &Error, word: &str) -> Fault {
+    let hint = if error.errno() == libc::ENOENT { format!(": {error}") } else { String::new() };
+    Fault { errno: error.errno(), text: format!("{word}: {}{hint}", error.message()) }
+}
+
+/// Whether a property can be named in `get=`: `_` and `-` are the same.
+pub(crate) fn is_named(property: &str, name: &str) -> bool {
+    property == name.replace('_', "-")
+}
+
+/// For the manual and `--dump-plugin`: what can be set on a driver.
+pub(crate) fn settable(properties: impl Iterator<Item = &'static Property>) -> String {
+    let names = properties.filter(|property| property.access != blkdev_drivers::Access::ReadOnly);
+    names.map(|property| property.name).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &[(&str, &str)]) -> Result<Choice, Fault> {
+        let mut words = Words::default();
+        for (key, value) in line {
+            words.add(key, value)?;
+        }
+        words.check()
+    }
+
+    fn check(line: &[(&str, &str)], expected: &[(&str, &str)]) {
+        let choice = words(line).unwrap_or_else(|fault| panic!("{line:?}: {fault:?}"));
+        for (name, value) in expected {
+            assert_eq!(choice.settings.get(name).as_deref(), Ok(*value), "{line:?}: {name}");
+        }
+    }
+
+    fn refuse(line: &[(&str, &str)], errno: i32, text: &str) {
+        let fault = words(line).expect_err(text);
+        assert_eq!((fault.errno, fault.text.as_str()), (errno, text), "{line:?}");
+    }
+
+    #[test]
+    fn lines_that_the_stock_plugin_takes() {
+        check(&[("driver", "io_uring"), ("path", "/f")], &[("driver", "io_uring"), ("path", "/f")]);
+        check(&[("path", "/f"), ("driver", "io_uring")], &[("path", "/f")]);
+        check(&[("driver", "virtio-blk-vhost-user"), ("path", "/s")], &[("queue-size", "256")]);
+        check(&[("driver", "virtio_blk_vhost_user"), ("path", "/s"), ("queue_size", "64")], &[("queue-size", "64")]);
+        check(&[("driver", "io_uring"), ("num-queues", "+2"), ("direct", "true")], &[("num-queues", "2")]);
+        check(&[("driver", "io_uring"), ("num-entries", "1"), ("num-entries", "2")], &[("num-entries", "2")]);
+    }
+
+    #[test]
+    fn a_path_is_made_absolute_and_nothing_else_is() {
+        let here = std::env::current_dir().unwrap().join("a b").display().to_string();
+        check(&[("driver", "io_uring"), ("path", "a b")], &[("path", &here)]);
+        check(&[("io_uring", "a b")], &[("path", &here)]);
+        check(&[("driver", "io_uring"), ("path", "")], &[("path", "")]);
+        check(&[("memory", "1M")], &[("size", "1048576")]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_libblkio_s_and_nbdkit_s_words() {
+        refuse(
+            &[],
+            libc::EINVAL,
+            "you must supply the driver=<DRIVER> parameter after the plugin name on the command line",
+        );
+        refuse(&[("driver", "io_uring"), ("driver", "io_uring")], libc::EINVAL, "'driver' property set more than once");
+        let sentence =
+            "do not set the libblkio \"read-only\" parameter, use the nbdkit -r flag if read-only is required";
+        refuse(&[("driver", "io_uring"), ("read-only", "true")], libc::EINVAL, sentence);
+        refuse(&[("driver", "io_uring"), ("read_only", "false")], libc::EINVAL, sentence);
+        refuse(
+            &[("driver", "io_uring"), ("num-queues", "x")],
+            libc::EINVAL,
+            "num-queues=x: Value must be a signed 32-bit integer",
+        );
+        refuse(&[("driver", "io_uring"), ("capacity", "1")], libc::EACCES, "capacity=1: Property is read-only");
+        refuse(
+            &[("driver", "io_uring"), ("num-queue", "1")],
+            libc::ENOENT,
+            "num-queue=1: Unknown property name: io_uring has no property \"num-queue\"; did you mean num-queues?",
+        );
+        refuse(
+            &[("driver", "io_urnig")],
+            libc::ENOENT,
+            "driver=io_urnig: Unknown driver name: unknown driver \"io_urnig\"; did you mean io_uring?",
+        );
+        refuse(
+            &[("driver", "io_uring"), ("payload-memory", "1M")],
+            libc::EINVAL,
+            "payload-memory=1M: value must be a size from 8M to 4G",
+        );
+    }
+
+    #[test]
+    fn every_driver_of_libblkio_is_there_or_named_as_missing() {
+        for name in LIBBLKIO {
+            match words(&[("driver", name)]) {
+                Ok(choice) => assert_eq!(choice.settings.get("driver").as_deref(), Ok(name)),
+                Err(fault) => {
+                    assert_eq!(fault.errno, libc::ENOENT);
+                    let start =
+                        format!("driver={name}: a driver of libblkio that this plugin does not have yet; it has ");
+                    assert!(fault.text.starts_with(&start) && fault.text.contains("vhost-user"), "{}", fault.text);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The nbdkit plugin `nbdblk`: a drop-in for nbdkit-blkio-plugin that keeps many requests in flight.
+//!
+//! ```text
+//!   nbdkit's threads, blocking          callbacks.rs   C to Rust and back; a panic ends one request
+//!        │ pread, pwrite, …                 │
+//!      Pool, its Lanes                  pool.rs        callers share Channels; one of them waits for all
+//!        │ Io / Done
+//!      Channel                          blkdev
+//! ```
+//!
+//! nbdkit's life cycle, and what is done when: `config` collects words; `config_complete` checks them; `get_ready` opens the
+//! device to see that it can be opened, and closes it again, because nbdkit is about to fork and neither threads nor rings
+//! live through that; `after_fork` opens it in the process that serves. All connections share it.
+
+mod abi;
+mod callbacks;
+mod config;
+mod host;
+mod options;
+mod plugin;
+mod pool;

@@ -1,0 +1,472 @@
+//! [`Pool`]: a device's Channels, shared by threads that block.
+//!
+//! There are more threads than queues (nbdkit has 16 for a connection; a device often has one queue). So each thread puts its
+//! request into a [`Lane`] under its lock, and waits. One of those that wait leads: it reaps for all, sleeps for all when
+//! nothing comes, and wakes the others when theirs is done. When its own is done it hands the lead over to the one that has
+//! waited for the shortest time, which will need it for the longest. A thread that is alone leads itself: no switch at all.
+
+use std::{
+    cell::Cell,
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicUsize, Ordering, fence},
+    },
+    thread::{self, Thread},
+    time::{Duration, Instant},
+};
+
+use blkdev::{Buf, Channel, Device, Done, Error, Extent, Info, Io, Plan};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+
+/// The longest part of a request that is under way at a time: longer ones go piece by piece, so that one client's 64 MiB
+/// leave memory for others.
+const PIECE: usize = 4 << 20;
+
+/// What is copied while the lane is locked; more than that would keep others waiting longer than locking twice does.
+const COPY_LOCKED: usize = 32 << 10;
+
+/// A device, open, and the Channels on it.
+pub(crate) struct Pool {
+    /// Before the device, so that its queues have drained when it closes.
+    lanes: Box<[Lane]>,
+    device: Arc<dyn Device>,
+    info: Info,
+    piece: usize,
+}
+
+impl Pool {
+    /// Opens `count` channels, each with `memory` bytes for payload.
+    ///
+    /// # Errors
+    /// What the device said, or no memory.
+    pub(crate) fn open(device: Arc<dyn Device>, count: usize, memory: usize) -> io::Result<Self> {
+        let info = device.info().clone();
+        let channels = Plan { memory, ..Plan::default() }.open(&device, count)?;
+        let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<_>>()?;
+        Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4) })
+    }
+
+    /// Limits and capabilities of the device.
+    pub(crate) fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// Size of the device in bytes, now.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.device.capacity()
+    }
+
+    /// Fills `bytes` from the device.
+    pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let lane = self.lane();
+        for (at, from, len) in pieces(at, bytes.len(), self.piece) {
+            let (state, buf) = lane.alloc(at, len)?;
+            match lane.run(state, Io::Read { at, buf }) {
+                Ok(Io::Read { buf, .. }) => {
+                    buf.copy_to(0, &mut bytes[from..from + len]);
+                    lane.give_back(buf);
+                }
+                Ok(io) => unreachable!("a read comes back as one, not as {io:?}"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to the device.
+    pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
+        let lane = self.lane();
+        for (at, from, len) in pieces(at, bytes.len(), self.piece) {
+            let (mut state, mut buf) = lane.alloc(at, len)?;
+            if len > COPY_LOCKED {
+                drop(state);
+                buf.copy_from(0, &bytes[from..from + len]);
+                state = lane.lock()?;
+            } else {
+                buf.copy_from(0, &bytes[from..from + len]);
+            }
+            // Where FUA is a flush, the last piece's does for all.
+            let fua = fua && (self.info.caps.fua || from + len == bytes.len());
+            match lane.run(state, Io::Write { at, buf, fua }) {
+                Ok(Io::Write { buf, .. }) => lane.give_back(buf),
+                Ok(io) => unreachable!("a write comes back as one, not as {io:?}"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// A request without payload.
+    pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
+        let lane = self.lane();
+        lane.run(lane.lock()?, io).map(drop)
+    }
+
+    /// What the range holds, at least from its start.
+    pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
+        let lane = self.lane();
+        match lane.run(lane.lock()?, Io::Status { at, len, extents: Vec::new() })? {
+            Io::Status { extents, .. } => Ok(extents),
+            io => unreachable!("a question comes back as one, not as {io:?}"),
+        }
+    }
+
+    /// Each thread keeps to one lane.
+    fn lane(&self) -> &Lane {
+        static THREADS: AtomicUsize = AtomicUsize::new(0);
+        thread_local!(static MINE: usize = THREADS.fetch_add(1, Ordering::Relaxed));
+        &self.lanes[MINE.with(|mine| mine % self.lanes.len())]
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("device", &self.device).field("lanes", &self.lanes.len()).finish()
+    }
+}
+
+/// Cuts a request at multiples of `piece`, so that no cut makes a part unaligned: `(at, first byte, length)` of each.
+fn pieces(at: u64, len: usize, piece: usize) -> impl Iterator<Item = (u64, usize, usize)> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let start = at + from as u64;
+        let step = (piece - (start % piece as u64) as usize).min(len - from);
+        let part = (start, from, step);
+        from += step;
+        (step > 0).then_some(part)
+    })
+}
+
+/// A Channel, and the threads that have requests on it.
+struct Lane {
+    state: Mutex<State>,
+    /// The channel's wake-up, to be waited for without the lock.
+    wake: Option<OwnedFd>,
+    /// Wakes the leader when somebody else did what it sleeps for.
+    nudge: EventFd,
+    /// Buffers that callers have.
+    held: AtomicUsize,
+    /// Callers that wait for memory …
+    hungry: AtomicUsize,
+    /// … here, under the lock.
+    memory: Condvar,
+}
+
+struct State {
+    channel: Channel,
+    /// Who waits for the request with that tag.
+    seats: Vec<Option<Arc<Seat>>>,
+    free: Vec<u32>,
+    /// The tag given out last.
+    newest: u32,
+    lead: Lead,
+    /// Kept for their capacity.
+    done: Vec<Done>,
+    woken: Vec<Arc<Seat>>,
+    /// Those who wait for memory are served in the order of these.
+    ticket: u64,
+    served: u64,
+}
+
+/// Who reaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lead {
+    /// Nobody: no request is under way.
+    Vacant,
+    /// A thread that runs, or was told to.
+    Awake,
+    /// A thread that waits for the device, for so long at most.
+    Asleep(Option<Duration>),
+}
+
+/// Where a thread waits for its request.
+struct Seat {
+    thread: Thread,
+    /// Bits: what has been called out to it.
+    calls: AtomicU32,
+    done: Mutex<Option<Done>>,
+    /// Whom it has to wake as the leader: changes places with [`State::woken`], so that neither allocates.
+    woken: Mutex<Vec<Arc<Self>>>,
+}
+
+/// The request has ended.
+const DONE: u32 = 1;
+/// Take the lead.
+const LEAD: u32 = 2;
+/// The lane has broken down.
+const LOST: u32 = 4;
+
+thread_local! {
+    /// The seat of this thread, while it does not sit on it. A thread that leaves early leaves its seat behind: what is
+    /// still to come for it must not be taken for the answer to a later request.
+    static SEAT: Cell<Option<Arc<Seat>>> = const { Cell::new(None) };
+}
+
+impl Lane {
+    fn new(channel: Channel) -> io::Result<Self> {
+        let wake = channel.wake_fd().map(|fd| fd.try_clone_to_owned()).transpose()?;
+        let state = State {
+            channel,
+            seats: Vec::new(),
+            free: Vec::new(),
+            newest: 0,
+            lead: Lead::Vacant,
+            done: Vec::new(),
+            woken: Vec::new(),
+            ticket: 0,
+            served: 0,
+        };
+        Ok(Self {
+            state: Mutex::new(state),
+            wake,
+            nudge: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            held: AtomicUsize::new(0),
+            hungry: AtomicUsize::new(0),
+            memory: Condvar::new(),
+        })
+    }
+
+    /// A thread that panicked in here has left the channel in a state that nobody knows: the lane is of no use any more.
+    fn lock(&self) -> Result<MutexGuard<'_, State>, Error> {
+        self.state.lock().map_err(|_| Error::Gone)
+    }
+
+    /// A buffer, and the lock with it. Waits while others have the memory, in turn.
+    fn alloc(&self, at: u64, len: usize) -> Result<(MutexGuard<'_, State>, Buf), Error> {
+        let mut state = self.lock()?;
+        if state.ticket == state.served
+            && let Some(buf) = state.channel.alloc(at, len)
+        {
+            self.held.fetch_add(1, Ordering::SeqCst);
+            return Ok((state, buf));
+        }
+        self.alloc_in_turn(state, at, len)
+    }
+
+    #[cold]
+    fn alloc_in_turn<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        at: u64,
+        len: usize,
+    ) -> Result<(MutexGuard<'a, State>, Buf), Error> {
+        let ticket = state.ticket;
+        state.ticket += 1;
+        self.hungry.fetch_add(1, Ordering::SeqCst);
+        // Pairs with the fence in `give_back`: either we see the pages, or they see that we are hungry.
+        fence(Ordering::SeqCst);
+        let found = loop {
+            if state.served == ticket {
+                // Before looking: what is given back after this look has been counted in it.
+                let held = self.held.load(Ordering::SeqCst);
+                if let Some(buf) = state.channel.alloc(at, len) {
+                    self.held.fetch_add(1, Ordering::SeqCst);
+                    break Some(buf);
+                }
+                if held == 0 {
+                    // Nobody has any, and yet it is not there: it was lost to a device that was given up.
+                    break None;
+                }
+            }
+            state = match self.memory.wait(state) {
+                Ok(state) => state,
+                Err(_) => return Err(Error::Gone),
+            };
+        };
+        self.hungry.fetch_sub(1, Ordering::SeqCst);
+        state.served += 1;
+        self.memory.notify_all();
+        found.map(|buf| (state, buf)).ok_or(Error::Gone)
+    }
+
+    /// Frees a buffer, and tells those who wait for one.
+    fn give_back(&self, buf: Buf) {
+        drop(buf);
+        self.held.fetch_sub(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if self.hungry.load(Ordering::SeqCst) > 0 {
+            // Under the lock, so that nobody is between looking and waiting.
+            let _state = self.state.lock();
+            self.memory.notify_all();
+        }
+    }
+
+    /// Sends a request and waits for its end.
+    fn run(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+        let seat = SEAT.take().unwrap_or_else(Seat::new);
+        seat.calls.store(0, Ordering::Relaxed);
+        let buffer = matches!(io, Io::Read { .. } | Io::Write { .. });
+        let tag = state.sit(&seat);
+        let before = state.channel.in_flight();
+        state.channel.submit(tag.into(), io);
+        state.channel.kick();
+        match state.lead {
+            Lead::Vacant => {
+                state.lead = Lead::Awake;
+                self.lead(state, &seat);
+            }
+            Lead::Awake => drop(state),
+            Lead::Asleep(until) => {
+                // It ended at once, which wakes nobody, or asks for a look sooner than the leader would have one.
+                let due = state.channel.due();
+                if state.channel.in_flight() == before || due.is_some_and(|due| until.is_none_or(|until| due < until)) {
+                    let _ = self.nudge.write(1);
+                }
+                drop(state);
+            }
+        }
+        while seat.calls.load(Ordering::Acquire) & (DONE | LOST) == 0 {
+            if seat.calls.fetch_and(!LEAD, Ordering::AcqRel) & LEAD == 0 {
+                thread::park();
+            } else if let Ok(state) = self.lock() {
+                self.lead(state, &seat);
+            }
+        }
+        let done = seat.done.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Done { io, result, .. }) = done else { return Err(Error::Gone) };
+        SEAT.set(Some(seat));
+        match result {
+            Ok(()) => Ok(io),
+            Err(error) => {
+                match io {
+                    Io::Read { buf, .. } | Io::Write { buf, .. } if buffer => self.give_back(buf),
+                    _ => {}
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Reaps for all until the request of `seat` has ended; then somebody else does.
+    fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, seat: &Seat) {
+        let _down = Down(self);
+        loop {
+            state.turn();
+            let ended = seat.calls.load(Ordering::Relaxed) & DONE != 0;
+            if ended {
+                state.hand_over();
+            }
+            if ended || !state.woken.is_empty() {
+                let mut woken = seat.woken.lock().unwrap_or_else(PoisonError::into_inner);
+                std::mem::swap(&mut state.woken, &mut woken);
+                drop(state);
+                for other in woken.drain(..) {
+                    if !std::ptr::eq(&*other, seat) {
+                        other.thread.unpark();
+                    }
+                }
+                if ended {
+                    return;
+                }
+                // The others have sent something meanwhile, most likely; and the device goes on anyway.
+                let Ok(again) = self.lock() else { return };
+                state = again;
+                continue;
+            }
+            if !state.channel.arm() {
+                continue;
+            }
+            let due = state.channel.due();
+            state.lead = Lead::Asleep(due);
+            drop(state);
+            self.sleep(due);
+            let Ok(again) = self.lock() else { return };
+            state = again;
+            state.lead = Lead::Awake;
+        }
+    }
+
+    /// Waits for the device, for a nudge, or until it is due.
+    fn sleep(&self, due: Option<Duration>) {
+        let Some(wake) = &self.wake else {
+            // A queue that can only be polled.
+            return thread::sleep(Duration::from_micros(20));
+        };
+        let mut fds =
+            [PollFd::new(wake.as_fd(), PollFlags::POLLIN), PollFd::new(self.nudge.as_fd(), PollFlags::POLLIN)];
+        // Rounded up: to come back too soon would be to come back twice.
+        let timeout = due.map(|due| due.as_millis() as u64 + 1).and_then(|ms| PollTimeout::try_from(ms).ok());
+        // EINTR: we look, and come back.
+        let _ = poll(&mut fds, timeout.unwrap_or(PollTimeout::NONE));
+        if fds[1].any() == Some(true) {
+            let _ = self.nudge.read();
+        }
+    }
+}
+
+/// Tells everybody when the leader panics.
+struct Down<'a>(&'a Lane);
+
+impl Drop for Down<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // The guard was dropped before, so the lock is free, and poisoned.
+            let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+            for seat in state.seats.iter().flatten() {
+                seat.call(LOST);
+                seat.thread.unpark();
+            }
+            self.0.memory.notify_all();
+        }
+    }
+}
+
+impl State {
+    /// Gives a request its tag.
+    fn sit(&mut self, seat: &Arc<Seat>) -> u32 {
+        let tag = self.free.pop().unwrap_or_else(|| {
+            self.seats.push(None);
+            (self.seats.len() - 1).try_into().expect("fewer threads than tags")
+        });
+        self.seats[tag as usize] = Some(Arc::clone(seat));
+        self.newest = tag;
+        tag
+    }
+
+    /// A turn of the channel: everything that has ended is brought to its seat.
+    fn turn(&mut self) {
+        self.channel.tick(Instant::now());
+        let mut done = std::mem::take(&mut self.done);
+        self.channel.reap(&mut done);
+        for done in done.drain(..) {
+            let tag = done.tag as u32;
+            let seat = self.seats[tag as usize].take().expect("a request ends once");
+            self.free.push(tag);
+            *seat.done.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+            seat.call(DONE);
+            self.woken.push(seat);
+        }
+        self.done = done;
+    }
+
+    /// The leader leaves: the newest of those who still wait takes over.
+    fn hand_over(&mut self) {
+        let newest = self.seats[self.newest as usize].as_ref();
+        let Some(next) = newest.or_else(|| self.seats.iter().flatten().next()) else {
+            self.lead = Lead::Vacant;
+            return;
+        };
+        next.call(LEAD);
+        self.woken.push(Arc::clone(next));
+    }
+}
+
+impl Seat {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            thread: thread::current(),
+            calls: AtomicU32::new(0),
+            done: Mutex::default(),
+            woken: Mutex::default(),
+        })
+    }
+
+    fn call(&self, what: u32) {
+        self.calls.fetch_or(what, Ordering::Release);
+    }
+}
