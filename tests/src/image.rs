@@ -41,8 +41,9 @@ pub fn write_runs(path: &Path, size: u64, runs: impl IntoIterator<Item = (u64, u
     file.set_len(size).expect("a file of the test can grow");
     let mut rng = Rng(size);
     for (at, len) in runs {
-        for at in (at..at + len).step_by(1 << 20) {
-            let bytes = rng.bytes((size - at).min(1 << 20) as usize);
+        let end = at + len;
+        for at in (at..end).step_by(1 << 20) {
+            let bytes = rng.bytes((end - at).min(1 << 20) as usize);
             file.write_all_at(&bytes, at).expect("there is room for the image of the test");
         }
     }

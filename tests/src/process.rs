@@ -150,7 +150,7 @@ impl Cmd {
     }
 
     fn shown(&self) -> String {
-        let args = self.command.get_args().skip(3).map(|arg| format!("{:?}", arg.to_string_lossy()));
+        let args = self.command.get_args().skip(4).map(|arg| format!("{:?}", arg.to_string_lossy()));
         std::iter::once(self.program.display().to_string()).chain(args).collect::<Vec<_>>().join(" ")
     }
 }

@@ -115,8 +115,8 @@ pub struct Raw {
     pub size: u64,
     /// Transmission flags.
     pub flags: u16,
-    /// The id of base:allocation.
-    pub context: u32,
+    /// The id of base:allocation, when it was negotiated.
+    pub context: Option<u32>,
 }
 
 impl std::fmt::Debug for Raw {
@@ -157,7 +157,7 @@ impl Raw {
             }
         };
         let (reads, parts) = (HashMap::new(), HashMap::new());
-        let mut raw = Self { stream, mode: Mode::Simple, cookie: 0, reads, parts, size: 0, flags: 0, context: 0 };
+        let mut raw = Self { stream, mode: Mode::Simple, cookie: 0, reads, parts, size: 0, flags: 0, context: None };
         assert_eq!(raw.receive(16), b"NBDMAGICIHAVEOPT", "the greeting");
         assert_eq!(raw.u16(), 3, "FIXED_NEWSTYLE and NO_ZEROES, and no others");
         raw
@@ -199,7 +199,7 @@ impl Raw {
         let replies = self.ask(opt::SET_META_CONTEXT, &meta_query(name, &["base:allocation"]));
         assert_eq!(replies.len(), 2, "base:allocation is there: {replies:?}");
         assert_eq!((replies[0].0, &replies[0].1[4..]), (rep::META_CONTEXT, &b"base:allocation"[..]));
-        self.context = be32(&replies[0].1);
+        self.context = Some(be32(&replies[0].1));
     }
 
     /// GO, which must succeed.
@@ -337,7 +337,7 @@ impl Raw {
                 answer.data[place(&body)..][..be32(&body[8..]) as usize].fill(0);
             }
             5 => {
-                assert_eq!(be32(&body), self.context, "a context that was not asked for");
+                assert_eq!(Some(be32(&body)), self.context, "a context that was not asked for");
                 assert!(body.len() > 4 && body.len() % 8 == 4, "a bad BLOCK_STATUS");
                 answer.extents.extend(body[4..].chunks(8).map(|extent| (be32(extent), be32(&extent[4..]))));
             }

@@ -48,6 +48,7 @@ pub enum Address {
 pub struct Nbdblk {
     daemon: Daemon,
     address: Address,
+    printed: String,
 }
 
 impl Nbdblk {
@@ -57,29 +58,34 @@ impl Nbdblk {
         let path = socket.to_str().expect("temporary directories have plain names").to_owned();
         let daemon = Self::start(dir, &[args, &["--unix", &path]].concat());
         assert!(socket.exists(), "the URI is printed before the socket is there");
-        Self { daemon, address: Address::Unix(socket) }
+        let printed = first_uri(&daemon.log());
+        Self { daemon, address: Address::Unix(socket), printed }
     }
 
     /// Serves on a TCP port that the kernel chooses.
     pub fn tcp(dir: &Dir, args: &[&str]) -> Self {
         let daemon = Self::start(dir, &[args, &["--port", "0"]].concat());
-        let log = daemon.log();
-        let uri = printed_uri(&log).expect("start waited for the URI");
-        let port = uri.trim_end_matches('/').rsplit(':').next().and_then(|port| port.parse().ok());
-        let port: u16 = port.unwrap_or_else(|| panic!("no port in the printed URI {uri:?}"));
-        Self { daemon, address: Address::Tcp(([127, 0, 0, 1], port).into()) }
+        let printed = first_uri(&daemon.log());
+        let port = printed.rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
+        let port: u16 = port.unwrap_or_else(|| panic!("no port in the printed URI {printed:?}"));
+        Self { daemon, address: Address::Tcp(([127, 0, 0, 1], port).into()), printed }
     }
 
     fn start(dir: &Dir, args: &[&str]) -> Daemon {
         let log = (0..).map(|n| dir.at(&format!("nbdblk{n}.log"))).find(|path| !path.exists()).expect("numbers go on");
         let mut daemon = nbdblk().args(["serve", "--print-uri"]).args(args).within(dir.path()).spawn(log);
-        daemon.await_that("it prints its URI", |log| printed_uri(log).is_some());
+        daemon.await_that("it prints its URI", |log| find_uri(log).is_some());
         daemon
     }
 
     /// Where it listens.
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// The first URI that the server printed.
+    pub fn printed_uri(&self) -> &str {
+        &self.printed
     }
 
     /// The URI of the default export.
@@ -134,8 +140,12 @@ impl Nbdblk {
     }
 }
 
+fn first_uri(log: &str) -> String {
+    find_uri(log).expect("start waited for the URI").into()
+}
+
 /// The first URI in what the server printed.
-fn printed_uri(log: &str) -> Option<&str> {
+fn find_uri(log: &str) -> Option<&str> {
     // A line counts when it is whole.
     let (whole, _) = log.rsplit_once('\n')?;
     whole.lines().find(|line| line.starts_with("nbd:") || line.starts_with("nbd+unix:"))

@@ -204,7 +204,7 @@ fn info_prints_limits() {
     assert!(text.contains("5242880"), "{text}");
     let json = nbdblk().args(["info", "io_uring=disk.raw", "--json"]).within(dir.path()).ok().out;
     let json: Value = serde_json::from_str(&json).unwrap();
-    assert_eq!(json["capacity"], 5 * MIB, "{json:#}");
+    assert_eq!(json["properties"]["capacity"], 5 * MIB, "{json:#}");
     let output = nbdblk().args(["info", "io_uring=nosuch.raw"]).within(dir.path()).run();
     assert_eq!((output.status.code(), output.err.trim_end().lines().count()), (Some(1), 1), "{output:?}");
 }

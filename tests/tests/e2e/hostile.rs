@@ -175,9 +175,8 @@ fn sigterm_ends_the_server_under_load_in_every_phase() {
         let idle = [Raw::connect(&address), Raw::greeted(&address)];
         let load: Vec<_> = (0..4)
             .map(|n| {
-                let address = address.clone();
+                let mut raw = Raw::enter(&address, Mode::Simple, "");
                 std::thread::spawn(move || {
-                    let mut raw = Raw::enter(&address, Mode::Simple, "");
                     // Until the server goes.
                     while raw.try_send(&request_bytes(0, cmd::READ, 1, n * MIB, 65536)).is_ok() {
                         if raw.try_receive(16 + 65536).is_err() {

@@ -43,15 +43,16 @@ fn a_qcow2_behind_vhost_user_is_read_from_python_by_two_clients_at_once() {
         server.log().lines().find(|line| line.starts_with("nbd://")).expect("the URI is printed").to_owned()
     };
 
-    let expected = format!("b'{}'\n", String::from_utf8(boot).unwrap());
+    // Newer libraries print bytes, older ones a bytearray of them.
+    let expected = format!("b'{}'", String::from_utf8(boot).unwrap());
     let nbdsh = |script: &str| -> Cmd { tool("nbdsh").args(["-u", &uri, "-c", script]) };
     // The first client reads, stays, and reads again after the second has come, read and gone.
-    let mut first = nbdsh(&format!("{SCRIPT}\nimport sys; sys.stdout.flush(); input()\n{SCRIPT}\nprint('end')"))
+    let mut first = nbdsh(&format!("{SCRIPT}\nimport sys; sys.stdout.flush(); input()\n{SCRIPT}\nprint('the end')"))
         .spawn(dir.at("first.log"));
     first.await_text(&expected);
-    assert_eq!(nbdsh(SCRIPT).ok().out, expected);
+    assert!(nbdsh(SCRIPT).ok().out.contains(&expected));
     first.type_line("go on");
-    first.await_text("end");
+    first.await_text("the end");
     assert!(first.await_end().0.success());
 
     // And the file is in there.

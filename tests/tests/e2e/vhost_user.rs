@@ -76,12 +76,9 @@ import sys
 n = 0
 try:
     while True:
-        for c in [h.aio_pread(nbd.Buffer(65536), (n * 64 + i) % 1024 * 65536) for i in range(64)]: pass
+        cookies = [h.aio_pread(nbd.Buffer(65536), (n * 64 + i) % 1024 * 65536) for i in range(64)]
         while h.aio_in_flight() > 0: h.poll(-1)
-        while True:
-            c = h.aio_peek_command_completed()
-            if c <= 0: break
-            h.aio_command_completed(c)
+        for cookie in cookies: h.aio_command_completed(cookie)
         n += 1
         if n == 10: print('under load'); sys.stdout.flush()
 except nbd.Error as error:
