@@ -52,7 +52,7 @@ pub(crate) struct Control {
     /// The socket that `frontend` talks over, for what it cannot do. Used with `state` locked.
     stream: UnixStream,
     state: Mutex<State>,
-    // Last: when the front end is gone and the socket closed, the thread is told to stop.
+    // Last: its thread holds the socket open until it is told to stop, and so stops before it could see it closed.
     watch: Watch,
 }
 
