@@ -56,9 +56,14 @@ impl Plan {
     }
 }
 
-/// Memory that a channel keeps for itself: zeroes, and the two outer blocks of an unaligned request.
+/// Memory that a channel needs beside what was asked for: its own buffers, and margins for the longest request.
 fn reserve(info: &Info) -> usize {
-    zeroes_len(info) + (2 * info.block_size as usize).next_multiple_of(crate::PAGE)
+    zeroes_len(info).next_multiple_of(crate::PAGE) + 2 * edges_len(info)
+}
+
+/// Two blocks: those that an unaligned request covers in part.
+fn edges_len(info: &Info) -> usize {
+    (2 * info.block_size as usize).next_multiple_of(crate::PAGE)
 }
 
 fn zeroes_len(info: &Info) -> usize {
@@ -184,7 +189,7 @@ impl Channel {
         let reserved =
             || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
         let zeroes = arena.alloc(zeroes_len(&info)).ok_or_else(reserved)?;
-        let edges = arena.alloc(2 * info.block_size as usize).ok_or_else(reserved)?;
+        let edges = arena.alloc(edges_len(&info)).ok_or_else(reserved)?;
         Ok(Self {
             queue: device.open_queue(depth)?,
             device: Arc::clone(device),
@@ -216,10 +221,10 @@ impl Channel {
 
     /// Payload memory that no request holds now, in bytes.
     pub fn memory_free(&self) -> usize {
-        self.arena.free()
+        self.arena.free().saturating_sub(edges_len(&self.info))
     }
 
-    /// Payload memory in all, in bytes; the longest request is at most this, less two blocks.
+    /// Payload memory in all, in bytes. The longest request that ever gets a buffer is as long.
     pub fn memory(&self) -> usize {
         self.arena.capacity() - reserve(&self.info)
     }
@@ -974,5 +979,102 @@ impl Ages {
         self.next = Some(now + unit);
         self.now = (self.now + 1) % (1 << 30);
         (OVERDUE + 1..16).any(|age| self.counts[(self.now.wrapping_sub(age) % 16) as usize] > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        fault::{Fault, Faults},
+        memory::Memory,
+    };
+
+    fn open(device: impl Device + 'static, depth: u16) -> Channel {
+        let device: Arc<dyn Device> = Arc::new(device);
+        Plan { memory: 1 << 20, depth }.open(&device, 1).unwrap().remove(0)
+    }
+
+    fn awkward() -> Memory {
+        Memory::new(1 << 24).with(|info| {
+            info.block_size = 4096;
+            info.timeout = Some(Duration::from_secs(8));
+        })
+    }
+
+    fn drain(channel: &mut Channel) -> Vec<Done> {
+        let mut done = Vec::new();
+        while channel.in_flight() > 0 {
+            channel.reap(&mut done);
+        }
+        done
+    }
+
+    #[test]
+    fn the_longest_request_fits_wherever_it_starts() {
+        let mut channel = open(awkward(), 8);
+        let len = channel.memory();
+        let buf = channel.alloc(4095, len).expect("nothing else holds memory");
+        channel.submit(0, Io::Write { at: 4095, buf, fua: false });
+        assert!(drain(&mut channel)[0].result.is_ok());
+        assert_eq!(channel.memory_free(), channel.memory());
+    }
+
+    #[test]
+    fn a_buffer_for_elsewhere_is_refused() {
+        let mut channel = open(awkward(), 8);
+        let buf = channel.alloc(0, 4096).unwrap();
+        channel.submit(0, Io::Write { at: 7, buf, fua: false });
+        let mut done = Vec::new();
+        channel.reap(&mut done);
+        assert_eq!(done[0].result, Err(Error::Invalid));
+    }
+
+    #[test]
+    fn a_request_that_is_never_answered_ends_when_its_time_is_up() {
+        let mut channel = open(Fault::new(awkward(), Faults { lost: 1.0, ..Faults::new(1) }), 8);
+        let start = Instant::now();
+        channel.tick(start);
+        let buf = channel.alloc(0, 4096).unwrap();
+        channel.submit(0, Io::Read { at: 0, buf });
+        let mut done = Vec::new();
+        // However long nobody looked (the process was stopped, the machine slept), that is not held against the device.
+        channel.tick(start + Duration::from_secs(3600));
+        channel.reap(&mut done);
+        assert!(done.is_empty());
+        for second in 1..7 {
+            channel.tick(start + Duration::from_secs(3600 + second));
+        }
+        channel.reap(&mut done);
+        assert!(done.is_empty());
+        for second in 7..12 {
+            channel.tick(start + Duration::from_secs(3600 + second));
+        }
+        channel.reap(&mut done);
+        assert_eq!(done[0].result, Err(Error::Gone));
+    }
+
+    #[test]
+    fn what_is_withdrawn_before_it_reaches_the_device_never_does() {
+        let device: Arc<dyn Device> =
+            Arc::new(Fault::new(Memory::new(1 << 20), Faults { delay_max: 3, ..Faults::new(7) }));
+        let mut channel = Plan { memory: 1 << 20, depth: 1 }.open(&device, 1).unwrap().remove(0);
+        for tag in 0..4u64 {
+            let mut buf = channel.alloc(tag * 4096, 4096).unwrap();
+            buf.copy_from(0, &[tag as u8 + 1; 4096]);
+            channel.submit(tag, Io::Write { at: tag * 4096, buf, fua: false });
+        }
+        channel.cancel(|tag| tag % 2 == 1);
+        let done = drain(&mut channel);
+        let mut ends: Vec<_> = done.iter().map(|d| (d.tag, d.result)).collect();
+        ends.sort_by_key(|end| end.0);
+        let cancelled = Err(Error::Cancelled);
+        assert_eq!(ends, [(0, Ok(())), (1, cancelled), (2, Ok(())), (3, cancelled)]);
+        for tag in 0..4 {
+            let buf = channel.alloc(tag * 4096, 4096).unwrap();
+            channel.submit(tag, Io::Read { at: tag * 4096, buf });
+            let Io::Read { buf, .. } = &drain(&mut channel)[0].io else { panic!("a read comes back") };
+            assert_eq!(buf.to_vec()[0], if tag % 2 == 1 { 0 } else { tag as u8 + 1 });
+        }
     }
 }
