@@ -89,6 +89,8 @@ struct Worker {
 struct Lane {
     channel: Channel,
     starved: VecDeque<u32>,
+    /// Memory that was free when it did not suffice for the first of them.
+    too_little: usize,
 }
 
 struct Conn {
@@ -147,7 +149,10 @@ pub(crate) fn start(
         serves: channels.iter().map(Option::is_some).collect(),
     };
     let now = Instant::now();
-    let lanes = channels.into_iter().map(|c| c.map(|channel| Lane { channel, starved: VecDeque::new() })).collect();
+    let lanes = channels
+        .into_iter()
+        .map(|c| c.map(|channel| Lane { channel, starved: VecDeque::new(), too_little: 0 }))
+        .collect();
     let worker = Worker {
         poll,
         inbox,
@@ -212,8 +217,11 @@ impl Worker {
                     timeout = [timeout, lane.channel.due()].into_iter().flatten().min();
                 }
                 if !lane.starved.is_empty() {
-                    // Somebody may have to be cut off.
-                    timeout = Some(timeout.map_or(Duration::from_secs(1), |t| t.min(Duration::from_secs(1))));
+                    // Replies that have left gave memory back after those who wait had been asked; and if nothing moves
+                    // somebody may have to be cut off.
+                    let freed = lane.channel.memory_free() > lane.too_little;
+                    let again = if freed { Duration::ZERO } else { Duration::from_secs(1) };
+                    timeout = Some(timeout.map_or(again, |t| t.min(again)));
                 }
             }
         } else {
@@ -272,15 +280,16 @@ impl Worker {
         for lane in 0..self.lanes.len() {
             while let Some(&number) = self.lanes[lane].as_ref().and_then(|lane| lane.starved.front()) {
                 let conn = self.conns[number as usize].as_mut().expect("who waits is there");
-                conn.stall = None;
                 activate(&mut self.active, number, conn);
                 if !self.feed(number) {
                     continue;
                 }
+                let lane = self.lanes[lane].as_mut().expect("just looked at");
                 if self.conns[number as usize].as_ref().is_some_and(|conn| conn.stall == Some(Stall::Memory)) {
+                    lane.too_little = lane.channel.memory_free();
                     break;
                 }
-                self.lanes[lane].as_mut().expect("just looked at").starved.pop_front();
+                lane.starved.pop_front();
             }
         }
     }

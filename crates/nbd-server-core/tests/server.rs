@@ -1,0 +1,272 @@
+//! The loop itself, over real sockets: who waits is served, who blocks others is cut off, and stopping ends.
+
+use std::{
+    io::{self, Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use blkdev::{
+    Device,
+    fault::{Fault, Faults},
+    memory::Memory,
+};
+use nbd_proto::{
+    Cookie, Mode, WireError,
+    client::{Chunk, Course, Decoder, Encoder, Event, Step, Wish},
+};
+use nbd_server_core::{Export, Limits, Server};
+
+/// No wait of these tests is longer, unless something hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const MIB: u32 = 1 << 20;
+
+#[test]
+fn many_who_need_all_memory_get_it_in_turn() {
+    let disk = Memory::new(64 << 20);
+    let pattern: Vec<u8> = (0..MIB).map(|n| (n / 7) as u8).collect();
+    disk.write(5, &pattern);
+    let server = Running::start(vec![("", Arc::new(disk))], |limits| {
+        limits.memory = 1 << 20;
+        limits.workers = 1;
+    });
+    thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                let mut client = server.client("");
+                // All at once: none of them fits beside another.
+                for cookie in 0..10 {
+                    client.encoder.read(&mut client.out, Cookie(cookie), 5, MIB);
+                }
+                client.send();
+                for cookie in 0..10 {
+                    assert!(client.reply(cookie).unwrap() == pattern);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn who_holds_memory_and_does_nothing_is_cut_off_when_others_wait() {
+    let server = Running::start(vec![("", Arc::new(Memory::new(64 << 20)))], |limits| {
+        limits.memory = 1 << 20;
+        limits.workers = 1;
+        limits.stall_timeout = Duration::from_millis(200);
+    });
+    let mut idler = server.client("");
+    idler.encoder.write_head(&mut idler.out, Cookie(1), 0, MIB, false);
+    idler.out.extend_from_slice(&[1; 1000]);
+    idler.send();
+    let mut busy = server.client("");
+    busy.encoder.read(&mut busy.out, Cookie(1), 0, MIB);
+    busy.send();
+    assert_eq!(busy.reply(1).unwrap(), vec![0; MIB as usize], "nothing of the unfinished write was written");
+    assert_eq!(idler.socket.read(&mut [0; 1]).unwrap_or(0), 0, "the idle client's connection is closed");
+    // Alone, a client may take its time.
+    let mut slow = server.client("");
+    slow.encoder.write_head(&mut slow.out, Cookie(1), 0, 4, false);
+    slow.send();
+    thread::sleep(Duration::from_millis(500));
+    slow.out.extend_from_slice(b"slow");
+    slow.send();
+    slow.reply(1).unwrap();
+}
+
+#[test]
+fn a_handshake_has_a_deadline_and_room_for_so_many() {
+    let server = Running::start(vec![("", Arc::new(Memory::new(1 << 20)))], |limits| {
+        limits.handshake_timeout = Duration::from_millis(300);
+        limits.handshakes = 2;
+    });
+    let mut idlers: Vec<UnixStream> = (0..3).map(|_| server.connect()).collect();
+    let mut greeting = [0; 18];
+    idlers[0].read_exact(&mut greeting).unwrap();
+    idlers[1].read_exact(&mut greeting).unwrap();
+    assert_eq!(idlers[2].read(&mut [0; 1]).unwrap_or(0), 0, "one too many");
+    assert_eq!(idlers[0].read(&mut [0; 1]).unwrap_or(0), 0, "too slow");
+    let mut client = server.client("");
+    client.encoder.flush(&mut client.out, Cookie(3));
+    client.send();
+    client.reply(3).unwrap();
+}
+
+#[test]
+fn a_device_that_swallows_requests_neither_hangs_clients_nor_the_end() {
+    let memory = Memory::new(1 << 20).with(|info| info.timeout = Some(Duration::from_millis(400)));
+    let device = Arc::new(Fault::new(memory, Faults { lost: 0.5, ..Faults::new(3) }));
+    let server = Running::start(vec![("", device)], |_| {});
+    let mut client = server.client("");
+    for cookie in 0..100 {
+        client.encoder.read(&mut client.out, Cookie(cookie), 0, 512);
+    }
+    client.send();
+    let failed = (0..100).filter(|_| client.any_reply().1.is_err_and(|e| e == WireError::Io)).count();
+    assert!(failed > 0, "some were lost, and their clients are told");
+    let start = Instant::now();
+    server.server.stop();
+    assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn stopping_with_requests_at_a_silent_device_ends() {
+    let device = Arc::new(Fault::new(Memory::new(1 << 20), Faults { lost: 1.0, ..Faults::new(3) }));
+    let server = Running::start(vec![("", device)], |_| {});
+    let mut client = server.client("");
+    client.encoder.read(&mut client.out, Cookie(0), 0, 512);
+    client.send();
+    thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    server.server.stop();
+    assert!(start.elapsed() < PATIENCE);
+    assert_eq!(client.socket.read(&mut [0; 1]).unwrap_or(0), 0);
+}
+
+#[test]
+fn exports_are_told_apart_and_devices_with_one_queue_are_served() {
+    let disks: Vec<(&str, Arc<dyn Device>)> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| {
+            let disk = Memory::new(1 << 20).with(|info| info.queues_max = 1);
+            disk.write(0, name.as_bytes());
+            (name, Arc::new(disk) as Arc<dyn Device>)
+        })
+        .collect();
+    let server = Running::start(disks, |limits| limits.workers = 2);
+    for (asked, expected) in [("a", b"a"), ("b", b"b"), ("c", b"c"), ("", b"a")] {
+        let mut client = server.client(asked);
+        client.encoder.read(&mut client.out, Cookie(9), 0, 1);
+        client.send();
+        assert_eq!(client.reply(9).unwrap(), expected);
+    }
+    let names = vec![("x", Arc::new(Memory::new(512)) as Arc<dyn Device>), ("x", Arc::new(Memory::new(512)))];
+    assert!(start(names, Vec::new(), |_| {}).unwrap_err().to_string().contains("named \"x\""));
+}
+
+/// A server and the socket it listens on.
+struct Running {
+    server: Server,
+    path: PathBuf,
+}
+
+impl Running {
+    fn start(devices: Vec<(&str, Arc<dyn Device>)>, change: impl FnOnce(&mut Limits)) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("nbd-server-core-{}-{number}.sock", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = start(devices, vec![listener], change).unwrap();
+        Self { server, path }
+    }
+
+    fn connect(&self) -> UnixStream {
+        let socket = UnixStream::connect(&self.path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+
+    fn client(&self, name: &str) -> Client {
+        let mut socket = self.connect();
+        let mut course = Course::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
+        let (mut out, mut staging) = (Vec::new(), [0; 4096]);
+        loop {
+            let got = socket.read(&mut staging).unwrap();
+            assert!(got > 0, "the server goes on shaking hands");
+            let step = course.next(&mut &staging[..got], &mut out).unwrap();
+            socket.write_all(&out).unwrap();
+            out.clear();
+            if let Step::Done(agreed) = step {
+                let mode = agreed.terms.mode;
+                return Client {
+                    socket,
+                    encoder: Encoder::new(mode),
+                    decoder: Decoder::new(mode),
+                    out,
+                    input: Vec::new(),
+                };
+            }
+        }
+    }
+}
+
+fn start(
+    devices: Vec<(&str, Arc<dyn Device>)>,
+    listeners: Vec<UnixListener>,
+    change: impl FnOnce(&mut Limits),
+) -> io::Result<Server> {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    let exports = devices
+        .into_iter()
+        .map(|(name, device)| Export { name: name.into(), description: String::new(), device, read_only: false })
+        .collect();
+    Server::start(exports, listeners.into_iter().map(Into::into).collect(), limits)
+}
+
+/// A client that waits for its answers.
+struct Client {
+    socket: UnixStream,
+    encoder: Encoder,
+    decoder: Decoder,
+    out: Vec<u8>,
+    input: Vec<u8>,
+}
+
+impl Client {
+    fn send(&mut self) {
+        self.socket.write_all(&self.out).unwrap();
+        self.out.clear();
+    }
+
+    /// The answer to that request, which must be the next one.
+    fn reply(&mut self, cookie: u64) -> Result<Vec<u8>, WireError> {
+        let (found, result) = self.any_reply();
+        assert_eq!(found, cookie);
+        result
+    }
+
+    fn any_reply(&mut self) -> (u64, Result<Vec<u8>, WireError>) {
+        let (mut data, mut whose, mut missing) = (Vec::new(), 0, None);
+        loop {
+            let mut input = &self.input[..];
+            let event = self.decoder.next(&mut input).unwrap();
+            let end = match event {
+                Some(Event::Simple(cookie, result)) => Some((cookie.0, result.map(|()| Vec::new()))),
+                Some(Event::Chunk { cookie, chunk: Chunk::Error { error, .. }, .. }) => Some((cookie.0, Err(error))),
+                Some(Event::Chunk { cookie, chunk: Chunk::Data { len, .. }, .. }) => {
+                    (whose, missing) = (cookie.0, Some(len as usize));
+                    None
+                }
+                Some(Event::Chunk { cookie, .. }) => Some((cookie.0, Ok(Vec::new()))),
+                Some(Event::Payload(bytes)) => {
+                    data.extend_from_slice(bytes);
+                    None
+                }
+                None => {
+                    let mut staging = vec![0; 1 << 20];
+                    let got = self.socket.read(&mut staging).unwrap();
+                    assert!(got > 0, "the server goes on");
+                    staging.truncate(got);
+                    self.input = staging;
+                    continue;
+                }
+            };
+            let taken = self.input.len() - input.len();
+            self.input.drain(..taken);
+            if let Some(end) = end {
+                return end;
+            }
+            if missing == Some(data.len()) {
+                return (whose, Ok(data));
+            }
+        }
+    }
+}
