@@ -235,7 +235,7 @@ impl Guest {
 /// What every client is offered.
 const OFFER: Offer = Offer {
     structured: true,
-    extended: false,
+    extended: true,
     tls: nbd_proto::Tls::Off,
     block_size_required: false,
     enforce_alignment: false,

@@ -30,6 +30,7 @@ impl Export {
         let flags = (Flag::HAS_FLAGS.with(Flag::SEND_FLUSH).with(Flag::SEND_FUA))
             .with(Flag::SEND_DF)
             .with(Flag::CAN_MULTI_CONN)
+            .with(Flag::BLOCK_STATUS_PAYLOAD)
             .with_if(!writable, Flag::READ_ONLY)
             .with_if(writable, Flag::SEND_WRITE_ZEROES.with(Flag::SEND_FAST_ZERO))
             .with_if(writable && info.caps.discard, Flag::SEND_TRIM)

@@ -424,12 +424,12 @@ impl Model {
 impl Client {
     /// The handshake of both halves, in pieces of any size.
     fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
-        let mode = *rng.pick(&[Mode::Simple, Mode::Structured]);
+        let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let contexts = if rng.chance(0.8) { vec!["base:allocation".to_owned()] } else { Vec::new() };
         let name = rng.pick(&["", "disk"]).to_string();
         let mut course = Course::new(Wish { name, mode, contexts, tls: false });
         let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
-        let mut handshake = Handshake::new(Offer { extended: false, ..Offer::default() }, &mut to_client);
+        let mut handshake = Handshake::new(Offer::default(), &mut to_client);
         let (mut negotiated, mut agreed) = (None, None);
         while negotiated.is_none() || agreed.is_none() {
             let piece = (rng.below(50) as usize + 1).min(to_client.len());
