@@ -1,0 +1,82 @@
+//! [`Translation`]: physical addresses, for devices without an IOMMU.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::FileExt},
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use blkdev::Mapping;
+
+use crate::sys;
+
+/// Where the memory of mappings really lies. Only for devices without an IOMMU, and only for huge pages, which the kernel
+/// does not move and which are contiguous for 2 MiB.
+#[derive(Debug, Default)]
+pub struct Translation {
+    mappings: RwLock<Vec<Known>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    start: u64,
+    /// One physical address for each huge page.
+    pages: Vec<u64>,
+}
+
+/// What a mapping is a multiple of, and contiguous for.
+const HUGE: u64 = 2 << 20;
+
+/// Bytes for each page of 4096 in `/proc/self/pagemap`, and what they say.
+const ENTRY: u64 = 8;
+const PRESENT: u64 = 1 << 63;
+const FRAME: u64 = (1 << 55) - 1;
+
+impl Translation {
+    /// The physical address of the byte at virtual address `address`. It is contiguous up to the next multiple of 2 MiB.
+    ///
+    /// # Panics
+    /// When the address does not lie in a mapping that is mapped for DMA.
+    pub fn physical(&self, address: u64) -> u64 {
+        let known = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let offset = |k: &Known| address.checked_sub(k.start).filter(|at| *at < k.pages.len() as u64 * HUGE);
+        let (pages, at) =
+            known.iter().find_map(|k| offset(k).map(|at| (&k.pages, at))).expect("memory is mapped before it is used");
+        pages[(at / HUGE) as usize] + at % HUGE
+    }
+
+    pub(crate) fn add(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        if !sys::is_huge(mapping.as_fd()) {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!(
+                    "a device without an IOMMU needs huge pages, and none are free for {} MiB: reserve some \
+                     (sysctl vm.nr_hugepages)",
+                    mapping.len() >> 20
+                ),
+            ));
+        }
+        sys::populate(mapping)?;
+        let map = File::open("/proc/self/pagemap")?;
+        let start = mapping.iova().get();
+        let mut pages = Vec::with_capacity(mapping.len() >> 21);
+        for page in (start..start + mapping.len() as u64).step_by(HUGE as usize) {
+            let mut entry = [0; ENTRY as usize];
+            map.read_exact_at(&mut entry, page / 4096 * ENTRY)?;
+            let entry = u64::from_ne_bytes(entry);
+            if entry & PRESENT == 0 || entry & FRAME == 0 {
+                let why = "the kernel does not tell physical addresses: CAP_SYS_ADMIN is needed without an IOMMU";
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+            }
+            pages.push((entry & FRAME) * 4096);
+        }
+        self.mappings.write().unwrap_or_else(PoisonError::into_inner).push(Known { start, pages });
+        Ok(())
+    }
+
+    pub(crate) fn remove(&self, mapping: &Arc<Mapping>) {
+        let start = mapping.iova().get();
+        self.mappings.write().unwrap_or_else(PoisonError::into_inner).retain(|known| known.start != start);
+    }
+}
