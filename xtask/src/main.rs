@@ -1,10 +1,11 @@
-//! The project's tasks: `cargo xtask setup | demo | test | ci | fuzz`.
+//! The project's tasks: `cargo xtask setup | demo | test | ci | fuzz | vm`.
 
 mod demo;
 mod fuzz;
 mod setup;
 mod shell;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -19,6 +20,7 @@ usage: cargo xtask TASK
   setup            install what demo and test need and this machine lacks (Debian, apt-get)
   fuzz [TARGET] [SECONDS]
                    fuzz one target for some seconds (60); without a target: list them
+  vm TASK          a virtual machine with the hardware that nbdblk drives: prepare, run, test, shell; `vm help` tells more
 
 demo and test run setup by themselves. Nothing is mounted, and only setup may need root.";
 
@@ -43,6 +45,7 @@ fn run() -> Result<()> {
         ["fuzz"] => fuzz::list(),
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
+        ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {
             println!("{HELP}");
             Ok(())

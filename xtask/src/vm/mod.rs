@@ -1,0 +1,206 @@
+//! `cargo xtask vm`: a virtual machine with the hardware that nbdblk drives, for one command or for the hardware tests.
+//!
+//! `vm/README.md` beside the sources says what is in the machine. Nothing here needs KVM: the processor is emulated.
+
+mod cpio;
+mod image;
+mod machine;
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::shell;
+use image::Image;
+use machine::{Job, Machine};
+
+pub(crate) const HELP: &str = "\
+usage: cargo xtask vm prepare [--force]
+       cargo xtask vm run [OPTION...] [--] COMMAND [ARG...]
+       cargo xtask vm test [OPTION...] [-- ARG...]
+       cargo xtask vm shell [OPTION...]
+
+  prepare   fetch and build the machine's image, once, into the user's cache directory (root, Debian, network)
+  run       build nbdblk, start the machine, run a command in it as root, end with its status
+            (124: it took longer than -t allows; 125: the machine failed)
+  test      run the hardware tests in the machine; ARGs are for the test program: filters, --list, ...
+  shell     start the machine with a shell on this terminal
+
+  -t SECONDS        how long the command may take (run: 600, test: 3600)
+  -v                show the machine's console and what its start took
+  --no-build        run: do not build nbdblk first
+  --share DIR       share one more directory with the machine, at the same path
+  --size MIB        size of each disk (128)
+  --append ARGS     more arguments for the machine's kernel, such as module.option=value
+  --no-iommu        leave the IOMMU out; VFIO then works without one (CAP_SYS_RAWIO)
+
+The workspace and its target directory are shared, read and write, at the same paths. run, test and shell prepare by
+themselves. NBDBLK_VM_CACHE moves the image (1 GB), NBDBLK_VM_MIRROR names a Debian archive other than apt's.";
+
+/// Does what the words after `vm` ask for.
+pub(crate) fn run(words: &[&str]) -> Result<()> {
+    let Some((task, words)) = words.split_first() else { bail!("vm does what?\n\n{HELP}") };
+    let options = Options::parse(words)?;
+    match *task {
+        "prepare" => {
+            options.accepts_no_words()?;
+            image::prepare(options.force).map(|_| ())
+        }
+        "run" => {
+            ensure!(!options.words.is_empty(), "run which command?\n\n{HELP}");
+            let image = image::prepare(false)?;
+            if options.build {
+                shell::build_nbdblk()?;
+            }
+            let status = machine(&image, &options)?.run(&Job::Command {
+                words: options.words.iter().map(|&word| word.into()).collect(),
+                dir: working_dir(),
+                seconds_max: options.seconds_max.unwrap_or(600),
+            })?;
+            std::process::exit(status);
+        }
+        "test" => test(&options),
+        "shell" => {
+            options.accepts_no_words()?;
+            machine(&image::prepare(false)?, &options)?.run(&Job::Shell).map(|_| ())
+        }
+        "help" | "-h" | "--help" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        task => bail!("vm does not know {task}\n\n{HELP}"),
+    }
+}
+
+/// Runs the hardware tests, or says why they cannot run here.
+fn test(options: &Options<'_>) -> Result<()> {
+    let image = match image::prepare(false) {
+        Ok(image) => image,
+        Err(error) => {
+            let line = "*".repeat(100);
+            println!("{line}\nHARDWARE TESTS SKIPPED: this machine cannot run them: {error:#}\n{line}");
+            return Ok(());
+        }
+    };
+    let nbdblk = shell::build_nbdblk()?;
+    let tests = build_tests()?;
+    let path = |path: &Path| path.to_str().map(String::from).context("a path of the build is not UTF-8");
+    let mut words = vec!["env".into(), format!("NBDBLK_BIN={}", path(&nbdblk)?), path(&tests)?];
+    // Every test uses the same devices.
+    words.push("--test-threads=1".into());
+    words.extend(options.words.iter().map(|&word| word.into()));
+    let seconds_max = options.seconds_max.unwrap_or(3600);
+    let status =
+        machine(&image, options)?.run(&Job::Command { words, dir: shell::root().join("tests"), seconds_max })?;
+    ensure!(status == 0, "the hardware tests ended with status {status}");
+    Ok(())
+}
+
+/// Builds the program of the hardware tests and says where it is.
+fn build_tests() -> Result<PathBuf> {
+    let output = shell::cargo()
+        .args(["test", "--no-run", "-p", "nbdblk-tests", "--test", "hardware"])
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting cargo")?;
+    ensure!(output.status.success(), "building the hardware tests failed");
+    let text = String::from_utf8(output.stdout)?;
+    let (_, rest) = text.rsplit_once(r#""executable":""#).context("cargo names no test program")?;
+    Ok(rest.split('"').next().unwrap_or_default().into())
+}
+
+fn machine<'a>(image: &'a Image, options: &Options<'a>) -> Result<Machine<'a>> {
+    let mut shares = vec![shell::root().to_owned()];
+    // CARGO_TARGET_DIR may be anywhere.
+    let target = shell::target_dir()?;
+    for dir in std::iter::once(target.as_path()).chain(options.shares.iter().map(Path::new)) {
+        let dir = std::path::absolute(dir)?;
+        std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        if !shares.iter().any(|share| dir.starts_with(share)) {
+            shares.push(dir);
+        }
+    }
+    Ok(Machine {
+        image,
+        shares,
+        binaries: ["release", "debug"].map(|profile| target.join(profile)).into(),
+        disk_mib: options.disk_mib,
+        append: options.append,
+        iommu: options.iommu,
+        verbose: options.verbose,
+    })
+}
+
+/// Where the user is, if that exists in the machine: main() has gone to the workspace's root.
+fn working_dir() -> PathBuf {
+    let dir = std::env::var_os("PWD").map(PathBuf::from);
+    dir.filter(|dir| dir.starts_with(shell::root())).unwrap_or_else(|| shell::root().to_owned())
+}
+
+/// The words of the command line.
+#[derive(Debug)]
+struct Options<'a> {
+    force: bool,
+    build: bool,
+    verbose: bool,
+    iommu: bool,
+    seconds_max: Option<u64>,
+    disk_mib: u64,
+    append: &'a str,
+    shares: Vec<&'a str>,
+    /// What is not an option.
+    words: Vec<&'a str>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(words: &[&'a str]) -> Result<Self> {
+        let mut options = Self {
+            force: false,
+            build: true,
+            verbose: false,
+            iommu: true,
+            seconds_max: None,
+            disk_mib: 128,
+            append: "",
+            shares: Vec::new(),
+            words: Vec::new(),
+        };
+        let mut words = words.iter().copied();
+        while let Some(word) = words.next() {
+            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+            match word {
+                "--force" => options.force = true,
+                "--no-build" => options.build = false,
+                "-v" | "--verbose" => options.verbose = true,
+                "--no-iommu" => options.iommu = false,
+                "-t" | "--timeout" => options.seconds_max = Some(number(value()?)?),
+                "--size" => options.disk_mib = number(value()?)?,
+                "--append" => options.append = value()?,
+                "--share" => options.shares.push(value()?),
+                "--" => break,
+                word if word.starts_with('-') => bail!("no such option: {word}\n\n{HELP}"),
+                // The command begins; what follows is its own.
+                word => {
+                    options.words.push(word);
+                    break;
+                }
+            }
+        }
+        options.words.extend(words);
+        Ok(options)
+    }
+
+    fn accepts_no_words(&self) -> Result<()> {
+        ensure!(self.words.is_empty(), "too many words: {}\n\n{HELP}", self.words.join(" "));
+        Ok(())
+    }
+}
+
+fn number(word: &str) -> Result<u64> {
+    match word.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => bail!("not a number above 0: {word}"),
+    }
+}

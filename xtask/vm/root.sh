@@ -1,0 +1,58 @@
+#!/bin/sh
+# Runs in the chroot that becomes the guest's root: installs the programs, the kernel and the modules that the guest
+# loads. Leaves for the host: /boot/vmlinux, and /boot/early, the modules that reach the root, in the order of loading.
+set -eu
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+
+# No package may start a service here.
+printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+chmod +x /usr/sbin/policy-rc.d
+apt-get update -qq
+apt-get install -qqy --no-install-recommends \
+    busybox-static e2fsprogs fio iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps python3-libnbd \
+    qemu-block-extra qemu-system-x86 qemu-utils strace util-linux xz-utils zstd
+
+package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p')
+version=${package#linux-image-}
+work=$(mktemp -d)
+cd "$work"
+apt-get download -qq -o APT::Sandbox::User=root "$package"
+dpkg-deb -x "$package"_*.deb kernel
+[ -e kernel/lib ] || ln -s usr/lib kernel/lib
+depmod -b "$work/kernel" "$version"
+from=$work/kernel/lib/modules/$version
+to=/lib/modules/$version
+
+# The files of modules and of what they need, in the order of loading, below the directory of all modules.
+files() {
+    for module; do
+        modprobe -d "$work/kernel" -S "$version" --show-depends "$module" ||
+            echo "this kernel has no module $module" >&2
+    done | sed -n "s|^insmod .*/modules/$version/\([^ ]*\).*|\1|p" | awk '!seen[$0]++'
+}
+early='virtio_blk ext4 crc32c_generic'
+guest='9p 9pnet_virtio crc32c_intel loop nbd nvme ublk_drv vduse vfio_iommu_type1 vfio_pci vhost_vdpa virtio_blk'
+mkdir -p "$to"
+# Uncompressed modules load sooner.
+for file in $(files $early $guest); do
+    mkdir -p "$to/${file%/*}"
+    case $file in
+    *.xz) xz -dc "$from/$file" > "$to/${file%.xz}" ;;
+    *.zst) zstd -dcq "$from/$file" > "$to/${file%.zst}" ;;
+    *) cp "$from/$file" "$to/$file" ;;
+    esac
+done
+files $early | sed "s|^|$to/|; s/\.\(xz\|zst\)$//" > /boot/early
+cp "$from"/modules.order "$from"/modules.builtin "$from"/modules.builtin.modinfo "$to"
+depmod "$version"
+
+# An unpacked kernel spares the guest the unpacking, which is slow without KVM. The packed one follows a loader; zstd
+# complains of what comes after it.
+image=kernel/boot/vmlinuz-$version
+at=$(grep -abom1 -P '\x28\xb5\x2f\xfd' "$image" | head -n1 | cut -d: -f1)
+tail -c +$((at + 1)) "$image" | zstd -dcq > /boot/vmlinux 2> "$work/complaints" || true
+[ "$(head -c4 /boot/vmlinux | tail -c3)" = ELF ] || { cat "$work/complaints" >&2; echo "no kernel in $image" >&2; exit 1; }
+
+cd /
+rm -rf "$work" /var/lib/apt/lists/* /var/cache/apt /usr/share/doc /usr/share/man /usr/share/locale
+mkdir -p /var/lib/apt/lists/partial /var/cache/apt/archives/partial
