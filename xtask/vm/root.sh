@@ -9,7 +9,7 @@ printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
 chmod +x /usr/sbin/policy-rc.d
 apt-get update -qq
 apt-get install -qqy --no-install-recommends \
-    busybox-static e2fsprogs fio iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps python3-libnbd \
+    busybox-static e2fsprogs file fio iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps python3-libnbd \
     qemu-block-extra qemu-system-x86 qemu-utils strace util-linux xz-utils zstd
 
 package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p')
