@@ -123,9 +123,18 @@ impl Nbdblk {
 
     /// Resident memory of the process, bytes.
     pub fn resident(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// Resident memory of the process, bytes, without what it shares with devices: payload.
+    pub fn resident_private(&self) -> u64 {
+        self.memory("RssAnon:")
+    }
+
+    fn memory(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a live process has a VmRSS");
-        line.trim().trim_end_matches(" kB").parse::<u64>().expect("VmRSS is a number") * 1024
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).expect("a live process has memory");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("it is a number") * 1024
     }
 
     /// Asks it to end (SIGTERM) and waits until it has.

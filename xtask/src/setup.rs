@@ -23,6 +23,7 @@ const NEEDS: &[Need] = &[
     },
     Need { program: "nbdinfo", packages: &["libnbd-bin"], purpose: "an NBD client: nbdinfo, nbdcopy" },
     Need { program: "nbdsh", packages: &["python3-libnbd"], purpose: "an NBD client: Python" },
+    Need { program: "nbdkit", packages: &["nbdkit"], purpose: "runs the plugin" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];

@@ -88,12 +88,12 @@ except nbd.Error as error:
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     let mut idle = Raw::enter(server.address(), Mode::Simple, "");
     load.await_text("under load");
-    raw.request_reads(&[(MIB, MIB as u32 / 4); 256]);
+    raw.request_reads(&[(MIB, 65536); 64]);
     stand.qsd.expect("vhost-user has a process").kill();
 
     load.await_text("ended by");
     assert!(!load.log().contains("ended by None"), "{}", load.log());
-    let failed = (0..256).map(|_| raw.answer()).filter(|answer| answer.error != 0);
+    let failed = (0..64).map(|_| raw.answer()).filter(|answer| answer.error != 0);
     failed.for_each(|answer| assert!([errno::EIO, errno::ESHUTDOWN].contains(&answer.error), "error {}", answer.error));
     for command in [cmd::READ, cmd::WRITE_ZEROES, cmd::TRIM, cmd::FLUSH] {
         let len = if command == cmd::FLUSH { 0 } else { 4096 };
@@ -128,6 +128,26 @@ fn a_device_that_hangs_does_not_keep_the_server_from_ending() {
     assert_eq!(Raw::enter(stand.server.address(), Mode::Structured, "").size, 64 * MIB);
     assert!(stand.server.terminate().success());
     qsd.thaw();
+}
+
+/// A device that stops answering is given up after a time that the user sets.
+#[test]
+fn a_device_that_hangs_is_given_up() {
+    let dir = Dir::new();
+    let image = dir.sparse("disk.raw", 64 * MIB);
+    let qsd = Qsd::start(&dir, &image, Export::default());
+    let mut server = Nbdblk::unix(&dir, &[&format!("{},request-timeout=1s", qsd.spec())]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    raw.read(0, 512);
+    qsd.freeze();
+    raw.request_reads(&[(0, 65536); 64]);
+    for _ in 0..64 {
+        assert_eq!(raw.answer().error, errno::EIO);
+    }
+    assert_eq!(raw.call(0, cmd::WRITE, 0, 512, &[0; 512]).error, errno::EIO);
+    qsd.thaw();
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
 }
 
 /// A device that was slow for a while and comes back has lost nothing.
