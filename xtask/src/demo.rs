@@ -10,10 +10,10 @@ use anyhow::{Context, Result, ensure};
 use crate::setup;
 use crate::shell::{self, Daemon, TempDir, find};
 
-/// Where ext4 keeps its magic number and its label (superblock at 1024, s_magic at 56, s_volume_name at 120).
-const LABEL_SCRIPT: &str = "\
-print('ext4 magic: 0x%04x' % int.from_bytes(h.pread(2, 1024 + 56), 'little'))
-print('label:     ', h.pread(16, 1024 + 120).rstrip(b'\\0').decode())";
+/// Reads ext4's superblock, which is at 1024, and prints its magic number and label (s_magic, s_volume_name).
+const LABEL_SCRIPT: &str = r#"sb = h.pread(1024, 1024)
+print("ext4 magic: 0x%x" % int.from_bytes(sb[56:58], "little"))
+print("label:", sb[120:136].rstrip(b"\0").decode())"#;
 
 /// Runs the tour; every command is shown before it runs, so that a user can repeat it.
 pub(crate) fn run() -> Result<()> {
@@ -98,12 +98,12 @@ fn export(dir: &Path) -> Result<Option<Daemon>> {
 /// One client connects and stays; another comes, reads and goes; the first still reads.
 fn two_clients(dir: &Path, uri: &str) -> Result<()> {
     say("Two clients at the same time: the first stays connected while the second reads");
-    let first = format!(
-        "{LABEL_SCRIPT}\nimport sys; sys.stdout.flush(); input()\nprint('the first still reads:', h.pread(17, 0).decode())"
-    );
+    let stay = r#"import sys; sys.stdout.flush(); input()
+print("the first client still reads:", h.pread(512, 0)[:17].decode())"#;
+    let first = format!("{LABEL_SCRIPT}\n{stay}");
     let mut command = shell::command("nbdsh");
     command.args(["-u", uri, "-c", LABEL_SCRIPT]);
-    show(&format!("{} # first", shell::show(&command)));
+    show(&format!("{} # the first, which stays", shell::show(&command)));
     let mut child = shell::command("nbdsh")
         .args(["-u", uri, "-c", &first])
         .current_dir(dir)
