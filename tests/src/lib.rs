@@ -14,6 +14,7 @@
 
 mod dir;
 mod image;
+mod nbdkit;
 mod process;
 mod qsd;
 pub mod raw;
@@ -21,6 +22,7 @@ mod server;
 
 pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};
+pub use nbdkit::{Nbdkit, daemonised, nbdkit, panicking_plugin, plugin};
 pub use process::{Cmd, DEADLINE, Daemon, Output, eventually, root, tool};
 pub use qsd::{Export, Qsd};
 pub use server::{Address, Nbdblk, nbdblk};
