@@ -23,7 +23,9 @@ mod device;
 mod error;
 mod extent;
 mod gate;
+mod job;
 mod mem;
+mod slots;
 pub mod socket;
 
 #[cfg(feature = "conformance")]
