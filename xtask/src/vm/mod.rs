@@ -36,7 +36,8 @@ usage: cargo xtask vm prepare [--force]
   --no-iommu        leave the IOMMU out; VFIO then works without one (CAP_SYS_RAWIO)
 
 The workspace and its target directory are shared, read and write, at the same paths. run, test and shell prepare by
-themselves. NBDBLK_VM_CACHE moves the image (1 GB), NBDBLK_VM_MIRROR names a Debian archive other than apt's.";
+themselves. NBDBLK_VM_CACHE moves the image (1 GB), NBDBLK_VM_MIRROR names a Debian archive other than apt's,
+NBDBLK_BIN names a program that test uses instead of building one.";
 
 /// Does what the words after `vm` ask for.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
@@ -83,7 +84,10 @@ fn test(options: &Options<'_>) -> Result<()> {
             return Ok(());
         }
     };
-    let nbdblk = shell::build_nbdblk()?;
+    let nbdblk = match std::env::var_os("NBDBLK_BIN") {
+        Some(path) => path.into(),
+        None => shell::build_nbdblk()?,
+    };
     let tests = build_tests()?;
     let path = |path: &Path| path.to_str().map(String::from).context("a path of the build is not UTF-8");
     let mut words = vec!["env".into(), format!("NBDBLK_BIN={}", path(&nbdblk)?), path(&tests)?];

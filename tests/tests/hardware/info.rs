@@ -1,0 +1,49 @@
+//! What nbdblk says of a device, against what the kernel says of it.
+
+use std::fs;
+use std::path::Path;
+
+use nbdblk_tests::{Dir, nbdinfo, tool};
+use serde_json::json;
+
+use crate::target::{Other, Target};
+
+/// Size, blocks, and what the device can do; the same to clients.
+pub(crate) fn is_true(target: &Target) {
+    let info = target.info();
+    assert_eq!(info["block_size"], target.block, "{info:#}");
+    for act in ["flush", "zero", "discard"] {
+        assert_eq!(info["caps"][act], true, "every device here can {act}: {info:#}");
+    }
+    assert_eq!(info["caps"]["read_only"], false);
+    let size = target.behind(|storage| match target.other {
+        Other::File(_) => fs::metadata(storage).expect("the file is there").len(),
+        _ => {
+            let queue = Path::new("/sys/block").join(storage.file_name().expect("a disk has a name")).join("queue");
+            let says = |name: &str| fs::read_to_string(queue.join(name)).expect("sysfs has it").trim().to_owned();
+            // Through the page cache bytes are blocks; what lies under it is asked for with direct=true.
+            if target.block > 1 {
+                assert_eq!(says("logical_block_size"), target.block.to_string());
+            }
+            assert_eq!(json!(says("rotational") == "1"), info["caps"]["rotational"]);
+            assert_eq!(json!(says("write_cache") == "write back"), info["properties"]["flush-needed"]);
+            assert_ne!(says("discard_max_bytes"), "0");
+            let serial = queue.join("../device/serial");
+            let serial = fs::read_to_string(serial).or_else(|_| fs::read_to_string(queue.join("../serial")));
+            assert_eq!(serial.expect("a disk of the machine has a serial number").trim(), info["serial"]);
+            let size = tool("blockdev").args(["--getsize64".as_ref(), storage]).ok().out;
+            size.trim().parse().expect("a size is a number")
+        }
+    });
+    assert_eq!(info["size"], size);
+
+    let dir = Dir::new();
+    let server = target.serve(&dir);
+    let export = &nbdinfo(&server.uri())["exports"][0];
+    assert_eq!(export["export-size"], size);
+    assert_eq!(export["block_size_minimum"], target.block);
+    for flag in ["can_flush", "can_fua", "can_zero", "can_trim", "can_multi_conn"] {
+        assert_eq!(export[flag], true, "{flag}: {export:#}");
+    }
+    assert!(server.terminate().success());
+}

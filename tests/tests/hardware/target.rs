@@ -1,0 +1,148 @@
+//! A device under test, and the other way to its storage.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+
+use nbdblk_tests::{Dir, Nbdblk, eventually, nbdblk, tool};
+use serde_json::Value;
+
+/// A row of the table. `$NAME` in a text is a variable of the machine (`xtask/vm/README.md`).
+#[derive(Debug)]
+pub(crate) struct Target {
+    /// What nbdblk is given.
+    pub(crate) spec: &'static str,
+    /// The smallest block that clients are to be told, bytes.
+    pub(crate) block: u64,
+    /// How to see the same bytes without nbdblk.
+    pub(crate) other: Other,
+}
+
+/// The other way to a device's storage.
+#[derive(Debug)]
+#[expect(dead_code, reason = "the drivers that take a PCI device for themselves come next")]
+pub(crate) enum Other {
+    /// A block device of the kernel.
+    Disk(&'static str),
+    /// A file that the device keeps its data in.
+    File(&'static str),
+    /// An NVMe controller that vfio-pci has: a namespace by its NSID, seen through the kernel's driver for a while.
+    Nvme(&'static str, u32),
+    /// A virtio-blk device that vfio-pci has, seen through the kernel's driver for a while.
+    VirtioPci(&'static str),
+}
+
+impl Target {
+    /// Does the check, if this is the machine.
+    pub(crate) fn check(&self, check: impl FnOnce(&Self)) {
+        if std::env::var_os("NBDBLK_VM").is_some() {
+            check(self);
+        } else {
+            static SAID: Once = Once::new();
+            // Not by eprintln, which a test that passes does not show.
+            let say = || std::io::stderr().write_all(b"\nSKIPPED: hardware tests run by `cargo xtask vm test` only\n");
+            SAID.call_once(|| drop(say()));
+        }
+    }
+
+    /// The argument of nbdblk.
+    pub(crate) fn spec(&self) -> String {
+        expand(self.spec)
+    }
+
+    /// A server of the device on a unix socket.
+    pub(crate) fn serve(&self, dir: &Dir) -> Nbdblk {
+        Nbdblk::unix(dir, &[&self.spec()])
+    }
+
+    /// What `nbdblk info` says of it.
+    pub(crate) fn info(&self) -> Value {
+        serde_json::from_str(&nbdblk().args(["info", "--json", &self.spec()]).ok().out).expect("info prints JSON")
+    }
+
+    /// Lends the path of the storage; nothing else may have the device open.
+    pub(crate) fn behind<T>(&self, look: impl FnOnce(&Path) -> T) -> T {
+        let disk = |lent: Option<Lent>, path: PathBuf| {
+            // The kernel forgets what it remembers of the contents.
+            tool("blockdev").args(["--flushbufs".as_ref(), path.as_path()]).ok();
+            (lent, path)
+        };
+        let given_back = |address: &str, driver, nsid| {
+            let address = expand(address);
+            disk(Some(Lent::to(driver, &address)), await_disk(&address, nsid))
+        };
+        let (_lent, path) = match self.other {
+            Other::File(path) => (None, expand(path).into()),
+            Other::Disk(path) => disk(None, expand(path).into()),
+            Other::Nvme(address, nsid) => given_back(address, "nvme", Some(nsid)),
+            Other::VirtioPci(address) => given_back(address, "virtio-pci", None),
+        };
+        look(&path)
+    }
+
+    /// Panics unless the `len` bytes at `at` of the storage are those at the start of `file`.
+    pub(crate) fn assert_holds(&self, file: &Path, at: u64, len: u64) {
+        self.behind(|storage| {
+            tool("cmp").args([format!("--ignore-initial=0:{at}"), format!("--bytes={len}")]).args([file, storage]).ok()
+        });
+    }
+}
+
+/// Puts the machine's variables in.
+fn expand(text: &str) -> String {
+    let mut parts = text.split('$');
+    let mut whole = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end =
+            part.find(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')).unwrap_or(part.len());
+        let (name, rest) = part.split_at(end);
+        whole += &std::env::var(name).unwrap_or_else(|_| panic!("the machine has no variable {name}"));
+        whole += rest;
+    }
+    whole
+}
+
+/// The kernel's disk on a PCI device.
+fn await_disk(address: &str, nsid: Option<u32>) -> PathBuf {
+    let part = format!("/{address}/");
+    let is_it = |disk: &Path| {
+        let below = std::fs::canonicalize(disk).is_ok_and(|path| path.to_string_lossy().contains(&part));
+        let number = || std::fs::read_to_string(disk.join("nsid")).ok()?.trim().parse().ok();
+        below && (nsid.is_none() || nsid == number())
+    };
+    let mut found = None;
+    eventually(&format!("a disk on {address}"), || {
+        let disks = std::fs::read_dir("/sys/block").expect("sysfs is mounted");
+        found = disks.flatten().map(|entry| entry.path()).find(|disk| is_it(disk));
+        found.is_some()
+    });
+    let disk = Path::new("/dev").join(found.as_deref().and_then(Path::file_name).expect("it was found"));
+    eventually("the node of the disk", || disk.exists());
+    disk
+}
+
+/// A PCI device that a driver of the kernel has for a while; vfio-pci has it again when this is dropped.
+#[derive(Debug)]
+struct Lent(String);
+
+impl Lent {
+    fn to(driver: &str, address: &str) -> Self {
+        bind(driver, address).unwrap_or_else(|error| panic!("giving {address} to {driver}: {error}"));
+        Self(address.into())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let result = bind("vfio-pci", &self.0);
+        // A second panic would hide the first.
+        assert!(result.is_ok() || std::thread::panicking(), "giving {} back to vfio-pci: {result:?}", self.0);
+    }
+}
+
+fn bind(driver: &str, address: &str) -> std::io::Result<()> {
+    let device = Path::new("/sys/bus/pci/devices").join(address);
+    std::fs::write(device.join("driver/unbind"), address)?;
+    std::fs::write(device.join("driver_override"), driver)?;
+    std::fs::write("/sys/bus/pci/drivers_probe", address)
+}
