@@ -7,17 +7,16 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     ptr::{null, null_mut},
     slice,
-    sync::Arc,
 };
 
-use blkdev::{Error, ExtentKind, Io};
+use blkdev::{Error, ExtentKind, Info, Io};
 use blkdev_drivers::drivers;
 
 use crate::{
     abi::{self, Ask, Exports, Extents, Table},
     config::{self, Fault},
     host,
-    plugin::{self, Plugin},
+    plugin::{self, Connection},
 };
 
 /// What nbdkit looks up by its name when it has loaded the plugin.
@@ -109,9 +108,9 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 
 /// # Safety
 /// `handle` is what `open` returned, and has not been closed: nbdkit calls back with nothing else.
-unsafe fn plugin<'a>(handle: *mut c_void) -> &'a Plugin {
-    // SAFETY: `open` made it of an Arc that `close` takes back, after all other callbacks of the connection.
-    unsafe { &*handle.cast::<Plugin>() }
+unsafe fn connection<'a>(handle: *mut c_void) -> &'a Connection {
+    // SAFETY: `open` made it of a Box that `close` takes back, after all other callbacks of the connection.
+    unsafe { &*handle.cast::<Connection>() }
 }
 
 /// # Safety
@@ -161,13 +160,13 @@ extern "C" fn dump_plugin() {
 }
 
 extern "C" fn open(_readonly: c_int) -> *mut c_void {
-    guarded("open", null_mut(), || Ok(Arc::into_raw(plugin::open()?).cast_mut().cast()))
+    guarded("open", null_mut(), || Ok(Box::into_raw(Box::new(plugin::open()?)).cast()))
 }
 
 unsafe extern "C" fn close(handle: *mut c_void) {
     guarded("close", (), || {
         // SAFETY: nbdkit closes each handle once, after all other callbacks of the connection.
-        drop(unsafe { Arc::from_raw(handle.cast_const().cast::<Plugin>()) });
+        drop(unsafe { Box::from_raw(handle.cast::<Connection>()) });
         Ok(())
     });
 }
@@ -175,7 +174,7 @@ unsafe extern "C" fn close(handle: *mut c_void) {
 unsafe extern "C" fn get_size(handle: *mut c_void) -> i64 {
     guarded("get_size", -1, || {
         // SAFETY: a handle of `open`.
-        let size = unsafe { plugin(handle) }.pool.capacity();
+        let size = unsafe { connection(handle) }.capacity();
         size.try_into()
             .map_err(|_| Fault { errno: libc::EOVERFLOW, text: format!("{size} bytes are too many for NBD") })
     })
@@ -183,9 +182,9 @@ unsafe extern "C" fn get_size(handle: *mut c_void) -> i64 {
 
 /// # Safety
 /// `handle` is nbdkit's.
-unsafe fn answer(handle: *mut c_void, name: &str, ask: impl FnOnce(&Plugin) -> c_int) -> c_int {
+unsafe fn answer(handle: *mut c_void, name: &str, ask: impl FnOnce(&Info) -> c_int) -> c_int {
     // SAFETY: a handle of `open`.
-    guarded(name, -1, || Ok(ask(unsafe { plugin(handle) })))
+    guarded(name, -1, || Ok(ask(unsafe { connection(handle) }.info())))
 }
 
 macro_rules! questions {
@@ -203,21 +202,21 @@ questions! {
     /// A flush on one connection covers what others have written: the device is one, and a write is answered when it is
     /// done. A device without a volatile cache has nothing to do on a flush.
     yes: |_| 1;
-    can_write: |plugin| (!plugin.pool.info().caps.read_only).into();
-    can_trim: |plugin| plugin.pool.info().caps.discard.into();
-    is_rotational: |plugin| plugin.pool.info().caps.rotational.into();
-    can_extents: |plugin| plugin.pool.info().caps.status.into();
+    can_write: |info| (!info.caps.read_only).into();
+    can_trim: |info| info.caps.discard.into();
+    is_rotational: |info| info.caps.rotational.into();
+    can_extents: |info| info.caps.status.into();
     /// Where zeroes are written one by one it is no faster than writing.
-    can_fast_zero: |plugin| plugin.pool.info().caps.zero.into();
-    can_fua: |plugin| {
-        let caps = plugin.pool.info().caps;
+    can_fast_zero: |info| info.caps.zero.into();
+    can_fua: |info| {
+        let caps = info.caps;
         match (caps.read_only, caps.fua || !caps.flush) {
             (true, _) => abi::FUA_NONE,
             (false, true) => abi::FUA_NATIVE,
             (false, false) => abi::FUA_EMULATE,
         }
     };
-    can_cache: |plugin| if plugin.pool.info().caps.prefetch { abi::CACHE_NATIVE } else { abi::CACHE_NONE };
+    can_cache: |info| if info.caps.prefetch { abi::CACHE_NATIVE } else { abi::CACHE_NONE };
 }
 
 /// Ends a request. What is wrong is said in the words of the request; that something cannot be done fast is no error.
@@ -240,25 +239,25 @@ fn failure(error: Error, what: &str, len: u32, at: u64) -> Fault {
 unsafe extern "C" fn pread(handle: *mut c_void, into: *mut c_void, len: u32, at: u64, _flags: u32) -> c_int {
     guarded("pread", -1, || {
         // SAFETY: a handle of `open`; nbdkit's buffer has `len` bytes and is ours for the time of the call.
-        let (plugin, bytes) = unsafe { (plugin(handle), slice::from_raw_parts_mut(into.cast(), len as usize)) };
+        let (connection, bytes) = unsafe { (connection(handle), slice::from_raw_parts_mut(into.cast(), len as usize)) };
         #[cfg(feature = "panic-test")]
-        assert!(plugin.panic_at() != Some(at), "told to panic at {at}");
-        ended(plugin.pool.read(at, bytes), "read", len, at)
+        assert!(connection.panic_at() != Some(at), "told to panic at {at}");
+        ended(connection.read(at, bytes), "read", len, at)
     })
 }
 
 unsafe extern "C" fn pwrite(handle: *mut c_void, from: *const c_void, len: u32, at: u64, flags: u32) -> c_int {
     guarded("pwrite", -1, || {
         // SAFETY: as in `pread`; nobody changes the buffer meanwhile.
-        let (plugin, bytes) = unsafe { (plugin(handle), slice::from_raw_parts(from.cast(), len as usize)) };
-        ended(plugin.pool.write(at, bytes, flags & abi::FLAG_FUA != 0), "write", len, at)
+        let (connection, bytes) = unsafe { (connection(handle), slice::from_raw_parts(from.cast(), len as usize)) };
+        ended(connection.write(at, bytes, flags & abi::FLAG_FUA != 0), "write", len, at)
     })
 }
 
 unsafe extern "C" fn flush(handle: *mut c_void, _flags: u32) -> c_int {
     guarded("flush", -1, || {
         // SAFETY: a handle of `open`.
-        let result = unsafe { plugin(handle) }.pool.run(Io::Flush);
+        let result = unsafe { connection(handle) }.run(Io::Flush);
         result.map(|()| 0).map_err(|error| Fault { errno: error.errno(), text: format!("flush: {error}") })
     })
 }
@@ -267,7 +266,7 @@ unsafe extern "C" fn trim(handle: *mut c_void, len: u32, at: u64, flags: u32) ->
     guarded("trim", -1, || {
         let io = Io::Discard { at, len: len.into(), fua: flags & abi::FLAG_FUA != 0 };
         // SAFETY: a handle of `open`.
-        ended(unsafe { plugin(handle) }.pool.run(io), "trim", len, at)
+        ended(unsafe { connection(handle) }.run(io), "trim", len, at)
     })
 }
 
@@ -277,22 +276,22 @@ unsafe extern "C" fn zero(handle: *mut c_void, len: u32, at: u64, flags: u32) ->
         let (fua, unmap, fast) = (has(abi::FLAG_FUA), has(abi::FLAG_MAY_TRIM), has(abi::FLAG_FAST_ZERO));
         let io = Io::Zero { at, len: len.into(), fua, unmap, fast };
         // SAFETY: a handle of `open`.
-        ended(unsafe { plugin(handle) }.pool.run(io), "zero", len, at)
+        ended(unsafe { connection(handle) }.run(io), "zero", len, at)
     })
 }
 
 unsafe extern "C" fn cache(handle: *mut c_void, len: u32, at: u64, _flags: u32) -> c_int {
     guarded("cache", -1, || {
         // SAFETY: a handle of `open`.
-        ended(unsafe { plugin(handle) }.pool.run(Io::Prefetch { at, len: len.into() }), "cache", len, at)
+        ended(unsafe { connection(handle) }.run(Io::Prefetch { at, len: len.into() }), "cache", len, at)
     })
 }
 
 unsafe extern "C" fn extents(handle: *mut c_void, len: u32, at: u64, _flags: u32, list: *mut Extents) -> c_int {
     guarded("extents", -1, || {
         // SAFETY: a handle of `open`; the list is nbdkit's for this call.
-        let (plugin, mut list) = unsafe { (plugin(handle), host::Status::new(list)) };
-        let found = plugin.pool.status(at, len.into()).map_err(|error| failure(error, "block status", len, at))?;
+        let (connection, mut list) = unsafe { (connection(handle), host::Status::new(list)) };
+        let found = connection.status(at, len.into()).map_err(|error| failure(error, "block status", len, at))?;
         for extent in found {
             let kind = match extent.kind {
                 ExtentKind::Data => 0,
@@ -311,7 +310,7 @@ unsafe extern "C" fn block_size(handle: *mut c_void, min: *mut u32, preferred: *
     guarded("block_size", -1, || {
         // SAFETY: a handle of `open`; nbdkit has room for the three answers.
         unsafe {
-            let info = plugin(handle).pool.info();
+            let info = connection(handle).info();
             *min = info.block_size;
             *preferred = info.preferred_block_size.max(info.block_size).min(PREFERRED_MAX);
             *max = REQUEST_MAX;
@@ -334,5 +333,5 @@ extern "C" fn default_export(_readonly: c_int, _tls: c_int) -> *const c_char {
 
 unsafe extern "C" fn export_description(handle: *mut c_void) -> *const c_char {
     // SAFETY: a handle of `open`; the text lives as long as the device, which the connection holds.
-    guarded("export_description", null(), || Ok(unsafe { plugin(handle) }.description().as_ptr()))
+    guarded("export_description", null(), || Ok(unsafe { connection(handle) }.description().as_ptr()))
 }

@@ -1,13 +1,14 @@
 //! What the plugin is at any time: words, then a choice, then an open device that all connections share.
 
 use std::{
+    ffi::{CStr, CString},
     io,
     num::NonZero,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
 
-use blkdev::Device;
+use blkdev::{Device, Error, Extent, Info, Io};
 use blkdev_drivers::{Settings, properties};
 
 use crate::{
@@ -29,11 +30,11 @@ enum State {
 /// The device, and what each connection wants to know of it.
 #[derive(Debug)]
 pub(crate) struct Plugin {
-    pub(crate) pool: Pool,
+    pool: Pool,
     settings: Settings,
     choice: Choice,
     device: Arc<dyn Device>,
-    description: std::ffi::CString,
+    description: CString,
 }
 
 fn state() -> MutexGuard<'static, State> {
@@ -85,14 +86,15 @@ pub(crate) fn after_fork() -> Result<(), Fault> {
     Ok(())
 }
 
-/// For a connection.
-pub(crate) fn open() -> Result<Arc<Plugin>, Fault> {
+/// For a connection, or to be asked once.
+pub(crate) fn open() -> Result<Connection, Fault> {
     let State::Serving(plugin) = &*state() else {
         return Err(Fault { errno: libc::ESHUTDOWN, text: "the device is not open".into() });
     };
     let plugin = Arc::clone(plugin);
     plugin.tell()?;
-    Ok(plugin)
+    let lane = plugin.pool.pick();
+    Ok(Connection { plugin, lane })
 }
 
 /// The last connection has gone: the device is closed, within the time that a request may take.
@@ -134,14 +136,48 @@ impl Plugin {
         }
         Ok(())
     }
+}
 
-    pub(crate) fn description(&self) -> &std::ffi::CStr {
-        &self.description
+/// One client of the device.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    plugin: Arc<Plugin>,
+    lane: usize,
+}
+
+impl Connection {
+    pub(crate) fn info(&self) -> &Info {
+        self.plugin.pool.info()
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.plugin.pool.capacity()
+    }
+
+    pub(crate) fn description(&self) -> &CStr {
+        &self.plugin.description
+    }
+
+    pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        self.plugin.pool.read(self.lane, at, bytes)
+    }
+
+    pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
+        self.plugin.pool.write(self.lane, at, bytes, fua)
+    }
+
+    /// A request without payload.
+    pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
+        self.plugin.pool.run(self.lane, io)
+    }
+
+    pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
+        self.plugin.pool.status(self.lane, at, len)
     }
 
     #[cfg(feature = "panic-test")]
     pub(crate) fn panic_at(&self) -> Option<u64> {
-        self.choice.panic_at
+        self.plugin.choice.panic_at
     }
 }
 

@@ -30,6 +30,13 @@ const PIECE: usize = 4 << 20;
 /// What is copied while the lane is locked; more than that would keep others waiting longer than locking twice does.
 const COPY_LOCKED: usize = 32 << 10;
 
+/// The most looks before sleeping. Each gives the core away, so that on a busy machine they are the time the others need,
+/// and on an idle one a few microseconds.
+const PATIENCE_MAX: u32 = 8;
+
+/// Sleeps after which a lane that has lost its patience tries again.
+const TRIAL: u32 = 32;
+
 /// A device, open, and the Channels on it.
 pub(crate) struct Pool {
     /// Before the device, so that its queues have drained when it closes.
@@ -37,6 +44,8 @@ pub(crate) struct Pool {
     device: Arc<dyn Device>,
     info: Info,
     piece: usize,
+    /// So many were there so far.
+    connections: AtomicUsize,
 }
 
 impl Pool {
@@ -48,7 +57,7 @@ impl Pool {
         let info = device.info().clone();
         let channels = Plan { memory, ..Plan::default() }.open(&device, count)?;
         let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<_>>()?;
-        Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4) })
+        Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4), connections: AtomicUsize::new(0) })
     }
 
     /// Limits and capabilities of the device.
@@ -61,9 +70,15 @@ impl Pool {
         self.device.capacity()
     }
 
+    /// A lane for one more connection. All threads of a connection share one: the more there are, the more each wake-up
+    /// brings, and the fewer there are to be paid for.
+    pub(crate) fn pick(&self) -> usize {
+        self.connections.fetch_add(1, Ordering::Relaxed) % self.lanes.len()
+    }
+
     /// Fills `bytes` from the device.
-    pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        let lane = self.lane();
+    pub(crate) fn read(&self, lane: usize, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let lane = &self.lanes[lane];
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (state, buf) = lane.alloc(at, len)?;
             match lane.run(state, Io::Read { at, buf }) {
@@ -79,8 +94,8 @@ impl Pool {
     }
 
     /// Writes `bytes` to the device.
-    pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
-        let lane = self.lane();
+    pub(crate) fn write(&self, lane: usize, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
+        let lane = &self.lanes[lane];
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (mut state, mut buf) = lane.alloc(at, len)?;
             if len > COPY_LOCKED {
@@ -102,25 +117,18 @@ impl Pool {
     }
 
     /// A request without payload.
-    pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
-        let lane = self.lane();
+    pub(crate) fn run(&self, lane: usize, io: Io) -> Result<(), Error> {
+        let lane = &self.lanes[lane];
         lane.run(lane.lock()?, io).map(drop)
     }
 
     /// What the range holds, at least from its start.
-    pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
-        let lane = self.lane();
+    pub(crate) fn status(&self, lane: usize, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
+        let lane = &self.lanes[lane];
         match lane.run(lane.lock()?, Io::Status { at, len, extents: Vec::new() })? {
             Io::Status { extents, .. } => Ok(extents),
             io => unreachable!("a question comes back as one, not as {io:?}"),
         }
-    }
-
-    /// Each thread keeps to one lane.
-    fn lane(&self) -> &Lane {
-        static THREADS: AtomicUsize = AtomicUsize::new(0);
-        thread_local!(static MINE: usize = THREADS.fetch_add(1, Ordering::Relaxed));
-        &self.lanes[MINE.with(|mine| mine % self.lanes.len())]
     }
 }
 
@@ -171,6 +179,10 @@ struct State {
     /// Those who wait for memory are served in the order of these.
     ticket: u64,
     served: u64,
+    /// Looks that the leader takes before it sleeps.
+    patience: u32,
+    /// Times that it slept without a look.
+    sleeps: u32,
 }
 
 /// Who reaps.
@@ -220,6 +232,8 @@ impl Lane {
             woken: Vec::new(),
             ticket: 0,
             served: 0,
+            patience: 2,
+            sleeps: 0,
         };
         Ok(Self {
             state: Mutex::new(state),
@@ -304,14 +318,16 @@ impl Lane {
         let tag = state.sit(&seat);
         let before = state.channel.in_flight();
         state.channel.submit(tag.into(), io);
-        state.channel.kick();
         match state.lead {
             Lead::Vacant => {
+                state.channel.kick();
                 state.lead = Lead::Awake;
                 self.lead(state, &seat);
             }
+            // It will look in any case, and ring the bell for all that have come meanwhile.
             Lead::Awake => drop(state),
             Lead::Asleep(until) => {
+                state.channel.kick();
                 // It ended at once, which wakes nobody, or asks for a look sooner than the leader would have one.
                 let due = state.channel.due();
                 if state.channel.in_flight() == before || due.is_some_and(|due| until.is_none_or(|until| due < until)) {
@@ -345,6 +361,7 @@ impl Lane {
     /// Reaps for all until the request of `seat` has ended; then somebody else does.
     fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, seat: &Seat) {
         let _down = Down(self);
+        let mut looks = 0;
         loop {
             state.turn();
             let ended = seat.calls.load(Ordering::Relaxed) & DONE != 0;
@@ -352,6 +369,8 @@ impl Lane {
                 state.hand_over();
             }
             if ended || !state.woken.is_empty() {
+                state.learn(looks, false);
+                looks = 0;
                 let mut woken = seat.woken.lock().unwrap_or_else(PoisonError::into_inner);
                 std::mem::swap(&mut state.woken, &mut woken);
                 drop(state);
@@ -368,9 +387,20 @@ impl Lane {
                 state = again;
                 continue;
             }
+            if looks < state.patience {
+                looks += 1;
+                drop(state);
+                // To the device's process, or to a thread with the next request, if they wait for this core.
+                thread::yield_now();
+                let Ok(again) = self.lock() else { return };
+                state = again;
+                continue;
+            }
             if !state.channel.arm() {
                 continue;
             }
+            state.learn(looks, true);
+            looks = 0;
             let due = state.channel.due();
             state.lead = Lead::Asleep(due);
             drop(state);
@@ -444,6 +474,22 @@ impl State {
         self.done = done;
     }
 
+    /// The leader has looked so many times and found nothing; then it went to sleep, or something came. Learns how many
+    /// times are worth it: none for a slow device, but for a trial now and then.
+    fn learn(&mut self, looks: u32, slept: bool) {
+        match (slept, looks) {
+            (false, 0) => {}
+            (false, _) => self.patience = (self.patience + 2).min(PATIENCE_MAX),
+            (true, 0) => {
+                self.sleeps += 1;
+                if self.sleeps.is_multiple_of(TRIAL) {
+                    self.patience = 2;
+                }
+            }
+            (true, _) => self.patience /= 2,
+        }
+    }
+
     /// The leader leaves: the newest of those who still wait takes over.
     fn hand_over(&mut self) {
         let newest = self.seats[self.newest as usize].as_ref();
@@ -468,5 +514,126 @@ impl Seat {
 
     fn call(&self, what: u32) {
         self.calls.fetch_or(what, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blkdev::{
+        ExtentKind,
+        fault::{Fault, Faults},
+        memory::Memory,
+    };
+
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn pool(device: impl Device + 'static, lanes: usize, memory: usize) -> Pool {
+        Pool::open(Arc::new(device), lanes, memory).unwrap()
+    }
+
+    /// A thread's own bytes, different for each block.
+    fn fill(bytes: &mut [u8], seed: u64) {
+        for (n, byte) in bytes.iter_mut().enumerate() {
+            *byte = (seed.wrapping_mul(31) + n as u64 / 64) as u8;
+        }
+    }
+
+    #[test]
+    fn a_request_is_cut_at_aligned_places() {
+        let check = |at, len, expected: &[(u64, usize, usize)]| {
+            assert_eq!(pieces(at, len, 4096).collect::<Vec<_>>(), expected, "{len} at {at}");
+        };
+        check(0, 0, &[]);
+        check(0, 4096, &[(0, 0, 4096)]);
+        check(100, 50, &[(100, 0, 50)]);
+        check(100, 8192, &[(100, 0, 3996), (4096, 3996, 4096), (8192, 8092, 100)]);
+    }
+
+    /// Sixteen threads write and read back ranges of their own, some longer than a lane's share of memory.
+    fn stir(pool: &Pool) {
+        thread::scope(|scope| {
+            for n in 0..16u64 {
+                scope.spawn(move || {
+                    let lane = pool.pick();
+                    for turn in 0..100u64 {
+                        let len = if turn % 50 == 7 { 3 * MIB } else { [512, 4096, 65536][turn as usize % 3] };
+                        let at = n * 4 * MIB as u64 + turn % 7;
+                        let (mut out, mut back) = (vec![0; len], vec![0; len]);
+                        fill(&mut out, n * 1000 + turn);
+                        pool.write(lane, at, &out, turn % 5 == 0).unwrap();
+                        pool.read(lane, at, &mut back).unwrap();
+                        assert!(out == back, "thread {n}, turn {turn}");
+                    }
+                    pool.run(lane, Io::Flush).unwrap();
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn many_threads_on_few_lanes_each_find_their_own_data() {
+        for lanes in [1, 2] {
+            stir(&pool(Memory::new(64 * MIB as u64), lanes, 8 * MIB));
+        }
+    }
+
+    #[test]
+    fn completions_that_are_late_and_out_of_order_find_their_threads() {
+        for seed in 0..4 {
+            stir(&pool(Fault::new(Memory::new(64 * MIB as u64), Faults::new(seed)), 1, 8 * MIB));
+        }
+    }
+
+    #[test]
+    fn a_device_that_dies_leaves_nobody_waiting() {
+        for seed in 0..16 {
+            let faults = Faults { death: Some(100 + seed * 7), ..Faults::new(seed) };
+            let pool = pool(Fault::new(Memory::new(64 * MIB as u64), faults), 1, 8 * MIB);
+            thread::scope(|scope| {
+                for n in 0..16u64 {
+                    let pool = &pool;
+                    scope.spawn(move || {
+                        let mut bytes = vec![0; 256 << 10];
+                        let ended = (0..1000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
+                        assert_eq!(ended, Some(Error::Gone), "seed {seed}");
+                        assert_eq!(pool.write(0, 0, &bytes, false), Err(Error::Gone), "seed {seed}");
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn threads_wait_for_memory_and_all_get_it() {
+        let pool = pool(Memory::new(64 * MIB as u64), 1, 8 * MIB);
+        thread::scope(|scope| {
+            for n in 0..12u64 {
+                let pool = &pool;
+                scope.spawn(move || {
+                    let mut bytes = vec![0; 2 * MIB + 512];
+                    fill(&mut bytes, n);
+                    let mut back = vec![0; bytes.len()];
+                    for _ in 0..20 {
+                        pool.write(0, n * 5 * MIB as u64, &bytes, false).unwrap();
+                        pool.read(0, n * 5 * MIB as u64, &mut back).unwrap();
+                        assert!(bytes == back);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn errors_reach_who_asked() {
+        let pool = pool(Memory::new(1 << 20), 1, 8 * MIB);
+        assert_eq!(pool.read(0, 1 << 20, &mut [0; 512]), Err(Error::OutOfRange));
+        assert_eq!(pool.write(0, (1 << 20) - 1, &[0; 2], false), Err(Error::OutOfRange));
+        assert_eq!(pool.run(0, Io::Discard { at: 0, len: 2 << 20, fua: false }), Err(Error::OutOfRange));
+        assert_eq!(pool.read(0, 0, &mut [0; 512]), Ok(()));
+        let extents = pool.status(0, 0, 1 << 20).unwrap();
+        assert_eq!(extents[0].at, 0);
+        assert!(extents[0].kind != ExtentKind::Data, "nothing was written");
     }
 }
