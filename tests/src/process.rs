@@ -187,7 +187,16 @@ impl Drop for Killed {
     }
 }
 
-/// A program that runs beside the test; killed when dropped.
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // The log goes with the directory of the test, and somebody will ask for it.
+        if std::thread::panicking() {
+            eprintln!("{} said:\n{}", self.shown, self.log());
+        }
+    }
+}
+
+/// A program that runs beside the test; killed when dropped, and quoted when the test fails.
 #[derive(Debug)]
 pub struct Daemon {
     child: Killed,
