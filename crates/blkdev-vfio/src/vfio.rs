@@ -179,10 +179,13 @@ impl PciDevice for Vfio {
             let text = format!("{}: {} vectors asked for, the device has {}", self.address, fds.len(), self.vectors);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        // The number of vectors that are enabled cannot grow on all kernels and devices (VFIO_IRQ_INFO_NORESIZE).
-        self.disable_irqs(VFIO_PCI_MSIX_IRQ_INDEX)?;
+        // First none: the number of those enabled cannot grow on all kernels (VFIO_IRQ_INFO_NORESIZE). EINVAL: none were.
+        let disabled = self.disable_irqs(VFIO_PCI_MSIX_IRQ_INDEX);
+        if fds.is_empty() {
+            return disabled.or_else(|e| if e.kind() == io::ErrorKind::InvalidInput { Ok(()) } else { Err(e) });
+        }
         let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        if fds.is_empty() { Ok(()) } else { self.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, 0, &fds) }
+        self.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, 0, &fds)
     }
 
     fn set_vector(&self, index: u16, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {

@@ -1,0 +1,35 @@
+//! NVMe controllers in user space, and namespaces through the kernel's passthrough, as [`blkdev::Device`]s.
+//!
+//! [`Nvme`] drives a controller by itself: over VFIO on real hardware, or over any other [`PciDevice`]. Each
+//! queue of the device is a queue pair of the controller's, with an interrupt vector of its own.
+//!
+//! ```no_run
+//! use blkdev::Device;
+//! use blkdev_nvme::{Nvme, Options, Target};
+//!
+//! let target: Target = "0000:01:00.0/2".parse()?;
+//! let disk = Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &Options::default())?;
+//! println!("{} bytes, serial number {}", disk.capacity(), disk.info().serial);
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! [`PciDevice`]: blkdev_vfio::PciDevice
+//!
+//! # A device that does not answer
+//! A command that takes longer than half of [`Options::timeout`] is aborted (and fails). When that does not help, the owner
+//! of the queue gives the device up: the controller is disabled, everything in flight ends with
+//! [`Error::Gone`](blkdev::Error::Gone), and memory that it may still have been writing to is not used again. The same
+//! happens when the controller says that it has failed (`CSTS.CFS`), answers what was not asked, or is taken away.
+
+mod admin;
+mod controller;
+mod life;
+mod pair;
+mod queue;
+pub mod spec;
+mod target;
+mod watch;
+mod window;
+
+pub use controller::{Nvme, Options};
+pub use target::Target;

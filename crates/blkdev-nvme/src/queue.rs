@@ -1,0 +1,201 @@
+//! [`IoQueue`]: one I/O queue pair as a [`Queue`].
+
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+    time::{Duration, Instant},
+};
+
+use blkdev::{Completion, Error, Op, Queue, Request};
+use nix::sys::eventfd::EventFd;
+
+use crate::{
+    admin::wait,
+    controller::{Disk, Owner},
+    pair::{List, Pair},
+    spec::{self, Command, Status, io},
+};
+
+/// How long a queue that is dropped waits for what is in flight.
+const DRAIN: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(crate) struct IoQueue {
+    owner: Arc<Owner>,
+    id: u16,
+    pair: Pair<Request>,
+    wake: Arc<EventFd>,
+    /// What ended when it was pushed.
+    ended: Vec<Completion>,
+}
+
+impl IoQueue {
+    pub(crate) fn new(owner: &Arc<Owner>, pair: Pair<Request>, wake: Arc<EventFd>) -> Self {
+        Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new() }
+    }
+
+    #[inline]
+    fn is_dead(&self) -> bool {
+        self.owner.core.life.is_dead()
+    }
+
+    /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
+    /// writes, too, because one that is still under way would otherwise put on the disk whatever the memory is used for
+    /// next.
+    #[cold]
+    fn finish(&mut self, done: &mut Vec<Completion>) {
+        done.extend(self.pair.take_all().map(|Request { tag, mut op }| {
+            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
+                buf.abandon();
+            }
+            Completion { tag, op, result: Err(Error::Gone) }
+        }));
+    }
+
+    /// Ends a request that the device is not asked for.
+    #[cold]
+    fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
+        self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
+        Ok(())
+    }
+}
+
+impl Queue for IoQueue {
+    #[inline]
+    fn push(&mut self, request: Request) -> Result<(), Request> {
+        if self.is_dead() {
+            return self.refuse(request, Error::Gone);
+        }
+        // The last two are not among this device's Caps, so never asked for.
+        if let Op::Status { .. } | Op::Prefetch { .. } = &request.op {
+            return self.refuse(request, Error::NotSupported);
+        }
+        let disk = &self.owner.core.disk;
+        self.pair.push(request, |request, list| describe(disk, &request.op, &list)).map(drop)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.pair.publish();
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.ended);
+        if self.is_dead() {
+            return self.finish(done);
+        }
+        loop {
+            match self.pair.pop() {
+                Ok(Some((Request { tag, op }, completion))) => {
+                    let result = settle(&op, completion.status);
+                    done.push(Completion { tag, op, result });
+                }
+                Ok(None) => break,
+                Err(nonsense) => {
+                    self.owner.core.life.end(&format!("queue {}: {nonsense}", self.id));
+                    return self.finish(done);
+                }
+            }
+        }
+        self.pair.acknowledge();
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wake.as_fd())
+    }
+
+    fn arm(&mut self) -> bool {
+        // Interrupts write to it for completions that were seen already, too. EAGAIN: they have not.
+        let _ = self.wake.read();
+        // After the eventfd was emptied: `Life::end` marks first and writes then.
+        fence(Ordering::SeqCst);
+        if self.is_dead() {
+            return self.pair.in_flight() == 0 && self.ended.is_empty();
+        }
+        // What came before the eventfd was emptied raises no interrupt again.
+        self.ended.is_empty() && !self.pair.has_completion()
+    }
+
+    fn give_up(&mut self) {
+        let count = self.pair.in_flight();
+        self.owner.core.life.end(&format!("queue {}: given up with {count} requests in flight", self.id));
+    }
+}
+
+/// The command for a request. `Channel` sees to it that it fits.
+#[inline]
+fn describe(disk: &Disk, op: &Op, list: &List<'_>) -> Command {
+    let blocks = |bytes: u64| bytes >> disk.block_shift;
+    match op {
+        Op::Read { at, buf } => {
+            let command = Command::transfer(io::READ, disk.nsid, blocks(*at), blocks(buf.len() as u64), false);
+            list.payload(command, buf.iova().get(), buf.len(), disk.sgl)
+        }
+        Op::Write { at, buf, fua } => {
+            let command = Command::transfer(io::WRITE, disk.nsid, blocks(*at), blocks(buf.len() as u64), *fua);
+            list.payload(command, buf.iova().get(), buf.len(), disk.sgl)
+        }
+        Op::Zero { at, len, unmap } => {
+            Command::write_zeroes(disk.nsid, blocks(*at), blocks(*len), *unmap && disk.deallocate)
+        }
+        Op::Discard { at, len } => {
+            let (mut block, mut left, mut count) = (blocks(*at), blocks(*len), 0);
+            while left > 0 {
+                let now = left.min(disk.range_max.into());
+                let [low, high] = spec::range(block, now as u32);
+                list.put(2 * count, low);
+                list.put(2 * count + 1, high);
+                (block, left, count) = (block + now, left - now, count + 1);
+            }
+            Command::deallocate(disk.nsid, count).prps(list.address(), 0)
+        }
+        Op::Flush => Command::new(io::FLUSH, disk.nsid),
+        Op::Status { .. } | Op::Prefetch { .. } => unreachable!("what the device cannot do is refused before"),
+    }
+}
+
+/// What the status means for the request.
+#[inline]
+pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
+    match (op, status.result()) {
+        (_, Ok(())) => Ok(()),
+        // The command is well-formed, so a field that is not valid is one that this controller does not know.
+        (Op::Zero { .. } | Op::Discard { .. }, Err(Error::Invalid)) => Err(Error::NotSupported),
+        (_, Err(error)) => {
+            log::debug!("{op:?}: {status}");
+            Err(error)
+        }
+    }
+}
+
+impl Drop for IoQueue {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        let core = Arc::clone(&self.owner.core);
+        let deadline = Instant::now() + core.info.timeout.map_or(DRAIN, |timeout| timeout.min(DRAIN));
+        self.kick();
+        loop {
+            self.reap(&mut done);
+            done.clear();
+            if self.pair.in_flight() == 0 {
+                break;
+            }
+            if self.arm()
+                && !wait(&self.wake, deadline.saturating_duration_since(Instant::now()))
+                && deadline <= Instant::now()
+            {
+                self.give_up();
+            }
+        }
+        if core.life.is_dead() {
+            // Its memory stays mapped, and the queue taken.
+            core.life.unwatch(&self.wake);
+            return;
+        }
+        core.close_queue(self.id, self.pair.mapping(), &self.wake);
+    }
+}

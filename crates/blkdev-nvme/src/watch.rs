@@ -1,0 +1,207 @@
+//! [`Watch`]: the thread that looks after a controller: events, commands that take too long, failure and removal.
+
+use std::{
+    io,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+
+use crate::{
+    admin::Failure,
+    controller::{Core, Place, check, lock},
+    spec::{Command, Namespace, cns},
+};
+
+/// A running thread. To be [stopped](Self::stop).
+#[derive(Debug)]
+pub(crate) struct Watch {
+    /// Written when the device dies, and to stop.
+    bell: Arc<EventFd>,
+    stopping: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    pub(crate) fn start(core: &Arc<Core>) -> io::Result<Self> {
+        let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let (bell, removal) = (Arc::new(eventfd()?), eventfd()?);
+        core.pci.watch_removal(removal.as_fd())?;
+        core.life.watch(&bell);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let guard = Guard {
+            core: Arc::clone(core),
+            wake: Arc::clone(&lock(&core.admin).wake),
+            bell: Arc::clone(&bell),
+            removal,
+            stopping: Arc::clone(&stopping),
+            aborted: Vec::new(),
+        };
+        let thread = thread::Builder::new().name("nvme-watch".to_owned()).spawn(move || guard.run())?;
+        Ok(Self { bell, stopping, thread: Some(thread) })
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        let _ = self.bell.write(1);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the watching thread does not panic");
+        }
+    }
+}
+
+struct Guard {
+    core: Arc<Core>,
+    /// The admin queue's vector.
+    wake: Arc<EventFd>,
+    bell: Arc<EventFd>,
+    removal: EventFd,
+    stopping: Arc<AtomicBool>,
+    /// Commands that are being aborted: queue and identifier.
+    aborted: Vec<(u16, u16)>,
+}
+
+/// How often the status register is looked at, at least: a device that was taken away tells in no other way.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A command that has taken this many ticks is aborted; the owner of the queue gives the device up after 8 and a bit.
+const OLD: u16 = 4;
+
+impl Guard {
+    fn run(mut self) {
+        let tick = self.core.info.timeout.map(|timeout| (timeout / 8).max(Duration::from_millis(1)));
+        let mut next = Instant::now();
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Some(why) = self.core.registers.trouble() {
+                self.core.life.end(why);
+            }
+            if self.core.life.is_dead() {
+                self.core.cut_off();
+                // Nothing is left to be looked after.
+                while !self.stopping.load(Ordering::Acquire) {
+                    self.sleep(None);
+                }
+                return;
+            }
+            self.collect();
+            let now = Instant::now();
+            if let Some(tick) = tick
+                && now >= next
+            {
+                // One at a time, however long it was: a process that was stopped must first hear what has finished.
+                next = now + tick;
+                let clock = &self.core.clock;
+                let time = clock.load(Ordering::Relaxed) as u16;
+                clock.store(u32::from(time.checked_add(1).unwrap_or(1)), Ordering::Relaxed);
+                self.abort_old();
+            }
+            self.sleep(Some(tick.map_or(LOOK, |tick| next.saturating_duration_since(now).min(LOOK).min(tick))));
+        }
+    }
+
+    fn sleep(&self, time: Option<Duration>) {
+        let timeout = time.map_or(PollTimeout::NONE, |time| {
+            PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [&*self.bell, &self.removal, &*self.wake].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+        // A dead device's admin vector and removal are nobody's business any more.
+        let count = if time.is_some() { 3 } else { 1 };
+        if poll(&mut fds[..count], timeout).is_err() {
+            return;
+        }
+        let _ = self.bell.read();
+        if time.is_some() && self.removal.read().is_ok() {
+            self.core.life.end("it is being taken away, or its link has failed");
+        }
+    }
+
+    /// Deals with events.
+    fn collect(&mut self) {
+        let mut admin = lock(&self.core.admin);
+        let _ = admin.wake.read();
+        admin.collect();
+        for event in std::mem::take(&mut admin.events) {
+            let (kind, about, page) = (event & 7, event >> 8 & 0xff, event >> 16 & 0xff);
+            log::debug!("nvme {}: event {kind}/{about:02x}, log page {page:#x}", self.core.info.target);
+            match kind {
+                0 => log::warn!("nvme {}: the controller reports error {about:#x}", self.core.info.target),
+                1 => log::warn!("nvme {}: the controller warns of its health ({about:#x})", self.core.info.target),
+                _ => {}
+            }
+            // To read the page is what lets the event come again.
+            let len = if page == 4 { 4096 } else { 512 };
+            let read = admin.ask_bytes::<4096>(Command::log_page(page as u8, len));
+            if let Err(Failure::Dead) = read {
+                return;
+            }
+            if (kind, about) == (2, 0) {
+                let namespace = admin.identify(cns::NAMESPACE, self.core.disk.nsid);
+                if let Ok(bytes) = namespace {
+                    self.changed(&Namespace::parse(&bytes));
+                }
+            }
+            if self.core.life.is_dead() {
+                return;
+            }
+            admin.expect_event();
+        }
+    }
+
+    /// The namespace is perhaps not what it was.
+    fn changed(&self, namespace: &Namespace) {
+        let core = &self.core;
+        if let Err(why) = check(namespace, core.disk.nsid) {
+            return core.life.end(&why.to_string());
+        }
+        if namespace.block_shift != core.disk.block_shift {
+            return core.life.end("the namespace was formatted with blocks of another size");
+        }
+        let now = namespace.blocks << namespace.block_shift;
+        let before = core.capacity.swap(now, Ordering::Relaxed);
+        if now != before {
+            log::info!("nvme {}: capacity changed from {before} to {now} bytes", core.info.target);
+        }
+        if namespace.write_protected && !core.info.caps.read_only {
+            log::warn!("nvme {}: the namespace is write protected now", core.info.target);
+        }
+    }
+
+    /// Aborts what is overdue, each command once.
+    fn abort_old(&mut self) {
+        let mut old = Vec::new();
+        for (index, place) in lock(&self.core.queues).iter().enumerate() {
+            if let Place::Open(flights) = place {
+                old.extend(flights.older(OLD).map(|id| (index as u16 + 1, id)));
+            }
+        }
+        self.aborted.retain(|known| old.contains(known));
+        for (queue, id) in old {
+            if self.aborted.contains(&(queue, id)) {
+                continue;
+            }
+            self.aborted.push((queue, id));
+            // One that has ended meanwhile, or whose owner has not looked, is not found, and nothing happens.
+            match lock(&self.core.admin).ask(Command::abort(queue, id)) {
+                Ok(answer) if answer.result & 1 == 0 => {
+                    log::warn!(
+                        "nvme {}: queue {queue}: command {id:#06x} took too long: aborted",
+                        self.core.info.target
+                    );
+                }
+                Ok(_) | Err(Failure::Refused(_)) => {
+                    log::debug!("nvme {}: queue {queue}: command {id:#06x} cannot be aborted", self.core.info.target);
+                }
+                Err(Failure::Dead) => return,
+            }
+        }
+    }
+}

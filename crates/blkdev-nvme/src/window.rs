@@ -1,0 +1,88 @@
+//! [`Window`]: a stretch of queue memory, which the device may write at any time, behind bounds-checked atomic access.
+#![allow(unsafe_code)]
+
+use std::{
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+};
+
+use blkdev::Mapping;
+
+/// Memory that a controller reads commands from, and writes completions and structures to. Little-endian.
+///
+/// Offsets count bytes from its start and must be aligned to the value's size; both that and the bounds are checked.
+#[derive(Debug)]
+pub(crate) struct Window {
+    mapping: Arc<Mapping>,
+}
+
+impl Window {
+    /// All of a mapping that nobody else uses, set to zero.
+    pub(crate) fn zeroed(mapping: &Arc<Mapping>) -> Self {
+        // SAFETY: all of the mapping, which no device has been told of as a queue yet.
+        unsafe { ptr::write_bytes(mapping.as_ptr(), 0, mapping.len()) };
+        Self { mapping: Arc::clone(mapping) }
+    }
+
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// The address of byte `at`, as the device sees it behind an IOMMU.
+    #[inline]
+    pub(crate) fn iova(&self, at: usize) -> u64 {
+        assert!(at < self.mapping.len(), "an address lies in its window");
+        self.mapping.iova().get() + at as u64
+    }
+
+    #[inline]
+    fn at<T>(&self, at: usize) -> *mut T {
+        let len = self.mapping.len();
+        assert!(
+            at.is_multiple_of(size_of::<T>()) && at <= len && size_of::<T>() <= len - at,
+            "queue access at {at} lies in a window of {len}"
+        );
+        self.mapping.as_ptr().wrapping_add(at).cast()
+    }
+
+    #[inline]
+    pub(crate) fn load64(&self, at: usize, order: Ordering) -> u64 {
+        // SAFETY: `at` gives an aligned address within memory that `self.mapping` keeps mapped; the reference that
+        // `from_ptr` makes lives for this access only, is to an atomic, and all threads of this process use atomics.
+        u64::from_le(unsafe { AtomicU64::from_ptr(self.at(at)) }.load(order))
+    }
+
+    #[inline]
+    pub(crate) fn store64(&self, at: usize, value: u64) {
+        // SAFETY: as for the load. The doorbell's write makes it visible to the device.
+        unsafe { AtomicU64::from_ptr(self.at(at)) }.store(value.to_le(), Ordering::Relaxed);
+    }
+
+    /// A copy of `N` bytes.
+    pub(crate) fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+        // SAFETY: as for `load64`.
+        std::array::from_fn(|n| unsafe { AtomicU8::from_ptr(self.at(at + n)) }.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_little_endian() {
+        let window = Window::zeroed(&Mapping::new(1).unwrap());
+        window.store64(64, 0x0807_0605_0403_0201);
+        assert_eq!(window.load64(64, Ordering::Acquire), 0x0807_0605_0403_0201);
+        assert_eq!(window.read(64), [1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+
+    #[test]
+    #[should_panic(expected = "lies in a window")]
+    fn accesses_are_checked() {
+        Window::zeroed(&Mapping::new(1).unwrap()).load64(2 << 20, Ordering::Relaxed);
+    }
+}
