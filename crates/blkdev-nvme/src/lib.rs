@@ -24,6 +24,8 @@
 mod admin;
 mod controller;
 mod life;
+#[cfg(feature = "model")]
+pub mod model;
 mod pair;
 mod queue;
 pub mod spec;

@@ -1,0 +1,808 @@
+//! A model of an NVMe controller within this process, as a [`PciDevice`]: honest, or hostile in a chosen way.
+//!
+//! It holds every command against the specification, and panics (in a thread of its own, so that requests are not answered
+//! any more) when the driver breaks it: memory that was not mapped, lists that are misaligned, a queue that overflows.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    os::fd::{BorrowedFd, OwnedFd},
+    ptr,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use blkdev::{Mapping, fault::Rng};
+use blkdev_vfio::{Bar, PciDevice};
+
+use crate::spec::{COMMAND_LEN, COMPLETION_LEN, Completion, IDENTIFY_LEN, RANGE_LEN, Status, admin, cns, io as nvm};
+
+/// What the controller is like.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// Size of the namespace in blocks.
+    pub blocks: u64,
+    /// Its block's size as a power of two.
+    pub block_shift: u8,
+    /// Its identifier.
+    pub nsid: u32,
+    /// Longest transfer, as a power of two of memory pages; 0: no limit.
+    pub mdts: u8,
+    /// SGLs are offered.
+    pub sgl: bool,
+    /// Memory pages are at least of this size, a power of two.
+    pub page_shift: u8,
+    /// I/O queue pairs.
+    pub queues: u16,
+    /// Largest queue.
+    pub queue_size: u16,
+    /// Blocks in one range of Dataset Management; 0: no limit.
+    pub range_max: u32,
+    /// Bytes of metadata with each block.
+    pub metadata: u8,
+    /// Nothing can be written.
+    pub write_protected: bool,
+    /// Optional commands (`ONCS`).
+    pub oncs: u16,
+    /// A volatile write cache.
+    pub cache: bool,
+    /// What it does wrong,
+    pub fault: Option<Fault>,
+    /// from this I/O command on, counted from 0.
+    pub after: u64,
+}
+
+impl Spec {
+    /// An honest controller with blocks of 512 bytes.
+    pub fn new(bytes: u64) -> Self {
+        Self {
+            blocks: bytes >> 9,
+            block_shift: 9,
+            nsid: 1,
+            mdts: 5,
+            sgl: false,
+            page_shift: 12,
+            queues: 4,
+            queue_size: 1024,
+            range_max: 0,
+            metadata: 0,
+            write_protected: false,
+            oncs: 1 << 2 | 1 << 3,
+            cache: true,
+            fault: None,
+            after: 0,
+        }
+    }
+
+    /// With blocks of this size.
+    #[must_use]
+    pub fn block_shift(self, shift: u8) -> Self {
+        Self { blocks: self.blocks << self.block_shift >> shift, block_shift: shift, ..self }
+    }
+
+    /// With a fault, from the given I/O command on.
+    #[must_use]
+    pub fn fault(self, fault: Fault, after: u64) -> Self {
+        Self { fault: Some(fault), after, ..self }
+    }
+}
+
+/// What a controller does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// One command is never answered, until it is aborted.
+    Lost,
+    /// No command is answered any more, and none can be aborted.
+    Silent,
+    /// Each completion comes twice.
+    Doubled,
+    /// Completions name commands that were not sent.
+    WrongId,
+    /// The controller fails: `CSTS.CFS`.
+    Fatal,
+    /// The device is not there any more: all registers read as ones.
+    Removed,
+    /// Commands end with this status.
+    Status(Status),
+}
+
+/// A controller. Give it to [`Nvme::open`](crate::Nvme::open).
+#[derive(Debug)]
+pub struct Model {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    spec: Spec,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
+struct State {
+    config: u32,
+    status: u32,
+    aqa: u32,
+    asq: u64,
+    acq: u64,
+    submission: BTreeMap<u16, Submission>,
+    completion: BTreeMap<u16, CompletionQueue>,
+    vectors: Vec<OwnedFd>,
+    removal: Option<OwnedFd>,
+    memory: Vec<Arc<Mapping>>,
+    command: u16,
+    disk: Vec<u8>,
+    blocks: u64,
+    /// Commands that are not answered.
+    held: Vec<(u16, u16)>,
+    /// Event requests: identifiers.
+    waiting: Vec<u16>,
+    events: Vec<u32>,
+    /// I/O commands so far.
+    count: u64,
+    removed: bool,
+    stopping: bool,
+    shut_down: bool,
+    rng: Rng,
+}
+
+#[derive(Debug, Default)]
+struct Submission {
+    address: u64,
+    size: u16,
+    head: u16,
+    tail: u16,
+}
+
+#[derive(Debug)]
+struct CompletionQueue {
+    address: u64,
+    size: u16,
+    head: u16,
+    tail: u16,
+    phase: bool,
+    vector: u16,
+}
+
+impl CompletionQueue {
+    fn new(address: u64, size: u16, vector: u16) -> Self {
+        Self { address, size, head: 0, tail: 0, phase: true, vector }
+    }
+}
+
+/// The model's serial number.
+pub const SERIAL: &str = "MODEL-1";
+
+/// Bytes from one doorbell to the next.
+const STRIDE: usize = 8;
+
+/// Memory regions, bus mastering: what the command register says.
+const BUS_MASTER: u16 = 1 << 2;
+
+impl Model {
+    /// Switches it on.
+    pub fn new(spec: Spec) -> Arc<Self> {
+        let state = State {
+            config: 0,
+            status: 0,
+            aqa: 0,
+            asq: 0,
+            acq: 0,
+            submission: BTreeMap::new(),
+            completion: BTreeMap::new(),
+            vectors: Vec::new(),
+            removal: None,
+            memory: Vec::new(),
+            command: 0,
+            disk: vec![0; (spec.blocks << spec.block_shift) as usize],
+            blocks: spec.blocks,
+            held: Vec::new(),
+            waiting: Vec::new(),
+            events: Vec::new(),
+            count: 0,
+            removed: false,
+            stopping: false,
+            shut_down: false,
+            rng: Rng::new(1),
+        };
+        let shared = Arc::new(Shared { spec, state: Mutex::new(state), changed: Condvar::new() });
+        let worker = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("nvme-model".to_owned()).spawn(move || worker.run());
+        Arc::new(Self { shared, thread: Some(thread.expect("a thread")) })
+    }
+
+    /// Changes the namespace's size, and tells the driver if it has asked for that.
+    pub fn resize(&self, blocks: u64) {
+        let mut state = self.shared.lock();
+        state.blocks = blocks;
+        state.disk.resize((blocks << self.shared.spec.block_shift) as usize, 0);
+        // A notice: namespace attributes have changed; log page 4.
+        state.events.push(2 | 4 << 16);
+        self.shared.changed.notify_all();
+    }
+
+    /// Asks the driver to let go of the device, as the kernel does before it takes one away.
+    pub fn ask_back(&self) {
+        if let Some(fd) = &self.shared.lock().removal {
+            nix::unistd::write(fd, &1u64.to_ne_bytes()).expect("an eventfd takes a count");
+        }
+    }
+
+    /// Takes it away at once.
+    pub fn remove(&self) {
+        self.shared.lock().removed = true;
+    }
+
+    /// Whether it works on commands.
+    pub fn is_enabled(&self) -> bool {
+        self.shared.lock().config & 1 != 0
+    }
+
+    /// Whether it can reach memory.
+    pub fn is_bus_master(&self) -> bool {
+        self.shared.lock().command & BUS_MASTER != 0
+    }
+
+    /// Whether it was shut down in good order.
+    pub fn was_shut_down(&self) -> bool {
+        self.shared.lock().shut_down
+    }
+
+    /// Mappings that it can reach.
+    pub fn mappings(&self) -> usize {
+        self.shared.lock().memory.len()
+    }
+
+    /// I/O commands so far.
+    pub fn commands(&self) -> u64 {
+        self.shared.lock().count
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        self.shared.lock().stopping = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+            && !thread::panicking()
+        {
+            panic!("the model found the driver at fault");
+        }
+    }
+}
+
+impl PciDevice for Model {
+    fn address(&self) -> &str {
+        "model"
+    }
+
+    fn read_config(&self, at: u16, bytes: &mut [u8]) -> io::Result<()> {
+        let state = self.shared.lock();
+        let mut space = [0; 256];
+        space[4..6].copy_from_slice(&state.command.to_le_bytes());
+        space[9..12].copy_from_slice(&[2, 8, 1]);
+        if state.removed {
+            space.fill(0xff);
+        }
+        bytes.copy_from_slice(&space[at.into()..usize::from(at) + bytes.len()]);
+        Ok(())
+    }
+
+    fn write_config(&self, at: u16, bytes: &[u8]) -> io::Result<()> {
+        if let (4, &[low, high]) = (at, bytes) {
+            self.shared.lock().command = u16::from_le_bytes([low, high]);
+        }
+        Ok(())
+    }
+
+    fn bar(&self, index: u8) -> io::Result<Arc<dyn Bar>> {
+        assert_eq!(index, 0, "an NVMe controller's registers are in BAR 0");
+        Ok(Arc::clone(&self.shared) as Arc<dyn Bar>)
+    }
+
+    fn dma_map(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let mut state = self.shared.lock();
+        if !state.memory.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+            state.memory.push(Arc::clone(mapping));
+        }
+        Ok(())
+    }
+
+    fn dma_unmap(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.shared.lock().memory.retain(|known| !Arc::ptr_eq(known, mapping));
+        Ok(())
+    }
+
+    fn vectors(&self) -> u16 {
+        self.shared.spec.queues + 1
+    }
+
+    fn enable_vectors(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds = fds.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+        self.shared.lock().vectors = fds;
+        Ok(())
+    }
+
+    fn set_vector(&self, _index: u16, _fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn watch_removal(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.shared.lock().removal = Some(fd.try_clone_to_owned()?);
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.shared.lock().disable();
+        Ok(())
+    }
+}
+
+impl Bar for Shared {
+    fn len(&self) -> usize {
+        0x1000 + 2 * STRIDE * (usize::from(self.spec.queues) + 1)
+    }
+
+    fn read8(&self, _at: usize) -> u8 {
+        panic!("NVMe has no registers of 8 bits")
+    }
+
+    fn read16(&self, _at: usize) -> u16 {
+        panic!("NVMe has no registers of 16 bits")
+    }
+
+    fn read32(&self, at: usize) -> u32 {
+        let state = self.lock();
+        if state.removed {
+            return u32::MAX;
+        }
+        // NVM and I/O command sets, 1 second to become ready, contiguous queues.
+        let cap = (1 << 37 | 1 << 43)
+            | u64::from(self.spec.page_shift - 12) << 48
+            | u64::from(self.spec.page_shift - 12) << 52
+            | (STRIDE.ilog2() as u64 - 2) << 32
+            | 2 << 24
+            | 1 << 16
+            | u64::from(self.spec.queue_size - 1);
+        match at {
+            0x00 => cap as u32,
+            0x04 => (cap >> 32) as u32,
+            0x08 => 2 << 16,
+            0x14 => state.config,
+            0x1c => state.status,
+            _ => panic!("register {at:#x} is not read"),
+        }
+    }
+
+    fn read64(&self, at: usize) -> u64 {
+        u64::from(self.read32(at)) | u64::from(self.read32(at + 4)) << 32
+    }
+
+    fn write8(&self, _at: usize, _value: u8) {
+        panic!("NVMe has no registers of 8 bits")
+    }
+
+    fn write16(&self, _at: usize, _value: u16) {
+        panic!("NVMe has no registers of 16 bits")
+    }
+
+    fn write32(&self, at: usize, value: u32) {
+        let mut state = self.lock();
+        if state.removed {
+            return;
+        }
+        let low = |old: u64| old >> 32 << 32 | u64::from(value);
+        let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
+        match at {
+            0x14 => state.configure(value, self.spec.page_shift),
+            0x24 => state.aqa = value,
+            0x28 => state.asq = low(state.asq),
+            0x2c => state.asq = high(state.asq),
+            0x30 => state.acq = low(state.acq),
+            0x34 => state.acq = high(state.acq),
+            0x1000.. => {
+                let (bell, value) = ((at - 0x1000) / STRIDE, value as u16);
+                let id = bell as u16 / 2;
+                if state.config & 1 == 0 {
+                    // A driver that has not noticed yet.
+                } else if bell.is_multiple_of(2) {
+                    let queue = state.submission.get_mut(&id).expect("a doorbell of a queue that exists");
+                    assert!(value < queue.size, "a tail lies in its queue");
+                    queue.tail = value;
+                } else {
+                    let queue = state.completion.get_mut(&id).expect("a doorbell of a queue that exists");
+                    assert!(value < queue.size, "a head lies in its queue");
+                    queue.head = value;
+                }
+            }
+            _ => panic!("register {at:#x} is not written"),
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn write64(&self, at: usize, value: u64) {
+        self.write32(at, value as u32);
+        self.write32(at + 4, (value >> 32) as u32);
+    }
+}
+
+impl State {
+    fn configure(&mut self, value: u32, page_shift: u8) {
+        let before = std::mem::replace(&mut self.config, value);
+        if value & 1 == 0 {
+            return self.disable();
+        }
+        if before & 1 == 0 {
+            assert!(!self.vectors.is_empty(), "vectors are set before the controller is enabled");
+            assert!(self.command & BUS_MASTER != 0, "it can reach memory when it is enabled");
+            assert_eq!(value >> 16 & 0xff, 0x46, "entries of 64 and 16 bytes");
+            assert_eq!(value >> 7 & 0xf, u32::from(page_shift) - 12, "pages of a size that it has");
+            let (submission, completion) = ((self.aqa & 0xfff) as u16 + 1, (self.aqa >> 16) as u16 + 1);
+            self.submission.insert(0, Submission { address: self.asq, size: submission, ..Submission::default() });
+            self.completion.insert(0, CompletionQueue::new(self.acq, completion, 0));
+            self.status = 1;
+        }
+        if value >> 14 & 3 != 0 {
+            self.status |= 2 << 2;
+            self.shut_down = true;
+        }
+    }
+
+    fn disable(&mut self) {
+        (self.config, self.status) = (0, 0);
+        self.submission.clear();
+        self.completion.clear();
+        self.held.clear();
+        self.waiting.clear();
+    }
+
+    /// Runs `act` on memory of this process that the device sees at `address`.
+    fn at<T>(&self, address: u64, len: usize, act: impl FnOnce(*mut u8) -> T) -> T {
+        assert!(self.command & BUS_MASTER != 0, "memory is reached by a bus master");
+        let offset = |m: &Arc<Mapping>| address.checked_sub(m.iova().get()).filter(|at| *at < m.len() as u64);
+        let (mapping, at) =
+            self.memory.iter().find_map(|m| offset(m).map(|at| (m, at as usize))).expect("memory that was mapped");
+        assert!(len <= mapping.len() - at, "memory within one mapping");
+        act(mapping.as_ptr().wrapping_add(at))
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) {
+        // SAFETY: `at` checked that the memory belongs to a mapping, which `self` keeps; `bytes` is ours.
+        self.at(address, bytes.len(), |from| unsafe {
+            ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
+        });
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) {
+        // SAFETY: as in `read`.
+        self.at(address, bytes.len(), |to| unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) });
+    }
+
+    fn store(&self, address: u64, value: u64, order: Ordering) {
+        assert!(address.is_multiple_of(8), "an entry is aligned");
+        // SAFETY: as in `read`; all accesses to this place by the driver are atomic, too.
+        self.at(address, 8, |to| unsafe { AtomicU64::from_ptr(to.cast()) }.store(value.to_le(), order));
+    }
+
+    fn complete(&mut self, sq: u16, cq: u16, id: u16, status: Status, result: u32) {
+        let sq_head = self.submission.get(&sq).map_or(0, |queue| queue.head);
+        let queue = self.completion.get_mut(&cq).expect("a completion queue");
+        let next = (queue.tail + 1) % queue.size;
+        assert_ne!(next, queue.head, "completions are acknowledged before their queue is full");
+        let (low, high) = Completion { result, sq_head, sq, id, status }.halves(queue.phase);
+        let (address, vector) = (queue.address + u64::from(queue.tail) * COMPLETION_LEN as u64, queue.vector);
+        queue.tail = next;
+        if next == 0 {
+            queue.phase = !queue.phase;
+        }
+        self.store(address, low, Ordering::Relaxed);
+        self.store(address + 8, high, Ordering::Release);
+        // Full: it is readable as it is.
+        let _ = nix::unistd::write(&self.vectors[usize::from(vector)], &1u64.to_ne_bytes());
+    }
+}
+
+/// A command as it was sent.
+struct Sent {
+    words: [u32; 16],
+}
+
+impl Sent {
+    fn opcode(&self) -> u8 {
+        self.words[0] as u8
+    }
+
+    fn id(&self) -> u16 {
+        (self.words[0] >> 16) as u16
+    }
+
+    fn prp(&self, n: usize) -> u64 {
+        u64::from(self.words[6 + 2 * n]) | u64::from(self.words[7 + 2 * n]) << 32
+    }
+
+    fn block(&self) -> u64 {
+        u64::from(self.words[10]) | u64::from(self.words[11]) << 32
+    }
+}
+
+/// How a command is answered: a status and a result, or not now.
+type Answer = Option<(Status, u32)>;
+
+const OK: Answer = Some((Status::SUCCESS, 0));
+const INVALID_FIELD: Answer = Some((Status::new(0, 2), 0));
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        let mut state = self.lock();
+        while !state.stopping {
+            if !self.step(&mut state) {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            } else if state.rng.below(4) == 0 {
+                // The driver's turn.
+                drop(state);
+                thread::yield_now();
+                state = self.lock();
+            }
+        }
+    }
+
+    /// Takes up to a few commands of one queue, and completes them in any order. `false`: there is nothing to do.
+    fn step(&self, state: &mut State) -> bool {
+        if state.removed || state.status & 1 == 0 || state.status & 2 != 0 {
+            return false;
+        }
+        if let (Some(&id), Some(&event)) = (state.waiting.first(), state.events.first()) {
+            state.waiting.remove(0);
+            state.events.remove(0);
+            state.complete(0, 0, id, Status::SUCCESS, event);
+            return true;
+        }
+        let busy: Vec<u16> = state.submission.iter().filter(|(_, q)| q.head != q.tail).map(|(id, _)| *id).collect();
+        if busy.is_empty() {
+            return false;
+        }
+        let sq = busy[state.rng.below(busy.len() as u64) as usize];
+        let mut taken = Vec::new();
+        for _ in 0..=state.rng.below(8) {
+            let queue = state.submission.get_mut(&sq).expect("chosen among them");
+            if queue.head == queue.tail {
+                break;
+            }
+            let at = queue.address + u64::from(queue.head) * COMMAND_LEN as u64;
+            queue.head = (queue.head + 1) % queue.size;
+            let mut bytes = [0; COMMAND_LEN];
+            state.read(at, &mut bytes);
+            let word = |n: usize| u32::from_le_bytes(bytes[4 * n..4 * n + 4].try_into().expect("four bytes"));
+            taken.push(Sent { words: std::array::from_fn(word) });
+        }
+        while !taken.is_empty() && !state.removed && state.status & 2 == 0 && state.status & 1 != 0 {
+            let chosen = if sq == 0 { 0 } else { state.rng.below(taken.len() as u64) as usize };
+            let command = taken.remove(chosen);
+            if sq == 0 {
+                if let Some((status, result)) = self.administer(state, &command) {
+                    state.complete(0, 0, command.id(), status, result);
+                }
+            } else {
+                self.io(state, sq, &command);
+            }
+        }
+        true
+    }
+
+    fn io(&self, state: &mut State, sq: u16, command: &Sent) {
+        let fault = self.spec.fault.filter(|_| state.count >= self.spec.after);
+        let first = state.count == self.spec.after;
+        state.count += 1;
+        let id = command.id();
+        match fault {
+            Some(Fault::Lost) if first => return state.held.push((sq, id)),
+            Some(Fault::Silent) => return state.held.push((sq, id)),
+            Some(Fault::Fatal) => return state.status |= 2,
+            Some(Fault::Removed) => return state.removed = true,
+            Some(Fault::Status(status)) => return state.complete(sq, sq, id, status, 0),
+            _ => {}
+        }
+        let (status, result) = self.execute(state, command).expect("an I/O command is answered at once");
+        match fault {
+            Some(Fault::Doubled) => {
+                state.complete(sq, sq, id, status, result);
+                state.complete(sq, sq, id, status, result);
+            }
+            Some(Fault::WrongId) => state.complete(sq, sq, id ^ 0x0155, status, result),
+            _ => state.complete(sq, sq, id, status, result),
+        }
+    }
+
+    fn administer(&self, state: &mut State, command: &Sent) -> Answer {
+        let words = &command.words;
+        let (id, size) = (words[10] as u16, ((words[10] >> 16) + 1) as u16);
+        match command.opcode() {
+            admin::IDENTIFY => {
+                let mut bytes = [0; IDENTIFY_LEN];
+                match words[10] as u8 {
+                    cns::CONTROLLER => self.controller(&mut bytes),
+                    cns::NAMESPACE if words[1] == self.spec.nsid => self.namespace(state, &mut bytes),
+                    cns::NAMESPACE => return Some((Status::new(0, 0x0b), 0)),
+                    cns::ACTIVE_NAMESPACES => bytes[..4].copy_from_slice(&self.spec.nsid.to_le_bytes()),
+                    cns::CONTROLLER_OF_COMMAND_SET => bytes[4..8].copy_from_slice(&self.spec.range_max.to_le_bytes()),
+                    _ => return INVALID_FIELD,
+                }
+                state.write(command.prp(0), &bytes);
+            }
+            admin::SET_FEATURES if words[10] == 7 => {
+                let count = u32::from(self.spec.queues - 1);
+                return Some((Status::SUCCESS, count | count << 16));
+            }
+            admin::SET_FEATURES => {}
+            admin::GET_LOG_PAGE => {
+                let len = ((words[10] >> 16) as usize + 1) * 4;
+                state.write(command.prp(0), &vec![0; len]);
+            }
+            admin::CREATE_CQ => {
+                assert!(words[11] & 3 == 3 && size > 1 && size <= self.spec.queue_size, "a contiguous queue");
+                assert!(id > 0 && id <= self.spec.queues && !state.completion.contains_key(&id), "a new queue");
+                let queue = CompletionQueue::new(command.prp(0), size, (words[11] >> 16) as u16);
+                state.completion.insert(id, queue);
+            }
+            admin::CREATE_SQ => {
+                assert_eq!(
+                    (words[11] & 1, words[11] >> 16),
+                    (1, id.into()),
+                    "a contiguous queue, with its own completions"
+                );
+                assert!(state.completion.contains_key(&id) && !state.submission.contains_key(&id), "a new queue");
+                let queue = Submission { address: command.prp(0), size, ..Submission::default() };
+                state.submission.insert(id, queue);
+            }
+            admin::DELETE_SQ => {
+                state.submission.remove(&id).expect("a queue that exists");
+                assert!(!state.held.iter().any(|(sq, _)| *sq == id), "a queue is deleted when nothing is in flight");
+            }
+            admin::DELETE_CQ => {
+                assert!(!state.submission.contains_key(&id), "commands go before completions");
+                state.completion.remove(&id).expect("a queue that exists");
+            }
+            admin::ABORT => {
+                let which = (words[10] as u16, (words[10] >> 16) as u16);
+                let found = state.held.iter().position(|held| *held == which);
+                return match (found, self.spec.fault) {
+                    (Some(at), Some(Fault::Lost)) => {
+                        let (sq, id) = state.held.remove(at);
+                        state.complete(sq, sq, id, Status::new(0, 7), 0);
+                        OK
+                    }
+                    _ => Some((Status::SUCCESS, 1)),
+                };
+            }
+            admin::ASYNC_EVENT_REQUEST => {
+                state.waiting.push(command.id());
+                return None;
+            }
+            opcode => panic!("admin command {opcode:#x}"),
+        }
+        OK
+    }
+
+    fn controller(&self, bytes: &mut [u8; IDENTIFY_LEN]) {
+        bytes[4..24].fill(b' ');
+        bytes[4..4 + SERIAL.len()].copy_from_slice(SERIAL.as_bytes());
+        bytes[24..64].fill(b' ');
+        bytes[77] = self.spec.mdts;
+        bytes[92..96].copy_from_slice(&(1u32 << 8).to_le_bytes());
+        bytes[516] = 1;
+        bytes[520..522].copy_from_slice(&self.spec.oncs.to_le_bytes());
+        bytes[525] = self.spec.cache.into();
+        bytes[536] = self.spec.sgl.into();
+    }
+
+    fn namespace(&self, state: &State, bytes: &mut [u8; IDENTIFY_LEN]) {
+        bytes[..8].copy_from_slice(&state.blocks.to_le_bytes());
+        // Preferred granularities are told: 8 blocks for writes and for deallocation.
+        bytes[24] = 1 << 4;
+        (bytes[64], bytes[68]) = (7, 7);
+        bytes[33] = 1 | 1 << 3;
+        bytes[99] = self.spec.write_protected.into();
+        (bytes[128], bytes[130]) = (self.spec.metadata, self.spec.block_shift);
+    }
+
+    fn execute(&self, state: &mut State, command: &Sent) -> Answer {
+        let shift = self.spec.block_shift;
+        let blocks = u64::from(command.words[12] & 0xffff) + 1;
+        assert_eq!(command.words[1], self.spec.nsid, "the namespace that was opened");
+        let changes = !matches!(command.opcode(), nvm::READ | nvm::FLUSH);
+        assert!(!(changes && self.spec.write_protected), "nothing is written to what is write protected");
+        let range = |state: &State, block: u64, blocks: u64| {
+            let fits = block.checked_add(blocks).is_some_and(|end| end <= state.blocks);
+            fits.then(|| (block << shift) as usize..((block + blocks) << shift) as usize)
+        };
+        let out_of_range = Some((Status::new(0, 0x80), 0));
+        match command.opcode() {
+            nvm::FLUSH => {}
+            opcode @ (nvm::READ | nvm::WRITE) => {
+                let Some(range) = range(state, command.block(), blocks) else { return out_of_range };
+                if self.spec.mdts > 0 && range.len() > 1 << (self.spec.page_shift + self.spec.mdts) {
+                    return INVALID_FIELD;
+                }
+                let mut at = range.start;
+                for (address, len) in self.pieces(state, command, range.len()) {
+                    if opcode == nvm::READ {
+                        state.write(address, &state.disk[at..at + len]);
+                    } else {
+                        let mut bytes = vec![0; len];
+                        state.read(address, &mut bytes);
+                        state.disk[at..at + len].copy_from_slice(&bytes);
+                    }
+                    at += len;
+                }
+                assert_eq!(at, range.end, "memory for all of it");
+            }
+            nvm::WRITE_ZEROES if self.spec.oncs & 1 << 3 != 0 => {
+                let Some(range) = range(state, command.block(), blocks) else { return out_of_range };
+                state.disk[range].fill(0);
+            }
+            nvm::DATASET_MANAGEMENT if self.spec.oncs & 1 << 2 != 0 => {
+                let count = (command.words[10] & 0xff) as usize + 1;
+                assert_eq!(command.words[11], 1 << 2, "deallocation");
+                let mut list = vec![0; count * RANGE_LEN];
+                let page = 1u64 << self.spec.page_shift;
+                assert!(command.prp(0) % page + list.len() as u64 <= page, "the list lies in one page");
+                state.read(command.prp(0), &mut list);
+                for entry in list.chunks_exact(RANGE_LEN) {
+                    let blocks = u32::from_le_bytes(entry[4..8].try_into().expect("four bytes"));
+                    let block = u64::from_le_bytes(entry[8..].try_into().expect("eight bytes"));
+                    let Some(range) = range(state, block, blocks.into()) else { return out_of_range };
+                    if self.spec.range_max > 0 && blocks > self.spec.range_max {
+                        return INVALID_FIELD;
+                    }
+                    state.disk[range].fill(0);
+                }
+            }
+            _ => return Some((Status::new(0, 1), 0)),
+        }
+        OK
+    }
+
+    /// The memory of a transfer, held against the rules (base, 4.1).
+    fn pieces(&self, state: &State, command: &Sent, len: usize) -> Vec<(u64, usize)> {
+        let page = 1u64 << self.spec.page_shift;
+        if command.words[0] >> 14 & 3 == 1 {
+            assert!(self.spec.sgl, "SGLs are used where they are offered");
+            assert_eq!((command.words[8] as usize, command.words[9]), (len, 0), "one data block descriptor for all");
+            return vec![(command.prp(0), len)];
+        }
+        let (first, second) = (command.prp(0), command.prp(1));
+        assert!(first.is_multiple_of(4), "a PRP is aligned to 4 bytes");
+        let mut pieces = vec![(first, len.min((page - first % page) as usize))];
+        let mut left = len - pieces[0].1;
+        if left > page as usize {
+            let entries = left.div_ceil(page as usize);
+            assert!(second.is_multiple_of(8) && second % page + 8 * entries as u64 <= page, "a list in one page");
+            for n in 0..entries {
+                let mut entry = [0; 8];
+                state.read(second + 8 * n as u64, &mut entry);
+                pieces.push((u64::from_le_bytes(entry), left.min(page as usize)));
+                left -= left.min(page as usize);
+            }
+        } else if left > 0 {
+            pieces.push((second, left));
+        }
+        assert!(pieces[1..].iter().all(|(at, _)| at.is_multiple_of(page)), "all pages but the first from their start");
+        pieces
+    }
+}

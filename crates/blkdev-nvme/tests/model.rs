@@ -1,0 +1,317 @@
+//! The driver against a controller in this process that keeps to the specification, completes out of order, or is hostile.
+
+use std::{
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use blkdev::{Arena, Completion, Device, Error, Mapping, Op, Queue, Request, conformance};
+use blkdev_nvme::{
+    Nvme, Options,
+    model::{Fault, Model, SERIAL, Spec},
+    spec::Status,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+const MIB: u64 = 1 << 20;
+
+fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
+    let model = Model::new(spec);
+    let device = Nvme::open(Arc::clone(&model) as _, options).unwrap();
+    (model, Arc::new(device))
+}
+
+/// Runs the suite, and checks that the controller is left as it should be.
+fn conforms(spec: Spec, options: &Options) {
+    let (model, device) = open(spec, options);
+    conformance::check(&device);
+    drop(device);
+    assert!(model.was_shut_down() && !model.is_enabled());
+}
+
+#[test]
+fn conforms_with_page_lists() {
+    conforms(Spec::new(32 * MIB), &Options::default());
+}
+
+#[test]
+fn conforms_with_sgls_and_large_blocks() {
+    conforms(Spec { sgl: true, mdts: 0, ..Spec::new(32 * MIB).block_shift(12) }, &Options::default());
+}
+
+#[test]
+fn conforms_with_long_lists_and_short_ranges() {
+    conforms(Spec { mdts: 0, range_max: 100, ..Spec::new(32 * MIB) }, &Options::default());
+}
+
+#[test]
+fn conforms_with_large_pages_and_one_small_queue() {
+    let options = Options { queue_size: 3, ..Options::default() };
+    conforms(Spec { page_shift: 16, mdts: 1, queues: 1, ..Spec::new(32 * MIB).block_shift(16) }, &options);
+}
+
+#[test]
+fn conforms_with_no_optional_command_and_no_cache() {
+    conforms(Spec { oncs: 0, cache: false, mdts: 1, ..Spec::new(32 * MIB) }, &Options::default());
+}
+
+#[test]
+fn conforms_read_only() {
+    let (_, device) = open(Spec { write_protected: true, ..Spec::new(32 * MIB) }, &Options::default());
+    conformance::check_read_only(&device);
+    let (_, device) = open(Spec::new(32 * MIB), &Options { read_only: true, ..Options::default() });
+    conformance::check_read_only(&device);
+}
+
+#[test]
+fn info_tells_what_the_controller_told() {
+    let spec = Spec { nsid: 7, range_max: 1000, ..Spec::new(MIB) };
+    let (_, device) = open(spec, &Options { queue_size: 64, ..Options::default() });
+    let info = device.info();
+    assert_eq!((info.serial.as_str(), info.target.as_str()), (SERIAL, "model/7"));
+    assert_eq!((info.queues_max, info.depth_max), (4, 63));
+    assert_eq!((info.block_size, info.preferred_block_size, info.discard_alignment), (512, 4096, 4096));
+    // 2^5 pages of 4096 bytes; 65536 blocks; 16 ranges of 1000 blocks.
+    assert_eq!((info.transfer_max, info.zero_max, info.discard_max), (131072, 32 << 20, 16_000 * 512));
+    assert!(info.caps.flush && info.caps.fua && info.caps.zero && info.caps.discard && !info.caps.read_only);
+    assert_eq!(device.capacity(), MIB);
+}
+
+#[test]
+fn what_cannot_be_driven_is_refused() {
+    let refuse = |spec: Spec, options: Options, part: &str| {
+        let model = Model::new(spec);
+        let e = Nvme::open(Arc::clone(&model) as _, &options).unwrap_err().to_string();
+        assert!(e.contains(part), "{e}");
+    };
+    let options = Options::default;
+    refuse(Spec { metadata: 8, ..Spec::new(MIB) }, options(), "8 bytes of metadata");
+    refuse(Spec::new(0), options(), "no namespace 1");
+    refuse(Spec::new(MIB), Options { nsid: Some(2), ..options() }, "no namespace 2; active are: 1");
+    refuse(Spec::new(MIB).block_shift(8), options(), "blocks of 2^8");
+    refuse(Spec::new(MIB), Options { queue_size: 1025, ..options() }, "queue size 1025");
+    refuse(Spec::new(MIB), Options { queues: Some(5), ..options() }, "the device has 4");
+    refuse(Spec::new(MIB), Options { queues: Some(0), ..options() }, "0 queues");
+    refuse(Spec { queues: 0, ..Spec::new(MIB) }, options(), "1 MSI-X vectors");
+}
+
+/// A queue with memory.
+struct Rig {
+    model: Arc<Model>,
+    device: Arc<dyn Device>,
+    arena: Arena,
+    queue: Box<dyn Queue>,
+}
+
+fn rig(spec: Spec, options: &Options) -> Rig {
+    let (model, device) = open(spec, options);
+    let memory = Mapping::new(MIB as usize).unwrap();
+    device.register(&memory).unwrap();
+    let arena = memory.arenas(1).remove(0);
+    let queue = device.open_queue(64).unwrap();
+    Rig { model, device, arena, queue }
+}
+
+impl Rig {
+    /// 40 reads, at once.
+    fn reads(&mut self) {
+        for tag in 0..40 {
+            let buf = self.arena.alloc(4096).unwrap();
+            self.queue.push(Request { tag, op: Op::Read { at: tag * 4096, buf } }).unwrap();
+        }
+        self.queue.kick();
+    }
+
+    /// Waits for `count` completions, by the wake-up descriptor; panics after ten seconds.
+    fn collect(&mut self, count: usize) -> Vec<Completion> {
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut done = Vec::new();
+        loop {
+            self.queue.reap(&mut done);
+            if done.len() >= count {
+                done.sort_by_key(|done| done.tag);
+                return done;
+            }
+            if self.queue.arm() {
+                let fd = self.queue.wake_fd().unwrap();
+                let woken = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16));
+                assert_eq!(woken, Ok(1), "{} of {count} requests came back, and no wake-up", done.len());
+            }
+            assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+        }
+    }
+
+    /// The device is dead: memory is not used again, nothing works, and the controller is stopped.
+    fn is_over(&mut self, done: &[Completion]) {
+        let lost = done.iter().filter(|done| done.result == Err(Error::Gone)).count();
+        assert!(lost > 0, "something was in flight");
+        for done in done {
+            let Op::Read { buf, .. } = &done.op else { panic!("a read completes as a read") };
+            assert_eq!(
+                buf.is_empty(),
+                done.result == Err(Error::Gone),
+                "memory of what was lost is abandoned: {done:?}"
+            );
+        }
+        let buf = self.arena.alloc(4096).unwrap();
+        self.queue.push(Request { tag: 99, op: Op::Read { at: 0, buf } }).unwrap();
+        self.queue.kick();
+        let done = self.collect(1);
+        assert_eq!((done[0].tag, done[0].result), (99, Err(Error::Gone)));
+        assert!(self.device.open_queue(1).is_err());
+    }
+}
+
+fn quick() -> Options {
+    Options { timeout: Some(Duration::from_millis(800)), ..Options::default() }
+}
+
+#[test]
+fn nonsense_ends_the_device() {
+    for fault in [Fault::Doubled, Fault::WrongId] {
+        let mut rig = rig(Spec::new(MIB).fault(fault, 10), &quick());
+        rig.reads();
+        let done = rig.collect(40);
+        assert_eq!(done.len(), 40, "{fault:?}");
+        rig.is_over(&done);
+        until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
+    }
+}
+
+#[test]
+fn a_device_that_fails_or_is_removed_ends_in_bounded_time() {
+    for fault in [Fault::Fatal, Fault::Removed] {
+        let mut rig = rig(Spec::new(MIB).fault(fault, 10), &Options::default());
+        let started = Instant::now();
+        rig.reads();
+        let done = rig.collect(40);
+        assert!(started.elapsed() < Duration::from_secs(3), "{fault:?}: {:?}", started.elapsed());
+        rig.is_over(&done);
+    }
+}
+
+#[test]
+fn an_idle_device_that_is_removed_is_noticed() {
+    let mut rig = rig(Spec::new(MIB), &Options::default());
+    rig.model.remove();
+    std::thread::sleep(Duration::from_millis(1500));
+    rig.reads();
+    let done = rig.collect(40);
+    assert!(done.iter().all(|done| done.result == Err(Error::Gone)));
+}
+
+#[test]
+fn a_device_that_is_asked_back_is_let_go() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Silent, 10), &Options::default());
+    rig.reads();
+    rig.model.ask_back();
+    let started = Instant::now();
+    let done = rig.collect(40);
+    assert!(started.elapsed() < Duration::from_secs(2));
+    rig.is_over(&done);
+    until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
+}
+
+#[test]
+fn a_lost_command_is_aborted_and_the_device_lives_on() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Lost, 10), &quick());
+    let started = Instant::now();
+    rig.reads();
+    let done = rig.collect(40);
+    assert!(started.elapsed() >= Duration::from_millis(300), "not before half of the time-out");
+    let failed: Vec<_> = done.iter().filter(|done| done.result.is_err()).collect();
+    assert_eq!((failed.len(), failed[0].result), (1, Err(Error::Io)));
+    drop(done);
+    assert_eq!(rig.arena.free(), rig.arena.capacity(), "all memory is back");
+    rig.reads();
+    assert!(rig.collect(40).iter().all(|done| done.result == Ok(())));
+}
+
+#[test]
+fn what_cannot_be_aborted_is_given_up() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Silent, 10), &quick());
+    rig.reads();
+    let mut done = rig.collect(10);
+    std::thread::sleep(Duration::from_millis(800));
+    rig.queue.reap(&mut done);
+    assert_eq!(done.len(), 10, "it is the owner of the queue who gives it up");
+    rig.queue.give_up();
+    done.extend(rig.collect(30));
+    rig.is_over(&done);
+    until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
+}
+
+#[test]
+fn a_queue_of_a_silent_device_is_dropped_in_bounded_time() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Silent, 10), &quick());
+    rig.reads();
+    let started = Instant::now();
+    drop(rig.queue);
+    assert!(started.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn errors_are_kept_apart() {
+    let check = |status: Status, error: Error| {
+        let mut rig = rig(Spec::new(MIB).fault(Fault::Status(status), 0), &quick());
+        rig.reads();
+        assert!(rig.collect(40).iter().all(|done| done.result == Err(error)), "{status}");
+    };
+    check(Status::new(0, 0x81), Error::NoSpace);
+    check(Status::new(0, 0x20), Error::ReadOnly);
+    check(Status::new(0, 0x02), Error::Invalid);
+    check(Status::new(0, 0x01), Error::NotSupported);
+    check(Status::new(2, 0x81), Error::Io);
+
+    // A field that is not valid is an operation that the controller does not know, where there are several ways to ask.
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Status(Status::new(0, 2)), 0), &quick());
+    rig.queue.push(Request { tag: 1, op: Op::Zero { at: 0, len: 4096, unmap: true } }).unwrap();
+    rig.queue.push(Request { tag: 2, op: Op::Discard { at: 0, len: 4096 } }).unwrap();
+    rig.queue.kick();
+    assert!(rig.collect(2).iter().all(|done| done.result == Err(Error::NotSupported)));
+}
+
+#[test]
+fn a_change_of_capacity_is_seen() {
+    let (model, device) = open(Spec::new(MIB), &Options::default());
+    for mib in [2, 1, 3] {
+        model.resize((mib * MIB) >> 9);
+        until(|| device.capacity() == mib * MIB);
+    }
+}
+
+#[test]
+fn a_namespace_that_goes_ends_the_device() {
+    let mut rig = rig(Spec::new(MIB), &Options::default());
+    rig.model.resize(0);
+    until(|| rig.device.open_queue(1).is_err());
+    rig.reads();
+    assert!(rig.collect(40).iter().all(|done| done.result == Err(Error::Gone)));
+}
+
+#[test]
+fn queues_give_their_memory_back() {
+    let (model, device) = open(Spec::new(MIB), &Options::default());
+    let before = model.mappings();
+    for _ in 0..10 {
+        let open: Vec<_> = (0..4).map(|_| device.open_queue(8).unwrap()).collect();
+        assert_eq!(model.mappings(), before + 4);
+        drop(open);
+        assert_eq!(model.mappings(), before);
+    }
+}
+
+#[test]
+fn it_can_be_given_up() {
+    let (_, device) = open(Spec::new(32 * MIB), &Options::default());
+    conformance::check_give_up(&device);
+}
+
+fn until(condition: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(5);
+    while !condition() {
+        assert!(Instant::now() < end, "it happens within five seconds");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
