@@ -7,10 +7,10 @@ steps=
 step() { read -r uptime _ < /proc/uptime; steps="$steps $1=$uptime"; }
 await() {
     for try in $(seq 400); do
-        [ ! -e "$1" ] || return 0
+        "$@" 2> /run/nbdblk/await && return 0
         sleep 0.05
     done
-    warn "$1 does not appear"
+    warn "in vain: $*: $(cat /run/nbdblk/await)"
     return 1
 }
 step root
@@ -50,12 +50,12 @@ qemu-storage-daemon \
     --blockdev driver=file,filename=/tmp/vduse0.img,node-name=b,discard=unmap \
     --export vduse-blk,id=b,node-name=b,writable=on,name=vduse0,num-queues=4,queue-size=256,serial=nbdblk-vduse \
     > /run/nbdblk/qsd.log 2>&1 &
-await /dev/vduse/vduse0 && vdpa dev add name vduse0 mgmtdev vduse
-await /dev/vhost-vdpa-0 || cat /run/nbdblk/qsd.log > /dev/console
-await /run/nbdblk/vhost-user.sock
+# EINVAL as long as its queues are not all set up.
+await vdpa dev add name vduse0 mgmtdev vduse && await [ -e /dev/vhost-vdpa-0 ] || cat /run/nbdblk/qsd.log > /dev/console
+await [ -e /run/nbdblk/vhost-user.sock ]
 
 # The kernel numbers namespaces as it finds them: n1 may be the one with nsid 2.
-await /dev/ng0n2
+await [ -e /dev/ng0n2 ]
 for disk in /sys/block/nvme0n*; do
     read -r nsid < "$disk/nsid"
     eval "nsid$nsid=${disk##*/nvme}"

@@ -33,16 +33,24 @@ pub(crate) fn kernel_over_tcp(target: &Target) {
 
 fn kernel(target: &Target, listen: fn(&Dir, &[&str]) -> Nbdblk) {
     let dir = Dir::new();
-    let server = listen(&dir, &["-v", &format!("disk:{}", target.spec())]);
+    let server = listen(&dir, &[&format!("disk:{}", target.spec())]);
+    let idle = sockets(&server);
     let (host, port) = match server.address() {
         Address::Unix(path) => ("-unix".to_owned(), path.display().to_string()),
         Address::Tcp(address) => (address.ip().to_string(), address.port().to_string()),
     };
     let attached = Attached::new(&[&host, &port, "/dev/nbd0", "-N", "disk", "-C", "2"]);
+    assert_eq!(sockets(&server), idle + 2, "the kernel has two connections");
     tool("sh").args(["-c", FILE_SYSTEM]).within(dir.path()).ok();
     drop(attached);
-    let log = server.log();
-    assert!(server.terminate().success(), "{log}");
+    assert!(server.terminate().success());
+}
+
+/// Sockets that the server has open.
+fn sockets(server: &Nbdblk) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
+    let targets = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
 /// /dev/nbd0 with a server; let go when dropped.

@@ -7,6 +7,8 @@ mod client;
 mod crash;
 mod data;
 mod info;
+mod machine;
+mod removal;
 mod target;
 
 use target::{Other, Target};

@@ -20,7 +20,6 @@ pub(crate) struct Target {
 
 /// The other way to a device's storage.
 #[derive(Debug)]
-#[expect(dead_code, reason = "the drivers that take a PCI device for themselves come next")]
 pub(crate) enum Other {
     /// A block device of the kernel.
     Disk(&'static str),
@@ -34,15 +33,8 @@ pub(crate) enum Other {
 
 impl Target {
     /// Does the check, if this is the machine.
-    pub(crate) fn check(&self, check: impl FnOnce(&Self)) {
-        if std::env::var_os("NBDBLK_VM").is_some() {
-            check(self);
-        } else {
-            static SAID: Once = Once::new();
-            // Not by eprintln, which a test that passes does not show.
-            let say = || std::io::stderr().write_all(b"\nSKIPPED: hardware tests run by `cargo xtask vm test` only\n");
-            SAID.call_once(|| drop(say()));
-        }
+    pub(crate) fn check(&self, test: impl FnOnce(&Self)) {
+        check(|| test(self));
     }
 
     /// The argument of nbdblk.
@@ -88,8 +80,20 @@ impl Target {
     }
 }
 
+/// Runs the test, if this is the machine.
+pub(crate) fn check(test: impl FnOnce()) {
+    if std::env::var_os("NBDBLK_VM").is_some() {
+        test();
+    } else {
+        static SAID: Once = Once::new();
+        // Not by eprintln, which a test that passes does not show.
+        let say = || std::io::stderr().write_all(b"\nSKIPPED: hardware tests run by `cargo xtask vm test` only\n");
+        SAID.call_once(|| drop(say()));
+    }
+}
+
 /// Puts the machine's variables in.
-fn expand(text: &str) -> String {
+pub(crate) fn expand(text: &str) -> String {
     let mut parts = text.split('$');
     let mut whole = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -103,7 +107,7 @@ fn expand(text: &str) -> String {
 }
 
 /// The kernel's disk on a PCI device.
-fn await_disk(address: &str, nsid: Option<u32>) -> PathBuf {
+pub(crate) fn await_disk(address: &str, nsid: Option<u32>) -> PathBuf {
     let part = format!("/{address}/");
     let is_it = |disk: &Path| {
         let below = std::fs::canonicalize(disk).is_ok_and(|path| path.to_string_lossy().contains(&part));
@@ -140,7 +144,8 @@ impl Drop for Lent {
     }
 }
 
-fn bind(driver: &str, address: &str) -> std::io::Result<()> {
+/// Gives a PCI device to a driver of the kernel.
+pub(crate) fn bind(driver: &str, address: &str) -> std::io::Result<()> {
     let device = Path::new("/sys/bus/pci/devices").join(address);
     std::fs::write(device.join("driver/unbind"), address)?;
     std::fs::write(device.join("driver_override"), driver)?;

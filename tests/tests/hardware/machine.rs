@@ -1,0 +1,43 @@
+//! The machine itself: that what the other tests stand on is there.
+
+use std::path::Path;
+
+use nbdblk_tests::tool;
+
+use crate::target::{Other, Target, check};
+
+/// The kernel's drivers see, on each PCI device that vfio-pci has, a disk with the blocks that it is to have.
+#[test]
+fn devices_change_hands() {
+    let devices = [
+        (Other::Nvme("$NBDBLK_NVME", 1), 512),
+        (Other::Nvme("$NBDBLK_NVME", 2), 4096),
+        (Other::Nvme("$NBDBLK_NVME_MDTS", 1), 512),
+        (Other::VirtioPci("$NBDBLK_VBLK"), 512),
+        (Other::VirtioPci("$NBDBLK_VBLK4K"), 4096),
+        (Other::VirtioPci("$NBDBLK_VBLK_PACKED"), 512),
+    ];
+    check(|| {
+        for (other, block) in devices {
+            let target = Target { spec: "", block, other };
+            let said = target.behind(|disk| tool("blockdev").args(["--getss".as_ref(), disk]).ok().out);
+            assert_eq!(said.trim(), block.to_string(), "{target:?}");
+        }
+    });
+}
+
+/// vfio-pci has every device again, each with a group of its own.
+#[test]
+fn vfio_has_a_group_for_each_device() {
+    check(|| {
+        let names = ["NVME", "NVME_MDTS", "VBLK", "VBLK4K", "VBLK_PACKED"];
+        for address in names.map(|name| crate::target::expand(&format!("$NBDBLK_{name}"))) {
+            let device = Path::new("/sys/bus/pci/devices").join(&address);
+            let link =
+                |name: &str| std::fs::read_link(device.join(name)).unwrap_or_else(|error| panic!("{address}: {error}"));
+            assert!(link("driver").ends_with("vfio-pci"), "{address} has the driver {:?}", link("driver"));
+            let group = Path::new("/dev/vfio").join(link("iommu_group").file_name().expect("a group has a number"));
+            assert!(group.exists(), "{address} has no {}", group.display());
+        }
+    });
+}
