@@ -362,7 +362,9 @@ fn checkwrite_in_front_sees_the_same_data() {
     let path = image(&dir, 32 * MIB);
     let server = Nbdkit::start_with(&dir, &["--filter=checkwrite"], &["io_uring", "path=disk.img"]);
     tool("nbdcopy").args([text(&path), &server.uri()]).ok();
-    nbdsh(&server.uri(), "try: h.pwrite(b'no' * 256, 0); print('written')\nexcept nbd.Error: print('differs')");
+    let out =
+        nbdsh(&server.uri(), "try: h.pwrite(b'no' * 256, 0); print('written')\nexcept nbd.Error: print('differs')");
+    assert_eq!(out, "differs\n");
 }
 
 #[test]

@@ -1,10 +1,12 @@
-//! The project's tasks: `cargo xtask setup | demo | test | ci | fuzz | vm`.
+//! The project's tasks: `cargo xtask setup | demo | test | ci | dist | fuzz | trixie | vm`.
 
 mod demo;
+mod dist;
 mod fuzz;
 mod setup;
 mod shell;
 mod test;
+mod trixie;
 mod vm;
 
 use std::process::ExitCode;
@@ -18,8 +20,10 @@ usage: cargo xtask TASK
   test             check formatting, lints and documentation, then run every test
   ci               what the integration server runs: the same as test
   setup            install what demo and test need and this machine lacks (Debian, apt-get)
+  dist [DIR]       build what is installed and lay it out under DIR (target/dist) as it is to lie under /
   fuzz [TARGET] [SECONDS]
                    fuzz one target for some seconds (60); without a target: list them
+  trixie           make a root directory of Debian trixie, for its nbdkit; needs root (test does it where it can)
   vm TASK          a virtual machine with the hardware that nbdblk drives: prepare, run, test, shell; `vm help` tells more
 
 demo and test run setup by themselves. Nothing is mounted, and only setup may need root.";
@@ -42,9 +46,12 @@ fn run() -> Result<()> {
         ["setup"] => setup::run(),
         ["demo"] => demo::run(),
         ["test" | "ci"] => test::run(),
+        ["dist"] => dist::run(None),
+        ["dist", dir] => dist::run(Some(dir)),
         ["fuzz"] => fuzz::list(),
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
+        ["trixie"] => trixie::root().map(|dir| println!("{}", dir.display())),
         ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {
             println!("{HELP}");

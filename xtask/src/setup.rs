@@ -1,5 +1,6 @@
 //! Installs the programs that the demo and the tests run, where the machine lacks them.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail, ensure};
@@ -24,6 +25,15 @@ const NEEDS: &[Need] = &[
     Need { program: "nbdinfo", packages: &["libnbd-bin"], purpose: "an NBD client: nbdinfo, nbdcopy" },
     Need { program: "nbdsh", packages: &["python3-libnbd"], purpose: "an NBD client: Python" },
     Need { program: "nbdkit", packages: &["nbdkit"], purpose: "runs the plugin" },
+    Need { program: "nbdkit", packages: &["nbdkit"], purpose: "loads the plugin" },
+    Need {
+        program: "nbdkit-plugin.h",
+        packages: &["nbdkit-plugin-dev"],
+        purpose: "what the plugin is checked against",
+    },
+    Need { program: "cc", packages: &["gcc"], purpose: "reads that header" },
+    Need { program: "psktool", packages: &["gnutls-bin"], purpose: "makes keys for TLS" },
+    Need { program: "pod2man", packages: &["perl"], purpose: "makes the manual page of the plugin" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];
@@ -71,7 +81,11 @@ pub(crate) fn missing_programs() -> Vec<&'static str> {
 }
 
 fn missing() -> impl Iterator<Item = &'static Need> {
-    NEEDS.iter().filter(|need| find(need.program).is_none() || (need.program == "nbdsh" && !nbdsh_works()))
+    NEEDS.iter().filter(|need| match need.program {
+        "nbdsh" => !nbdsh_works(),
+        header if header.ends_with(".h") => !Path::new("/usr/include").join(header).exists(),
+        program => find(program).is_none(),
+    })
 }
 
 /// nbdsh is a script: it is there only when its Python module is there too.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{setup, shell};
+use crate::{dist, setup, shell, trixie};
 
 /// Runs all checks; the first that fails ends the run.
 pub(crate) fn run() -> Result<()> {
@@ -14,11 +14,14 @@ pub(crate) fn run() -> Result<()> {
     step(shell::cargo().args(["fmt", "--all", "--check"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"]))?;
+    // Of the libraries only: the doc comments of the programs are the text of their help.
     let mut doc = shell::cargo();
-    doc.args(["doc", "--workspace", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    doc.args(["doc", "--workspace", "--lib", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
     step(&mut doc)?;
     announce("cargo build --release -p nbdblk");
     let nbdblk = shell::build_nbdblk()?;
+    announce("cargo build --release -p nbdkit-nbdblk-plugin");
+    let plugin = dist::build_plugin()?;
 
     // The tests of the binary run what users run: the release build. Unit tests keep their debug assertions.
     let mut tests = shell::cargo();
@@ -28,7 +31,16 @@ pub(crate) fn run() -> Result<()> {
     } else {
         tests.args(["test", "--workspace", "--all-features", "--no-fail-fast", "--all-targets"]);
     }
-    step(tests.env("NBDBLK_BIN", &nbdblk).stdin(Stdio::null()))?;
+    step(tests.env("NBDBLK_BIN", &nbdblk).env("NBDBLK_PLUGIN", &plugin).stdin(Stdio::null()))?;
+    match trixie::root() {
+        Ok(root) => {
+            println!("\n    and once more with the nbdkit in {}", root.display());
+            let mut tests = shell::cargo();
+            tests.args(["test", "-p", "nbdblk-tests", "--all-features", "--test", "plugin"]);
+            step(tests.env("NBDBLK_PLUGIN", &plugin).env("NBDBLK_NBDKIT_ROOT", &root).stdin(Stdio::null()))?;
+        }
+        Err(error) => println!("\n!!! SKIPPED: the plugin under Debian trixie's nbdkit: {error:#}"),
+    }
     step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
     println!("\nall checks passed in {} s", start.elapsed().as_secs());
     Ok(())
