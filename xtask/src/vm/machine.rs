@@ -202,10 +202,13 @@ impl Machine<'_> {
     fn kernel_args(&self) -> String {
         let quick = "quiet loglevel=4 mitigations=off nokaslr audit=0 nowatchdog no_timer_check tsc=reliable \
                      cryptomgr.notests rcupdate.rcu_expedited=1 i8042.noaux i8042.nokbd i8042.nopnp";
+        // A busy computer misleads the guest about the speed of the processor's own clock, which would then run several
+        // times too fast, and with it every time-out.
+        let clock = "clocksource=hpet";
         // One of the NVMe queues is polled, for nvme-io_uring's poll queues.
         let devices = "hugepages=32 nvme.poll_queues=1";
         let iommu = if self.iommu { "intel_iommu=on" } else { "vfio.enable_unsafe_noiommu_mode=1" };
-        format!("console=ttyS0 panic=-1 oops=panic {quick} {devices} {iommu} {}", self.append)
+        format!("console=ttyS0 panic=-1 oops=panic {quick} {clock} {devices} {iommu} {}", self.append)
     }
 
     /// The hardware under test; `vm/README.md` has the same list for its users.
