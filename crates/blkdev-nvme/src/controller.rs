@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Caps, Device, Info, Mapping};
+use blkdev::{Device, Info, Mapping};
 use blkdev_vfio::{Bar, PciDevice, Vfio};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -19,9 +19,10 @@ use crate::{
     Target,
     admin::{self, Admin, Failure},
     life::Life,
+    limits::{Disk, Found, Shape, check, invalid, unusable},
     pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX},
     queue::IoQueue,
-    spec::{self, BLOCKS_MAX, Command, Controller, Limits, Namespace, RANGE_LEN, RANGES_MAX, cns},
+    spec::{self, Command, Controller, Limits, Namespace, RANGE_LEN, cns},
     watch::Watch,
 };
 
@@ -82,6 +83,8 @@ pub(crate) struct Core {
     pub(crate) capacity: AtomicU64,
     pub(crate) admin: Mutex<Admin>,
     pub(crate) disk: Disk,
+    /// Contiguous memory can be described by one descriptor.
+    pub(crate) sgl: bool,
     addresses: Addresses,
     queue_layout: Layout,
     /// One for each vector; the first is the admin queue's.
@@ -99,19 +102,6 @@ pub(crate) enum Place {
     /// Being opened or closed, or its memory may still be written to.
     Taken,
     Open(Arc<Flights>),
-}
-
-/// What queues need to know of the namespace.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Disk {
-    pub(crate) nsid: u32,
-    pub(crate) block_shift: u8,
-    /// Contiguous memory can be described by one descriptor.
-    pub(crate) sgl: bool,
-    /// Write Zeroes can deallocate.
-    pub(crate) deallocate: bool,
-    /// Blocks in one range of Dataset Management.
-    pub(crate) range_max: u32,
 }
 
 impl Nvme {
@@ -291,14 +281,6 @@ impl Registers {
     }
 }
 
-fn invalid(why: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, why)
-}
-
-fn unusable(why: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, why.into())
-}
-
 /// The class code of an NVMe controller (PCI code and ID assignment, 1.9): mass storage, non-volatile memory, NVMe.
 const CLASS: [u8; 3] = [0x02, 0x08, 0x01];
 
@@ -370,7 +352,23 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     wakes.truncate(usize::from(queues) + 1);
 
     let size = u32::from(options.queue_size).min(registers.queue_size()) as u16;
-    let (info, disk, list_len) = describe(&found, &*pci, &addresses, page_shift, queues, size, options);
+    let target = format!("{}/{}", pci.address(), found.nsid);
+    let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX);
+    // One entry for each page, as an odd start adds a page and the first page needs no entry.
+    let list_len = (transfer_max as usize / page * 8).next_power_of_two().clamp(256, page);
+    let shape = Shape {
+        driver: "nvme",
+        target,
+        page: page as u64,
+        transfer_max,
+        ranges: list_len / RANGE_LEN,
+        queues,
+        depth: size - 1,
+        read_only: options.read_only,
+        timeout: options.timeout,
+    };
+    let (info, disk) = found.describe(shape);
+    let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
     if found.controller.oaes & 1 << 8 != 0 {
         // Changes of namespaces, and what a drive says of its health. Without it there are no events, which is no error.
         let _ = admin.ask(Command::set_features(0x0b, 1 << 8 | 0x1f));
@@ -389,18 +387,10 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
         registers,
         info,
         disk,
+        sgl,
         addresses,
         clock,
     })
-}
-
-/// What Identify has told.
-#[derive(Debug)]
-struct Found {
-    controller: Controller,
-    limits: Limits,
-    nsid: u32,
-    namespace: Namespace,
 }
 
 fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
@@ -444,90 +434,6 @@ pub(crate) fn identify_namespace(admin: &mut Admin, nsid: u32) -> io::Result<Nam
     let namespace = Namespace::parse(&admin.identify(cns::NAMESPACE, nsid).map_err(|e| e.explain(&what))?);
     check(&namespace, nsid)?;
     Ok(namespace)
-}
-
-/// # Errors
-/// The namespace is not there, or has a format that cannot be driven.
-pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
-    if namespace.blocks == 0 {
-        return Err(invalid(format!("there is no namespace {nsid}")));
-    }
-    if namespace.metadata != 0 || namespace.protection != 0 {
-        return Err(unusable(format!(
-            "namespace {nsid} has {} bytes of metadata with each block, which is not supported; a format without can be \
-             chosen with nvme format (it erases the namespace)",
-            namespace.metadata
-        )));
-    }
-    let shift = namespace.block_shift;
-    if !(9..=16).contains(&shift) || namespace.blocks.checked_mul(1 << shift).is_none_or(|len| len > i64::MAX as u64) {
-        return Err(unusable(format!("namespace {nsid} has {} blocks of 2^{shift} bytes", namespace.blocks)));
-    }
-    Ok(())
-}
-
-/// What the device can do, what queues need to know of it, and the list memory of each command.
-fn describe(
-    found: &Found,
-    pci: &dyn PciDevice,
-    addresses: &Addresses,
-    page_shift: u32,
-    queues: u16,
-    size: u16,
-    options: &Options,
-) -> (Info, Disk, usize) {
-    let Found { controller, limits, nsid, namespace } = found;
-    let (block, page) = (1u64 << namespace.block_shift, 1u64 << page_shift);
-    let pages = |power: u8| if power == 0 { u64::MAX } else { page.checked_shl(power.into()).unwrap_or(u64::MAX) };
-    let transfer_max = pages(controller.mdts).min(TRANSFER_MAX).min(BLOCKS_MAX * block).max(page);
-    // One entry for each page, as an odd start adds a page and the first page needs no entry.
-    let list_len = (transfer_max / page * 8).next_power_of_two().clamp(256, page) as usize;
-    let zero_max = (pages(limits.wzsl) / block).clamp(1, BLOCKS_MAX) * block;
-
-    let or_max = |limit: u64| if limit == 0 { u64::MAX } else { limit };
-    let range_max = or_max(limits.dmrsl.into()).min(u32::MAX.into());
-    let ranges = or_max(limits.dmrl.into()).min((list_len / RANGE_LEN).min(RANGES_MAX) as u64);
-    let unit = namespace.npdg.map_or(1, u64::from).max(1) * block;
-    let alignment = u32::try_from(unit).unwrap_or(1 << namespace.block_shift);
-    let discard_max = (or_max(limits.dmsl).min(ranges * range_max).saturating_mul(block)) / unit * unit;
-
-    let preferred = namespace.npwg.map_or(block, |blocks| u64::from(blocks) * block);
-    let read_only = options.read_only || namespace.write_protected;
-    let info = Info {
-        driver: "nvme",
-        target: format!("{}/{nsid}", pci.address()),
-        serial: controller.serial.clone(),
-        queues_max: queues,
-        depth_max: size - 1,
-        block_size: block as u32,
-        preferred_block_size: preferred_block(preferred, block),
-        transfer_max: transfer_max as u32,
-        zero_max,
-        discard_max: discard_max.max(alignment.into()),
-        discard_alignment: alignment,
-        timeout: options.timeout,
-        caps: Caps {
-            read_only,
-            flush: controller.vwc & 1 != 0,
-            fua: true,
-            zero: controller.oncs & 1 << 3 != 0 && !read_only,
-            discard: controller.oncs & 1 << 2 != 0 && !read_only && discard_max > 0,
-            ..Caps::default()
-        },
-    };
-    let disk = Disk {
-        nsid: *nsid,
-        block_shift: namespace.block_shift,
-        sgl: controller.sgls & 3 != 0 && !addresses.is_translated(),
-        deallocate: namespace.zeroes_deallocate,
-        range_max: range_max as u32,
-    };
-    (info, disk, list_len)
-}
-
-/// The power of two that is not above what the device prefers.
-pub(crate) fn preferred_block(preferred: u64, block: u64) -> u32 {
-    (1 << preferred.clamp(block, 1 << 30).ilog2()) as u32
 }
 
 impl Core {

@@ -13,6 +13,9 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
+//! [`Passthrough`] leaves the controller to the kernel's driver, and sends it commands past the block layer: each queue is an
+//! io_uring on `/dev/ngXnY`.
+//!
 //! [`PciDevice`]: blkdev_vfio::PciDevice
 //!
 //! # A device that does not answer
@@ -24,14 +27,18 @@
 mod admin;
 mod controller;
 mod life;
+mod limits;
 #[cfg(feature = "model")]
 pub mod model;
 mod pair;
+mod passthrough;
 mod queue;
 pub mod spec;
 mod target;
+mod uring;
 mod watch;
 mod window;
 
 pub use controller::{Nvme, Options};
+pub use passthrough::{Passthrough, PassthroughOptions};
 pub use target::Target;

@@ -14,9 +14,10 @@ use nix::sys::eventfd::EventFd;
 
 use crate::{
     admin::wait,
-    controller::{Disk, Owner},
+    controller::Owner,
+    limits::{self, Disk},
     pair::{List, Pair},
-    spec::{self, Command, Status, io},
+    spec::Command,
 };
 
 /// How long a queue that is dropped waits for what is in flight.
@@ -73,8 +74,8 @@ impl Queue for IoQueue {
         if let Op::Status { .. } | Op::Prefetch { .. } = &request.op {
             return self.refuse(request, Error::NotSupported);
         }
-        let disk = &self.owner.core.disk;
-        self.pair.push(request, |request, list| describe(disk, &request.op, &list)).map(drop)
+        let core = &*self.owner.core;
+        self.pair.push(request, |request, list| describe(&core.disk, core.sgl, &request.op, &list)).map(drop)
     }
 
     #[inline]
@@ -91,7 +92,7 @@ impl Queue for IoQueue {
         loop {
             match self.pair.pop() {
                 Ok(Some((Request { tag, op }, completion))) => {
-                    let result = settle(&op, completion.status);
+                    let result = limits::settle(&op, completion.status);
                     done.push(Completion { tag, op, result });
                 }
                 Ok(None) => break,
@@ -126,52 +127,22 @@ impl Queue for IoQueue {
     }
 }
 
-/// The command for a request. `Channel` sees to it that it fits.
+/// The command for a request, with its memory.
 #[inline]
-fn describe(disk: &Disk, op: &Op, list: &List<'_>) -> Command {
-    let blocks = |bytes: u64| bytes >> disk.block_shift;
+fn describe(disk: &Disk, sgl: bool, op: &Op, list: &List<'_>) -> Command {
+    let command = disk.command(op);
     match op {
-        Op::Read { at, buf } => {
-            let command = Command::transfer(io::READ, disk.nsid, blocks(*at), blocks(buf.len() as u64), false);
-            list.payload(command, buf.iova().get(), buf.len(), disk.sgl)
-        }
-        Op::Write { at, buf, fua } => {
-            let command = Command::transfer(io::WRITE, disk.nsid, blocks(*at), blocks(buf.len() as u64), *fua);
-            list.payload(command, buf.iova().get(), buf.len(), disk.sgl)
-        }
-        Op::Zero { at, len, unmap } => {
-            Command::write_zeroes(disk.nsid, blocks(*at), blocks(*len), *unmap && disk.deallocate)
-        }
+        Op::Read { buf, .. } | Op::Write { buf, .. } => list.payload(command, buf.iova().get(), buf.len(), sgl),
         Op::Discard { at, len } => {
-            let (mut block, mut left, mut count) = (blocks(*at), blocks(*len), 0);
-            while left > 0 {
-                let now = left.min(disk.range_max.into());
-                let [low, high] = spec::range(block, now as u32);
-                list.put(2 * count, low);
-                list.put(2 * count + 1, high);
-                (block, left, count) = (block + now, left - now, count + 1);
+            for (n, range) in disk.ranges(*at, *len).enumerate() {
+                list.put(2 * n, range[0]);
+                list.put(2 * n + 1, range[1]);
             }
-            Command::deallocate(disk.nsid, count).prps(list.address(), 0)
+            command.prps(list.address(), 0)
         }
-        Op::Flush => Command::new(io::FLUSH, disk.nsid),
-        Op::Status { .. } | Op::Prefetch { .. } => unreachable!("what the device cannot do is refused before"),
+        _ => command,
     }
 }
-
-/// What the status means for the request.
-#[inline]
-pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
-    match (op, status.result()) {
-        (_, Ok(())) => Ok(()),
-        // The command is well-formed, so a field that is not valid is one that this controller does not know.
-        (Op::Zero { .. } | Op::Discard { .. }, Err(Error::Invalid)) => Err(Error::NotSupported),
-        (_, Err(error)) => {
-            log::debug!("{op:?}: {status}");
-            Err(error)
-        }
-    }
-}
-
 impl Drop for IoQueue {
     fn drop(&mut self) {
         let mut done = Vec::new();

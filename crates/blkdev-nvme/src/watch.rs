@@ -18,7 +18,8 @@ use nix::{
 
 use crate::{
     admin::Failure,
-    controller::{Core, Place, check, lock},
+    controller::{Core, Place, lock},
+    limits::check,
     spec::{Command, Namespace, cns},
 };
 

@@ -1,14 +1,15 @@
-//! Real controllers: `NBDBLK_NVME` is the PCI address of one that is bound to `vfio-pci`; ALL ITS NAMESPACES ARE OVERWRITTEN.
-//! Without it the tests say that they were skipped.
+//! Real controllers: `NBDBLK_NVME` is the PCI address of one that is bound to `vfio-pci`, `NBDBLK_NG` lists `/dev/ngXnY`
+//! with blanks between them; ALL THEIR NAMESPACES ARE OVERWRITTEN. Without them the tests say that they were skipped.
 
 use std::{
-    env,
+    env, fs,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
-use blkdev::{Device, Mapping, Op, Queue, Request, conformance};
-use blkdev_nvme::{Nvme, Options, Target};
+use blkdev::{Arena, Device, Error, Mapping, Op, Queue, Request, conformance};
+use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target};
 
 /// A controller has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
@@ -69,23 +70,114 @@ fn it_can_be_given_up_and_opened_again() {
     for _ in 0..3 {
         conformance::check_give_up(&open(&address, None, &Options::default()));
     }
-    let device = open(&address, None, &Options::default());
-    let (mut queue, buf) = one_page(&*device);
+    works(&*open(&address, None, &Options::default()));
+}
+
+/// Reads a page.
+fn works(device: &dyn Device) {
+    let (mut queue, mut arena) = queue(device);
+    let buf = arena.alloc(4096).unwrap();
     queue.push(Request { tag: 1, op: Op::Read { at: 0, buf } }).unwrap();
     queue.kick();
     let (started, mut done) = (Instant::now(), Vec::new());
     while done.is_empty() {
         queue.reap(&mut done);
-        assert!(started.elapsed() < Duration::from_secs(10), "a read of a controller that was reset is answered");
+        assert!(started.elapsed() < Duration::from_secs(10), "a read is answered");
     }
     assert_eq!(done[0].result, Ok(()));
 }
 
-fn one_page(device: &dyn Device) -> (Box<dyn Queue>, blkdev::Buf) {
-    let memory = Mapping::new(4096).unwrap();
+fn queue(device: &dyn Device) -> (Box<dyn Queue>, Arena) {
+    let memory = Mapping::new(1 << 20).unwrap();
     device.register(&memory).unwrap();
-    let mut arena = memory.arenas(1).remove(0);
-    (device.open_queue(8).unwrap(), arena.alloc(4096).unwrap())
+    let arena = memory.arenas(1).remove(0);
+    (device.open_queue(8).unwrap(), arena)
+}
+
+#[test]
+fn a_device_that_is_taken_away_under_load_is_let_go() {
+    let Some((address, _one)) = controller() else { return };
+    let device = open(&address, None, &Options::default());
+    let (mut queue, mut arena) = queue(&*device);
+    let driver = fs::canonicalize(format!("/sys/bus/pci/devices/{address}/driver")).unwrap();
+    let (unbind, name) = (driver.join("unbind"), address.clone());
+    let mut unbinding = None;
+    let (mut done, mut count, mut told) = (Vec::new(), 0, None);
+    while told.is_none() {
+        if let Some(buf) = arena.alloc(4096)
+            && let Err(request) = queue.push(Request { tag: count, op: Op::Read { at: count % 1000 * 4096, buf } })
+        {
+            drop(request);
+        }
+        queue.kick();
+        queue.reap(&mut done);
+        count += done.len() as u64;
+        if count > 1000 && unbinding.is_none() {
+            let (unbind, name) = (unbind.clone(), name.clone());
+            // It waits until the device is closed.
+            unbinding = Some((Instant::now(), thread::spawn(move || fs::write(unbind, name))));
+        }
+        for done in done.drain(..) {
+            if let Err(error) = done.result {
+                assert_eq!(error, Error::Gone);
+                told = unbinding.as_ref().map(|(started, _)| started.elapsed());
+            }
+        }
+        if let Some((started, _)) = &unbinding {
+            assert!(started.elapsed() < Duration::from_secs(20), "removal is noticed");
+        }
+    }
+    let (started, thread) = unbinding.unwrap();
+    drop(queue);
+    drop(device);
+    thread.join().unwrap().unwrap();
+    println!("{address}: taken away under load: requests failed after {told:?}, gone after {:?}", started.elapsed());
+    fs::write(driver.join("bind"), &address).unwrap();
+    works(&*open(&address, None, &Options::default()));
+}
+
+fn namespaces_of_the_kernel() -> Vec<String> {
+    let list = env::var("NBDBLK_NG").unwrap_or_default();
+    if list.is_empty() {
+        eprintln!("SKIPPED: NBDBLK_NG names no /dev/ngXnY, so passthrough was not tested");
+    }
+    list.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn passthrough_conforms() {
+    for path in namespaces_of_the_kernel() {
+        let device: Arc<dyn Device> = Arc::new(Passthrough::open(&PassthroughOptions::new(&path)).unwrap());
+        let started = Instant::now();
+        conformance::check(&device);
+        println!("{path}: {} bytes, {:?}: conforms, in {:?}", device.capacity(), device.info(), started.elapsed());
+        let read_only = PassthroughOptions { read_only: true, ..PassthroughOptions::new(&path) };
+        conformance::check_read_only(&(Arc::new(Passthrough::open(&read_only).unwrap()) as _));
+        conformance::check_give_up(&device);
+    }
+}
+
+#[test]
+fn passthrough_conforms_polled() {
+    if env::var("NBDBLK_NG_POLLED").is_err() {
+        eprintln!("SKIPPED: NBDBLK_NG_POLLED is not set, so polled queues were not tested (nvme.poll_queues=1)");
+        return;
+    }
+    for path in namespaces_of_the_kernel() {
+        let polled = PassthroughOptions { polled: true, ..PassthroughOptions::new(&path) };
+        conformance::check(&(Arc::new(Passthrough::open(&polled).unwrap()) as _));
+        println!("{path}: conforms with polled queues");
+    }
+}
+
+#[test]
+fn passthrough_says_what_is_no_namespace() {
+    let refuse = |path: &str, part: &str| {
+        let e = Passthrough::open(&PassthroughOptions::new(path)).unwrap_err().to_string();
+        assert!(e.starts_with(path) && e.contains(part), "{e}");
+    };
+    refuse("/dev/null", "no NVMe namespace");
+    refuse("/dev/no-such-device", "No such file");
 }
 
 #[test]

@@ -1,0 +1,188 @@
+//! From what Identify tells of a namespace to what is told of the device, and from requests to commands: what both drivers
+//! have in common.
+
+use std::{io, time::Duration};
+
+use blkdev::{Caps, Error, Info, Op};
+
+use crate::spec::{self, BLOCKS_MAX, Command, Controller, Limits, Namespace, RANGES_MAX, Status};
+
+/// What Identify has told.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) controller: Controller,
+    pub(crate) limits: Limits,
+    pub(crate) nsid: u32,
+    pub(crate) namespace: Namespace,
+}
+
+/// What a driver adds to it.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    pub(crate) driver: &'static str,
+    pub(crate) target: String,
+    /// The controller's smallest memory page, in bytes.
+    pub(crate) page: u64,
+    pub(crate) transfer_max: u32,
+    /// Ranges in one Dataset Management command.
+    pub(crate) ranges: usize,
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+    pub(crate) read_only: bool,
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// What queues need to know of the namespace.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Disk {
+    pub(crate) nsid: u32,
+    pub(crate) block_shift: u8,
+    /// Write Zeroes can deallocate.
+    deallocate: bool,
+    /// Blocks in one range of Dataset Management.
+    range_max: u32,
+}
+
+/// `2^power` pages in bytes; a power of 0 is no limit.
+fn pages(power: u8, page: u64) -> u64 {
+    if power == 0 { u64::MAX } else { 1u64.checked_shl(power.into()).map_or(u64::MAX, |n| n.saturating_mul(page)) }
+}
+
+/// For fields in which 0 is no limit.
+fn or_max(limit: u64) -> u64 {
+    if limit == 0 { u64::MAX } else { limit }
+}
+
+impl Found {
+    /// The longest transfer in bytes, of what the controller takes and the driver can do.
+    pub(crate) fn transfer_max(&self, page: u64, most: u64) -> u32 {
+        let block = 1 << self.namespace.block_shift;
+        let max = pages(self.controller.mdts, page).min(most).min(BLOCKS_MAX * block);
+        // What is left fits 32 bits: `most` does.
+        (max / block * block).max(page).max(block) as u32
+    }
+
+    /// What the device can do, and what its queues need to know.
+    pub(crate) fn describe(&self, shape: Shape) -> (Info, Disk) {
+        let Self { controller, limits, nsid, namespace } = self;
+        let block = 1u64 << namespace.block_shift;
+        let zero_max = (pages(limits.wzsl, shape.page) / block).clamp(1, BLOCKS_MAX) * block;
+
+        let range_max = or_max(limits.dmrsl.into()).min(u32::MAX.into());
+        let ranges = or_max(limits.dmrl.into()).min(shape.ranges.min(RANGES_MAX) as u64);
+        let unit = namespace.npdg.map_or(1, u64::from) * block;
+        // Larger than any that is of use; then it is only a wish.
+        let unit = if unit > 1 << 30 { block } else { unit };
+        let discard_max = or_max(limits.dmsl).min(ranges * range_max).saturating_mul(block) / unit * unit;
+
+        let preferred = namespace.npwg.map_or(block, |blocks| u64::from(blocks) * block);
+        let read_only = shape.read_only || namespace.write_protected;
+        let info = Info {
+            driver: shape.driver,
+            target: shape.target,
+            serial: controller.serial.clone(),
+            queues_max: shape.queues,
+            depth_max: shape.depth,
+            block_size: block as u32,
+            // The power of two that is not above what the device prefers.
+            preferred_block_size: 1 << preferred.clamp(block, 1 << 30).ilog2(),
+            transfer_max: shape.transfer_max,
+            zero_max,
+            discard_max: discard_max.max(unit),
+            discard_alignment: unit as u32,
+            timeout: shape.timeout,
+            caps: Caps {
+                read_only,
+                flush: controller.vwc & 1 != 0,
+                fua: true,
+                zero: controller.oncs & 1 << 3 != 0 && !read_only,
+                discard: controller.oncs & 1 << 2 != 0 && !read_only && discard_max > 0,
+                ..Caps::default()
+            },
+        };
+        let disk = Disk {
+            nsid: *nsid,
+            block_shift: namespace.block_shift,
+            deallocate: namespace.zeroes_deallocate,
+            range_max: range_max as u32,
+        };
+        (info, disk)
+    }
+}
+
+impl Disk {
+    #[inline]
+    fn blocks(&self, bytes: u64) -> u64 {
+        bytes >> self.block_shift
+    }
+
+    /// The command for a request that the device can do. What it says of memory is still missing.
+    #[inline]
+    pub(crate) fn command(&self, op: &Op) -> Command {
+        let transfer = |opcode, at: u64, len: usize, fua| {
+            Command::transfer(opcode, self.nsid, self.blocks(at), self.blocks(len as u64), fua)
+        };
+        match op {
+            Op::Read { at, buf } => transfer(spec::io::READ, *at, buf.len(), false),
+            Op::Write { at, buf, fua } => transfer(spec::io::WRITE, *at, buf.len(), *fua),
+            Op::Zero { at, len, unmap } => {
+                Command::write_zeroes(self.nsid, self.blocks(*at), self.blocks(*len), *unmap && self.deallocate)
+            }
+            Op::Discard { at, len } => Command::deallocate(self.nsid, self.ranges(*at, *len).count()),
+            Op::Flush => Command::new(spec::io::FLUSH, self.nsid),
+            Op::Status { .. } | Op::Prefetch { .. } => unreachable!("what the device cannot do is refused before"),
+        }
+    }
+
+    /// The ranges of a discard.
+    pub(crate) fn ranges(&self, at: u64, len: u64) -> impl Iterator<Item = [u64; 2]> {
+        let (mut block, end, max) = (self.blocks(at), self.blocks(at + len), u64::from(self.range_max));
+        std::iter::from_fn(move || {
+            let now = (end - block).min(max);
+            block += now;
+            (now > 0).then(|| spec::range(block - now, now as u32))
+        })
+    }
+}
+
+/// What the status means for the request.
+#[inline]
+pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
+    match (op, status.result()) {
+        (_, Ok(())) => Ok(()),
+        // The command is well-formed, so a field that is not valid is one that this controller does not know.
+        (Op::Zero { .. } | Op::Discard { .. }, Err(Error::Invalid)) => Err(Error::NotSupported),
+        (_, Err(error)) => {
+            log::debug!("{op:?}: {status}");
+            Err(error)
+        }
+    }
+}
+
+/// # Errors
+/// The namespace is not there, or has a format that cannot be driven.
+pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
+    if namespace.blocks == 0 {
+        return Err(invalid(format!("there is no namespace {nsid}")));
+    }
+    if namespace.metadata != 0 || namespace.protection != 0 {
+        return Err(unusable(format!(
+            "namespace {nsid} has {} bytes of metadata with each block, which is not supported; a format without can be \
+             chosen with nvme format (it erases the namespace)",
+            namespace.metadata
+        )));
+    }
+    let shift = namespace.block_shift;
+    if !(9..=16).contains(&shift) || namespace.blocks.checked_mul(1 << shift).is_none_or(|len| len > i64::MAX as u64) {
+        return Err(unusable(format!("namespace {nsid} has {} blocks of 2^{shift} bytes", namespace.blocks)));
+    }
+    Ok(())
+}
+
+pub(crate) fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+pub(crate) fn unusable(why: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, why.into())
+}

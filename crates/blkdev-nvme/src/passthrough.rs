@@ -1,0 +1,286 @@
+//! [`Passthrough`]: a namespace through the kernel's NVMe driver, but past its block layer.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::Duration,
+};
+
+use blkdev::{Completion, Device, Error, Info, Mapping, Op, PAGE, Queue, Request};
+
+use crate::{
+    limits::{Disk, Found, Shape, check, invalid, settle, unusable},
+    spec::{Controller, Limits, Namespace, RANGES_MAX, Status, cns},
+    uring::{self, Ring},
+};
+
+/// How to open a namespace's character device.
+#[derive(Clone, Debug)]
+pub struct PassthroughOptions {
+    /// `/dev/ngXnY`.
+    pub path: PathBuf,
+    /// Nothing can be written. The device is opened for reading only then, and the kernel asks for `CAP_SYS_ADMIN`.
+    pub read_only: bool,
+    /// The deepest queue that can be opened, in requests, 1 to 4096. Default: 128.
+    pub entries: u16,
+    /// Queues whose completions are polled for (`IOPOLL`): they have no descriptor to wait on. The kernel's driver needs
+    /// queues for that (`nvme.poll_queues`).
+    pub polled: bool,
+    /// How long a request may take before the device is given up; the kernel aborts the command after half of it. `None`:
+    /// for ever.
+    pub timeout: Option<Duration>,
+}
+
+impl PassthroughOptions {
+    /// The device at `path`, and the defaults.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+            entries: 128,
+            polled: false,
+            timeout: Some(Duration::from_secs(30)),
+        }
+    }
+}
+
+/// Queues that can be open at a time: each is a ring with locked memory and a descriptor.
+const QUEUES_MAX: u16 = 256;
+
+/// Longest transfer in bytes where the kernel does not tell of one.
+const TRANSFER_MAX: u64 = 128 << 10;
+
+/// A namespace behind the kernel's NVMe driver.
+#[derive(Debug)]
+pub struct Passthrough {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    file: File,
+    info: Info,
+    disk: Disk,
+    capacity: u64,
+    polled: bool,
+    queues: AtomicU16,
+    mappings: Mutex<Vec<Arc<Mapping>>>,
+}
+
+impl Passthrough {
+    /// Opens a namespace's character device.
+    ///
+    /// # Errors
+    /// It cannot be opened, is no NVMe namespace, or has a format that cannot be driven; or there is no io_uring that has
+    /// passthrough. The text says which and what to do.
+    pub fn open(options: &PassthroughOptions) -> io::Result<Self> {
+        let name = options.path.display().to_string();
+        let shared = open(options, &name).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+        Ok(Self { shared: Arc::new(shared) })
+    }
+}
+
+fn open(options: &PassthroughOptions, name: &str) -> io::Result<Shared> {
+    // For writing, as that is what the kernel wants of those who are not root (Linux 6.2).
+    let file = OpenOptions::new().read(true).write(!options.read_only).open(&options.path)?;
+    let meta = file.metadata()?;
+    if !meta.file_type().is_char_device() {
+        return Err(invalid("not a character device; NVMe passthrough wants /dev/ngXnY, not /dev/nvmeXnY".to_owned()));
+    }
+    let nsid = uring::nsid(&file).map_err(|e| invalid(format!("no NVMe namespace: {e}")))?;
+    let identify = |cns, nsid| {
+        uring::identify(&file, cns, nsid).map_err(|e| {
+            let remedy = match e.raw_os_error() {
+                Some(libc::EACCES | libc::EPERM) if options.read_only => {
+                    ": CAP_SYS_ADMIN is needed for read-only access"
+                }
+                Some(libc::EACCES | libc::EPERM) => ": CAP_SYS_ADMIN is needed before Linux 6.2",
+                _ => "",
+            };
+            io::Error::new(e.kind(), format!("Identify: {e}{remedy}"))
+        })
+    };
+    let refused = |status: Status| unusable(format!("Identify: {status}"));
+    let controller = Controller::parse(&identify(cns::CONTROLLER, 0)?.map_err(refused)?);
+    let namespace = Namespace::parse(&identify(cns::NAMESPACE, nsid)?.map_err(refused)?);
+    check(&namespace, nsid)?;
+    // Older controllers do not know it.
+    let limits = identify(cns::CONTROLLER_OF_COMMAND_SET, 0)?.map_or_else(|_| Limits::default(), |b| Limits::parse(&b));
+
+    let sysfs = Sysfs::new(&meta)?;
+    if sysfs.text("zoned").is_some_and(|zoned| zoned != "none") {
+        return Err(unusable("the namespace is zoned, which is not supported"));
+    }
+    // Passthrough does not split: what is too long or too scattered is refused. A page more, for an odd start.
+    let told = sysfs.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib << 10);
+    let scattered = sysfs.number("max_segments").map_or(u64::MAX, |n| n.saturating_sub(1).max(1) * PAGE as u64);
+    let found = Found { controller, limits, nsid, namespace };
+    // The kernel's page is the controller's, at least 4096 bytes; its MDTS is part of what sysfs tells.
+    let transfer_max = found.transfer_max(PAGE as u64, told.min(scattered).min(32 << 20));
+    let shape = Shape {
+        driver: "nvme-io_uring",
+        target: name.to_owned(),
+        page: PAGE as u64,
+        transfer_max,
+        ranges: RANGES_MAX,
+        queues: QUEUES_MAX,
+        depth: options.entries.clamp(1, 4096),
+        read_only: options.read_only,
+        timeout: options.timeout,
+    };
+    let (info, disk) = found.describe(shape);
+    Ok(Shared {
+        capacity: found.namespace.blocks << found.namespace.block_shift,
+        file,
+        info,
+        disk,
+        polled: options.polled,
+        queues: AtomicU16::new(0),
+        mappings: Mutex::default(),
+    })
+}
+
+/// What the kernel tells of the block device that goes with a character device.
+struct Sysfs(PathBuf);
+
+impl Sysfs {
+    fn new(meta: &fs::Metadata) -> io::Result<Self> {
+        let (major, minor) = (libc::major(meta.rdev()), libc::minor(meta.rdev()));
+        let path = fs::canonicalize(format!("/sys/dev/char/{major}:{minor}"))?;
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let digits = name.strip_prefix("ng").ok_or_else(|| invalid(format!("{name} is no NVMe namespace")))?;
+        Ok(Self(PathBuf::from(format!("/sys/class/block/nvme{digits}/queue"))))
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        fs::read_to_string(self.0.join(name)).ok().map(|text| text.trim().to_owned())
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        self.text(name)?.parse().ok()
+    }
+}
+
+impl Device for Passthrough {
+    fn info(&self) -> &Info {
+        &self.shared.info
+    }
+
+    fn capacity(&self) -> u64 {
+        self.shared.capacity
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(mapping));
+        Ok(())
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let shared = &self.shared;
+        let max = shared.info.queues_max;
+        let claim = |open: u16| (open < max).then_some(open + 1);
+        if shared.queues.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim).is_err() {
+            let text = format!("{}: all {max} queues are open; close one first", shared.info.target);
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
+        }
+        let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let depth = depth.clamp(1, shared.info.depth_max);
+        let timeout = shared.info.timeout.map(|timeout| timeout / 2);
+        match Ring::new(depth, shared.file.as_fd(), &known, shared.polled, timeout) {
+            Ok(ring) => {
+                Ok(Box::new(PassthroughQueue { shared: Arc::clone(shared), ring, done: Vec::new(), gone: false }))
+            }
+            Err(e) => {
+                shared.queues.fetch_sub(1, Ordering::Relaxed);
+                Err(io::Error::new(e.kind(), format!("{}: {e}", shared.info.target)))
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct PassthroughQueue {
+    /// Before the file that it works on: fields are dropped in this order.
+    ring: Ring,
+    shared: Arc<Shared>,
+    /// What ended without the kernel.
+    done: Vec<Completion>,
+    gone: bool,
+}
+
+impl Queue for PassthroughQueue {
+    #[inline]
+    fn push(&mut self, request: Request) -> Result<(), Request> {
+        let refusal = match &request.op {
+            _ if self.gone => Some(Error::Gone),
+            // Not among this device's Caps, so never asked for.
+            Op::Status { .. } | Op::Prefetch { .. } => Some(Error::NotSupported),
+            _ => None,
+        };
+        if let Some(error) = refusal {
+            let Request { tag, op } = request;
+            self.done.push(Completion { tag, op, result: Err(error) });
+            return Ok(());
+        }
+        let disk = &self.shared.disk;
+        let command = disk.command(&request.op);
+        let ranges = match &request.op {
+            Op::Discard { at, len } => disk.ranges(*at, *len).collect(),
+            _ => Box::default(),
+        };
+        self.ring.push(request, command, ranges)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.ring.kick();
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        if self.ring.is_broken() {
+            self.give_up();
+        }
+        done.append(&mut self.done);
+        self.ring.reap(|Request { tag, op }, answer| {
+            let result = match answer {
+                Ok(status) => settle(&op, status),
+                Err(errno) => Err(Error::from_errno(errno)),
+            };
+            done.push(Completion { tag, op, result });
+        });
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.shared.polled).then(|| self.ring.as_fd())
+    }
+
+    fn arm(&mut self) -> bool {
+        self.done.is_empty() && (self.ring.arm() || self.gone)
+    }
+
+    fn give_up(&mut self) {
+        if !self.gone {
+            let count = self.ring.in_flight();
+            log::error!("{}: given up with {count} requests in flight", self.shared.info.target);
+        }
+        self.gone = true;
+        let done = &mut self.done;
+        self.ring.give_up(|Request { tag, op }| done.push(Completion { tag, op, result: Err(Error::Gone) }));
+    }
+}
+
+impl Drop for PassthroughQueue {
+    fn drop(&mut self) {
+        self.shared.queues.fetch_sub(1, Ordering::Relaxed);
+    }
+}
