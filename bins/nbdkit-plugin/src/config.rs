@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use blkdev_drivers::{Error, Property, Settings, drivers, find, parse_size};
+use blkdev_drivers::{Access, Driver, Error, Kind, Property, Settings, drivers, find, parse_size};
 
 use crate::{host, options};
 
@@ -42,7 +42,7 @@ const MEMORY_MAX: u64 = 1 << 32;
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     driver: Option<String>,
-    /// In the order of the command line; paths are absolute already.
+    /// In the order of the command line.
     properties: Vec<(String, String)>,
     gets: Vec<String>,
     memory: Option<usize>,
@@ -84,12 +84,11 @@ impl Words {
             }
             #[cfg(feature = "panic-test")]
             "panic-at" => self.panic_at = value.parse().ok(),
-            "path" => self.properties.push((key.into(), absolute(value)?)),
             // nbdblk's short form, io_uring=disk.img.
             _ if self.driver.is_none() && find(key).is_ok() => {
                 let name = find(key).map_or("path", |driver| driver.value);
                 self.driver = Some(key.into());
-                self.properties.push((name.into(), if name == "path" { absolute(value)? } else { value.into() }));
+                self.properties.push((name.into(), value.into()));
             }
             _ => self.properties.push((key.into(), value.into())),
         }
@@ -108,7 +107,9 @@ impl Words {
         let driver = find(name).map_err(|error| unknown(name, &error))?;
         let mut settings = Settings::new(driver);
         for (name, value) in &self.properties {
-            settings.set(name, value).map_err(|error| refused(name, value, &error))?;
+            // nbdkit will be in another directory when it serves.
+            let value = if is_path(driver, name) { absolute(value)? } else { value.clone() };
+            settings.set(name, &value).map_err(|error| refused(name, &value, &error))?;
         }
         if options::read_only() {
             restrict(&mut settings);
@@ -140,6 +141,13 @@ pub(crate) fn unreadable(name: &str, settings: &Settings) -> Fault {
         Err(error) => refuse(&error, &format!("get={name}")),
         Ok(_) => Fault { errno: libc::ENODEV, text: format!("get={name}: the device does not tell") },
     }
+}
+
+/// Whether the value of a property is the name of a file.
+fn is_path(driver: &Driver, name: &str) -> bool {
+    let known = driver.properties().find(|property| is_named(property.name, name));
+    // What the table does not know belongs to libblkio, where only `path` is one.
+    known.map_or(driver.open_ended && name == "path", |property| property.kind == Kind::Path)
 }
 
 fn absolute(path: &str) -> Result<String, Fault> {
@@ -177,7 +185,7 @@ pub(crate) fn is_named(property: &str, name: &str) -> bool {
 
 /// For the manual and `--dump-plugin`: what can be set on a driver.
 pub(crate) fn settable(properties: impl Iterator<Item = &'static Property>) -> String {
-    let names = properties.filter(|property| property.access != blkdev_drivers::Access::ReadOnly);
+    let names = properties.filter(|property| property.access != Access::ReadOnly);
     names.map(|property| property.name).collect::<Vec<_>>().join(",")
 }
 
