@@ -1,4 +1,5 @@
 //! The arguments, and the help that goes with them.
+#![allow(rustdoc::broken_intra_doc_links, reason = "the comments on arguments are the help text, word for word")]
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
