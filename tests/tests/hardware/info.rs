@@ -21,10 +21,7 @@ pub(crate) fn is_true(target: &Target) {
         _ => {
             let queue = Path::new("/sys/block").join(storage.file_name().expect("a disk has a name")).join("queue");
             let says = |name: &str| fs::read_to_string(queue.join(name)).expect("sysfs has it").trim().to_owned();
-            // Through the page cache bytes are blocks; what lies under it is asked for with direct=true.
-            if target.block > 1 {
-                assert_eq!(says("logical_block_size"), target.block.to_string());
-            }
+            assert_eq!(says("logical_block_size"), target.block.to_string());
             assert_eq!(json!(says("rotational") == "1"), info["caps"]["rotational"]);
             assert_eq!(json!(says("write_cache") == "write back"), info["properties"]["flush-needed"]);
             assert_ne!(says("discard_max_bytes"), "0");

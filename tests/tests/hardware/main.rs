@@ -39,7 +39,7 @@ macro_rules! table {
 
 #[rustfmt::skip]
 table! {
-    io_uring_nvme:           "io_uring=$NBDBLK_NVME_KERNEL",               1,    Other::Disk("$NBDBLK_NVME_KERNEL");
+    io_uring_nvme:           "io_uring=$NBDBLK_NVME_KERNEL",               512,  Other::Disk("$NBDBLK_NVME_KERNEL");
     io_uring_nvme_direct:    "io_uring=$NBDBLK_NVME_KERNEL,direct=true",   512,  Other::Disk("$NBDBLK_NVME_KERNEL");
     io_uring_nvme_4k_direct: "io_uring=$NBDBLK_NVME_KERNEL4K,direct=true", 4096, Other::Disk("$NBDBLK_NVME_KERNEL4K");
     vhost_user:              "vhost-user=$NBDBLK_VHOST_USER",              512,  Other::File("/tmp/vhost-user.img");
