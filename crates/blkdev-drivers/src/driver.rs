@@ -4,7 +4,8 @@ use std::{borrow::Cow, io, sync::Arc, time::Duration};
 
 use blkdev::{Device, memory::Memory, null::Null};
 use blkdev_io_uring as io_uring;
-use blkdev_vhost_user as vhost_user;
+use blkdev_nvme as nvme;
+use blkdev_vhost_user::{self as vhost_user, Format, WriteCache};
 
 use crate::{Error, Kind, Property, Settings, Value, fd::inherited, narrow::narrow, suggest::nearest};
 
@@ -111,8 +112,9 @@ static DRIVERS: &[Driver] = &[
             READ_ONLY,
             NUM_QUEUES,
             NUM_POLL_QUEUES,
-            Property::connected("queue-size", Kind::I32, Some("256"), "descriptors of one queue: a power of two")
-                .checked(queue_size),
+            QUEUE_SIZE,
+            RING,
+            WRITE_CACHE,
             Property::created(
                 "connect-timeout",
                 Kind::Time,
@@ -145,8 +147,109 @@ static DRIVERS: &[Driver] = &[
                 queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
                 connect_timeout: settings.time("connect-timeout"),
                 request_timeout: settings.time("request-timeout"),
+                ring: ring(settings),
+                write_cache: write_cache(settings),
             };
             Ok(Arc::new(vhost_user::VhostUser::connect(&options)?))
+        },
+    },
+    Driver {
+        name: "nvme",
+        aliases: &[],
+        about: "an NVMe controller of its own, over VFIO: nvme=ADDRESS[/NSID]",
+        value: "path",
+        open_ended: false,
+        own: &[
+            Property::created(
+                "path",
+                Kind::Str,
+                Some(""),
+                "the controller's PCI address or its path in sysfs, and perhaps /NSID: 0000:01:00.0/1",
+            ),
+            READ_ONLY,
+            Property::created("no-iommu", Kind::Bool, Some("false"), "does without an IOMMU where there is none: UNSAFE"),
+            NUM_QUEUES,
+            NUM_POLL_QUEUES,
+            Property::connected("queue-size", Kind::I32, Some("256"), "places in one queue, 2 to 1024")
+                .checked(nvme_queue_size),
+            REQUEST_TIMEOUT,
+            Property::constant("driver", Kind::Str, "nvme", "the driver's name; libblkio has none like it"),
+            Property::told(
+                "max-queue-size",
+                Kind::I32,
+                |device| Value::I32(i32::from(device.info().depth_max) + 1),
+                "the largest queue-size",
+            ),
+            Property::constant("can-add-queues", Kind::Bool, "true", "queues can be opened one by one"),
+            Property::constant(
+                "needs-mem-regions",
+                Kind::Bool,
+                "true",
+                "the device must know payload memory beforehand",
+            ),
+            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+        ],
+        open: |settings| {
+            let target = settings.needed("path")?.parse()?;
+            let how = blkdev_vfio::Options { no_iommu: settings.bool("no-iommu") };
+            let options = nvme::Options {
+                nsid: None,
+                read_only: settings.bool("read-only"),
+                queues: u16_of(settings, "num-queues"),
+                queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+                timeout: Some(settings.time("request-timeout")),
+            };
+            Ok(Arc::new(nvme::Nvme::open_vfio(&target, &how, &options)?))
+        },
+    },
+    Driver {
+        name: "nvme-io_uring",
+        aliases: &[],
+        about: "an NVMe namespace past the kernel's block layer: /dev/ngXnY",
+        value: "path",
+        open_ended: false,
+        own: &[
+            Property { about: "the namespace's character device, /dev/ngXnY", ..PATH },
+            Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+            READ_ONLY,
+            NUM_QUEUES,
+            NUM_POLL_QUEUES,
+            Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
+                .checked(num_entries),
+            Property::created(
+                "polled",
+                Kind::Bool,
+                Some("false"),
+                "polls for completions, which keeps a processor busy; the kernel needs nvme.poll_queues for it",
+            ),
+            REQUEST_TIMEOUT,
+            Property::constant("driver", Kind::Str, "nvme-io_uring", DRIVER_ABOUT),
+            Property::constant("can-add-queues", Kind::Bool, "true", "queues can be opened one by one"),
+            Property::constant(
+                "needs-mem-regions",
+                Kind::Bool,
+                "false",
+                "the device must know payload memory beforehand",
+            ),
+            Property::constant("may-pin-mem-regions", Kind::Bool, "false", "payload memory may be pinned"),
+        ],
+        open: |settings| {
+            let source = match (settings.str("path"), settings.i32("fd")) {
+                (Some(_), Some(0..)) => {
+                    let why = "nvme-io_uring: path and fd cannot be set at the same time";
+                    return Err(Error::invalid(why.into()).into());
+                }
+                (None, Some(fd @ 0..)) => nvme::Source::Fd(inherited(fd)?),
+                (path, _) => nvme::Source::Path(path.ok_or_else(|| settings.missing("path"))?.into()),
+            };
+            let options = nvme::PassthroughOptions {
+                source,
+                read_only: settings.bool("read-only"),
+                entries: u16_of(settings, "num-entries").expect("num-entries has a default"),
+                polled: settings.bool("polled"),
+                timeout: Some(settings.time("request-timeout")),
+            };
+            narrow(Arc::new(nvme::Passthrough::open(options)?), u16_of(settings, "num-queues"))
         },
     },
     Driver {
@@ -225,6 +328,26 @@ const REQUEST_TIMEOUT: Property = Property::created(
     "how long a request may take before the device is given up",
 )
 .checked(some_time);
+
+const QUEUE_SIZE: Property =
+    Property::connected("queue-size", Kind::I32, Some("256"), "descriptors of one queue: a power of two")
+        .checked(queue_size);
+
+const RING: Property = Property::created(
+    "ring",
+    Kind::Str,
+    Some("auto"),
+    "format of the rings: split, packed, or auto, which is packed where the device offers it",
+)
+.checked(|value| one_of(value, &["auto", "split", "packed"]));
+
+const WRITE_CACHE: Property = Property::created(
+    "write-cache",
+    Kind::Str,
+    Some("unchanged"),
+    "switches the device's write cache: writeback or writethrough; unchanged: left as it is",
+)
+.checked(|value| one_of(value, &["unchanged", "writeback", "writethrough"]));
 
 const DRIVER_ABOUT: &str = "libblkio's name of the driver";
 
@@ -339,6 +462,35 @@ fn queue_size(value: &Value) -> Checked {
     }
 }
 
+fn one_of(value: &Value, words: &[&str]) -> Checked {
+    match value {
+        Value::Str(value) if !words.contains(&value.as_str()) => {
+            Err(format!("Value must be one of {}", words.join(", ")).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn ring(settings: &Settings) -> Option<Format> {
+    match settings.str("ring").as_deref() {
+        Some("split") => Some(Format::Split),
+        Some("packed") => Some(Format::Packed),
+        _ => None,
+    }
+}
+
+fn write_cache(settings: &Settings) -> Option<WriteCache> {
+    match settings.str("write-cache").as_deref() {
+        Some("writeback") => Some(WriteCache::Writeback),
+        Some("writethrough") => Some(WriteCache::Writethrough),
+        _ => None,
+    }
+}
+
+fn nvme_queue_size(value: &Value) -> Checked {
+    within(value, 2, 1024, "queue_size must be greater than 1")
+}
+
 fn some_time(value: &Value) -> Checked {
     match value {
         Value::Time(Duration::ZERO) => Err("Value must be greater than 0".into()),
@@ -398,6 +550,9 @@ mod tests {
         check("io_uring", &[("driver", "io_uring"), ("fd", "-1"), ("direct", "false"), ("num-entries", "128")]);
         check("virtio-blk-vhost-user", &common);
         check("virtio-blk-vhost-user", &[("driver", "virtio-blk-vhost-user"), ("queue-size", "256")]);
+        check("nvme-io_uring", &common);
+        check("nvme-io_uring", &[("driver", "nvme-io_uring"), ("fd", "-1"), ("num-entries", "128")]);
+        check("nvme", &[("queue-size", "256"), ("no-iommu", "false")]);
         check("vhost-user", &[("connect-timeout", "5s"), ("request-timeout", "30s")]);
     }
 
@@ -419,6 +574,8 @@ mod tests {
         check("io_uring", "num-poll-queues", "-1", libc::EINVAL, "num_poll_queues must be equal to or greater than 0");
         check("io_uring", "num-poll-queues", "1", libc::EINVAL, "Poll queues not supported");
         check("vhost-user", "queue-size", "0", libc::EINVAL, "queue_size must be greater than 0");
+        check("nvme", "queue-size", "1", libc::EINVAL, "queue_size must be greater than 1");
+        check("nvme", "queue-size", "1025", libc::EINVAL, "Value must not be greater than 1024");
         check("vhost-user", "queue-size", "100", libc::EINVAL, "queue_size must be a power of two");
         check("vhost-user", "queue-size", "65536", libc::EINVAL, "Value must not be greater than 32768");
         check(
@@ -465,6 +622,8 @@ mod tests {
         };
         check("io_uring", "io_uring needs a path: io_uring=PATH");
         check("vhost-user", "vhost-user needs a path: vhost-user=PATH");
+        check("nvme", "nvme needs a path: nvme=PATH");
+        check("nvme-io_uring", "nvme-io_uring needs a path: nvme-io_uring=PATH");
         check("memory", "memory needs a size: memory=SIZE");
     }
 

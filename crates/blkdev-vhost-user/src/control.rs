@@ -13,22 +13,23 @@ use std::{
 };
 
 use blkdev::Mapping;
-use blkdev_virtio::{Doorbell, Life, Ring, Transport};
+use blkdev_virtio::{Doorbell, Format, Life, Ring, Transport};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
         Frontend, VhostUserFrontend,
-        message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
+        message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
     },
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::watch::Watch;
+use crate::{requests::Requests, watch::Watch};
 
 /// Memory regions in one SET_MEM_TABLE that every back end takes (the specification's VHOST_MEMORY_BASELINE_NREGIONS).
 const REGIONS_MAX: usize = 8;
 
-/// GET_CONFIG's number.
+/// Numbers of messages.
+const SET_VRING_BASE: u32 = 10;
 const GET_CONFIG: u32 = 24;
 
 /// Length of a message's header: request, flags, size of the rest. 12 bytes.
@@ -65,6 +66,7 @@ struct State {
 
 /// What it takes to start a queue again.
 struct Running {
+    format: Format,
     config: VringConfigData,
     kick: EventFd,
     call: EventFd,
@@ -74,7 +76,8 @@ impl Control {
     /// `left` of the time for connecting; `timeout` for every exchange after it.
     pub(crate) fn negotiate(stream: UnixStream, target: String, left: Duration, timeout: Duration) -> io::Result<Self> {
         let life = Life::new(format!("vhost-user {target}"));
-        let watch = Watch::new(stream.try_clone()?, Arc::clone(&life))?;
+        let (ours, requests) = UnixStream::pair()?;
+        let watch = Watch::new(stream.try_clone()?, Requests::new(ours)?, Arc::clone(&life))?;
         let mut control = Self {
             target,
             life,
@@ -100,12 +103,16 @@ impl Control {
                 let wanted = VhostUserProtocolFeatures::MQ
                     | VhostUserProtocolFeatures::REPLY_ACK
                     | VhostUserProtocolFeatures::CONFIG
-                    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+                    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+                    | VhostUserProtocolFeatures::BACKEND_REQ;
                 protocol = frontend.get_protocol_features()? & wanted;
                 frontend.set_protocol_features(protocol)?;
             }
             if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
                 frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            }
+            if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+                frontend.set_backend_request_fd(&requests)?;
             }
             let mq = protocol.contains(VhostUserProtocolFeatures::MQ);
             let queues = if mq { frontend.get_queue_num()? } else { 1 };
@@ -190,15 +197,27 @@ impl Control {
         Ok(count)
     }
 
-    /// Stops the queue and tells the next available index that the back end would have looked at.
-    fn stop(frontend: &Frontend, index: u16) -> vhost::Result<u16> {
-        frontend.get_vring_base(usize::from(index)).map(|base| base as u16)
+    /// Stops the queue and tells where the back end would have gone on: the next available index or, of a packed ring,
+    /// position and wrap counter of what is available next in the low 16 bits, and of what is used next in the high ones.
+    fn stop(frontend: &Frontend, index: u16) -> vhost::Result<u32> {
+        frontend.get_vring_base(usize::from(index))
     }
 
-    fn start(&self, frontend: &mut Frontend, index: u16, base: u16, ring: &Running) -> vhost::Result<()> {
+    /// SET_VRING_BASE, which takes 32 bits for a packed ring; `Frontend` knows of 16.
+    fn set_base(&self, index: usize, base: u32) -> vhost::Result<()> {
+        let fields = [SET_VRING_BASE, 1, 8, index as u32, base];
+        let message = fields.map(u32::to_ne_bytes).concat();
+        let sent = (&self.stream).write_all(&message);
+        sent.map_err(|e| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::SocketError(e)))
+    }
+
+    fn start(&self, frontend: &mut Frontend, index: u16, base: u32, ring: &Running) -> vhost::Result<()> {
         let index = usize::from(index);
         frontend.set_vring_num(index, ring.config.queue_size)?;
-        frontend.set_vring_base(index, base)?;
+        match ring.format {
+            Format::Split => frontend.set_vring_base(index, base as u16)?,
+            Format::Packed => self.set_base(index, base)?,
+        }
         frontend.set_vring_addr(index, &ring.config)?;
         frontend.set_vring_call(index, &ring.call)?;
         frontend.set_vring_kick(index, &ring.kick)?;
@@ -217,6 +236,8 @@ impl Control {
 
 impl Transport for Control {
     type Doorbell = Kick;
+
+    const RESTARTS: bool = true;
 
     fn driver(&self) -> &'static str {
         "vhost-user"
@@ -265,6 +286,16 @@ impl Transport for Control {
         Ok(best)
     }
 
+    fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.exchange("writing the configuration", |state| {
+            state.frontend.set_config(at as u32, VhostUserConfigFlags::empty(), bytes)
+        })
+    }
+
+    fn config_changes(&self) -> Option<BorrowedFd<'_>> {
+        self.has(VhostUserProtocolFeatures::BACKEND_REQ).then(|| self.watch.config_changes())
+    }
+
     fn queues_max(&self) -> u16 {
         self.queues_max
     }
@@ -311,26 +342,33 @@ impl Transport for Control {
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
         let kick = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let bell = Kick(kick.try_clone()?);
+        let bell = Kick(Arc::new(kick.try_clone()?));
         let running = Running {
+            format: ring.format,
             config: VringConfigData {
                 queue_max_size: ring.size,
                 queue_size: ring.size,
                 flags: 0,
                 desc_table_addr: ring.descriptors.get(),
-                used_ring_addr: ring.used.get(),
-                avail_ring_addr: ring.available.get(),
+                used_ring_addr: ring.device.get(),
+                avail_ring_addr: ring.driver.get(),
                 log_addr: None,
             },
             kick,
             call: duplicate(ring.call)?,
         };
         self.exchange("starting a queue", |state| {
-            self.start(&mut state.frontend, index, 0, &running)?;
+            // At index 0; of a packed ring both wrap counters are 1.
+            let base = if running.format == Format::Packed { 0x8000_8000 } else { 0 };
+            self.start(&mut state.frontend, index, base, &running)?;
             state.running.insert(index, running);
             Ok(())
         })?;
         Ok(bell)
+    }
+
+    fn run(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn stop_queue(&self, index: u16) -> io::Result<()> {
@@ -364,8 +402,8 @@ fn duplicate(call: BorrowedFd<'_>) -> io::Result<EventFd> {
 }
 
 /// The eventfd that tells the back end to look at a queue.
-#[derive(Debug)]
-pub(crate) struct Kick(EventFd);
+#[derive(Clone, Debug)]
+pub(crate) struct Kick(Arc<EventFd>);
 
 impl Doorbell for Kick {
     #[inline]

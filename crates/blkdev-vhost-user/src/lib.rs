@@ -11,12 +11,13 @@
 //! # }
 //! ```
 //!
-//! The back end needs virtio 1.0 and the protocol feature CONFIG, without which nobody knows the capacity. MQ, REPLY_ACK and
-//! CONFIGURE_MEM_SLOTS are used where offered. Nothing here waits without an end: a back end that does not answer, is busy
+//! The back end needs virtio 1.0 and the protocol feature CONFIG, without which nobody knows the capacity. MQ, REPLY_ACK,
+//! CONFIGURE_MEM_SLOTS and BACKEND_REQ, by which the back end tells that its size has changed, are used where offered. Nothing here waits without an end: a back end that does not answer, is busy
 //! with another front end, or dies is an error in bounded time, on the control socket as on every queue.
 
 mod connect;
 mod control;
+mod requests;
 mod watch;
 
 use std::{
@@ -28,6 +29,7 @@ use std::{
 
 use blkdev::{Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;
+pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
@@ -36,6 +38,10 @@ use control::Control;
 pub struct Options {
     /// The back end's socket, at most 107 bytes long.
     pub path: PathBuf,
+    /// The format of the rings; `None`: packed where the back end offers it.
+    pub ring: Option<Format>,
+    /// Switches the back end's write cache; `None`: left as it is.
+    pub write_cache: Option<WriteCache>,
     /// Never write, even if the back end would allow it.
     pub read_only: bool,
     /// Queues to use; `None`: as many as the back end has. More than it has is an error.
@@ -53,6 +59,8 @@ impl Options {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            ring: None,
+            write_cache: None,
             read_only: false,
             num_queues: None,
             queue_size: 256,
@@ -86,6 +94,8 @@ impl VhostUser {
             &blkdev_virtio::Options {
                 queues: options.num_queues,
                 queue_size: options.queue_size,
+                ring: options.ring,
+                write_cache: options.write_cache,
                 read_only: options.read_only,
                 timeout: Some(options.request_timeout),
             },

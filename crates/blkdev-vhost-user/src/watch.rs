@@ -5,7 +5,10 @@
 use std::{
     io,
     net::Shutdown,
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -16,6 +19,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
+
+use crate::requests::Requests;
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -29,6 +34,8 @@ struct Shared {
     life: Arc<Life>,
     /// Written to when `state` has changed.
     wake: EventFd,
+    /// Written to when the back end says that its configuration has changed.
+    config_changes: EventFd,
     state: Mutex<State>,
 }
 
@@ -44,11 +51,12 @@ struct State {
 }
 
 impl Watch {
-    pub(crate) fn new(stream: UnixStream, life: Arc<Life>) -> io::Result<Self> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared { stream, life, wake, state: Mutex::default() });
+    pub(crate) fn new(stream: UnixStream, requests: Requests, life: Arc<Life>) -> io::Result<Self> {
+        let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let (wake, config_changes) = (eventfd()?, eventfd()?);
+        let shared = Arc::new(Shared { stream, life, wake, config_changes, state: Mutex::default() });
         let seen = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("vhost-user".to_owned()).spawn(move || seen.run())?;
+        let thread = thread::Builder::new().name("vhost-user".to_owned()).spawn(move || seen.run(requests))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -69,6 +77,11 @@ impl Watch {
         self.shared.state().established = true;
     }
 
+    /// Readable when the back end has said that its configuration has changed.
+    pub(crate) fn config_changes(&self) -> BorrowedFd<'_> {
+        self.shared.config_changes.as_fd()
+    }
+
     /// Shuts the socket down. The back end sees the front end leave, and every exchange fails.
     pub(crate) fn shut_down(&self) {
         let _ = self.shared.stream.shutdown(Shutdown::Both);
@@ -85,7 +98,7 @@ impl Shared {
         let _ = self.wake.write(1);
     }
 
-    fn run(&self) {
+    fn run(&self, mut requests: Requests) {
         loop {
             let timeout = match self.state().deadline {
                 None => PollTimeout::NONE,
@@ -94,14 +107,20 @@ impl Shared {
                     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
                 }
             };
+            let incoming = requests.incoming();
             let mut fds = [
                 PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)),
                 PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+                PollFd::new(incoming.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN),
             ];
             // EINTR is as good as nothing having happened.
             let _ = poll(&mut fds, timeout);
             // `None`: flags that nix has no name for, such as the one asked for.
             let gone = fds[0].any() != Some(false);
+            if incoming.is_some() && fds[2].any() != Some(false) && requests.take() {
+                // Not read from here, but by whoever wants to know: this thread sees to it that reading ends.
+                let _ = self.config_changes.write(1);
+            }
             let _ = self.wake.read();
 
             let mut state = self.state();

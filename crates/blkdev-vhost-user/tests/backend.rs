@@ -12,7 +12,7 @@ use std::{
 };
 
 use blkdev::{Arena, Device, Error, Mapping, Op, Request};
-use blkdev_vhost_user::{Options, VhostUser};
+use blkdev_vhost_user::{Format, Options, VhostUser, WriteCache};
 use blkdev_virtio::model::{Fault, Model, SERIAL, Spec};
 use common::{ALL, Answer, Backend, CONFIG, Dir, MEM_SLOTS, MQ, Qemu, Quirks, REPLY_ACK, collect, idle_client};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -363,4 +363,34 @@ fn queues_at_the_same_time() {
     for n in 0..64 {
         assert!(disk[n * 4096..][..4096].iter().all(|b| *b == (n + 49) as u8));
     }
+}
+
+fn wait_for_capacity(device: &VhostUser, capacity: u64) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while device.capacity() != capacity {
+        assert!(Instant::now() < end, "the capacity is {}, not {capacity}", device.capacity());
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn a_back_end_that_changes_its_size_is_heard() {
+    let backend = Backend::new(Model::new(Spec::new(MIB)), Quirks::default());
+    let device = VhostUser::connect(&Options::new(&backend.socket)).unwrap();
+    for capacity in [4 * MIB, MIB, 2 * MIB] {
+        backend.resize(capacity);
+        wait_for_capacity(&device, capacity);
+    }
+}
+
+#[test]
+fn qemu_switches_its_write_cache() {
+    let qemu = Qemu::file(MIB, "writable=on");
+    for write_cache in [Some(WriteCache::Writethrough), Some(WriteCache::Writeback), None] {
+        VhostUser::connect(&Options { write_cache, ..Options::new(&qemu.socket) }).unwrap();
+    }
+    // This one has no packed rings.
+    let packed = Options { ring: Some(Format::Packed), ..Options::new(&qemu.socket) };
+    let e = VhostUser::connect(&packed).unwrap_err().to_string();
+    assert!(e.contains("VIRTIO_F_RING_PACKED"), "{e}");
 }

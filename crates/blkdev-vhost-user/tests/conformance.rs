@@ -83,3 +83,12 @@ fn model_with_next_to_nothing() {
     let spec = Spec::new(32 * MIB).without(28).without(29).fault(Fault::NoLengths, 0);
     model(spec, quirks);
 }
+
+#[test]
+fn model_with_packed_rings() {
+    model(Spec::new(32 * MIB).packed(), Quirks::default());
+    model(
+        Spec::new(32 * MIB).packed().without(28).without(29),
+        Quirks { protocol: ALL & !MEM_SLOTS, ..Quirks::default() },
+    );
+}

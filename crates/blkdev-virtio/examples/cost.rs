@@ -1,4 +1,4 @@
-//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH]`
+//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH] [packed]`
 //!
 //! Drives the model device, which works in a thread of its own, with batches of 4 KiB reads, and times the calls only.
 use std::{env, io, sync::Arc, thread, time::Instant};
@@ -11,7 +11,9 @@ use blkdev_virtio::{
 
 fn main() -> io::Result<()> {
     let batch: u64 = env::args().nth(1).map_or(Ok(64), |a| a.parse()).map_err(io::Error::other)?;
-    let model = Model::new(Spec::new(32 << 20));
+    let packed = env::args().nth(2).is_some_and(|a| a == "packed");
+    let spec = Spec::new(32 << 20);
+    let model = Model::new(if packed { spec.packed() } else { spec });
     let device: Arc<dyn Device> = Arc::new(VirtioBlk::open(Local::new(&model), &Options::default())?);
     let memory = Mapping::new(batch as usize * 4096)?;
     device.register(&memory)?;

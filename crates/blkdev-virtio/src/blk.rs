@@ -4,8 +4,8 @@ use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{Ordering, fence},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering, fence},
     },
     time::{Duration, Instant},
 };
@@ -17,19 +17,23 @@ use nix::{
 };
 use virtio_bindings::{
     virtio_blk::{
-        VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-        VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
-        VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+        VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+        VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
     },
-    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
 use crate::{
-    Doorbell, Life, Ring, Transport,
-    config::{self, Config, SECTOR, has},
+    Doorbell, Format, Life, Ring, Transport,
+    config::{self, Config, SECTOR, WRITEBACK, has},
+    packed::Packed,
+    ring::{Chain, Data, Layout, Place, Used, Virtqueue},
     shared::Shared,
-    split::{Chain, Data, Layout, Split, Used},
+    slots::Slots,
+    split::Split,
+    watch::Watch,
 };
 
 /// The largest ring of the specification (2.7).
@@ -52,6 +56,11 @@ pub struct Options {
     /// Descriptors in a ring, at most: a power of two, 4 to 32768. With indirect descriptors, which most devices take, this
     /// is the number of requests in flight; without it is about three times that.
     pub queue_size: u16,
+    /// The format of the rings; `None`: packed where the device offers it.
+    pub ring: Option<Format>,
+    /// Switches the device's write cache, which then stays so; `None`: left as it is. Asking for it is an error where the
+    /// device cannot be switched.
+    pub write_cache: Option<WriteCache>,
     /// Never write, even if the device would allow it.
     pub read_only: bool,
     /// How long a request may take before the device is given up; `None`: for ever.
@@ -60,22 +69,44 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: None, queue_size: 256, read_only: false, timeout: Some(Duration::from_secs(30)) }
+        Self {
+            queues: None,
+            queue_size: 256,
+            ring: None,
+            write_cache: None,
+            read_only: false,
+            timeout: Some(Duration::from_secs(30)),
+        }
     }
+}
+
+/// What a device does with writes (virtio 1.2, 5.2.6.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteCache {
+    /// They are complete when they are in the cache, and durable after a flush.
+    Writeback,
+    /// They are durable when they are complete.
+    Writethrough,
 }
 
 /// A virtio-blk device, opened.
 #[derive(Debug)]
 pub struct VirtioBlk<T: Transport> {
     core: Arc<Core<T>>,
+    /// Where the device tells of changes.
+    _watch: Option<Watch>,
 }
 
 /// What the device and its queues share.
-struct Core<T: Transport> {
+pub(crate) struct Core<T: Transport> {
+    // First: with it goes the device's hold on the memory below.
     transport: T,
     life: Arc<Life>,
     info: Info,
     config: Config,
+    /// Bytes, a multiple of the block size.
+    capacity: AtomicU64,
+    format: Format,
     indirect: bool,
     event_idx: bool,
     queue_size: u16,
@@ -83,8 +114,25 @@ struct Core<T: Transport> {
     clear_reads: bool,
     /// Ring memory: [`PROBE`] bytes, then as many for each queue as the largest layout takes.
     rings: Arc<Mapping>,
-    /// Which queues are open.
-    open: Mutex<Vec<bool>>,
+    /// One for each queue.
+    stations: Mutex<Vec<Station<T::Doorbell>>>,
+}
+
+/// A queue of the device, open or not.
+#[derive(Debug)]
+struct Station<D> {
+    open: bool,
+    /// Where queues cannot be restarted: what stays as it is when the queue is closed and opened again.
+    fixed: Option<Fixed<D>>,
+}
+
+/// A queue that was started for good.
+#[derive(Clone, Debug)]
+struct Fixed<D> {
+    bell: D,
+    call: Arc<EventFd>,
+    /// How far it had got when it was closed.
+    place: Place,
 }
 
 impl<T: Transport> VirtioBlk<T> {
@@ -102,20 +150,35 @@ impl<T: Transport> VirtioBlk<T> {
         if !options.queue_size.is_power_of_two() || !(4..=RING_MAX).contains(&options.queue_size) {
             return Err(invalid(format!("queue size {}, not a power of two from 4 to {RING_MAX}", options.queue_size)));
         }
-        let ring_max = transport.ring_max(0).max(1);
+        let all = 0..transport.queues_max().clamp(1, QUEUES_MAX);
+        let ring_max = all.map(|index| transport.ring_max(index)).min().unwrap_or(0).max(1);
         let queue_size = options.queue_size.min(1 << ring_max.ilog2());
 
         let offered = transport.features();
+        let unsupported = |why: &str| Err(io::Error::new(io::ErrorKind::Unsupported, why));
         if !has(offered, VIRTIO_F_VERSION_1) {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "the device is older than virtio 1.0 (it does not offer VIRTIO_F_VERSION_1)",
-            ));
+            return unsupported("the device is older than virtio 1.0 (it does not offer VIRTIO_F_VERSION_1)");
         }
         let mut bytes = [0; config::LEN];
         let len = transport.read_config(&mut bytes, config::needed(offered))?;
-        let ring_bits = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+        let format = match options.ring {
+            Some(Format::Packed) if !has(offered, VIRTIO_F_RING_PACKED) => {
+                return unsupported("the device has no packed rings (it does not offer VIRTIO_F_RING_PACKED)");
+            }
+            Some(format) => format,
+            None if has(offered, VIRTIO_F_RING_PACKED) => Format::Packed,
+            None => Format::Split,
+        };
+        let mut ring_bits = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+        if format == Format::Packed {
+            ring_bits |= 1 << VIRTIO_F_RING_PACKED;
+        }
         let features = config::usable(offered, len) | offered & ring_bits;
+        if options.write_cache.is_some() && !has(features, VIRTIO_BLK_F_CONFIG_WCE) {
+            return unsupported(
+                "the device's write cache cannot be switched (it does not offer VIRTIO_BLK_F_CONFIG_WCE)",
+            );
+        }
         let config = Config::parse(&bytes[..len], features, queue_size)?;
         let (indirect, event_idx) =
             (has(features, VIRTIO_RING_F_INDIRECT_DESC), has(features, VIRTIO_RING_F_EVENT_IDX));
@@ -127,7 +190,7 @@ impl<T: Transport> VirtioBlk<T> {
         }
         transport.accept(features)?;
 
-        let layout = Layout::new(queue_size, config.segments, indirect);
+        let layout = Layout::new(format, queue_size, config.segments, indirect);
         let rings = Mapping::new(PROBE + usize::from(queues) * layout.len())?;
         transport.register(&rings)?;
 
@@ -154,10 +217,33 @@ impl<T: Transport> VirtioBlk<T> {
             },
         };
         let life = Arc::clone(transport.life());
-        let open = Mutex::new(vec![false; usize::from(queues)]);
-        let mut core =
-            Core { transport, life, info, config, indirect, event_idx, queue_size, clear_reads: false, rings, open };
-        let probe = core.probe()?;
+        let mut core = Core {
+            transport,
+            life,
+            info,
+            capacity: AtomicU64::new(config.capacity),
+            config,
+            format,
+            indirect,
+            event_idx,
+            queue_size,
+            clear_reads: false,
+            rings,
+            stations: Mutex::new((0..queues).map(|_| Station { open: false, fixed: None }).collect()),
+        };
+        if !T::RESTARTS {
+            for index in 0..queues {
+                core.fix(index)?;
+            }
+        }
+        core.transport.run()?;
+        if let Some(mode) = options.write_cache {
+            core.switch_cache(mode)?;
+        }
+        let probe = match format {
+            Format::Split => core.probe::<Split<Request>>()?,
+            Format::Packed => core.probe::<Packed<Request>>()?,
+        };
         core.info.serial = probe.serial;
         core.clear_reads = !probe.tells_len;
         if core.clear_reads {
@@ -167,7 +253,9 @@ impl<T: Transport> VirtioBlk<T> {
                 core.info.target
             );
         }
-        Ok(Self { core: Arc::new(core) })
+        let core = Arc::new(core);
+        let _watch = Watch::new(&core)?;
+        Ok(Self { core, _watch })
     }
 
     /// The way to the device.
@@ -182,7 +270,7 @@ impl<T: Transport> Device for VirtioBlk<T> {
     }
 
     fn capacity(&self) -> u64 {
-        self.core.config.capacity
+        self.core.capacity.load(Ordering::Relaxed)
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
@@ -190,28 +278,15 @@ impl<T: Transport> Device for VirtioBlk<T> {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
-        let core = &self.core;
-        let index = core.claim()?;
-        match core.start(index, depth) {
-            Ok((split, bell, call)) => Ok(Box::new(Queue {
-                core: Arc::clone(core),
-                index,
-                split,
-                bell,
-                call,
-                drain_call: false,
-                ended: Vec::new(),
-            })),
-            Err(e) => {
-                core.release(index);
-                Err(e)
-            }
+        match self.core.format {
+            Format::Split => Queue::<T, Split<Request>>::open(&self.core, depth),
+            Format::Packed => Queue::<T, Packed<Request>>::open(&self.core, depth),
         }
     }
 }
 
 /// A started queue: its ring, its doorbell, and the eventfd that the device writes to.
-type Started<T, O> = (Split<O>, <T as Transport>::Doorbell, Arc<EventFd>);
+type Started<T, V> = (V, <T as Transport>::Doorbell, Arc<EventFd>);
 
 /// What the requests that are sent at open told.
 struct Probe {
@@ -220,35 +295,122 @@ struct Probe {
 }
 
 impl<T: Transport> Core<T> {
+    pub(crate) fn transport(&self) -> &T {
+        &self.transport
+    }
+
+    pub(crate) fn life(&self) -> &Life {
+        &self.life
+    }
+
+    fn stations(&self) -> MutexGuard<'_, Vec<Station<T::Doorbell>>> {
+        self.stations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn claim(&self) -> io::Result<u16> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = open.iter().position(|taken| !taken).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::ResourceBusy, format!("all {} queues of the device are open", open.len()))
+        let mut stations = self.stations();
+        let index = stations.iter().position(|station| !station.open).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::ResourceBusy, format!("all {} queues of the device are open", stations.len()))
         })?;
-        open[index] = true;
+        stations[index].open = true;
         Ok(index as u16)
     }
 
     fn release(&self, index: u16) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(index)] = false;
+        self.stations()[usize::from(index)].open = false;
     }
 
-    fn start<O>(&self, index: u16, depth: u16) -> io::Result<Started<T, O>> {
+    /// Room for the largest layout, and thus for every other.
+    fn most(&self) -> Layout {
+        Layout::new(self.format, self.queue_size, self.config.segments, self.indirect)
+    }
+
+    fn ring_at(&self, index: u16) -> usize {
+        PROBE + usize::from(index) * self.most().len()
+    }
+
+    /// Makes the device begin to work on new rings.
+    fn begin(&self, index: u16, layout: &Layout) -> io::Result<(T::Doorbell, Arc<EventFd>)> {
+        let call = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let [descriptors, driver, device] = layout.addresses(&self.rings, self.ring_at(index));
+        let ring = Ring { format: self.format, size: layout.size, descriptors, driver, device, call: call.as_fd() };
+        let bell = self.transport.start_queue(index, &ring)?;
+        Ok((bell, call))
+    }
+
+    /// Starts a queue for good.
+    fn fix(&self, index: u16) -> io::Result<()> {
+        let (bell, call) = self.begin(index, &self.most())?;
+        let place = Place::start(self.format);
+        self.stations()[usize::from(index)].fixed = Some(Fixed { bell, call, place });
+        Ok(())
+    }
+
+    fn start<V: Virtqueue<Request>>(&self, index: u16, depth: u16) -> io::Result<Started<T, V>> {
         if self.life.is_dead() {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "the device is gone"));
         }
-        let segments = self.config.segments;
-        let most = Layout::new(self.queue_size, segments, self.indirect);
-        let depth = depth.clamp(1, most.slots());
-        let layout = Layout::fitting(depth, segments, self.indirect, self.queue_size);
-        let at = PROBE + usize::from(index) * most.len();
-        let split = Split::new(&self.rings, at, layout, self.config.segment_max, depth, self.event_idx);
-        let call = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let [descriptors, available, used] = split.addresses();
-        let ring = Ring { size: split.size(), descriptors, available, used, call: call.as_fd() };
-        let bell = self.transport.start_queue(index, &ring)?;
+        let depth = depth.clamp(1, self.most().slots());
+        let fixed = self.stations()[usize::from(index)].fixed.clone();
+        let (layout, memory, place);
+        let (bell, call) = if let Some(fixed) = fixed {
+            (layout, place) = (self.most(), fixed.place);
+            memory = Shared::window(&self.rings, self.ring_at(index), layout.len());
+            (fixed.bell, fixed.call)
+        } else {
+            layout = Layout::fitting(self.format, depth, self.config.segments, self.indirect, self.queue_size);
+            place = Place::start(self.format);
+            memory = Shared::zeroed(&self.rings, self.ring_at(index), layout.len());
+            self.begin(index, &layout)?
+        };
+        let slots = Slots::new(memory, layout, self.config.segment_max, depth);
         self.life.watch(&call);
-        Ok((split, bell, call))
+        Ok((V::resume(slots, self.event_idx, place), bell, call))
+    }
+
+    /// Closes a queue that nothing is in flight in.
+    fn stop<V: Virtqueue<Request>>(&self, index: u16, ring: &V) -> io::Result<()> {
+        if T::RESTARTS {
+            return self.transport.stop_queue(index);
+        }
+        if let Some(fixed) = &mut self.stations()[usize::from(index)].fixed {
+            fixed.place = ring.place();
+        }
+        Ok(())
+    }
+
+    /// Reads the capacity again, because the device says that its configuration has changed.
+    pub(crate) fn config_changed(&self) {
+        let name = format_args!("{} {}", self.info.driver, self.info.target);
+        let mut bytes = [0; config::LEN];
+        let now = match self.transport.read_config(&mut bytes, 8) {
+            Ok(len) => config::capacity(&bytes[..len], self.config.block_size),
+            Err(e) => {
+                return self.end(&format!("after a change of configuration: {e}; the device is not used any more"));
+            }
+        };
+        match now {
+            Ok(now) => {
+                let before = self.capacity.swap(now, Ordering::Relaxed);
+                if before != now {
+                    log::info!("{name}: the capacity has changed from {before} to {now} bytes");
+                }
+            }
+            Err(e) => log::warn!("{name}: a change of configuration is left alone: {e}"),
+        }
+    }
+
+    /// Switches the write cache, and looks whether the device has done it.
+    fn switch_cache(&self, mode: WriteCache) -> io::Result<()> {
+        let wanted = u8::from(mode == WriteCache::Writeback);
+        self.transport.write_config(WRITEBACK, &[wanted])?;
+        let mut bytes = [0; config::LEN];
+        let len = self.transport.read_config(&mut bytes, WRITEBACK + 1)?;
+        if len <= WRITEBACK || bytes[WRITEBACK] != wanted {
+            let why = format!("the device was asked to switch its write cache to {mode:?}, and has not done it");
+            return Err(io::Error::other(why.to_lowercase()));
+        }
+        Ok(())
     }
 
     fn end(&self, why: &str) {
@@ -257,18 +419,19 @@ impl<T: Transport> Core<T> {
     }
 
     /// Asks for the serial number, and reads the first block to see whether the device tells how much it has written.
-    fn probe(&self) -> io::Result<Probe> {
-        let (mut split, bell, call) = self.start::<()>(0, 1)?;
+    fn probe<V: Virtqueue<Request>>(&self) -> io::Result<Probe> {
+        let (mut ring, bell, call) = self.start::<V>(0, 1)?;
         let memory = Shared::zeroed(&self.rings, 0, PROBE);
         let mut ask = |kind: u32, len: u32| {
             let chain = Chain { header: [u64::from(kind), 0], data: Data::In(memory.iova(0), len) };
-            split.push(&chain, ()).expect("the queue is empty");
-            if split.publish() {
+            // Nobody's: only what the device makes of it is asked for.
+            ring.push(&chain, Request { tag: 0, op: Op::Flush }).expect("the queue is empty");
+            if ring.publish() {
                 bell.ring();
             }
             let deadline = Instant::now() + self.info.timeout.unwrap_or(DRAIN);
             loop {
-                match split.pop() {
+                match ring.pop() {
                     Ok(Some(used)) => return Ok(used),
                     Err(nonsense) => return Err(io::Error::new(io::ErrorKind::InvalidData, nonsense.to_string())),
                     Ok(None) if self.life.is_dead() => {
@@ -280,7 +443,7 @@ impl<T: Transport> Core<T> {
                     Ok(None) => {}
                 }
                 let _ = call.read();
-                if split.arm() && !self.life.is_dead() && !wait(&call, deadline) {
+                if ring.arm() && !self.life.is_dead() && !wait(&call, deadline) {
                     let why = "the device does not answer a request for its serial number or its first block";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
@@ -300,7 +463,7 @@ impl<T: Transport> Core<T> {
         });
         self.life.unwatch(&call);
         match probe {
-            Ok(probe) => self.transport.stop_queue(0).map(|()| probe),
+            Ok(probe) => self.stop(0, &ring).map(|()| probe),
             Err(e) => {
                 self.transport.cut_off();
                 Err(e)
@@ -337,10 +500,10 @@ impl<T: Transport> fmt::Debug for Core<T> {
 }
 
 /// One open queue.
-struct Queue<T: Transport> {
+struct Queue<T: Transport, V: Virtqueue<Request>> {
     core: Arc<Core<T>>,
     index: u16,
-    split: Split<Request>,
+    ring: V,
     bell: T::Doorbell,
     call: Arc<EventFd>,
     /// The eventfd may have been written to: since it was last emptied, the queue has been armed.
@@ -349,13 +512,21 @@ struct Queue<T: Transport> {
     ended: Vec<Completion>,
 }
 
-impl<T: Transport> Queue<T> {
+impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
+    fn open(core: &Arc<Core<T>>, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
+        let index = core.claim()?;
+        let (ring, bell, call) = core.start::<V>(index, depth).inspect_err(|_| core.release(index))?;
+        let core = Arc::clone(core);
+        // Whoever had the queue before may have left the eventfd written to.
+        Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new() }))
+    }
+
     /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
     /// writes, too, because one that is still under way, in a back end that is only slow, would otherwise put on its disk
     /// whatever the memory is used for next.
     #[cold]
     fn finish(&mut self, done: &mut Vec<Completion>) {
-        done.extend(self.split.take_all().map(|Request { tag, mut op }| {
+        done.extend(self.ring.take_all().map(|Request { tag, mut op }| {
             if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
                 buf.abandon();
             }
@@ -371,7 +542,7 @@ impl<T: Transport> Queue<T> {
     }
 }
 
-impl<T: Transport> blkdev::Queue for Queue<T> {
+impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     #[inline]
     fn push(&mut self, mut request: Request) -> Result<(), Request> {
         if self.core.life.is_dead() {
@@ -396,12 +567,12 @@ impl<T: Transport> blkdev::Queue for Queue<T> {
             // Not among this device's Caps, so never asked for.
             Op::Status { .. } | Op::Prefetch { .. } => return self.refuse(request, Error::NotSupported),
         };
-        self.split.push(&Chain { header: [u64::from(kind), sector(at)], data }, request)
+        self.ring.push(&Chain { header: [u64::from(kind), sector(at)], data }, request)
     }
 
     #[inline]
     fn kick(&mut self) {
-        if self.split.publish() {
+        if self.ring.publish() {
             self.bell.ring();
         }
     }
@@ -413,7 +584,7 @@ impl<T: Transport> blkdev::Queue for Queue<T> {
             return self.finish(done);
         }
         loop {
-            match self.split.pop() {
+            match self.ring.pop() {
                 Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
                 Ok(None) => return,
                 Err(nonsense) => {
@@ -438,17 +609,17 @@ impl<T: Transport> blkdev::Queue for Queue<T> {
         fence(Ordering::SeqCst);
         if self.core.life.is_dead() {
             // With nothing to finish there is nothing to wake up for; see `Queue::push` for what comes later.
-            return self.split.in_flight() == 0 && self.ended.is_empty();
+            return self.ring.in_flight() == 0 && self.ended.is_empty();
         }
         self.drain_call = true;
-        self.ended.is_empty() && self.split.arm()
+        self.ended.is_empty() && self.ring.arm()
     }
 
     fn give_up(&mut self) {
         self.core.end(&format!(
             "queue {}: given up with {} requests in flight; the device is not used any more",
             self.index,
-            self.split.in_flight()
+            self.ring.in_flight()
         ));
     }
 }
@@ -459,7 +630,7 @@ fn range(at: u64, len: u64, flags: u32) -> Data {
     Data::Segment([at / SECTOR, (len / SECTOR) | (u64::from(flags) << 32)])
 }
 
-#[inline]
+#[inline(always)]
 fn complete(used: Used<Request>, cleared: bool) -> Completion {
     let Request { tag, op } = used.owner;
     let result = match u32::from(used.status) {
@@ -475,7 +646,7 @@ fn complete(used: Used<Request>, cleared: bool) -> Completion {
     Completion { tag, op, result }
 }
 
-impl<T: Transport> Drop for Queue<T> {
+impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
     fn drop(&mut self) {
         let mut done = Vec::new();
         let deadline = Instant::now() + self.core.info.timeout.map_or(DRAIN, |t| t.min(DRAIN));
@@ -483,7 +654,7 @@ impl<T: Transport> Drop for Queue<T> {
         loop {
             blkdev::Queue::reap(self, &mut done);
             done.clear();
-            if self.split.in_flight() == 0 || self.core.life.is_dead() {
+            if self.ring.in_flight() == 0 || self.core.life.is_dead() {
                 break;
             }
             if blkdev::Queue::arm(self) && !wait(&self.call, deadline) {
@@ -495,7 +666,7 @@ impl<T: Transport> Drop for Queue<T> {
             // Its ring memory is not used again either: the queue stays taken.
             return;
         }
-        match self.core.transport.stop_queue(self.index) {
+        match self.core.stop(self.index, &self.ring) {
             Ok(()) => self.core.release(self.index),
             Err(e) => self.core.end(&format!("queue {} could not be stopped: {e}", self.index)),
         }

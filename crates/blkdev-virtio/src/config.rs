@@ -17,6 +17,9 @@ const TRANSFER_MAX: u64 = 32 << 20;
 /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`, padding included.
 pub(crate) const LEN: usize = 60;
 
+/// Where the byte lies that switches the write cache.
+pub(crate) const WRITEBACK: usize = 32;
+
 /// The blk features this driver knows, and where the part of the configuration space ends that belongs to each.
 const FEATURES: [(u32, usize); 10] = [
     (VIRTIO_BLK_F_SIZE_MAX, 12),
@@ -76,20 +79,12 @@ impl Config {
         let has = |bit| has(features, bit);
         let u32_at = |at| number(bytes, at, 4) as u32;
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
-        if bytes.len() < 8 {
-            return Err(invalid(format!("the configuration space has {} bytes, too few for a capacity", bytes.len())));
-        }
-
         let block_size = if has(VIRTIO_BLK_F_BLK_SIZE) { u32_at(20) } else { SECTOR as u32 };
         if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
             return Err(invalid(format!("block size {block_size}, not a power of two from 512 to 65536")));
         }
         let block = u64::from(block_size);
-        let sectors = number(bytes, 0, 8);
-        let capacity = sectors
-            .checked_mul(SECTOR)
-            .filter(|bytes| i64::try_from(*bytes).is_ok())
-            .ok_or_else(|| invalid(format!("a capacity of {sectors} sectors, more than 2^63 bytes")))?;
+        let capacity = capacity(bytes, block_size)?;
 
         // A segment limit of 0 would forbid all data: such devices mean that they set none.
         let size_max = if has(VIRTIO_BLK_F_SIZE_MAX) { u64::from(u32_at(8)) } else { 0 };
@@ -129,7 +124,7 @@ impl Config {
             block_size
         };
         Ok(Self {
-            capacity: capacity / block * block,
+            capacity,
             block_size,
             // Below a page no device is faster, and most back ends have a page cache.
             preferred_block_size: preferred_block_size.max(PAGE as u32),
@@ -147,6 +142,18 @@ impl Config {
             flush: has(VIRTIO_BLK_F_FLUSH),
         })
     }
+}
+
+/// The capacity in bytes, in whole blocks.
+pub(crate) fn capacity(bytes: &[u8], block_size: u32) -> io::Result<u64> {
+    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    if bytes.len() < 8 {
+        return Err(invalid(format!("the configuration space has {} bytes, too few for a capacity", bytes.len())));
+    }
+    let sectors = number(bytes, 0, 8);
+    let capacity = sectors.checked_mul(SECTOR).filter(|bytes| i64::try_from(*bytes).is_ok());
+    let capacity = capacity.ok_or_else(|| invalid(format!("a capacity of {sectors} sectors, more than 2^63 bytes")))?;
+    Ok(capacity / u64::from(block_size) * u64::from(block_size))
 }
 
 /// The little-endian number in `len` bytes from `at` on; bytes that are not there count as zero.

@@ -12,10 +12,14 @@ mod config;
 mod life;
 #[cfg(feature = "model")]
 pub mod model;
+mod packed;
+mod ring;
 mod shared;
+mod slots;
 mod split;
 mod transport;
+mod watch;
 
-pub use blk::{Options, VirtioBlk};
+pub use blk::{Options, VirtioBlk, WriteCache};
 pub use life::Life;
-pub use transport::{Doorbell, Ring, Transport};
+pub use transport::{Doorbell, Format, Ring, Transport};

@@ -13,7 +13,7 @@ use std::{
     ptr,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence},
+        atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
     },
     thread::{self, JoinHandle},
 };
@@ -25,19 +25,24 @@ use nix::{
 };
 use virtio_bindings::{
     virtio_blk::{
-        VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-        VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-        VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-        VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+        VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+        VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
+        VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+        VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     },
-    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
     virtio_ring::{
         VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT,
-        VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+        VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_PACKED_DESC_F_AVAIL, VRING_PACKED_DESC_F_USED,
+        VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+        VRING_USED_F_NO_NOTIFY,
     },
 };
 
-use crate::{Doorbell, Life, Ring, Transport, split::reaches};
+use crate::{Doorbell, Format, Life, Ring, Transport, config::WRITEBACK, ring::reaches};
+
+const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
+const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
 
 /// What GET_ID answers.
 pub const SERIAL: &str = "model-0001";
@@ -64,7 +69,7 @@ pub enum Fault {
     WrongId,
     /// Gives back an id twice.
     SameIdTwice,
-    /// Moves the used index by more than there is in flight.
+    /// Moves the used index by more than there is in flight. A packed ring has no index, and is left as it is.
     IndexJump,
     /// Says to have written more than the whole request has.
     LengthTooLong,
@@ -78,12 +83,14 @@ pub enum Fault {
     NoStatus,
     /// Takes requests up and never completes them.
     Silent,
-    /// Fills descriptor table and available ring with ones, and takes nothing up any more.
+    /// Fills descriptors and available ring with ones, and takes nothing up any more.
     Scribble,
+    /// Writes numbers from its seed all over the ring and the slots, notifies, and completes nothing on purpose.
+    Chaos,
 }
 
 impl Spec {
-    /// A device of `capacity` bytes with every feature that the driver knows, and four queues.
+    /// A device of `capacity` bytes with every feature that the driver knows but packed rings, and four queues.
     pub fn new(capacity: u64) -> Self {
         let bits = [
             VIRTIO_F_VERSION_1,
@@ -92,6 +99,7 @@ impl Spec {
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
             VIRTIO_BLK_F_DISCARD,
             VIRTIO_BLK_F_WRITE_ZEROES,
@@ -120,6 +128,13 @@ impl Spec {
     #[must_use]
     pub fn without(mut self, bit: u32) -> Self {
         self.features &= !(1 << bit);
+        self
+    }
+
+    /// With packed rings.
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.features |= 1 << VIRTIO_F_RING_PACKED;
         self
     }
 
@@ -169,6 +184,10 @@ impl Drop for Region {
 #[derive(Debug)]
 pub struct Model {
     spec: Spec,
+    /// The configuration space as it is now.
+    config: Mutex<Vec<u8>>,
+    /// Written to when it changes.
+    config_changes: EventFd,
     accepted: AtomicU64,
     memory: RwLock<Vec<Region>>,
     disk: Mutex<Vec<u8>>,
@@ -177,27 +196,33 @@ pub struct Model {
     notifications: AtomicU64,
 }
 
-/// A split ring as the driver announces it, by address.
+/// A ring as the driver announces it, by address.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Addresses {
     /// Descriptors.
     pub size: u16,
-    /// Descriptor table.
+    /// Descriptors, of either format.
     pub descriptors: u64,
-    /// Available ring.
-    pub available: u64,
-    /// Used ring.
-    pub used: u64,
-    /// The available index to begin with.
-    pub base: u16,
+    /// Driver area: available ring, or event suppression.
+    pub driver: u64,
+    /// Device area: used ring, or event suppression.
+    pub device: u64,
+    /// Where to begin: the available index; of a packed ring position and wrap counter of what is available in the low 16
+    /// bits, and of what is used in the high ones.
+    pub base: u32,
 }
 
 impl Model {
     /// A device whose disk is zero.
+    ///
+    /// # Panics
+    /// When there is no eventfd to be had.
     pub fn new(spec: Spec) -> Arc<Self> {
         let sectors = spec.config[..8].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
         Arc::new(Self {
             disk: Mutex::new(vec![0; sectors * 512]),
+            config: Mutex::new(spec.config.clone()),
+            config_changes: EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).expect("an eventfd"),
             spec,
             accepted: AtomicU64::new(0),
             memory: RwLock::default(),
@@ -210,6 +235,30 @@ impl Model {
     /// What it is like.
     pub fn spec(&self) -> &Spec {
         &self.spec
+    }
+
+    /// The configuration space as it is now.
+    pub fn config(&self) -> Vec<u8> {
+        self.config.lock().unwrap().clone()
+    }
+
+    /// Takes what the driver writes to the configuration space: the byte that switches the write cache, and nothing else.
+    pub fn write_config(&self, at: usize, bytes: &[u8]) {
+        if let (WRITEBACK, [mode]) = (at, bytes) {
+            self.config.lock().unwrap()[WRITEBACK] = *mode;
+        }
+    }
+
+    /// Gives the disk another size, in bytes, and tells the driver.
+    pub fn resize(&self, capacity: u64) {
+        self.disk.lock().unwrap().resize(capacity as usize, 0);
+        self.config.lock().unwrap()[..8].copy_from_slice(&(capacity / 512).to_le_bytes());
+        let _ = self.config_changes.write(1);
+    }
+
+    /// Readable when the configuration has changed.
+    pub fn config_changes(&self) -> BorrowedFd<'_> {
+        self.config_changes.as_fd()
     }
 
     /// Takes the driver's choice of features.
@@ -262,7 +311,10 @@ impl Model {
     pub fn start(self: &Arc<Self>, ring: Addresses, kick: OwnedFd, call: OwnedFd) -> io::Result<Running> {
         let accepted = self.accepted.load(Ordering::Relaxed);
         let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK)?);
-        let shared = Arc::new((AtomicBool::new(false), AtomicU16::new(ring.base)));
+        let shared = Arc::new((AtomicBool::new(false), AtomicU32::new(ring.base)));
+        let packed = accepted & (1 << VIRTIO_F_RING_PACKED) != 0;
+        let next = ring.base as u16;
+        let used = if packed { (ring.base >> 16) as u16 } else { next };
         let mut queue = Queue {
             model: Arc::clone(self),
             ring,
@@ -270,11 +322,12 @@ impl Model {
             call: nonblocking(call)?,
             wake: Arc::clone(&wake),
             shared: Arc::clone(&shared),
+            packed,
             event_idx: accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
             indirect: accepted & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            next: ring.base,
-            used: ring.base,
-            signalled: ring.base,
+            next,
+            used,
+            unsignalled: 0,
             pending: Vec::new(),
             random: self.spec.seed ^ ring.descriptors | 1,
         };
@@ -329,17 +382,17 @@ fn nonblocking(fd: OwnedFd) -> io::Result<OwnedFd> {
 #[derive(Debug)]
 pub struct Running {
     wake: Arc<EventFd>,
-    /// Whether to stop; the available index.
-    shared: Arc<(AtomicBool, AtomicU16)>,
+    /// Whether to stop; where to go on.
+    shared: Arc<(AtomicBool, AtomicU32)>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Running {
-    /// Completes what was taken up, stops, and tells the available index that would have been looked at next.
+    /// Completes what was taken up, stops, and tells where it would have gone on (see [`Addresses::base`]).
     ///
     /// # Panics
     /// When the driver has done something wrong.
-    pub fn stop(mut self) -> u16 {
+    pub fn stop(mut self) -> u32 {
         self.halt();
         self.shared.1.load(Ordering::Relaxed)
     }
@@ -364,13 +417,14 @@ impl Drop for Running {
 /// A request that was taken up.
 #[derive(Debug)]
 struct Chain {
+    /// The head, or the id.
     head: u16,
     kind: u32,
     sector: u64,
     /// Data: address, length, whether the device writes.
     data: Vec<(u64, u32, bool)>,
     status: u64,
-    /// Descriptors of the ring that it occupies.
+    /// Descriptors of the ring that it occupies; of a packed ring only their number counts.
     occupied: Vec<u16>,
 }
 
@@ -380,12 +434,15 @@ struct Queue {
     kick: OwnedFd,
     call: OwnedFd,
     wake: Arc<EventFd>,
-    shared: Arc<(AtomicBool, AtomicU16)>,
+    shared: Arc<(AtomicBool, AtomicU32)>,
+    packed: bool,
     event_idx: bool,
     indirect: bool,
+    /// Indices; of a packed ring positions, with the wrap counter in bit 15.
     next: u16,
     used: u16,
-    signalled: u16,
+    /// How far `used` has gone since the driver was last considered for a notification.
+    unsignalled: u16,
     pending: Vec<Chain>,
     random: u64,
 }
@@ -400,11 +457,21 @@ impl Queue {
             if self.is_silent() {
                 self.pending.clear();
             }
+            if stop && self.fault() == Some(Fault::Chaos) {
+                return;
+            }
             if stop {
                 while self.complete_one() {}
                 self.notify();
-                self.shared.1.store(self.next, Ordering::Relaxed);
+                let used = if self.packed { u32::from(self.used) << 16 } else { 0 };
+                self.shared.1.store(u32::from(self.next) | used, Ordering::Relaxed);
                 return;
+            }
+            if self.fault() == Some(Fault::Chaos) {
+                self.chaos();
+                let _ = nix::unistd::write(&self.call, &1u64.to_ne_bytes());
+                let _ = poll(&mut [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)], PollTimeout::from(1u8));
+                continue;
             }
             let batch = self.draw(self.pending.len()) + 1;
             let mut progress = false;
@@ -422,7 +489,7 @@ impl Queue {
     }
 
     fn is_silent(&self) -> bool {
-        matches!(self.fault(), Some(Fault::Silent | Fault::Scribble))
+        matches!(self.fault(), Some(Fault::Silent | Fault::Scribble | Fault::Chaos))
     }
 
     /// The fault, if it is time for it.
@@ -442,25 +509,105 @@ impl Queue {
         if self.is_silent() {
             return None;
         }
-        let now = model.load16(self.ring.available + 2, Ordering::Acquire);
-        let waiting = now.wrapping_sub(self.next);
-        assert!(waiting <= size, "no more is available than the ring has");
-        if waiting == 0 {
-            return None;
+        let chain = if self.packed {
+            if !self.is_available() {
+                return None;
+            }
+            self.follow()
+        } else {
+            let now = model.load16(self.ring.driver + 2, Ordering::Acquire);
+            let waiting = now.wrapping_sub(self.next);
+            assert!(waiting <= size, "no more is available than the ring has");
+            if waiting == 0 {
+                return None;
+            }
+            let entry = self.ring.driver + 4 + 2 * u64::from(self.next % size);
+            let head = model.load16(entry, Ordering::Relaxed);
+            assert!(head < size, "a head lies in the ring");
+            self.next = self.next.wrapping_add(1);
+            self.walk(head)
+        };
+        if self.packed {
+            let busy: usize = self.pending.iter().map(|c| c.occupied.len()).sum();
+            assert!(busy + chain.occupied.len() <= usize::from(size), "a ring is not written over itself");
+            assert!(self.pending.iter().all(|c| c.head != chain.head), "an id is of one request at a time");
+        } else {
+            let busy: HashSet<u16> = self.pending.iter().flat_map(|c| c.occupied.iter().copied()).collect();
+            assert!(chain.occupied.iter().all(|d| !busy.contains(d)), "a descriptor is in one chain at a time");
         }
-        let entry = self.ring.available + 4 + 2 * u64::from(self.next % size);
-        let head = model.load16(entry, Ordering::Relaxed);
-        assert!(head < size, "a head lies in the ring");
-        let chain = self.walk(head);
-        let busy: HashSet<u16> = self.pending.iter().flat_map(|c| c.occupied.iter().copied()).collect();
-        assert!(chain.occupied.iter().all(|d| !busy.contains(d)), "a descriptor is in one chain at a time");
-        self.next = self.next.wrapping_add(1);
         model.taken.fetch_add(1, Ordering::Relaxed);
         if self.fault() == Some(Fault::Scribble) {
             model.write(self.ring.descriptors, &vec![0xff; usize::from(size) * 16]);
-            model.write(self.ring.available + 4, &vec![0xff; usize::from(size) * 2]);
+            if !self.packed {
+                model.write(self.ring.driver + 4, &vec![0xff; usize::from(size) * 2]);
+            }
         }
         Some(chain)
+    }
+
+    /// Writes numbers all over the ring and the slots behind it, every other one such as could stand there.
+    fn chaos(&mut self) {
+        let (start, end) = (self.ring.descriptors, self.ring.device + 8 * u64::from(self.ring.size) + 4096);
+        for _ in 0..64 {
+            let at = start + self.draw((end - start) as usize / 8) as u64 * 8;
+            let plausible = [0, 1, 7, 0x80, 0x8000, 0x8082, self.ring.size, u16::MAX];
+            let mut value = [0; 8];
+            for half in value.chunks_mut(2) {
+                let any = self.draw(1 << 16) as u16;
+                let number = if self.draw(2) == 0 { any } else { plausible[self.draw(plausible.len())] };
+                half.copy_from_slice(&number.to_le_bytes());
+            }
+            self.model.write(at, &value);
+            // The used index, since almost all other numbers are behind it.
+            let index = self.draw(8) as u16;
+            self.model.store16(self.ring.device + 2, index, Ordering::Release);
+        }
+    }
+
+    /// Whether the next descriptor of a packed ring is available (2.8.1).
+    fn is_available(&self) -> bool {
+        let flags = self.model.load16(self.packed_at(self.next) + 14, Ordering::Acquire);
+        let wrap = self.next >> 15 != 0;
+        (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+    }
+
+    /// Where a descriptor of a packed ring lies.
+    fn packed_at(&self, place: u16) -> u64 {
+        self.ring.descriptors + u64::from(place & 0x7fff) * 16
+    }
+
+    /// The place `by` descriptors further on in a packed ring.
+    fn further(&self, place: u16, by: u16) -> u16 {
+        let at = (place & 0x7fff) + by;
+        if at < self.ring.size { place + by } else { (place ^ 0x8000) & 0x8000 | (at - self.ring.size) }
+    }
+
+    /// Takes the next chain of a packed ring, and holds it against the rules of virtio 1.2, 2.8.
+    fn follow(&mut self) -> Chain {
+        let (mut parts, mut occupied) = (Vec::new(), Vec::new());
+        loop {
+            assert!(self.is_available(), "a chain is available as a whole");
+            let bytes: [u8; 16] = self.model.read(self.packed_at(self.next));
+            let (address, len, id, flags) = packed(bytes);
+            occupied.push(self.next & 0x7fff);
+            self.next = self.further(self.next, 1);
+            assert!(len > 0, "a descriptor describes something");
+            if flags & VRING_DESC_F_INDIRECT != 0 {
+                assert!(self.indirect && parts.is_empty(), "an indirect descriptor stands alone, where accepted");
+                assert!(flags & VRING_DESC_F_NEXT == 0 && len.is_multiple_of(16), "an indirect table is one");
+                for n in 0..len / 16 {
+                    let (address, len, _, flags) = packed(self.model.read(address + u64::from(n) * 16));
+                    assert!(len > 0 && flags & !VRING_DESC_F_WRITE == 0, "in a table only WRITE means something");
+                    parts.push((address, len, flags & VRING_DESC_F_WRITE != 0));
+                }
+            } else {
+                parts.push((address, len, flags & VRING_DESC_F_WRITE != 0));
+            }
+            assert!(parts.len() <= usize::from(self.ring.size), "a chain is at most as long as the ring");
+            if flags & VRING_DESC_F_NEXT == 0 {
+                return self.chain(id, parts, occupied);
+            }
+        }
     }
 
     /// Follows a chain, and holds it against the rules of virtio 1.2, 2.7.5 and 5.2.6.
@@ -497,6 +644,11 @@ impl Queue {
             }
             at = u16::from_le_bytes(bytes[14..].try_into().unwrap());
         }
+        self.chain(head, parts, occupied)
+    }
+
+    /// A request of these descriptors: address, length, whether the device writes.
+    fn chain(&self, head: u16, mut parts: Vec<(u64, u32, bool)>, occupied: Vec<u16>) -> Chain {
         assert!(parts.is_sorted_by_key(|(_, _, write)| *write), "what the device reads comes first");
         let (address, len, write) = parts.remove(0);
         assert!(len == 16 && !write, "a header of 16 bytes");
@@ -520,7 +672,7 @@ impl Queue {
         let chosen = self.draw(self.pending.len());
         let chain = self.pending.swap_remove(chosen);
         let (status, written) = self.execute(&chain);
-        let (status, id, mut len) = (status as u8, u32::from(chain.head), written + 1);
+        let (status, mut len) = (status as u8, written + 1);
         let fault = self.fault();
         match fault {
             Some(Fault::Status(status)) => self.model.write(chain.status, &[status]),
@@ -533,28 +685,52 @@ impl Queue {
             Some(Fault::NoLengths) => len = 0,
             _ => {}
         }
+        let descriptors = chain.occupied.len() as u16;
         match fault {
-            Some(Fault::WrongId) => self.give(u32::from(self.ring.size) + 7, len),
+            Some(Fault::WrongId) => self.give(self.ring.size + 7, len, descriptors),
             Some(Fault::SameIdTwice) => {
-                self.give(id, len);
-                self.give(id, len);
+                self.give(chain.head, len, descriptors);
+                // Once for a batch, so that a packed ring is not lapped, which would look as if nothing had been used.
+                if self.unsignalled <= descriptors {
+                    self.give(chain.head, len, descriptors);
+                }
             }
-            _ => self.give(id, len),
+            _ => self.give(chain.head, len, descriptors),
         }
-        if fault == Some(Fault::IndexJump) {
-            self.used = self.used.wrapping_add(self.ring.size + 1);
+        if !self.packed {
+            if fault == Some(Fault::IndexJump) {
+                self.used = self.used.wrapping_add(self.ring.size + 1);
+                self.unsignalled += self.ring.size + 1;
+            }
+            self.model.store16(self.ring.device + 2, self.used, Ordering::Release);
         }
-        self.model.store16(self.ring.used + 2, self.used, Ordering::Release);
         self.model.completed.fetch_add(1, Ordering::Release);
         true
     }
 
-    /// Enters a used element; the index follows.
-    fn give(&mut self, id: u32, len: u32) {
-        let entry = self.ring.used + 4 + 8 * u64::from(self.used % self.ring.size);
-        self.model.write(entry, &id.to_le_bytes());
+    /// Enters a used element; of a split ring the index follows.
+    fn give(&mut self, id: u16, len: u32, descriptors: u16) {
+        if self.packed {
+            let at = self.packed_at(self.used);
+            self.model.write(at + 8, &len.to_le_bytes());
+            self.model.write(at + 12, &id.to_le_bytes());
+            // Some devices leave the flag out that says that there is a length.
+            let write = if self.draw(2) == 0 || self.fault() == Some(Fault::LengthTooLong) {
+                VRING_DESC_F_WRITE as u16
+            } else {
+                0
+            };
+            let flags = if self.used >> 15 != 0 { AVAIL | USED } else { 0 };
+            self.model.store16(at + 14, flags | write, Ordering::Release);
+            self.used = self.further(self.used, descriptors);
+            self.unsignalled += descriptors;
+            return;
+        }
+        let entry = self.ring.device + 4 + 8 * u64::from(self.used % self.ring.size);
+        self.model.write(entry, &u32::from(id).to_le_bytes());
         self.model.write(entry + 4, &len.to_le_bytes());
         self.used = self.used.wrapping_add(1);
+        self.unsignalled += 1;
     }
 
     /// Does what a request asks for. Tells the status, and how many bytes of data were written.
@@ -619,17 +795,39 @@ impl Queue {
         }
     }
 
-    /// Notifies the driver, if it wants that (2.7.7.2, 2.7.10).
+    /// Notifies the driver, if it wants that (2.7.7.2, 2.7.10, 2.8.10).
     fn notify(&mut self) {
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let event = self.ring.available + 4 + 2 * u64::from(self.ring.size);
-            reaches(self.model.load16(event, Ordering::Relaxed), self.signalled, self.used)
+        let gone = std::mem::take(&mut self.unsignalled);
+        let wanted = if self.packed {
+            let (at, flags) = (
+                self.model.load16(self.ring.driver, Ordering::Relaxed),
+                u32::from(self.model.load16(self.ring.driver + 2, Ordering::Relaxed)),
+            );
+            assert!(flags <= VRING_PACKED_EVENT_FLAG_DESC, "event flags {flags}");
+            match flags {
+                VRING_PACKED_EVENT_FLAG_DESC => {
+                    assert!(self.event_idx && at & 0x7fff < self.ring.size, "an event at a place of the ring");
+                    // Whether one of the descriptors that were used is the one that was named.
+                    let mut place = self.used;
+                    let mut found = false;
+                    for _ in 0..gone {
+                        let back = if place & 0x7fff == 0 { (place ^ 0x8000) + self.ring.size } else { place };
+                        place = back - 1;
+                        found |= place == at;
+                    }
+                    found
+                }
+                flags => flags == VRING_PACKED_EVENT_FLAG_ENABLE,
+            }
+        } else if self.event_idx {
+            let event = self.ring.driver + 4 + 2 * u64::from(self.ring.size);
+            let event = self.model.load16(event, Ordering::Relaxed);
+            reaches(event, self.used.wrapping_sub(gone), self.used)
         } else {
-            let flags = u32::from(self.model.load16(self.ring.available, Ordering::Relaxed));
+            let flags = u32::from(self.model.load16(self.ring.driver, Ordering::Relaxed));
             flags & VRING_AVAIL_F_NO_INTERRUPT == 0
         };
-        self.signalled = self.used;
         if wanted {
             self.model.notifications.fetch_add(1, Ordering::Relaxed);
             let _ = nix::unistd::write(&self.call, &1u64.to_ne_bytes());
@@ -639,34 +837,64 @@ impl Queue {
     /// Asks for a kick. `false`: more has become available meanwhile.
     fn want_kicks(&mut self) -> bool {
         let model = &self.model;
+        if self.packed {
+            let flags = if self.event_idx { VRING_PACKED_EVENT_FLAG_DESC } else { VRING_PACKED_EVENT_FLAG_ENABLE };
+            model.store16(self.ring.device, self.next, Ordering::Relaxed);
+            model.store16(self.ring.device + 2, flags as u16, Ordering::Release);
+            fence(Ordering::SeqCst);
+            if self.is_silent() || !self.is_available() {
+                return true;
+            }
+            model.store16(self.ring.device + 2, VRING_PACKED_EVENT_FLAG_DISABLE as u16, Ordering::Relaxed);
+            return false;
+        }
         if self.event_idx {
-            model.store16(self.ring.used + 4 + 8 * u64::from(self.ring.size), self.next, Ordering::Relaxed);
+            model.store16(self.ring.device + 4 + 8 * u64::from(self.ring.size), self.next, Ordering::Relaxed);
         } else {
-            model.store16(self.ring.used, 0, Ordering::Relaxed);
+            model.store16(self.ring.device, 0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
-        if self.is_silent() || model.load16(self.ring.available + 2, Ordering::Relaxed) == self.next {
+        if self.is_silent() || model.load16(self.ring.driver + 2, Ordering::Relaxed) == self.next {
             return true;
         }
         if !self.event_idx {
-            model.store16(self.ring.used, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            model.store16(self.ring.device, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
         }
         false
     }
 }
 
-/// A [`Model`] within this process, as a transport.
+/// Address, length, id and flags of a descriptor of a packed ring.
+fn packed(bytes: [u8; 16]) -> (u64, u32, u16, u32) {
+    let [low, high] = [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()));
+    (low, high as u32, (high >> 32) as u16, (high >> 48) as u32)
+}
+
+/// A [`Model`] within this process, as a transport. `RESTARTS`: whether its queues can be restarted.
 #[derive(Debug)]
-pub struct Local {
+pub struct Local<const RESTARTS: bool = true> {
     model: Arc<Model>,
     life: Arc<Life>,
     running: Mutex<BTreeMap<u16, Running>>,
     memory: Mutex<Vec<Arc<Mapping>>>,
 }
 
-impl Local {
-    /// The way to `model`.
+impl Local<true> {
+    /// The way to `model`, whose queues can be started and stopped at any time, as those of vhost-user.
     pub fn new(model: &Arc<Model>) -> Self {
+        Self::to(model)
+    }
+}
+
+impl Local<false> {
+    /// The way to `model`, whose queues are started once and for good, as those of vDPA and PCI.
+    pub fn for_good(model: &Arc<Model>) -> Self {
+        Self::to(model)
+    }
+}
+
+impl<const RESTARTS: bool> Local<RESTARTS> {
+    fn to(model: &Arc<Model>) -> Self {
         Self {
             model: Arc::clone(model),
             life: Life::new("virtio model".to_owned()),
@@ -676,8 +904,10 @@ impl Local {
     }
 }
 
-impl Transport for Local {
+impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
     type Doorbell = Bell;
+
+    const RESTARTS: bool = RESTARTS;
 
     fn driver(&self) -> &'static str {
         "virtio"
@@ -702,10 +932,19 @@ impl Transport for Local {
     }
 
     fn read_config(&self, bytes: &mut [u8], _needed: usize) -> io::Result<usize> {
-        let config = &self.model.spec.config;
+        let config = self.model.config();
         let len = config.len().min(bytes.len());
         bytes[..len].copy_from_slice(&config[..len]);
         Ok(len)
+    }
+
+    fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.model.write_config(at, bytes);
+        Ok(())
+    }
+
+    fn config_changes(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.model.config_changes())
     }
 
     fn queues_max(&self) -> u16 {
@@ -723,21 +962,29 @@ impl Transport for Local {
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Bell> {
+        let packed = self.model.accepted.load(Ordering::Relaxed) & (1 << VIRTIO_F_RING_PACKED) != 0;
+        assert_eq!(packed, ring.format == Format::Packed, "the format is what was agreed on");
         let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK)?;
         let addresses = Addresses {
             size: ring.size,
             descriptors: ring.descriptors.get(),
-            available: ring.available.get(),
-            used: ring.used.get(),
-            base: 0,
+            driver: ring.driver.get(),
+            device: ring.device.get(),
+            base: if packed { 0x8000_8000 } else { 0 },
         };
         let call = ring.call.try_clone_to_owned()?;
         let running = self.model.start(addresses, kick.as_fd().try_clone_to_owned()?, call)?;
-        self.running.lock().unwrap().insert(index, running);
-        Ok(Bell(kick))
+        let before = self.running.lock().unwrap().insert(index, running);
+        assert!(before.is_none(), "a queue is started once");
+        Ok(Bell(Arc::new(kick)))
+    }
+
+    fn run(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn stop_queue(&self, index: u16) -> io::Result<()> {
+        assert!(RESTARTS, "these queues run for good");
         let running = self.running.lock().unwrap().remove(&index);
         running.map(Running::stop);
         Ok(())
@@ -747,8 +994,8 @@ impl Transport for Local {
 }
 
 /// The eventfd that tells a [`Local`] model to look at a queue.
-#[derive(Debug)]
-pub struct Bell(EventFd);
+#[derive(Clone, Debug)]
+pub struct Bell(Arc<EventFd>);
 
 impl Doorbell for Bell {
     fn ring(&self) {

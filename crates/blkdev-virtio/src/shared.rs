@@ -50,11 +50,16 @@ macro_rules! store {
 impl Shared {
     /// The `len` bytes of `mapping` from `start` on, set to zero.
     pub(crate) fn zeroed(mapping: &Arc<Mapping>, start: usize, len: usize) -> Self {
-        assert!(start.is_multiple_of(64) && start <= mapping.len() && len <= mapping.len() - start, "a window fits");
-        let base = mapping.as_ptr().wrapping_add(start);
+        let window = Self::window(mapping, start, len);
         // SAFETY: checked to lie within the mapping; no device has been told of a ring here, so nobody else touches it.
-        unsafe { ptr::write_bytes(base, 0, len) };
-        Self { mapping: Arc::clone(mapping), base, start, len }
+        unsafe { ptr::write_bytes(window.base, 0, len) };
+        window
+    }
+
+    /// As [`zeroed`](Self::zeroed), for a window that has been in use and whose content counts.
+    pub(crate) fn window(mapping: &Arc<Mapping>, start: usize, len: usize) -> Self {
+        assert!(start.is_multiple_of(64) && start <= mapping.len() && len <= mapping.len() - start, "a window fits");
+        Self { base: mapping.as_ptr().wrapping_add(start), mapping: Arc::clone(mapping), start, len }
     }
 
     pub(crate) fn iova(&self, at: usize) -> Iova {
@@ -72,6 +77,6 @@ impl Shared {
         self.base.wrapping_add(at).cast()
     }
 
-    load! { load8, u8, AtomicU8; load16, u16, AtomicU16; load32, u32, AtomicU32; }
-    store! { store8, u8, AtomicU8; store16, u16, AtomicU16; store64, u64, AtomicU64; }
+    load! { load8, u8, AtomicU8; load16, u16, AtomicU16; load32, u32, AtomicU32; load64, u64, AtomicU64; }
+    store! { store8, u8, AtomicU8; store16, u16, AtomicU16; store32, u32, AtomicU32; store64, u64, AtomicU64; }
 }

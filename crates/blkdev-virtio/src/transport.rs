@@ -7,9 +7,15 @@ use blkdev::{Iova, Mapping};
 use crate::Life;
 
 /// The way to a device: feature bits, configuration, memory, queues. Cold; doorbells are a type of their own.
+///
+/// Dropping it resets the device, or leaves it in whatever way there is: afterwards the device touches no memory of ours.
 pub trait Transport: Send + Sync + 'static {
     /// Rings the device for one started queue.
     type Doorbell: Doorbell;
+
+    /// Whether a queue can be started and stopped while the device works. `false`: all queues that are used are started,
+    /// once, before [`run`](Self::run).
+    const RESTARTS: bool;
 
     /// The driver's short name, `"vhost-user"`.
     fn driver(&self) -> &'static str;
@@ -23,7 +29,8 @@ pub trait Transport: Send + Sync + 'static {
     /// The feature bits that the device offers (virtio 1.2, 2.2).
     fn features(&self) -> u64;
 
-    /// Settles the feature bits. Called once, before memory is registered and queues are started.
+    /// Settles the feature bits; the transport adds those that are its own business. Called once, before memory is
+    /// registered and queues are started.
     ///
     /// # Errors
     /// The device refused them.
@@ -33,8 +40,18 @@ pub trait Transport: Send + Sync + 'static {
     /// were. The first `needed` are those that the offered features speak of; a device may know of fewer, or of more.
     ///
     /// # Errors
-    /// The device has no configuration to read, or did not answer.
+    /// The device has no configuration to read, did not answer, or has broken down (DEVICE_NEEDS_RESET, a bus that reads as
+    /// ones).
     fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize>;
+
+    /// Writes to the device's configuration space, from byte `at` on.
+    ///
+    /// # Errors
+    /// The device, or what is in between, does not take it.
+    fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()>;
+
+    /// An eventfd that is readable when the configuration may have changed; `None`: this device never tells.
+    fn config_changes(&self) -> Option<BorrowedFd<'_>>;
 
     /// How many queues can be started, whatever the configuration space says.
     fn queues_max(&self) -> u16;
@@ -48,13 +65,21 @@ pub trait Transport: Send + Sync + 'static {
     /// What the kernel or the peer refused.
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// Starts queue `index`: from the return on, the device works on the ring.
+    /// Starts queue `index`: the device works on the ring from the return on, or from [`run`](Self::run) on where queues
+    /// cannot be [restarted](Self::RESTARTS).
     ///
     /// # Errors
     /// What the kernel or the peer refused.
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Self::Doorbell>;
 
-    /// Stops queue `index`: from the return on, the device touches neither its ring nor the memory of its requests.
+    /// Everything is set up: the device begins to work. Called once, before the first request.
+    ///
+    /// # Errors
+    /// The device did not come up.
+    fn run(&self) -> io::Result<()>;
+
+    /// Stops queue `index`: from the return on, the device touches neither its ring nor the memory of its requests. Only
+    /// where queues can be [restarted](Self::RESTARTS).
     ///
     /// # Errors
     /// The device did not confirm, in bounded time, that it has stopped. It has to be taken for dead then.
@@ -65,22 +90,34 @@ pub trait Transport: Send + Sync + 'static {
 }
 
 /// The device's end of a started queue, as far as the driver pulls at it.
-pub trait Doorbell: Send {
-    /// Tells the device to look at the available ring. Neither waits nor fails.
+pub trait Doorbell: Clone + Send + Sync + 'static {
+    /// Tells the device to look at the ring. Neither waits nor fails.
     fn ring(&self);
 }
 
-/// A split virtqueue as the device has to know it (virtio 1.2, 2.7). All of it lies in registered memory, and is zero.
+/// The format of a virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Three areas, each written by one side (virtio 1.2, 2.7). Every device has it.
+    Split,
+    /// One ring that both sides write (2.8): fewer cache lines, and fewer transfers over a bus.
+    Packed,
+}
+
+/// A virtqueue as the device has to know it. All of it lies in registered memory, and is zero; the device begins at
+/// index 0, of a packed ring with both wrap counters 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Ring<'a> {
+    /// Which areas these are.
+    pub format: Format,
     /// Descriptors: a power of two.
     pub size: u16,
-    /// The descriptor table.
+    /// The descriptor table, or the packed ring itself.
     pub descriptors: Iova,
-    /// The available ring.
-    pub available: Iova,
-    /// The used ring.
-    pub used: Iova,
+    /// The driver area: the available ring, or the driver's event suppression structure.
+    pub driver: Iova,
+    /// The device area: the used ring, or the device's event suppression structure.
+    pub device: Iova,
     /// An eventfd for the device to write to when it has used something.
     pub call: BorrowedFd<'a>,
 }

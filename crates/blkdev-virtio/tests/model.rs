@@ -8,7 +8,7 @@ use std::{
 
 use blkdev::{Completion, Device, Error, Mapping, Op, Queue, Request, conformance};
 use blkdev_virtio::{
-    Options, VirtioBlk,
+    Format, Options, VirtioBlk, WriteCache,
     model::{Fault, Local, Model, SERIAL, Spec},
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,6 +20,7 @@ const INDIRECT: u32 = 28;
 const EVENT_IDX: u32 = 29;
 const VERSION_1: u32 = 32;
 const MULTIQUEUE: u32 = 12;
+const CONFIG_WCE: u32 = 11;
 
 fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
     let model = Model::new(spec);
@@ -45,8 +46,18 @@ fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
     }
 }
 
+/// As [`open`], with queues that are started once.
+fn open_for_good(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
+    let model = Model::new(spec);
+    let device = VirtioBlk::open(Local::for_good(&model), options).unwrap();
+    (model, Arc::new(device))
+}
+
+/// With both formats of rings.
 fn conforms(spec: Spec, options: &Options) {
-    let (_, device) = open(spec, options);
+    let (_, device) = open(spec.clone(), options);
+    conformance::check(&device);
+    let (_, device) = open(spec.packed(), options);
     conformance::check(&device);
 }
 
@@ -69,6 +80,94 @@ fn conforms_without_event_index() {
 fn conforms_with_a_plain_ring_of_eight() {
     let options = Options { queue_size: 8, ..Options::default() };
     conforms(Spec::new(32 * MIB).without(INDIRECT).without(EVENT_IDX), &options);
+}
+
+#[test]
+fn conforms_with_queues_that_run_for_good() {
+    for spec in [Spec::new(32 * MIB), Spec::new(32 * MIB).without(INDIRECT).without(EVENT_IDX)] {
+        for spec in [spec.clone().packed(), spec] {
+            let (_, device) = open_for_good(spec, &Options::default());
+            conformance::check(&device);
+        }
+    }
+}
+
+#[test]
+fn a_format_can_be_chosen() {
+    let (_, device) = open(Spec::new(32 * MIB).packed(), &Options { ring: Some(Format::Split), ..Options::default() });
+    conformance::check(&device);
+    let options = Options { ring: Some(Format::Packed), ..Options::default() };
+    open(Spec::new(MIB).packed(), &options);
+    let e = VirtioBlk::open(Local::new(&Model::new(Spec::new(MIB))), &options).unwrap_err().to_string();
+    assert!(e.contains("VIRTIO_F_RING_PACKED"), "{e}");
+}
+
+#[test]
+fn a_device_that_changes_its_size_is_believed() {
+    let (model, device) = open(Spec::new(MIB), &Options::default());
+    for capacity in [2 * MIB, 512 * 1024, 3 * MIB] {
+        model.resize(capacity);
+        let end = Instant::now() + Duration::from_secs(10);
+        while device.capacity() != capacity {
+            assert!(Instant::now() < end, "the capacity is {}, not {capacity}", device.capacity());
+            std::thread::yield_now();
+        }
+    }
+    let memory = Mapping::new(MIB as usize).unwrap();
+    device.register(&memory).unwrap();
+    let buf = memory.arenas(1).remove(0).alloc(4096).unwrap();
+    let mut queue = device.open_queue(1).unwrap();
+    queue.push(Request { tag: 1, op: Op::Write { at: 3 * MIB - 4096, buf, fua: false } }).unwrap();
+    queue.kick();
+    assert_eq!(collect(&mut *queue, 1)[0].result, Ok(()));
+}
+
+#[test]
+fn the_write_cache_can_be_switched() {
+    let mode = |model: &Model| model.config()[32];
+    let with = |write_cache| Options { write_cache, ..Options::default() };
+    let (model, _) = open(Spec::new(MIB), &with(None));
+    assert_eq!(mode(&model), 1, "left alone");
+    for (cache, byte) in [(WriteCache::Writethrough, 0), (WriteCache::Writeback, 1)] {
+        let (model, _) = open(Spec::new(MIB), &with(Some(cache)));
+        assert_eq!(mode(&model), byte);
+    }
+    let spec = Spec::new(MIB).without(CONFIG_WCE);
+    let e = VirtioBlk::open(Local::new(&Model::new(spec)), &with(Some(WriteCache::Writeback))).unwrap_err();
+    assert!(e.to_string().contains("VIRTIO_BLK_F_CONFIG_WCE"), "{e}");
+}
+
+/// Whatever the device writes into ring and slots: every request comes back once, if need be when it is given up.
+#[test]
+fn chaos_in_the_ring_does_no_harm() {
+    for seed in 1..=40 {
+        let spec = Spec { seed, ..Spec::new(MIB).fault(Fault::Chaos, 2) };
+        for spec in
+            [spec.clone(), spec.clone().without(INDIRECT), spec.clone().packed(), spec.packed().without(INDIRECT)]
+        {
+            let (_, device) = open(spec, &Options::default());
+            let memory = Mapping::new(2 * MIB as usize).unwrap();
+            device.register(&memory).unwrap();
+            let mut arena = memory.arenas(1).remove(0);
+            let mut queue = device.open_queue(32).unwrap();
+            let (mut pushed, mut done) = (0, Vec::new());
+            let end = Instant::now() + Duration::from_millis(30);
+            while Instant::now() < end {
+                if let Some(buf) = arena.alloc(4096) {
+                    let request = Request { tag: pushed, op: Op::Read { at: 0, buf } };
+                    pushed += u64::from(queue.push(request).is_ok());
+                }
+                queue.kick();
+                queue.reap(&mut done);
+                queue.arm();
+            }
+            queue.give_up();
+            queue.reap(&mut done);
+            let mut tags: Vec<u64> = done.iter().map(|c| c.tag).collect();
+            tags.sort_unstable();
+            assert_eq!(tags, (0..pushed).collect::<Vec<_>>(), "seed {seed}");
+        }
+    }
 }
 
 #[test]
@@ -123,6 +222,9 @@ fn what_cannot_be_driven_is_refused() {
     for fault in [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong] {
         refuse(Spec::new(MIB).fault(fault, 0), Options { timeout, ..options() }, "used");
     }
+    for fault in [Fault::WrongId, Fault::LengthTooLong] {
+        refuse(Spec::new(MIB).packed().fault(fault, 0), Options { timeout, ..options() }, "used");
+    }
 }
 
 /// Pushes 40 reads to a device that goes wrong at the 30th, and tells how they end.
@@ -147,8 +249,12 @@ fn reads(spec: Spec) -> (Vec<Completion>, Arc<dyn Device>, Box<dyn Queue>) {
 
 #[test]
 fn nonsense_in_the_ring_ends_the_device() {
-    for fault in [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong] {
-        let (done, device, mut queue) = reads(Spec::new(MIB).fault(fault, 0));
+    let faults = [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong];
+    let split = faults.map(|fault| (Spec::new(MIB), fault));
+    let packed =
+        [Fault::WrongId, Fault::SameIdTwice, Fault::LengthTooLong].map(|fault| (Spec::new(MIB).packed(), fault));
+    for (spec, fault) in split.into_iter().chain(packed) {
+        let (done, device, mut queue) = reads(spec.fault(fault, 0));
         let gone = done.iter().filter(|c| c.result == Err(Error::Gone)).count();
         assert!((1..=40).contains(&gone), "{fault:?}: {gone} gone");
         for Completion { op, result, .. } in &done {
@@ -169,8 +275,8 @@ fn nonsense_in_the_ring_ends_the_device() {
 #[test]
 fn nonsense_in_a_request_fails_the_request() {
     let faults = [Fault::LengthTooShort, Fault::NoLengths, Fault::Status(3), Fault::Status(0xff), Fault::NoStatus];
-    for fault in faults {
-        let (done, _device, mut queue) = reads(Spec::new(MIB).fault(fault, 0));
+    for (spec, fault) in faults.into_iter().flat_map(|f| [(Spec::new(MIB), f), (Spec::new(MIB).packed(), f)]) {
+        let (done, _device, mut queue) = reads(spec.fault(fault, 0));
         let failed = done.iter().filter(|c| c.result == Err(Error::Io)).count();
         let good = done.iter().filter(|c| c.result.is_ok()).count();
         assert!(failed >= 1 && failed + good == 40, "{fault:?}: {failed} failed, {good} good");
@@ -182,8 +288,9 @@ fn nonsense_in_a_request_fails_the_request() {
 
 #[test]
 fn a_silent_device_can_be_given_up() {
-    for fault in [Fault::Silent, Fault::Scribble] {
-        let (_, device) = open(Spec::new(MIB).fault(fault, 2), &Options::default());
+    let spec = |fault| Spec::new(MIB).fault(fault, 2);
+    for spec in [Fault::Silent, Fault::Scribble].into_iter().flat_map(|f| [spec(f), spec(f).packed()]) {
+        let (_, device) = open(spec, &Options::default());
         let memory = Mapping::new(MIB as usize).unwrap();
         device.register(&memory).unwrap();
         let mut arena = memory.arenas(1).remove(0);
@@ -211,13 +318,18 @@ fn a_silent_device_can_be_given_up() {
 
 #[test]
 fn give_up_conforms() {
-    let (_, device) = open(Spec::new(32 * MIB), &Options::default());
-    conformance::check_give_up(&device);
+    for spec in [Spec::new(32 * MIB), Spec::new(32 * MIB).packed()] {
+        let (_, device) = open(spec.clone(), &Options::default());
+        conformance::check_give_up(&device);
+        let (_, device) = open_for_good(spec, &Options::default());
+        conformance::check_give_up(&device);
+    }
 }
 
 #[test]
 fn a_queue_that_nobody_waits_for_is_not_notified() {
-    for spec in [Spec::new(MIB), Spec::new(MIB).without(EVENT_IDX)] {
+    let plain = Spec::new(MIB).without(EVENT_IDX);
+    for spec in [Spec::new(MIB), plain.clone(), Spec::new(MIB).packed(), plain.packed()] {
         let (model, device) = open(spec, &Options::default());
         let opening = model.notifications();
         let mut queue = device.open_queue(64).unwrap();
@@ -258,7 +370,19 @@ fn a_full_queue_gives_the_request_back() {
 
 #[test]
 fn queues_are_counted_and_reused() {
-    let (_, device) = open(Spec::new(MIB), &Options { queues: Some(2), ..Options::default() });
+    let options = Options { queues: Some(2), ..Options::default() };
+    let (split, packed) = (Spec::new(MIB), Spec::new(MIB).packed());
+    for device in [
+        open(split.clone(), &options).1,
+        open(packed.clone(), &options).1,
+        open_for_good(split, &options).1,
+        open_for_good(packed, &options).1,
+    ] {
+        reuse(&device);
+    }
+}
+
+fn reuse(device: &Arc<dyn Device>) {
     for _ in 0..20 {
         let (mut a, b) = (device.open_queue(8).unwrap(), device.open_queue(200).unwrap());
         let e = device.open_queue(8).unwrap_err().to_string();

@@ -126,7 +126,8 @@ pub const MQ: u64 = 1 << 0;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
 pub const MEM_SLOTS: u64 = 1 << 15;
-pub const ALL: u64 = MQ | REPLY_ACK | CONFIG | MEM_SLOTS;
+pub const BACKEND_REQ: u64 = 1 << 5;
+pub const ALL: u64 = MQ | REPLY_ACK | CONFIG | MEM_SLOTS | BACKEND_REQ;
 
 /// How a back end answers GET_CONFIG.
 #[derive(Clone, Copy)]
@@ -158,6 +159,8 @@ pub struct Backend {
     pub socket: PathBuf,
     pub model: Arc<Model>,
     pub seen: Arc<Mutex<BTreeSet<u32>>>,
+    /// The channel for requests of the back end's own.
+    requests: Arc<Mutex<Option<UnixStream>>>,
     stop: Arc<AtomicBool>,
     client: Arc<Mutex<Option<UnixStream>>>,
     thread: Option<JoinHandle<()>>,
@@ -171,8 +174,10 @@ impl Backend {
         let listener = UnixListener::bind(&socket).unwrap();
         let (stop, client) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
         let seen = Arc::<Mutex<BTreeSet<u32>>>::default();
+        let requests = Arc::<Mutex<Option<UnixStream>>>::default();
         let thread = {
             let (model, stop, client, seen) = (model.clone(), stop.clone(), client.clone(), seen.clone());
+            let requests = requests.clone();
             thread::spawn(move || {
                 while let Ok((stream, _)) = listener.accept() {
                     if stop.load(Ordering::Relaxed) {
@@ -186,6 +191,7 @@ impl Backend {
                         ack: false,
                         rings: BTreeMap::new(),
                         seen: &seen,
+                        requests: &requests,
                     };
                     while session.message().is_ok() {}
                     drop(session);
@@ -193,7 +199,19 @@ impl Backend {
                 }
             })
         };
-        Self { socket, model, seen, stop, client, thread: Some(thread), _dir: dir }
+        Self { socket, model, seen, requests, stop, client, thread: Some(thread), _dir: dir }
+    }
+
+    /// Gives the disk another size, and says so.
+    pub fn resize(&self, capacity: u64) {
+        self.model.resize(capacity);
+        let message = [2u32, 1 | 8, 0].map(u32::to_ne_bytes).concat();
+        let mut requests = self.requests.lock().unwrap();
+        let requests = requests.as_mut().expect("the front end has given us a channel");
+        requests.write_all(&message).unwrap();
+        let mut answer = [0; 20];
+        requests.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[12..], [0; 8], "it was understood");
     }
 
     /// Closes the connection, and lives on.
@@ -224,6 +242,7 @@ struct Session<'a> {
     ack: bool,
     rings: BTreeMap<u32, Vring>,
     seen: &'a Mutex<BTreeSet<u32>>,
+    requests: &'a Mutex<Option<UnixStream>>,
 }
 
 #[derive(Default)]
@@ -285,15 +304,15 @@ impl Session<'_> {
             }
             8 => self.ring(half(0)).addresses.size = half(4) as u16,
             9 => {
-                let (descriptors, used, available) = (number(8), number(16), number(24));
+                let (descriptors, device, driver) = (number(8), number(16), number(24));
                 let addresses = &mut self.ring(half(0)).addresses;
-                *addresses = Addresses { descriptors, used, available, ..*addresses };
+                *addresses = Addresses { descriptors, device, driver, ..*addresses };
             }
-            10 => self.ring(half(0)).addresses.base = half(4) as u16,
+            10 => self.ring(half(0)).addresses.base = half(4),
             11 => {
                 let (index, ring) = (half(0), self.ring(half(0)));
                 let base = ring.running.take().map_or(ring.addresses.base, Running::stop);
-                answer = Some([index.to_ne_bytes(), u32::from(base).to_ne_bytes()].concat());
+                answer = Some([index.to_ne_bytes(), base.to_ne_bytes()].concat());
             }
             12 => self.ring(number(0) as u32).kick = fds.pop(),
             13 => self.ring(number(0) as u32).call = fds.pop(),
@@ -309,8 +328,9 @@ impl Session<'_> {
                 ring.running =
                     Some(model.start(ring.addresses, ring.kick.take().unwrap(), ring.call.take().unwrap())?);
             }
+            21 => *self.requests.lock().unwrap() = fds.pop().map(UnixStream::from),
             24 => {
-                let config = &self.model.spec().config;
+                let config = self.model.config();
                 let asked = half(4) as usize;
                 let len = match self.quirks.config {
                     Answer::Asked => asked,
@@ -325,6 +345,7 @@ impl Session<'_> {
                 }
                 answer = Some(reply);
             }
+            25 => self.model.write_config(half(0) as usize, &payload[12..]),
             36 => answer = Some(32u64.to_ne_bytes().to_vec()),
             37 => self.map(&payload[8..], &fds[0])?,
             _ => panic!("message {request} is one that this back end offers"),

@@ -1,0 +1,123 @@
+//! [`Requests`]: the channel over which the back end says, unasked, that its configuration has changed.
+
+use std::{
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+};
+
+/// BACKEND_CONFIG_CHANGE_MSG's number.
+const CONFIG_CHANGE: u32 = 2;
+
+/// Flags of a header: version 1, an answer, an answer is asked for.
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// Length of a message's header, and the longest payload that is accepted, in bytes.
+const HEADER: usize = 12;
+const PAYLOAD_MAX: usize = 4096;
+
+#[derive(Debug)]
+pub(crate) struct Requests {
+    stream: UnixStream,
+    /// The beginning of a message.
+    received: Vec<u8>,
+    /// It was closed, or what came is no message.
+    over: bool,
+}
+
+impl Requests {
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, received: Vec::new(), over: false })
+    }
+
+    /// Where requests come in; `None`: none will.
+    pub(crate) fn incoming(&self) -> Option<BorrowedFd<'_>> {
+        (!self.over).then(|| self.stream.as_fd())
+    }
+
+    /// Takes what has come in, without waiting. Tells whether the configuration has changed.
+    pub(crate) fn take(&mut self) -> bool {
+        let mut changed = false;
+        let mut bytes = [0; 1024];
+        loop {
+            match self.stream.read(&mut bytes) {
+                Ok(0) => self.over = true,
+                Ok(len) => self.received.extend_from_slice(&bytes[..len]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return changed,
+                Err(_) => self.over = true,
+            }
+            while let Some((request, flags, len)) = self.header() {
+                if len > PAYLOAD_MAX {
+                    self.over = true;
+                    break;
+                }
+                if self.received.len() < HEADER + len {
+                    break;
+                }
+                self.received.drain(..HEADER + len);
+                changed |= request == CONFIG_CHANGE;
+                if flags & NEED_REPLY != 0 {
+                    // Zero stands for success, and this is the one request that means anything here.
+                    let words = [request, VERSION | REPLY, 8, u32::from(request != CONFIG_CHANGE), 0];
+                    self.over |= self.stream.write_all(&words.map(u32::to_ne_bytes).concat()).is_err();
+                }
+            }
+            if self.over {
+                return changed;
+            }
+        }
+    }
+
+    /// Number, flags and length of the payload of the message that has begun.
+    fn header(&self) -> Option<(u32, u32, usize)> {
+        let header = self.received.first_chunk::<HEADER>()?;
+        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        Some((word(0), word(4), word(8) as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn requests_are_understood_in_any_pieces() {
+        let all = [message(&[99, 9, 4, 7]), message(&[CONFIG_CHANGE, 9, 0]), message(&[CONFIG_CHANGE, 1, 0])].concat();
+        for cut in 0..=all.len() {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let mut requests = Requests::new(ours).unwrap();
+            theirs.write_all(&all[..cut]).unwrap();
+            let first = requests.take();
+            theirs.write_all(&all[cut..]).unwrap();
+            assert!(first | requests.take(), "cut at {cut}");
+            assert!(requests.incoming().is_some());
+            let mut answers = [0; 40];
+            theirs.read_exact(&mut answers).unwrap();
+            assert_eq!(answers[..], message(&[99, 5, 8, 1, 0, CONFIG_CHANGE, 5, 8, 0, 0]));
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_ends_the_channel() {
+        for (bytes, close) in [(message(&[CONFIG_CHANGE, 1, u32::MAX]), false), (message(&[CONFIG_CHANGE]), true)] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let mut requests = Requests::new(ours).unwrap();
+            theirs.write_all(&bytes).unwrap();
+            let keep = (!close).then(|| theirs.try_clone().unwrap());
+            drop(theirs);
+            assert!(!requests.take());
+            assert!(requests.incoming().is_none());
+            drop(keep);
+        }
+    }
+}
