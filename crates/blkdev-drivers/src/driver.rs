@@ -167,7 +167,12 @@ static DRIVERS: &[Driver] = &[
                 "the controller's PCI address or its path in sysfs, and perhaps /NSID: 0000:01:00.0/1",
             ),
             READ_ONLY,
-            Property::created("no-iommu", Kind::Bool, Some("false"), "does without an IOMMU where there is none: UNSAFE"),
+            Property::created(
+                "no-iommu",
+                Kind::Bool,
+                Some("false"),
+                "does without an IOMMU where there is none: UNSAFE",
+            ),
             NUM_QUEUES,
             NUM_POLL_QUEUES,
             Property::connected("queue-size", Kind::I32, Some("256"), "places in one queue, 2 to 1024")
@@ -191,7 +196,7 @@ static DRIVERS: &[Driver] = &[
         ],
         open: |settings| {
             let target = settings.needed("path")?.parse()?;
-            let how = blkdev_vfio::Options { no_iommu: settings.bool("no-iommu") };
+            let how = nvme::VfioOptions { no_iommu: settings.bool("no-iommu") };
             let options = nvme::Options {
                 nsid: None,
                 read_only: settings.bool("read-only"),

@@ -5,10 +5,10 @@
 //!
 //! ```no_run
 //! use blkdev::Device;
-//! use blkdev_nvme::{Nvme, Options, Target};
+//! use blkdev_nvme::{Nvme, Options, Target, VfioOptions};
 //!
 //! let target: Target = "0000:01:00.0/2".parse()?;
-//! let disk = Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &Options::default())?;
+//! let disk = Nvme::open_vfio(&target, &VfioOptions::default(), &Options::default())?;
 //! println!("{} bytes, serial number {}", disk.capacity(), disk.info().serial);
 //! # Ok::<(), std::io::Error>(())
 //! ```
@@ -39,6 +39,7 @@ mod uring;
 mod watch;
 mod window;
 
+pub use blkdev_vfio::Options as VfioOptions;
 pub use controller::{Nvme, Options};
-pub use passthrough::{Passthrough, PassthroughOptions};
+pub use passthrough::{Passthrough, PassthroughOptions, Source};
 pub use target::Target;

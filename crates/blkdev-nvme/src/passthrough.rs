@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt},
     },
     path::PathBuf,
@@ -23,11 +23,20 @@ use crate::{
     uring::{self, Ring},
 };
 
+/// Where a namespace's character device comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// It is opened: `/dev/ngXnY`.
+    Path(PathBuf),
+    /// It is open already.
+    Fd(OwnedFd),
+}
+
 /// How to open a namespace's character device.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct PassthroughOptions {
-    /// `/dev/ngXnY`.
-    pub path: PathBuf,
+    /// The device.
+    pub source: Source,
     /// Nothing can be written. The device is opened for reading only then, and the kernel asks for `CAP_SYS_ADMIN`.
     pub read_only: bool,
     /// The deepest queue that can be opened, in requests, 1 to 4096. Default: 128.
@@ -44,7 +53,7 @@ impl PassthroughOptions {
     /// The device at `path`, and the defaults.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
-            path: path.into(),
+            source: Source::Path(path.into()),
             read_only: false,
             entries: 128,
             polled: false,
@@ -82,16 +91,31 @@ impl Passthrough {
     /// # Errors
     /// It cannot be opened, is no NVMe namespace, or has a format that cannot be driven; or there is no io_uring that has
     /// passthrough. The text says which and what to do.
-    pub fn open(options: &PassthroughOptions) -> io::Result<Self> {
-        let name = options.path.display().to_string();
-        let shared = open(options, &name).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+    pub fn open(options: PassthroughOptions) -> io::Result<Self> {
+        let PassthroughOptions { source, read_only, entries, polled, timeout } = options;
+        let (name, file) = match source {
+            // For writing, as that is what the kernel wants of those who are not root (Linux 6.2).
+            Source::Path(path) => {
+                (path.display().to_string(), OpenOptions::new().read(true).write(!read_only).open(path))
+            }
+            Source::Fd(fd) => (format!("fd {}", fd.as_raw_fd()), Ok(File::from(fd))),
+        };
+        let wish = Wish { read_only, entries, polled, timeout };
+        let shared = file.and_then(|file| open(file, &wish, &name));
+        let shared = shared.map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
         Ok(Self { shared: Arc::new(shared) })
     }
 }
 
-fn open(options: &PassthroughOptions, name: &str) -> io::Result<Shared> {
-    // For writing, as that is what the kernel wants of those who are not root (Linux 6.2).
-    let file = OpenOptions::new().read(true).write(!options.read_only).open(&options.path)?;
+/// [`PassthroughOptions`] without the file.
+struct Wish {
+    read_only: bool,
+    entries: u16,
+    polled: bool,
+    timeout: Option<Duration>,
+}
+
+fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let meta = file.metadata()?;
     if !meta.file_type().is_char_device() {
         return Err(invalid("not a character device; NVMe passthrough wants /dev/ngXnY, not /dev/nvmeXnY".to_owned()));
@@ -265,6 +289,10 @@ impl Queue for PassthroughQueue {
     }
 
     fn arm(&mut self) -> bool {
+        if self.shared.polled && self.ring.in_flight() > 0 {
+            // Nothing would wake anybody up.
+            return false;
+        }
         self.done.is_empty() && (self.ring.arm() || self.gone)
     }
 

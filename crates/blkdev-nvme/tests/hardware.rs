@@ -1,5 +1,6 @@
-//! Real controllers: `NBDBLK_NVME` is the PCI address of one that is bound to `vfio-pci`, `NBDBLK_NG` lists `/dev/ngXnY`
-//! with blanks between them; ALL THEIR NAMESPACES ARE OVERWRITTEN. Without them the tests say that they were skipped.
+//! Real controllers: `NBDBLK_NVME` is the PCI address of one that is bound to `vfio-pci`, `NBDBLK_NG` and `NBDBLK_NG4K` are
+//! namespaces of the kernel's driver, `/dev/ngXnY`; ALL NAMESPACES ARE OVERWRITTEN. Without them the tests say that they
+//! were skipped.
 
 use std::{
     env, fs,
@@ -43,7 +44,14 @@ fn namespaces(address: &str) -> Vec<u32> {
 fn every_namespace_conforms() {
     let Some((address, _one)) = controller() else { return };
     for nsid in namespaces(&address) {
-        let device = open(&address, Some(nsid), &Options::default());
+        let target = Target { controller: address.clone(), nsid: Some(nsid) };
+        let device = match Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &Options::default()) {
+            Ok(device) => Arc::new(device) as Arc<dyn Device>,
+            Err(e) => {
+                assert!(e.to_string().contains("bytes of metadata with each block, which is not supported"), "{e}");
+                continue;
+            }
+        };
         let info = device.info();
         let started = Instant::now();
         conformance::check(&device);
@@ -62,6 +70,16 @@ fn small_queues_conform() {
 fn read_only_conforms() {
     let Some((address, _one)) = controller() else { return };
     conformance::check_read_only(&open(&address, None, &Options { read_only: true, ..Options::default() }));
+}
+
+#[test]
+fn a_small_mdts_conforms() {
+    let Ok(address) = env::var("NBDBLK_NVME_MDTS") else {
+        return eprintln!("SKIPPED: NBDBLK_NVME_MDTS names no controller with a small MDTS");
+    };
+    let device = open(&address, None, &Options::default());
+    assert!(device.info().transfer_max < 128 << 10, "{:?}", device.info());
+    conformance::check(&device);
 }
 
 #[test]
@@ -137,35 +155,36 @@ fn a_device_that_is_taken_away_under_load_is_let_go() {
 }
 
 fn namespaces_of_the_kernel() -> Vec<String> {
-    let list = env::var("NBDBLK_NG").unwrap_or_default();
+    let list: Vec<_> = ["NBDBLK_NG", "NBDBLK_NG4K"].iter().filter_map(|name| env::var(name).ok()).collect();
     if list.is_empty() {
         eprintln!("SKIPPED: NBDBLK_NG names no /dev/ngXnY, so passthrough was not tested");
     }
-    list.split_whitespace().map(str::to_owned).collect()
+    list
 }
 
 #[test]
 fn passthrough_conforms() {
     for path in namespaces_of_the_kernel() {
-        let device: Arc<dyn Device> = Arc::new(Passthrough::open(&PassthroughOptions::new(&path)).unwrap());
+        let device: Arc<dyn Device> = Arc::new(Passthrough::open(PassthroughOptions::new(&path)).unwrap());
         let started = Instant::now();
         conformance::check(&device);
         println!("{path}: {} bytes, {:?}: conforms, in {:?}", device.capacity(), device.info(), started.elapsed());
         let read_only = PassthroughOptions { read_only: true, ..PassthroughOptions::new(&path) };
-        conformance::check_read_only(&(Arc::new(Passthrough::open(&read_only).unwrap()) as _));
+        conformance::check_read_only(&(Arc::new(Passthrough::open(read_only).unwrap()) as _));
         conformance::check_give_up(&device);
     }
 }
 
 #[test]
 fn passthrough_conforms_polled() {
-    if env::var("NBDBLK_NG_POLLED").is_err() {
-        eprintln!("SKIPPED: NBDBLK_NG_POLLED is not set, so polled queues were not tested (nvme.poll_queues=1)");
+    let queues = fs::read_to_string("/sys/module/nvme/parameters/poll_queues").unwrap_or_default();
+    if ["", "0"].contains(&queues.trim()) {
+        eprintln!("SKIPPED: the kernel's driver has no queues for polling (nvme.poll_queues=1)");
         return;
     }
     for path in namespaces_of_the_kernel() {
         let polled = PassthroughOptions { polled: true, ..PassthroughOptions::new(&path) };
-        conformance::check(&(Arc::new(Passthrough::open(&polled).unwrap()) as _));
+        conformance::check(&(Arc::new(Passthrough::open(polled).unwrap()) as _));
         println!("{path}: conforms with polled queues");
     }
 }
@@ -173,7 +192,7 @@ fn passthrough_conforms_polled() {
 #[test]
 fn passthrough_says_what_is_no_namespace() {
     let refuse = |path: &str, part: &str| {
-        let e = Passthrough::open(&PassthroughOptions::new(path)).unwrap_err().to_string();
+        let e = Passthrough::open(PassthroughOptions::new(path)).unwrap_err().to_string();
         assert!(e.starts_with(path) && e.contains(part), "{e}");
     };
     refuse("/dev/null", "no NVMe namespace");
