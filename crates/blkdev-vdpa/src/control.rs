@@ -1,0 +1,286 @@
+//! [`Control`]: a vhost-vdpa device as the transport of a virtio-blk device.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use blkdev::Mapping;
+use blkdev_virtio::{Doorbell, Format, Life, Ring, Transport};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost};
+
+/// The number of virtio-blk among the devices (virtio 1.2, 5).
+const DEVICE_BLOCK: u32 = 2;
+
+/// The status byte (2.1).
+const ACKNOWLEDGE: u8 = 1;
+const DRIVER: u8 = 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 64;
+
+/// VIRTIO_F_ACCESS_PLATFORM: the addresses in descriptors go through the IOTLB. That is how all vDPA devices work.
+const ACCESS_PLATFORM: u64 = 1 << 33;
+/// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's barriers for devices. On x86 the processor's are the same.
+const ORDER_PLATFORM: u64 = 1 << 36;
+
+/// How long requests of a device that was given up have until it is reset.
+const GRACE: Duration = Duration::from_millis(500);
+
+pub(crate) struct Control {
+    vhost: Vhost,
+    target: String,
+    life: Arc<Life>,
+    features: u64,
+    /// Of the backend's features those in use.
+    backend: u64,
+    range: (u64, u64),
+    queues_max: u16,
+    ring_max: u16,
+    config_changes: Option<EventFd>,
+    /// What the device has mapped.
+    mappings: Mutex<Vec<Arc<Mapping>>>,
+}
+
+impl Control {
+    /// Takes the device over, and resets it.
+    pub(crate) fn open(fd: OwnedFd, target: String) -> io::Result<Self> {
+        let vhost = Vhost::new(fd);
+        let id = vhost.get_device_id();
+        let id =
+            id.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, format!("not a vhost-vdpa device ({e})")))?;
+        if id != DEVICE_BLOCK {
+            let why = format!("virtio device {id}, not a block device ({DEVICE_BLOCK})");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        vhost.set_owner().map_err(|e| match e.kind() {
+            io::ErrorKind::ResourceBusy => {
+                let why = format!("{e}; another process uses the same open file");
+                io::Error::new(e.kind(), why)
+            }
+            _ => e,
+        })?;
+        vhost.set_status(0)?;
+        vhost.set_status(ACKNOWLEDGE)?;
+        vhost.set_status(ACKNOWLEDGE | DRIVER)?;
+        let features = vhost.get_features()?;
+
+        let mut backend = vhost.get_backend_features().unwrap_or(0);
+        backend &= BACKEND_F_IOTLB_MSG_V2 | BACKEND_F_IOTLB_BATCH;
+        if backend & BACKEND_F_IOTLB_MSG_V2 == 0 {
+            backend = 0;
+        }
+        if backend != 0 {
+            vhost.set_backend_features(backend)?;
+        }
+        // What a kernel does not know has no limit.
+        let range = vhost.get_iova_range().unwrap_or((0, u64::MAX));
+        let queues_max = vhost.get_vqs_count().map_or(u16::MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
+        let ring_max = vhost.get_vring_num()?;
+
+        let call = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let config_changes = vhost.set_config_call(call.as_fd()).is_ok().then_some(call);
+        Ok(Self {
+            vhost,
+            life: Life::new(format!("vdpa {target}")),
+            target,
+            features,
+            backend,
+            range,
+            queues_max,
+            ring_max,
+            config_changes,
+            mappings: Mutex::default(),
+        })
+    }
+
+    fn has(&self, backend: u64) -> bool {
+        self.backend & backend != 0
+    }
+
+    /// Writes IOTLB messages, as one batch where the kernel takes them so.
+    fn iotlb<'a>(&self, what: Iotlb, mappings: impl IntoIterator<Item = &'a Arc<Mapping>>) -> io::Result<()> {
+        let (v2, batch) = (self.has(BACKEND_F_IOTLB_MSG_V2), self.has(BACKEND_F_IOTLB_BATCH));
+        if batch {
+            self.vhost.iotlb(v2, Iotlb::BatchBegin, 0, 0)?;
+        }
+        let mut done = Ok(());
+        for mapping in mappings {
+            done = done.and(self.vhost.iotlb(v2, what, mapping.iova().get(), mapping.len() as u64));
+        }
+        // Also after a failure: an open batch would hold back all that comes later.
+        if batch {
+            done = done.and(self.vhost.iotlb(v2, Iotlb::BatchEnd, 0, 0));
+        }
+        done
+    }
+
+    fn add_status(&self, bit: u8) -> io::Result<u8> {
+        let status = self.vhost.get_status()? | bit;
+        self.vhost.set_status(status)?;
+        self.vhost.get_status()
+    }
+}
+
+impl Transport for Control {
+    type Doorbell = Kick;
+
+    const RESTARTS: bool = false;
+
+    fn driver(&self) -> &'static str {
+        "vdpa"
+    }
+
+    fn target(&self) -> &str {
+        &self.target
+    }
+
+    fn life(&self) -> &Arc<Life> {
+        &self.life
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn accept(&self, features: u64) -> io::Result<()> {
+        let order = if cfg!(target_arch = "x86_64") { ORDER_PLATFORM } else { 0 };
+        self.vhost.set_features(features | self.features & (ACCESS_PLATFORM | order))?;
+        if self.add_status(FEATURES_OK)? & FEATURES_OK == 0 {
+            let why = format!("the device refuses the features {features:#x}, all of which it offers");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        Ok(())
+    }
+
+    fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize> {
+        let status = self.vhost.get_status()?;
+        if status & NEEDS_RESET != 0 {
+            return Err(io::Error::other("the device has broken down (it asks to be reset)"));
+        }
+        let size = self.vhost.get_config_size().map_or(needed, |size| size as usize);
+        let len = size.min(bytes.len()).min(CONFIG_MAX);
+        // There is no generation to ask for: what is the same twice was not changed in between.
+        let mut again = vec![0; len];
+        for _ in 0..100 {
+            self.vhost.get_config(&mut bytes[..len])?;
+            self.vhost.get_config(&mut again)?;
+            if bytes[..len] == again[..] {
+                return Ok(len);
+            }
+        }
+        Err(io::Error::other("the configuration never stays the same"))
+    }
+
+    fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.vhost.set_config(at, bytes)
+    }
+
+    fn config_changes(&self) -> Option<BorrowedFd<'_>> {
+        self.config_changes.as_ref().map(AsFd::as_fd)
+    }
+
+    fn queues_max(&self) -> u16 {
+        self.queues_max
+    }
+
+    fn ring_max(&self, index: u16) -> u16 {
+        let size = self.vhost.get_vring_size(index).map_or(self.ring_max, |n| u16::try_from(n).unwrap_or(u16::MAX));
+        size.min(self.ring_max)
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        if mappings.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+            return Ok(());
+        }
+        let (at, len) = (mapping.iova().get(), mapping.len() as u64);
+        let (first, last) = self.range;
+        if at < first || at + (len - 1) > last {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!("memory at {at:#x}, {len} bytes: the device reaches only {first:#x} to {last:#x}"),
+            ));
+        }
+        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| {
+            // The kernel says EFAULT whatever the reason was.
+            let hint = "often it is the limit of locked memory (ulimit -l), which the device needs as much of";
+            io::Error::new(e.kind(), format!("mapping {len} bytes at {at:#x} for the device: {e}; {hint}"))
+        })?;
+        mappings.push(Arc::clone(mapping));
+        Ok(())
+    }
+
+    fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
+        let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let set_up = || {
+            self.vhost.set_vring_num(index, ring.size)?;
+            // At index 0; of a packed ring both wrap counters are 1.
+            self.vhost.set_vring_base(index, if ring.format == Format::Packed { 0x8000_8000 } else { 0 })?;
+            self.vhost.set_vring_addr(index, [ring.descriptors, ring.driver, ring.device].map(|at| at.get()))?;
+            self.vhost.set_vring_call(index, ring.call)?;
+            self.vhost.set_vring_kick(index, kick.as_fd())?;
+            self.vhost.enable_vring(index)
+        };
+        set_up().map_err(|e: io::Error| io::Error::new(e.kind(), format!("queue {index}: {e}")))?;
+        Ok(Kick(Arc::new(kick)))
+    }
+
+    fn run(&self) -> io::Result<()> {
+        let status = self.add_status(DRIVER_OK)?;
+        if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
+            return Err(io::Error::other(format!("the device does not come up (status {status:#x})")));
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&self, _index: u16) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn cut_off(&self) {
+        // Not reset here, under requests in flight: qemu-storage-daemon (VDUSE) aborts then, and the kernel may wait half a
+        // minute for one that hangs, on a thread that moves data. What the device may still touch was abandoned.
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        if self.life.is_dead() {
+            // For the same reason: time for what was in flight when the device was given up.
+            thread::sleep(GRACE);
+        }
+        // Of the device only; the file may be open elsewhere, too. A failure changes nothing: closing it does the same.
+        let _ = self.vhost.set_status(0);
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.iotlb(Iotlb::Invalidate, mappings.iter());
+    }
+}
+
+/// The eventfd that tells the kernel to look at a queue.
+#[derive(Clone, Debug)]
+pub(crate) struct Kick(Arc<EventFd>);
+
+impl Doorbell for Kick {
+    #[inline]
+    fn ring(&self) {
+        // EAGAIN: the counter is full, so nobody sleeps.
+        let _ = self.0.write(1);
+    }
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("target", &self.target)
+            .field("features", &format_args!("{:#x}", self.features))
+            .field("backend", &self.backend)
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}
