@@ -7,7 +7,7 @@
 
 use std::{
     cell::Cell,
-    fmt, io,
+    fmt, hint, io,
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -30,9 +30,10 @@ const PIECE: usize = 4 << 20;
 /// What is copied while the lane is locked; more than that would keep others waiting longer than locking twice does.
 const COPY_LOCKED: usize = 32 << 10;
 
-/// The most looks before sleeping. Each gives the core away, so that on a busy machine they are the time the others need,
-/// and on an idle one a few microseconds.
+/// The most looks before sleeping …
 const PATIENCE_MAX: u32 = 8;
+/// … and the pause before each: about a microsecond, so that all of them are less than a sleep and a wake-up cost.
+const PAUSES: u32 = 32;
 
 /// Sleeps after which a lane that has lost its patience tries again.
 const TRIAL: u32 = 32;
@@ -390,8 +391,10 @@ impl Lane {
             if looks < state.patience {
                 looks += 1;
                 drop(state);
-                // To the device's process, or to a thread with the next request, if they wait for this core.
-                thread::yield_now();
+                // Not `yield_now`: on a busy machine that gives away milliseconds.
+                for _ in 0..PAUSES {
+                    hint::spin_loop();
+                }
                 let Ok(again) = self.lock() else { return };
                 state = again;
                 continue;
