@@ -139,7 +139,8 @@ impl Device for Nvme {
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-        self.owner.core.pci.dma_map(mapping)?;
+        let core = &self.owner.core;
+        core.pci.dma_map(mapping).map_err(|e| io::Error::new(e.kind(), format!("nvme {}: {e}", core.info.target)))?;
         lock(&self.owner.mappings).push(Arc::clone(mapping));
         Ok(())
     }

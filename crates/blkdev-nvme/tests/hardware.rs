@@ -10,7 +10,7 @@ use std::{
 };
 
 use blkdev::{Arena, Device, Error, Mapping, Op, Queue, Request, conformance};
-use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target};
+use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target, VfioOptions};
 
 /// A controller has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
@@ -27,15 +27,19 @@ fn controller() -> Option<(String, MutexGuard<'static, ()>)> {
 
 fn open(address: &str, nsid: Option<u32>, options: &Options) -> Arc<dyn Device> {
     let target = Target { controller: address.to_owned(), nsid };
-    let device = Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), options);
+    let device = Nvme::open_vfio(&target, &how(), options);
     Arc::new(device.unwrap_or_else(|e| panic!("{e}")))
+}
+
+/// `NBDBLK_NO_IOMMU` is set where there is no IOMMU.
+fn how() -> VfioOptions {
+    VfioOptions { no_iommu: env::var_os("NBDBLK_NO_IOMMU").is_some() }
 }
 
 /// Its namespaces, as the refusal of one that is not there lists them.
 fn namespaces(address: &str) -> Vec<u32> {
     let target = Target { controller: address.to_owned(), nsid: Some(0xffff_fffe) };
-    let refusal =
-        Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &Options::default()).unwrap_err().to_string();
+    let refusal = Nvme::open_vfio(&target, &how(), &Options::default()).unwrap_err().to_string();
     let (_, list) = refusal.split_once("active are: ").unwrap_or_else(|| panic!("{refusal}"));
     list.split(", ").map(|nsid| nsid.parse().unwrap()).collect()
 }
@@ -45,7 +49,7 @@ fn every_namespace_conforms() {
     let Some((address, _one)) = controller() else { return };
     for nsid in namespaces(&address) {
         let target = Target { controller: address.clone(), nsid: Some(nsid) };
-        let device = match Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &Options::default()) {
+        let device = match Nvme::open_vfio(&target, &how(), &Options::default()) {
             Ok(device) => Arc::new(device) as Arc<dyn Device>,
             Err(e) => {
                 assert!(e.to_string().contains("bytes of metadata with each block, which is not supported"), "{e}");
@@ -204,7 +208,7 @@ fn what_cannot_be_opened_is_explained() {
     let Some((address, _one)) = controller() else { return };
     let refuse = |options: Options, part: &str| {
         let target = Target { controller: address.clone(), nsid: None };
-        let e = Nvme::open_vfio(&target, &blkdev_vfio::Options::default(), &options).unwrap_err().to_string();
+        let e = Nvme::open_vfio(&target, &how(), &options).unwrap_err().to_string();
         assert!(e.contains(part), "{e}");
     };
     refuse(Options { queues: Some(1000), ..Options::default() }, "1000 queues asked for, the device has");

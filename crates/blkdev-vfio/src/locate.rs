@@ -47,8 +47,8 @@ impl Location {
             Some(name) if name == "vfio-pci" || name.ends_with("-vfio-pci") || name.ends_with("_vfio_pci") => {
                 return Ok(());
             }
-            Some(name) => format!("is bound to the driver {name:?}"),
-            None => "is bound to no driver".to_owned(),
+            Some(name) => format!("it is bound to the driver {name:?}"),
+            None => "it is bound to no driver".to_owned(),
         };
         let unbind = if driver.is_some() {
             format!("echo {address} > /sys/bus/pci/devices/{address}/driver/unbind; ")
@@ -58,7 +58,7 @@ impl Location {
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
-                "{address} {state}, not to vfio-pci; to bind it, as root: modprobe vfio-pci; echo vfio-pci > \
+                "{state}, not to vfio-pci; to bind it, as root: modprobe vfio-pci; echo vfio-pci > \
                  /sys/bus/pci/devices/{address}/driver_override; {unbind}echo {address} > /sys/bus/pci/drivers_probe"
             ),
         ))

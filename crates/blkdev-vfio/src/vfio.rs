@@ -159,11 +159,11 @@ impl PciDevice for Vfio {
     }
 
     fn dma_map(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-        self.dma.map(mapping).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", self.address)))
+        self.dma.map(mapping)
     }
 
     fn dma_unmap(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-        self.dma.unmap(mapping).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", self.address)))
+        self.dma.unmap(mapping)
     }
 
     fn translation(&self) -> Option<Arc<Translation>> {
