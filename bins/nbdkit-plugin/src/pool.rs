@@ -312,7 +312,13 @@ impl Lane {
     }
 
     /// Sends a request and waits for its end.
-    fn run(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+    fn run(&self, state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+        // Here, so that the lock has been let go of when it is dropped.
+        let _down = Down(self);
+        self.sit_out(state, io)
+    }
+
+    fn sit_out(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
         let seat = SEAT.take().unwrap_or_else(Seat::new);
         seat.calls.store(0, Ordering::Relaxed);
         let buffer = matches!(io, Io::Read { .. } | Io::Write { .. });
@@ -340,8 +346,11 @@ impl Lane {
         while seat.calls.load(Ordering::Acquire) & (DONE | LOST) == 0 {
             if seat.calls.fetch_and(!LEAD, Ordering::AcqRel) & LEAD == 0 {
                 thread::park();
-            } else if let Ok(state) = self.lock() {
-                self.lead(state, &seat);
+            } else {
+                match self.lock() {
+                    Ok(state) => self.lead(state, &seat),
+                    Err(_) => self.lose(),
+                }
             }
         }
         let done = seat.done.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -361,7 +370,6 @@ impl Lane {
 
     /// Reaps for all until the request of `seat` has ended; then somebody else does.
     fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, seat: &Seat) {
-        let _down = Down(self);
         let mut looks = 0;
         loop {
             state.turn();
@@ -384,7 +392,7 @@ impl Lane {
                     return;
                 }
                 // The others have sent something meanwhile, most likely; and the device goes on anyway.
-                let Ok(again) = self.lock() else { return };
+                let Ok(again) = self.lock() else { return self.lose() };
                 state = again;
                 continue;
             }
@@ -395,7 +403,7 @@ impl Lane {
                 for _ in 0..PAUSES {
                     hint::spin_loop();
                 }
-                let Ok(again) = self.lock() else { return };
+                let Ok(again) = self.lock() else { return self.lose() };
                 state = again;
                 continue;
             }
@@ -408,10 +416,23 @@ impl Lane {
             state.lead = Lead::Asleep(due);
             drop(state);
             self.sleep(due);
-            let Ok(again) = self.lock() else { return };
+            let Ok(again) = self.lock() else { return self.lose() };
             state = again;
             state.lead = Lead::Awake;
         }
+    }
+
+    /// Sends everybody away: somebody has panicked with the lock, and nobody will reap any more.
+    #[cold]
+    fn lose(&self) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for seat in state.seats.iter().flatten() {
+            seat.call(LOST);
+            seat.thread.unpark();
+        }
+        drop(state);
+        self.memory.notify_all();
+        let _ = self.nudge.write(1);
     }
 
     /// Waits for the device, for a nudge, or until it is due.
@@ -432,19 +453,13 @@ impl Lane {
     }
 }
 
-/// Tells everybody when the leader panics.
+/// Tells everybody on the lane when this thread panics in it.
 struct Down<'a>(&'a Lane);
 
 impl Drop for Down<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            // The guard was dropped before, so the lock is free, and poisoned.
-            let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-            for seat in state.seats.iter().flatten() {
-                seat.call(LOST);
-                seat.thread.unpark();
-            }
-            self.0.memory.notify_all();
+            self.0.lose();
         }
     }
 }
@@ -522,8 +537,10 @@ impl Seat {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::BorrowedFd;
+
     use blkdev::{
-        ExtentKind,
+        Completion, ExtentKind, Mapping, Queue, Request,
         fault::{Fault, Faults},
         memory::Memory,
     };
@@ -605,6 +622,71 @@ mod tests {
                     });
                 }
             });
+        }
+    }
+
+    /// A device with a mistake in it: its queue panics at a certain call of `reap`.
+    struct Broken(Memory, u32);
+
+    #[derive(Debug)]
+    struct BrokenQueue(Box<dyn Queue>, u32);
+
+    impl Device for Broken {
+        fn info(&self) -> &Info {
+            self.0.info()
+        }
+        fn capacity(&self) -> u64 {
+            self.0.capacity()
+        }
+        fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+            self.0.register(mapping)
+        }
+        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+            Ok(Box::new(BrokenQueue(self.0.open_queue(depth)?, self.1)))
+        }
+    }
+
+    impl Queue for BrokenQueue {
+        fn push(&mut self, request: Request) -> Result<(), Request> {
+            self.0.push(request)
+        }
+        fn kick(&mut self) {
+            self.0.kick();
+        }
+        fn reap(&mut self, done: &mut Vec<Completion>) {
+            self.1 = self.1.checked_sub(1).expect("the mistake is made");
+            self.0.reap(done);
+        }
+        fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+            self.0.wake_fd()
+        }
+        fn arm(&mut self) -> bool {
+            self.0.arm()
+        }
+        fn give_up(&mut self) {
+            self.0.give_up();
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_driver_costs_the_lane_and_leaves_nobody_waiting() {
+        for calls in 0..12 {
+            let device = Fault::new(Broken(Memory::new(16 * MIB as u64), calls * 5), Faults::new(calls.into()));
+            let pool = pool(device, 1, 8 * MIB);
+            let panics: usize = thread::scope(|scope| {
+                let pool = &pool;
+                let threads: Vec<_> = (0..8u64)
+                    .map(|n| {
+                        scope.spawn(move || {
+                            let mut bytes = vec![0; 4096];
+                            let ended = (0..10_000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
+                            assert_eq!(ended, Some(Error::Gone));
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| usize::from(thread.join().is_err())).sum()
+            });
+            assert_eq!(panics, 1, "one thread meets the mistake, the others hear of it");
         }
     }
 
