@@ -5,7 +5,9 @@ use std::{borrow::Cow, io, sync::Arc, time::Duration};
 use blkdev::{Device, memory::Memory, null::Null};
 use blkdev_io_uring as io_uring;
 use blkdev_nvme as nvme;
+use blkdev_vdpa as vdpa;
 use blkdev_vhost_user::{self as vhost_user, Format, WriteCache};
+use blkdev_virtio_pci as virtio_pci;
 
 use crate::{Error, Kind, Property, Settings, Value, fd::inherited, narrow::narrow, suggest::nearest};
 
@@ -258,6 +260,110 @@ static DRIVERS: &[Driver] = &[
         },
     },
     Driver {
+        name: "vdpa",
+        aliases: &["virtio-blk-vhost-vdpa"],
+        about: "a virtio-blk device behind the kernel's vhost-vdpa, in hardware or VDUSE",
+        value: "path",
+        open_ended: false,
+        own: &[
+            Property { about: "the character device, /dev/vhost-vdpa-N", ..PATH },
+            Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+            READ_ONLY,
+            NUM_QUEUES,
+            NUM_POLL_QUEUES,
+            QUEUE_SIZE,
+            RING,
+            WRITE_CACHE,
+            REQUEST_TIMEOUT,
+            Property::constant("driver", Kind::Str, "virtio-blk-vhost-vdpa", DRIVER_ABOUT),
+            Property::told(
+                "max-queue-size",
+                Kind::I32,
+                |device| Value::I32(device.info().depth_max.into()),
+                "the largest queue-size",
+            ),
+            Property::constant("can-add-queues", Kind::Bool, "false", "queues can be added to an open device"),
+            Property::constant(
+                "needs-mem-regions",
+                Kind::Bool,
+                "true",
+                "the device must know payload memory beforehand",
+            ),
+            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+        ],
+        open: |settings| {
+            let source = match (settings.str("path"), settings.i32("fd")) {
+                (Some(_), Some(0..)) => {
+                    return Err(Error::invalid("vdpa: path and fd cannot be set at the same time".into()).into());
+                }
+                (None, Some(fd @ 0..)) => vdpa::Source::Fd(inherited(fd)?),
+                (path, _) => vdpa::Source::Path(path.ok_or_else(|| settings.missing("path"))?.into()),
+            };
+            let options = vdpa::Options {
+                source,
+                read_only: settings.bool("read-only"),
+                num_queues: u16_of(settings, "num-queues"),
+                queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+                ring: ring(settings),
+                write_cache: write_cache(settings),
+                request_timeout: settings.time("request-timeout"),
+            };
+            Ok(Arc::new(vdpa::Vdpa::open(options)?))
+        },
+    },
+    Driver {
+        name: "virtio-pci",
+        aliases: &["virtio-blk-vfio-pci"],
+        about: "a virtio-blk PCI device, over VFIO",
+        value: "path",
+        open_ended: false,
+        own: &[
+            Property::created("path", Kind::Str, Some(""), "the device's PCI address or its path in sysfs"),
+            READ_ONLY,
+            NUM_QUEUES,
+            NUM_POLL_QUEUES,
+            QUEUE_SIZE,
+            RING,
+            WRITE_CACHE,
+            REQUEST_TIMEOUT,
+            Property::connected(
+                "num-vectors",
+                Kind::I32,
+                Some("65535"),
+                "interrupt vectors to use, at most; with too few for one each, queues share one",
+            )
+            .checked(num_vectors),
+            Property::constant("driver", Kind::Str, "virtio-blk-vfio-pci", DRIVER_ABOUT),
+            Property::told(
+                "max-queue-size",
+                Kind::I32,
+                |device| Value::I32(device.info().depth_max.into()),
+                "the largest queue-size",
+            ),
+            Property::constant("can-add-queues", Kind::Bool, "false", "queues can be added to an open device"),
+            Property::constant(
+                "needs-mem-regions",
+                Kind::Bool,
+                "true",
+                "the device must know payload memory beforehand",
+            ),
+            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+        ],
+        open: |settings| {
+            let options = virtio_pci::Options {
+                address: settings.needed("path")?,
+                read_only: settings.bool("read-only"),
+                num_queues: u16_of(settings, "num-queues"),
+                queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+                ring: ring(settings),
+                write_cache: write_cache(settings),
+                vectors: u16_of(settings, "num-vectors").expect("num-vectors has a default"),
+                request_timeout: settings.time("request-timeout"),
+            };
+            Ok(Arc::new(virtio_pci::VirtioPci::open(&options)?))
+        },
+    },
+    Driver {
         name: "memory",
         aliases: &[],
         about: "a sparse RAM disk, empty at the start and forgotten at the end",
@@ -447,6 +553,10 @@ fn within(value: &Value, low: i32, high: i32, too_low: &'static str) -> Checked 
 
 fn num_queues(value: &Value) -> Checked {
     within(value, 1, u16::MAX.into(), "At least one of num_queues and num_poll_queues must be greater than 0")
+}
+
+fn num_vectors(value: &Value) -> Checked {
+    within(value, 1, u16::MAX.into(), "num-vectors must be greater than 0")
 }
 
 fn num_entries(value: &Value) -> Checked {
