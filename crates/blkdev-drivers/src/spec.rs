@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_said_in_one_line() {
-        let known = "known drivers: io_uring, vhost-user, nvme, nvme-io_uring, memory, null";
+        let known = "known drivers: io_uring, vhost-user, nvme, nvme-io_uring, vdpa, virtio-pci, memory, null";
         let known = if cfg!(feature = "libblkio") { format!("{known}, libblkio") } else { known.into() };
         refuse("disk.img", libc::ENOENT, &format!("unknown driver \"disk.img\"; {known}"));
         refuse("io_urnig=a", libc::ENOENT, "unknown driver \"io_urnig\"; did you mean io_uring?");
