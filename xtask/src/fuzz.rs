@@ -20,7 +20,7 @@ pub(crate) fn list() -> Result<()> {
     Ok(())
 }
 
-/// Runs `target` for `seconds`; new inputs go to the corpus beside the target, a crash ends the run with an error.
+/// Runs `target` for `seconds`; a crash ends the run with an error and leaves its input behind.
 pub(crate) fn run(target: &str, seconds: u32) -> Result<()> {
     let all = targets()?;
     let (package, _) = all
@@ -35,10 +35,13 @@ pub(crate) fn run(target: &str, seconds: u32) -> Result<()> {
     // The sanitizer is an unstable option of the compiler; this lets the stable one take it.
     shell::ok(build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", RUSTFLAGS))?;
 
-    let corpus = package.join("corpus").join(target);
-    std::fs::create_dir_all(&corpus)?;
+    // What it finds goes below the target directory; the corpus in the tree, which tests replay, is only read.
+    let (found, crashes) = (dir.join("corpus").join(target), dir.join("crashes"));
+    std::fs::create_dir_all(&found)?;
+    std::fs::create_dir_all(&crashes)?;
     let mut fuzz = std::process::Command::new(dir.join(triple).join("release").join(target));
-    fuzz.arg(format!("-max_total_time={seconds}")).arg("-artifact_prefix=target/fuzz/").arg(corpus);
+    fuzz.arg(format!("-max_total_time={seconds}")).arg(format!("-artifact_prefix={}/", crashes.display())).arg(found);
+    fuzz.args([package.join("corpus").join(target)].iter().filter(|seeds| seeds.is_dir()));
     println!("{}", shell::show(&fuzz));
     shell::ok(&mut fuzz)
 }
