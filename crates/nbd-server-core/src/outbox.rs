@@ -15,6 +15,8 @@ pub struct Outbox {
     start: usize,
     /// How much of the first payload is sent, if that is the first item.
     payload_sent: usize,
+    /// Bytes of all payloads.
+    held: usize,
 }
 
 #[derive(Debug)]
@@ -40,6 +42,7 @@ impl Outbox {
     #[inline]
     pub fn payload(&mut self, buf: Buf) {
         if !buf.is_empty() {
+            self.held += buf.len();
             self.items.push_back(Item::Payload(buf));
         }
     }
@@ -54,6 +57,12 @@ impl Outbox {
     #[inline]
     pub fn len(&self) -> usize {
         self.items.len()
+    }
+
+    /// Bytes of payload memory that it holds.
+    #[inline]
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// Sends until all is out (`true`) or the socket is full (`false`).
@@ -147,6 +156,7 @@ impl Outbox {
                         break;
                     }
                     self.payload_sent = 0;
+                    self.held -= buf.len();
                 }
                 None => unreachable!("no more is sent than there is"),
             }

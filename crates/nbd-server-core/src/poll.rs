@@ -40,6 +40,8 @@ pub(crate) struct Happened {
     pub(crate) token: u64,
     /// There is something to read, an end of the stream or an error included.
     pub(crate) readable: bool,
+    /// The peer has closed, or there was an error: after what there is to read comes the end, and no further event.
+    pub(crate) ended: bool,
 }
 
 impl Poll {
@@ -90,6 +92,7 @@ impl Poll {
             let bad = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
             Happened {
                 token: e.data(),
+                ended: e.events().intersects(EpollFlags::EPOLLRDHUP | bad),
                 readable: e.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | bad),
             }
         }))

@@ -12,6 +12,9 @@ use crate::Outbox;
 /// Requests of one connection that may be under way or unsent at a time. A client that asks for more waits.
 pub(crate) const CALLS_MAX: usize = 1024;
 
+/// Up to this fraction of a channel's memory nobody asks whether a client has its share: one 64th, 1 MiB of the usual 64.
+const MODEST: usize = 64;
+
 /// A client in the transmission phase.
 ///
 /// Its owner feeds it bytes ([`take`](Self::take)), hands it the completions that carry its number
@@ -27,6 +30,8 @@ pub struct Session {
     stalled: Option<(Cookie, Asked)>,
     filling: Option<Filling>,
     outbox: Outbox,
+    /// Bytes of payload memory in requests: filling, or at the device.
+    held: usize,
     /// The client said goodbye.
     disconnecting: bool,
     /// The connection is gone: nobody waits for replies.
@@ -70,6 +75,7 @@ impl Session {
             stalled: None,
             filling: None,
             outbox: Outbox::default(),
+            held: 0,
             disconnecting: false,
             closed: false,
         }
@@ -146,6 +152,9 @@ impl Session {
     /// A request of this session has ended: its reply goes to the outbox.
     pub fn complete(&mut self, done: Done) {
         let Call { cookie, at, len, one } = self.calls.end(done.tag as u32);
+        if matches!(done.io, Io::Read { .. } | Io::Write { .. }) {
+            self.held -= len as usize;
+        }
         if self.closed {
             return;
         }
@@ -195,7 +204,9 @@ impl Session {
 
     /// Gives back what the connection held, now that it is gone. What is at the device comes back by `complete`.
     pub fn close(&mut self) {
-        self.filling = None;
+        if let Some(filling) = self.filling.take() {
+            self.held -= filling.buf.len();
+        }
         self.stalled = None;
         self.outbox = Outbox::default();
         (self.disconnecting, self.closed) = (true, true);
@@ -220,7 +231,10 @@ impl Session {
     fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel) -> Option<Stall> {
         let (at, len, io) = match command {
             Command::Read { at, len, df: _ } => {
-                let Some(buf) = channel.alloc(at, len as usize) else { return Some(Stall::Memory) };
+                let buf = match self.alloc(at, len as usize, channel) {
+                    Ok(buf) => buf,
+                    Err(stall) => return Some(stall),
+                };
                 (at, len.into(), Io::Read { at, buf })
             }
             Command::Flush => (0, 0, Io::Flush),
@@ -234,8 +248,27 @@ impl Session {
         None
     }
 
+    /// Memory for a request, if there is some and the client has not its share already.
+    ///
+    /// Whoever has some may have as much as then stays free, and no more: so however many clients ask and never take their
+    /// answers, there is always something left for one who comes later. A client that has none may have what it asks for.
+    #[inline]
+    fn alloc(&mut self, at: u64, len: usize, channel: &mut Channel) -> Result<Buf, Stall> {
+        let mine = self.held + self.outbox.held();
+        // Counting what is free takes a moment, and is not worth it for what is little in any case.
+        if mine > 0 && mine + len > channel.memory() / MODEST && mine + 2 * len > channel.memory_free() {
+            return Err(Stall::Calls);
+        }
+        let buf = channel.alloc(at, len).ok_or(Stall::Memory)?;
+        self.held += len;
+        Ok(buf)
+    }
+
     fn write(&mut self, cookie: Cookie, write: Write, channel: &mut Channel) -> Option<Stall> {
-        let Some(buf) = channel.alloc(write.at, write.len as usize) else { return Some(Stall::Memory) };
+        let buf = match self.alloc(write.at, write.len as usize, channel) {
+            Ok(buf) => buf,
+            Err(stall) => return Some(stall),
+        };
         self.filling = Some(Filling { cookie, write, buf, have: 0 });
         self.write_if_filled(channel);
         None

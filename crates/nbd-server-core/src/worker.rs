@@ -102,6 +102,8 @@ struct Conn {
     backlog: Vec<u8>,
     stall: Option<Stall>,
     readable: bool,
+    /// The client has closed: what is left is to be read up to the end.
+    ended: bool,
     /// Its socket is full. Until it takes replies again nothing more is read from it: a client that is behind is not to be
     /// served further, and not to wake us with every word it sends.
     blocked: bool,
@@ -228,13 +230,14 @@ impl Worker {
             timeout = Some(Duration::ZERO);
         }
         let mut rung = false;
-        for Happened { token, readable } in self.poll.wait(timeout)? {
+        for Happened { token, readable, ended } in self.poll.wait(timeout)? {
             if token == BELL {
                 rung = true;
             } else if token & LANE == 0
                 && let Some(conn) = &mut self.conns[token as usize]
             {
                 conn.readable |= readable;
+                conn.ended |= ended;
                 // While it is blocked nothing else is waited for.
                 conn.writable |= conn.blocked;
                 activate(&mut self.active, token as u32, conn);
@@ -267,6 +270,7 @@ impl Worker {
             backlog: sent,
             stall: None,
             readable: true,
+            ended: false,
             blocked: false,
             writable: true,
             active: false,
@@ -299,7 +303,7 @@ impl Worker {
         let Some(conn) = &mut self.conns[number as usize] else { return };
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let wants = match conn.stall {
-            _ if conn.blocked => false,
+            _ if conn.blocked || conn.socket.is_none() => false,
             None => conn.readable || !conn.backlog.is_empty(),
             Some(Stall::Calls) => true,
             Some(Stall::Memory | Stall::Disconnect) => false,
@@ -366,6 +370,10 @@ impl Worker {
         let mut active = std::mem::take(&mut self.active);
         active.retain(|&number| {
             let Some(conn) = &mut self.conns[number as usize] else { return false };
+            if conn.socket.is_none() {
+                conn.active = false;
+                return false;
+            }
             let alive = conn.send(&self.poll, number, self.now);
             let over = conn.session.is_over();
             let more = match conn.stall {
@@ -474,8 +482,9 @@ impl Conn {
             Err(_) => return false,
         };
         self.moved = now;
-        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own.
-        self.readable = got == direct + staging.len();
+        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own. The end of the
+        // stream will not, when it was told together with the last bytes.
+        self.readable = self.ended || got == direct + staging.len();
         self.session.landed(got.min(direct), channel);
         let mut input = &staging[..got.saturating_sub(direct)];
         match self.session.take(&mut input, channel) {

@@ -111,7 +111,7 @@ fn a_device_that_swallows_requests_neither_hangs_clients_nor_the_end() {
     let failed = (0..100).filter(|_| client.any_reply().1.is_err_and(|e| e == WireError::Io)).count();
     assert!(failed > 0, "some were lost, and their clients are told");
     let start = Instant::now();
-    server.server.stop();
+    drop(server);
     assert!(start.elapsed() < PATIENCE);
 }
 
@@ -124,7 +124,7 @@ fn stopping_with_requests_at_a_silent_device_ends() {
     client.send();
     thread::sleep(Duration::from_millis(100));
     let start = Instant::now();
-    server.server.stop();
+    drop(server);
     assert!(start.elapsed() < PATIENCE);
     assert_eq!(client.socket.read(&mut [0; 1]).unwrap_or(0), 0);
 }
@@ -152,8 +152,14 @@ fn exports_are_told_apart_and_devices_with_one_queue_are_served() {
 
 /// A server and the socket it listens on.
 struct Running {
-    server: Server,
+    _server: Server,
     path: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 impl Running {
@@ -164,7 +170,7 @@ impl Running {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
         let server = start(devices, vec![listener], change).unwrap();
-        Self { server, path }
+        Self { _server: server, path }
     }
 
     fn connect(&self) -> UnixStream {
