@@ -189,6 +189,10 @@ impl Job {
             Op::Status { extents: found, .. } => {
                 if let Io::Status { extents, .. } = &mut self.io {
                     *extents = clip(&found, self.at, self.at + self.len);
+                    if extents.is_empty() {
+                        // A device that says nothing of the range; data is always a safe answer.
+                        extents.push(Extent { at: self.at, len: self.len, kind: ExtentKind::Data });
+                    }
                 }
             }
             _ => {}

@@ -12,7 +12,7 @@ use std::{
 
 use blkdev::socket::{self, Gather};
 use nbd_proto::{Handshake, Negotiated, Offer, Step};
-use nix::sys::eventfd::EventFd;
+use nix::{errno::Errno, sys::eventfd::EventFd};
 
 use crate::{
     Exports, Limits, Listener,
@@ -122,9 +122,7 @@ impl Door {
     fn accept(&mut self, listener: usize) -> io::Result<()> {
         let socket = match self.listeners[listener].accept() {
             Ok(socket) => socket,
-            Err(e)
-                if matches!(e.raw_os_error(), Some(libc_errno::EMFILE | libc_errno::ENFILE | libc_errno::ENOMEM)) =>
-            {
+            Err(e) if is_out_of_room(&e) => {
                 // The connection stays in the backlog; without a pause this loop would only spin.
                 log::warn!("cannot accept a connection: {e}");
                 if self.closed_until.is_none() {
@@ -241,9 +239,8 @@ const OFFER: Offer = Offer {
     enforce_alignment: false,
 };
 
-/// Three numbers are not worth a dependency on libc.
-mod libc_errno {
-    pub(super) const ENOMEM: i32 = nix::errno::Errno::ENOMEM as i32;
-    pub(super) const ENFILE: i32 = nix::errno::Errno::ENFILE as i32;
-    pub(super) const EMFILE: i32 = nix::errno::Errno::EMFILE as i32;
+/// Whether the system has nothing left for another connection.
+fn is_out_of_room(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
 }
