@@ -9,8 +9,8 @@ printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
 chmod +x /usr/sbin/policy-rc.d
 apt-get update -qq
 apt-get install -qqy --no-install-recommends \
-    busybox-static e2fsprogs file fio iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps python3-libnbd \
-    qemu-block-extra qemu-system-x86 qemu-utils strace util-linux xz-utils zstd
+    busybox-static e2fsprogs file fio gnutls-bin iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps \
+    python3-libnbd qemu-block-extra qemu-system-x86 qemu-utils strace util-linux xz-utils zstd
 
 package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p')
 version=${package#linux-image-}
@@ -32,6 +32,8 @@ files() {
 }
 early='virtio_blk ext4 crc32c_generic'
 guest='9p 9pnet_virtio crc32c_intel loop nbd nvme ublk_drv vduse vfio_iommu_type1 vfio_pci vhost_vdpa virtio_blk'
+# TLS in the kernel, and the ciphers that it looks for by itself.
+guest="$guest tls aesni_intel gcm ghash_generic ccm chacha20poly1305 chacha_generic poly1305_generic"
 mkdir -p "$to"
 # Uncompressed modules load sooner.
 for file in $(files $early $guest); do
