@@ -37,8 +37,11 @@ pub mod rep {
     pub const ERR_UNSUP: u32 = ERR + 1;
     pub const ERR_POLICY: u32 = ERR + 2;
     pub const ERR_INVALID: u32 = ERR + 3;
+    pub const ERR_TLS_REQD: u32 = ERR + 5;
     pub const ERR_UNKNOWN: u32 = ERR + 6;
+    pub const ERR_BLOCK_SIZE_REQD: u32 = ERR + 8;
     pub const ERR_TOO_BIG: u32 = ERR + 9;
+    pub const ERR_EXT_HEADER_REQD: u32 = ERR + 10;
 }
 
 /// Commands of the transmission phase.
@@ -62,6 +65,7 @@ pub mod flag {
     pub const DF: u16 = 4;
     pub const REQ_ONE: u16 = 8;
     pub const FAST_ZERO: u16 = 16;
+    pub const PAYLOAD_LEN: u16 = 32;
 }
 
 /// Errors of commands.
@@ -81,6 +85,11 @@ const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 const CHUNK_MAGIC: u32 = 0x668e_33ef;
+const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
+
+/// The longest string of the protocol, bytes.
+const TEXT_MAX: usize = 4096;
 
 /// How a client gets into the transmission phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,11 +100,46 @@ pub enum Mode {
     Simple,
     /// GO, structured replies, base:allocation under id [`Raw::context`].
     Structured,
+    /// As `Structured`, with extended headers.
+    Extended,
 }
 
 impl Mode {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Plain, Self::Simple, Self::Structured];
+    pub const ALL: [Self; 4] = [Self::Plain, Self::Simple, Self::Structured, Self::Extended];
+
+    /// A request as it goes over the wire: its header, and the payload. With extended headers `PAYLOAD_LEN` says that
+    /// there is one, as it must.
+    pub fn request(self, flags: u16, command: u16, cookie: u64, at: u64, len: u64, payload: &[u8]) -> Vec<u8> {
+        let flags = match self {
+            Self::Extended if command == cmd::WRITE || !payload.is_empty() => flags | flag::PAYLOAD_LEN,
+            _ => flags,
+        };
+        [&self.header(flags, command, cookie, at, len), payload].concat()
+    }
+
+    /// The header of a request, word for word.
+    ///
+    /// # Panics
+    /// For a length that it has no room for.
+    pub fn header(self, flags: u16, command: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
+        let magic = if self == Self::Extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        let mut bytes = magic.to_be_bytes().to_vec();
+        bytes.extend_from_slice(&flags.to_be_bytes());
+        bytes.extend_from_slice(&command.to_be_bytes());
+        bytes.extend_from_slice(&cookie.to_be_bytes());
+        bytes.extend_from_slice(&at.to_be_bytes());
+        match self {
+            Self::Extended => bytes.extend_from_slice(&len.to_be_bytes()),
+            _ => bytes.extend_from_slice(&u32::try_from(len).expect("compact lengths have 32 bits").to_be_bytes()),
+        }
+        bytes
+    }
+
+    /// Whether replies come in chunks.
+    fn has_chunks(self) -> bool {
+        matches!(self, Self::Structured | Self::Extended)
+    }
 }
 
 trait Stream: Read + Write + Send {}
@@ -132,10 +176,16 @@ pub struct Answer {
     pub cookie: u64,
     /// 0, or why not.
     pub error: u32,
+    /// Why not, for people: where chunks have room for it.
+    pub text: String,
     /// Of a READ: the data, holes filled in.
     pub data: Vec<u8>,
+    /// Of a READ in chunks: offset and length of each hole.
+    pub holes: Vec<(u64, u32)>,
+    /// Chunks that the answer came in; 0 when it was simple.
+    pub chunks: u32,
     /// Of BLOCK_STATUS: length and flags of each extent.
-    pub extents: Vec<(u32, u32)>,
+    pub extents: Vec<(u64, u64)>,
 }
 
 impl Raw {
@@ -180,12 +230,24 @@ impl Raw {
             raw.flags = raw.u16();
             return raw;
         }
-        if mode == Mode::Structured {
-            raw.negotiate_structured();
+        raw.negotiate(mode);
+        if mode.has_chunks() {
             raw.negotiate_context(name);
         }
         raw.go(name);
         raw
+    }
+
+    /// Asks for the replies of `mode`.
+    pub fn negotiate(&mut self, mode: Mode) {
+        match mode {
+            Mode::Plain | Mode::Simple => {}
+            Mode::Structured => self.negotiate_structured(),
+            Mode::Extended => {
+                assert_eq!(self.ask(opt::EXTENDED_HEADERS, b""), [(rep::ACK, vec![])], "EXTENDED_HEADERS");
+                self.mode = mode;
+            }
+        }
     }
 
     /// Asks for structured replies.
@@ -232,6 +294,9 @@ impl Raw {
             let (kind, len) = (self.u32(), self.u32());
             assert!(len <= 1 << 16, "an option reply of {len} bytes");
             let data = self.receive(len as usize);
+            if kind >= rep::ERR {
+                assert!(data.len() <= TEXT_MAX && std::str::from_utf8(&data).is_ok(), "a bad error text: {data:?}");
+            }
             replies.push((kind, data));
             if kind == rep::ACK || kind >= rep::ERR {
                 return replies;
@@ -246,32 +311,56 @@ impl Raw {
 
     /// Sends a command without waiting for the answer; answers its cookie.
     pub fn request(&mut self, flags: u16, command: u16, at: u64, len: u32, payload: &[u8]) -> u64 {
-        let mut bytes = self.header(flags, command, at, len);
-        bytes.extend_from_slice(payload);
-        self.send(&bytes);
-        self.cookie
+        self.request_long(flags, command, at, len.into(), payload)
+    }
+
+    /// Sends a command of any length without waiting for the answer; answers its cookie.
+    ///
+    /// # Panics
+    /// For more than 32 bits without extended headers.
+    pub fn request_long(&mut self, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> u64 {
+        let cookie = self.expect_answer(command, at, len);
+        self.send(&self.mode.request(flags, command, cookie, at, len, payload));
+        cookie
     }
 
     /// Sends a READ for each `(offset, length)`, all of them in one piece, so that even a server that stops reading
     /// gets them; answers the first cookie, the others follow by ones.
     pub fn request_reads(&mut self, reads: &[(u64, u32)]) -> u64 {
-        let first = self.cookie + 1;
-        let bytes: Vec<u8> = reads.iter().flat_map(|&(at, len)| self.header(0, cmd::READ, at, len)).collect();
+        let (first, mode) = (self.cookie + 1, self.mode);
+        let read = |&(at, len): &(u64, u32)| {
+            mode.header(0, cmd::READ, self.expect_answer(cmd::READ, at, len.into()), at, len.into())
+        };
+        let bytes: Vec<u8> = reads.iter().flat_map(read).collect();
         self.send(&bytes);
         first
     }
 
-    fn header(&mut self, flags: u16, command: u16, at: u64, len: u32) -> Vec<u8> {
+    /// The cookie for a request that the caller sends himself, with [`send`](Self::send).
+    pub fn expect_answer(&mut self, command: u16, at: u64, len: u64) -> u64 {
         self.cookie += 1;
         if command == cmd::READ {
-            self.reads.insert(self.cookie, (at, len));
+            self.reads.insert(self.cookie, (at, len as u32));
         }
-        request_bytes(flags, command, self.cookie, at, len)
+        self.cookie
     }
 
     /// Sends a command and waits for its answer, which must be the next.
     pub fn call(&mut self, flags: u16, command: u16, at: u64, len: u32, payload: &[u8]) -> Answer {
-        let cookie = self.request(flags, command, at, len, payload);
+        self.call_long(flags, command, at, len.into(), payload)
+    }
+
+    /// As [`call`](Self::call), for any length.
+    ///
+    /// # Panics
+    /// For more than 32 bits without extended headers.
+    pub fn call_long(&mut self, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> Answer {
+        let cookie = self.request_long(flags, command, at, len, payload);
+        self.answer_to(cookie)
+    }
+
+    /// Waits for the answer to a request, which must be the next.
+    pub fn answer_to(&mut self, cookie: u64) -> Answer {
         let answer = self.answer();
         assert_eq!(answer.cookie, cookie, "an answer to another command: {:?}", answer.error);
         answer
@@ -293,15 +382,21 @@ impl Raw {
     pub fn answer(&mut self) -> Answer {
         loop {
             match self.u32() {
-                SIMPLE_REPLY_MAGIC => {
+                // Forbidden with extended headers, whatever the command.
+                SIMPLE_REPLY_MAGIC if self.mode != Mode::Extended => {
                     let (error, cookie) = (self.u32(), self.u64());
                     let read = self.reads.remove(&cookie);
                     // A READ must not be answered by a simple reply once structured replies are on.
                     assert!(read.is_none() || self.mode != Mode::Structured, "a simple reply to a READ: {error}");
                     let len = read.map_or(0, |(_, len)| if error == 0 { len } else { 0 });
-                    return Answer { cookie, error, data: self.receive(len as usize), extents: vec![] };
+                    return Answer { cookie, error, data: self.receive(len as usize), ..Answer::default() };
                 }
                 CHUNK_MAGIC if self.mode == Mode::Structured => {
+                    if let Some(answer) = self.chunk() {
+                        return answer;
+                    }
+                }
+                EXTENDED_CHUNK_MAGIC if self.mode == Mode::Extended => {
                     if let Some(answer) = self.chunk() {
                         return answer;
                     }
@@ -312,7 +407,16 @@ impl Raw {
     }
 
     fn chunk(&mut self) -> Option<Answer> {
-        let (flags, kind, cookie, len) = (self.u16(), self.u16(), self.u64(), self.u32());
+        let (flags, kind, cookie) = (self.u16(), self.u16(), self.u64());
+        let len = match self.mode {
+            Mode::Extended => {
+                let at = self.u64();
+                // The offset of the request comes back with each chunk.
+                assert!(self.reads.get(&cookie).is_none_or(|read| read.0 == at), "a chunk for another offset: {at}");
+                self.u64()
+            }
+            _ => self.u32().into(),
+        };
         assert!(flags <= 1, "unknown chunk flags {flags:#x}");
         assert!(len <= 1 << 27, "a chunk of {len} bytes");
         let body = self.receive(len as usize);
@@ -322,31 +426,44 @@ impl Raw {
             data: vec![0; read.map_or(0, |(_, len)| len as usize)],
             ..Answer::default()
         });
+        answer.chunks += 1;
         let place = |body: &[u8]| {
-            let at = u64::from_be_bytes(body[..8].try_into().expect("8 bytes"));
-            (at - read.expect("a content chunk answers a READ").0) as usize
+            let at = be64(body);
+            (at, (at - read.expect("a content chunk answers a READ").0) as usize)
         };
         match kind {
             0 => assert_eq!((len, flags), (0, 1), "NONE is empty and last"),
             1 => {
                 assert!(len > 8, "an empty OFFSET_DATA");
-                answer.data[place(&body)..][..body.len() - 8].copy_from_slice(&body[8..]);
+                answer.data[place(&body).1..][..body.len() - 8].copy_from_slice(&body[8..]);
             }
             2 => {
                 assert!(len == 12 && be32(&body[8..]) > 0, "a bad OFFSET_HOLE");
-                answer.data[place(&body)..][..be32(&body[8..]) as usize].fill(0);
+                let (at, place) = place(&body);
+                answer.data[place..][..be32(&body[8..]) as usize].fill(0);
+                answer.holes.push((at, be32(&body[8..])));
             }
             5 => {
+                assert_eq!(self.mode, Mode::Structured, "BLOCK_STATUS with extended headers");
                 assert_eq!(Some(be32(&body)), self.context, "a context that was not asked for");
                 assert!(body.len() > 4 && body.len() % 8 == 4, "a bad BLOCK_STATUS");
-                answer.extents.extend(body[4..].chunks(8).map(|extent| (be32(extent), be32(&extent[4..]))));
+                let extent = |extent: &[u8]| (be32(extent).into(), be32(&extent[4..]).into());
+                answer.extents.extend(body[4..].chunks(8).map(extent));
+            }
+            6 => {
+                assert_eq!(self.mode, Mode::Extended, "BLOCK_STATUS_EXT without extended headers");
+                assert_eq!(Some(be32(&body)), self.context, "a context that was not asked for");
+                let count = be32(&body[4..]) as usize;
+                assert!(count > 0 && body.len() == 8 + 16 * count, "a bad BLOCK_STATUS_EXT");
+                answer.extents.extend(body[8..].chunks(16).map(|extent| (be64(extent), be64(&extent[8..]))));
             }
             0x8001 | 0x8002 => {
                 answer.error = be32(&body);
                 let text = usize::from(u16::from_be_bytes(body[4..6].try_into().expect("2 bytes")));
                 let offset = if kind == 0x8002 { 8 } else { 0 };
-                assert!(answer.error != 0 && text <= 4096 && body.len() == 6 + text + offset, "a bad error chunk");
-                assert!(std::str::from_utf8(&body[6..6 + text]).is_ok(), "an error text that is not UTF-8");
+                let fits = text <= TEXT_MAX && body.len() == 6 + text + offset;
+                assert!(answer.error != 0 && fits, "a bad error chunk");
+                answer.text = String::from_utf8(body[6..6 + text].to_vec()).expect("error texts are UTF-8");
             }
             kind => panic!("unknown chunk type {kind:#x}"),
         }
@@ -402,7 +519,7 @@ impl Raw {
     }
 
     fn u64(&mut self) -> u64 {
-        u64::from_be_bytes(self.receive(8).try_into().expect("8 bytes"))
+        be64(&self.receive(8))
     }
 }
 
@@ -438,17 +555,10 @@ pub fn meta_query(name: &str, queries: &[&str]) -> Vec<u8> {
     data
 }
 
-/// The header of a command as it goes over the wire.
-pub fn request_bytes(flags: u16, command: u16, cookie: u64, at: u64, len: u32) -> Vec<u8> {
-    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
-    bytes.extend_from_slice(&flags.to_be_bytes());
-    bytes.extend_from_slice(&command.to_be_bytes());
-    bytes.extend_from_slice(&cookie.to_be_bytes());
-    bytes.extend_from_slice(&at.to_be_bytes());
-    bytes.extend_from_slice(&len.to_be_bytes());
-    bytes
-}
-
 fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes(bytes[..4].try_into().expect("4 bytes"))
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(bytes[..8].try_into().expect("8 bytes"))
 }

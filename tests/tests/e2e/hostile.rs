@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use nbdblk_tests::raw::{Mode, Raw, cmd, request_bytes};
+use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Address, Dir, Nbdblk, Rng, eventually, write_runs};
 
 use crate::{Behind, MIB};
@@ -13,15 +13,16 @@ const SIZE: u64 = 64 * MIB;
 
 /// Leaves in the middle of something; which depends on `n`.
 fn break_off(address: &Address, n: usize, rng: &mut Rng) {
-    let mut raw = Raw::enter(address, Mode::ALL[n % 3], "");
-    let write = |len: u32| request_bytes(0, cmd::WRITE, n as u64, place(n), len);
+    let mode = Mode::ALL[n % 4];
+    let mut raw = Raw::enter(address, mode, "");
+    let write = |len: u64| mode.header(0, cmd::WRITE, n as u64, place(n), len);
     match n % 7 {
         // Answers that nobody will take.
         0 => _ = raw.request_reads(&[(0, 4 * MIB as u32); 4]),
         1 => _ = raw.request_reads(&[(n as u64 * 4096, 4096); 256]),
         // A payload that never comes, in part or in whole.
-        2 => raw.send(&[write(MIB as u32), rng.bytes(1 + n * 997 % MIB as usize)].concat()),
-        3 => raw.send(&write(32 * MIB as u32)),
+        2 => raw.send(&[write(MIB), rng.bytes(1 + n * 997 % MIB as usize)].concat()),
+        3 => raw.send(&write(32 * MIB)),
         // Half a header.
         4 => raw.send(&write(4096)[..1 + n % 27]),
         // Whole writes, gone before the answer.
@@ -100,7 +101,7 @@ fn a_bad_request_magic_ends_that_connection_only() {
     let mut other = Raw::enter(server.address(), Mode::Simple, "");
     for mode in Mode::ALL {
         let mut raw = Raw::enter(server.address(), mode, "");
-        let mut bytes = request_bytes(0, cmd::READ, 1, 0, 512);
+        let mut bytes = mode.header(0, cmd::READ, 1, 0, 512);
         bytes[3] ^= 1;
         raw.send(&bytes);
         raw.await_close();
@@ -113,7 +114,7 @@ fn a_request_after_disc_is_not_answered() {
     let dir = Dir::new();
     let server = Nbdblk::unix(&dir, &["memory=1M"]);
     let mut raw = Raw::enter(server.address(), Mode::Simple, "");
-    raw.send(&[request_bytes(0, cmd::DISC, 1, 0, 0), request_bytes(0, cmd::READ, 2, 0, 512)].concat());
+    raw.send(&[Mode::Simple.header(0, cmd::DISC, 1, 0, 0), Mode::Simple.header(0, cmd::READ, 2, 0, 512)].concat());
     assert_eq!(raw.await_close(), b"");
 }
 
@@ -138,7 +139,7 @@ fn garbage_on_the_port_is_no_harm() {
             throw(server.address(), b"");
             // A proper beginning, then noise: in the handshake, and in the transmission phase.
             Raw::greeted(server.address()).try_send(&rng.bytes(100)).ok();
-            Raw::enter(server.address(), Mode::ALL[n % 3], "").try_send(&rng.bytes(1000)).ok();
+            Raw::enter(server.address(), Mode::ALL[n % 4], "").try_send(&rng.bytes(1000)).ok();
         }
         Raw::enter(server.address(), Mode::Structured, "").read(0, 512);
         eventually("the descriptors are closed", || server.fds() <= fds);
@@ -179,7 +180,7 @@ fn sigterm_ends_the_server_under_load_in_every_phase() {
                 let mut raw = Raw::enter(&address, Mode::Simple, "");
                 std::thread::spawn(move || {
                     // Until the server goes.
-                    while raw.try_send(&request_bytes(0, cmd::READ, 1, n * MIB, 65536)).is_ok() {
+                    while raw.try_send(&Mode::Simple.header(0, cmd::READ, 1, n * MIB, 65536)).is_ok() {
                         if raw.try_receive(16 + 65536).is_err() {
                             break;
                         }
@@ -188,7 +189,7 @@ fn sigterm_ends_the_server_under_load_in_every_phase() {
             })
             .collect();
         let mut partial = Raw::enter(&address, Mode::Simple, "");
-        partial.send(&request_bytes(0, cmd::WRITE, 1, 0, MIB as u32));
+        partial.send(&Mode::Simple.header(0, cmd::WRITE, 1, 0, MIB));
         partial.send(&[0; 1000]);
         assert!(stand.server.terminate().success(), "{behind:?}");
         load.into_iter().for_each(|thread| thread.join().unwrap());

@@ -1,6 +1,6 @@
 //! The transmission phase by hand: every command, right or wrong, is answered in step and in every mode.
 
-use nbdblk_tests::raw::{Mode, Raw, cmd, errno, flag, request_bytes};
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno, flag};
 use nbdblk_tests::{Dir, Nbdblk, Rng, allocated, write_runs};
 
 use crate::{Behind, KIB, MIB};
@@ -114,7 +114,7 @@ fn status_is_true_and_only_for_those_who_asked() {
             assert_eq!((answer.error, one.error), (errno::EINVAL, errno::EINVAL), "no context was negotiated");
         } else {
             assert_eq!((answer.error, one.error), (0, 0));
-            assert!(one.extents.len() == 1 && u64::from(one.extents[0].0) <= MIB, "{:?}", one.extents);
+            assert!(one.extents.len() == 1 && one.extents[0].0 <= MIB, "{:?}", one.extents);
         }
     });
 }
@@ -199,7 +199,7 @@ fn df_gets_one_chunk() {
     assert!(raw.flags & (1 << 7) != 0, "SEND_DF is offered with structured replies");
     let whole = raw.read(0, 4 * MIB as u32);
     // The chunk header by hand: DONE, OFFSET_DATA, our cookie, and all of the data at once.
-    raw.send(&request_bytes(flag::DF, cmd::READ, 99, 0, 65536 + 4096));
+    raw.send(&Mode::Structured.header(flag::DF, cmd::READ, 99, 0, 65536 + 4096));
     let header = raw.receive(20);
     assert_eq!(&header[..4], 0x668e_33ef_u32.to_be_bytes());
     assert_eq!(&header[6..8], 1_u16.to_be_bytes(), "OFFSET_DATA");
@@ -319,7 +319,7 @@ fn a_disk_beyond_four_gibibytes_is_described_and_zeroed() {
             continue;
         }
         assert_eq!(answer.error, 0, "BLOCK_STATUS {len}@{at}");
-        let sum: u64 = answer.extents.iter().map(|extent| u64::from(extent.0)).sum();
+        let sum: u64 = answer.extents.iter().map(|extent| extent.0).sum();
         assert!(sum > 0 && answer.extents.iter().all(|extent| extent.0 > 0), "{:?}", answer.extents);
         assert_eq!(answer.extents[0].1, 3, "a hole that reads as zeroes");
     }
@@ -333,10 +333,46 @@ fn a_disk_beyond_four_gibibytes_is_described_and_zeroed() {
 }
 
 #[test]
+fn one_extended_request_reaches_over_six_tebibytes() {
+    const TIB: u64 = 1 << 40;
+    const EDGE: u64 = 1 << 32;
+    let dir = Dir::new();
+    dir.sparse("disk.raw", 6 * TIB);
+    let server = Nbdblk::unix(&dir, &["io_uring=disk.raw"]);
+    let mut raw = Raw::enter(server.address(), Mode::Extended, "");
+    for (command, flags) in [(cmd::WRITE_ZEROES, 0), (cmd::WRITE_ZEROES, flag::FAST_ZERO), (cmd::TRIM, flag::FUA)] {
+        raw.write(EDGE - 4096, &[1; 8192]);
+        raw.write(5 * TIB, &[2; 4096]);
+        let status = raw.call_long(0, cmd::BLOCK_STATUS, 0, 6 * TIB, b"");
+        let (hole, data) = (3, 0);
+        let far = 5 * TIB - EDGE - 4096;
+        assert_eq!(
+            status.extents,
+            [(EDGE - 4096, hole), (8192, data), (far, hole), (4096, data), (TIB - 4096, hole)],
+            "extents around 2^32 are exact"
+        );
+        assert_eq!(raw.call_long(flag::REQ_ONE, cmd::BLOCK_STATUS, EDGE + 4096, far + 1, b"").extents, [(far, hole)]);
+        assert_eq!(raw.call_long(flags, command, 0, 6 * TIB, b"").error, 0, "command {command}, flags {flags}");
+        assert_eq!(raw.call_long(0, cmd::BLOCK_STATUS, 0, 6 * TIB, b"").extents, [(6 * TIB, hole)]);
+        assert_eq!((raw.read(EDGE - 4096, 8192), raw.read(5 * TIB, 1)), (vec![0; 8192], vec![0]));
+        // One byte more is past the end, and so is what would wrap around.
+        for len in [6 * TIB + 1, u64::MAX] {
+            let error = if command == cmd::TRIM { errno::EINVAL } else { errno::ENOSPC };
+            assert_eq!(raw.call_long(flags, command, 0, len, b"").error, error);
+        }
+    }
+    // With 32 bits a hole is told up to the last whole block of them.
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    for (at, len) in [(0, u32::MAX), (EDGE - 512, u32::MAX), (4096, 1 << 31)] {
+        assert_eq!(raw.call(0, cmd::BLOCK_STATUS, at, len, b"").extents, [(len.into(), 3)], "{len}@{at}");
+    }
+}
+
+#[test]
 fn what_one_connection_wrote_another_reads() {
     for behind in Behind::BOTH {
         let stand = behind.stand(SIZE, &[]);
-        let mut raws: Vec<Raw> = (0..8).map(|n| Raw::enter(stand.server.address(), Mode::ALL[n % 3], "")).collect();
+        let mut raws: Vec<Raw> = (0..8).map(|n| Raw::enter(stand.server.address(), Mode::ALL[n % 4], "")).collect();
         assert!(raws.iter().all(|raw| raw.flags & (1 << 8) != 0), "CAN_MULTI_CONN");
         for n in 0..8 {
             raws[n].write(n as u64 * 64 * KIB, &vec![n as u8 + 1; 65536]);

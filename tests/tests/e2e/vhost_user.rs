@@ -1,6 +1,6 @@
 //! What only a device in another process can do: be read-only, have many queues, hang, and die under load.
 
-use nbdblk_tests::raw::{Mode, Raw, cmd, errno, request_bytes};
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
 use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, nbdblk, nbdinfo, tool, write_runs};
 
 use crate::requests::check_refuses_changes;
@@ -121,8 +121,8 @@ fn a_device_that_hangs_does_not_keep_the_server_from_ending() {
     raw.read(0, 512);
     qsd.freeze();
     for n in 0..16 {
-        raw.send(&request_bytes(0, cmd::READ, n, n * 4096, 4096));
-        raw.send(&[&request_bytes(0, cmd::WRITE, n, n * 4096, 4096)[..], &[0; 4096]].concat());
+        raw.send(&Mode::Simple.header(0, cmd::READ, n, n * 4096, 4096));
+        raw.send(&Mode::Simple.request(0, cmd::WRITE, n, n * 4096, 4096, &[0; 4096]));
     }
     // Others are still greeted and told what there is.
     assert_eq!(Raw::enter(stand.server.address(), Mode::Structured, "").size, 64 * MIB);
