@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use blkdev_drivers::{Spec, properties};
-use nbd_server_core::{Export, Limits, Server};
+use nbd_server_core::{Access, Export, Limits, Server};
 
 use crate::{
     captive::Captive,
@@ -86,5 +86,5 @@ fn open(spec: &Spec, read_only: bool) -> anyhow::Result<Export> {
     }
     let description = info.driver.to_owned();
     let read_only = read_only || info.caps.read_only;
-    Ok(Export { name, description, device, read_only })
+    Ok(Export { name, description, device, read_only, access: Access::default() })
 }

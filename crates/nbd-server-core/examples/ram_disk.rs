@@ -3,12 +3,18 @@
 use std::{os::unix::net::UnixListener, sync::Arc, thread};
 
 use blkdev::memory::Memory;
-use nbd_server_core::{Export, Limits, Server};
+use nbd_server_core::{Access, Export, Limits, Server};
 
 fn main() -> std::io::Result<()> {
     let path = std::env::args().nth(1).unwrap_or_else(|| "nbd.sock".into());
     let device = Arc::new(Memory::new(1 << 30));
-    let export = Export { name: String::new(), description: "a RAM disk".into(), device, read_only: false };
+    let export = Export {
+        name: String::new(),
+        description: "a RAM disk".into(),
+        device,
+        read_only: false,
+        access: Access::default(),
+    };
     let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], Limits::default())?;
     println!("nbd+unix:///?socket={path}");
     loop {

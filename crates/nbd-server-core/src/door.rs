@@ -6,6 +6,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     time::{Duration, Instant},
 };
@@ -13,9 +14,10 @@ use std::{
 use blkdev::socket::{self, Gather};
 use nbd_proto::{Handshake, Negotiated, Offer, Step};
 use nix::{errno::Errno, sys::eventfd::EventFd};
+use rustix::io::ioctl_fionbio;
 
 use crate::{
-    Exports, Limits, Listener,
+    Exports, Limits, Listener, Peer, listener,
     poll::{Happened, Interest, Poll},
     worker::{Arrival, Handle},
 };
@@ -23,7 +25,7 @@ use crate::{
 /// The accepting thread's state.
 pub(crate) struct Door {
     poll: Poll,
-    listeners: Vec<Listener>,
+    listeners: Vec<OwnedFd>,
     exports: Exports,
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
@@ -37,6 +39,9 @@ pub(crate) struct Door {
 /// A connection in its handshake.
 struct Guest {
     socket: OwnedFd,
+    peer: Peer,
+    /// Whoever waits for its end sees that this is dropped.
+    over: Option<mpsc::Sender<()>>,
     handshake: Handshake,
     /// What is still to be sent.
     out: Vec<u8>,
@@ -73,11 +78,31 @@ impl Door {
     ) -> io::Result<Self> {
         let poll = Poll::new()?;
         poll.add_level(&*bell, BELL)?;
-        for (n, listener) in listeners.iter().enumerate() {
-            listener.set_nonblocking()?;
-            poll.add_level(listener, LISTENER | n as u64)?;
+        let mut door = Self {
+            poll,
+            listeners: Vec::new(),
+            exports,
+            workers,
+            guests: Vec::new(),
+            bell,
+            stop,
+            limits,
+            closed_until: None,
+        };
+        for listener in listeners {
+            match listener {
+                Listener::Listening(socket) => {
+                    ioctl_fionbio(&socket, true)?;
+                    door.poll.add_level(&socket, LISTENER | door.listeners.len() as u64)?;
+                    door.listeners.push(socket);
+                }
+                Listener::Connected { socket, over } => {
+                    let peer = listener::prepare(socket.as_fd())?;
+                    door.receive(socket, peer, Some(over))?;
+                }
+            }
         }
-        Ok(Self { poll, listeners, exports, workers, guests: Vec::new(), bell, stop, limits, closed_until: None })
+        Ok(door)
     }
 
     pub(crate) fn run(mut self) {
@@ -105,9 +130,9 @@ impl Door {
         }
         let now = Instant::now();
         for number in 0..self.guests.len() {
-            if self.guests[number].as_ref().is_some_and(|g| g.deadline <= now) {
-                log::info!("a client did not finish its handshake within {:?}: cut off", self.limits.handshake_timeout);
-                self.guests[number] = None;
+            if let Some(guest) = self.guests[number].take_if(|g| g.deadline <= now) {
+                let limit = self.limits.handshake_timeout;
+                log::info!("{} did not finish its handshake within {limit:?}: cut off", guest.peer);
             }
         }
         if self.closed_until.is_some_and(|t| t <= now) {
@@ -120,8 +145,8 @@ impl Door {
     }
 
     fn accept(&mut self, listener: usize) -> io::Result<()> {
-        let socket = match self.listeners[listener].accept() {
-            Ok(socket) => socket,
+        let (socket, peer) = match listener::accept(self.listeners[listener].as_fd()) {
+            Ok(accepted) => accepted,
             Err(e) if is_out_of_room(&e) => {
                 // The connection stays in the backlog; without a pause this loop would only spin.
                 log::warn!("cannot accept a connection: {e}");
@@ -136,22 +161,22 @@ impl Door {
             // The client has gone again, or somebody else took it.
             Err(_) => return Ok(()),
         };
+        self.receive(socket, peer, None)
+    }
+
+    /// Begins a handshake, if there is room for one more.
+    fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) -> io::Result<()> {
         let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
-        let served: usize = (0..self.exports.list().len())
-            .flat_map(|export| self.workers.iter().filter_map(move |w| w.load(export)))
-            .max()
-            .unwrap_or(0);
+        let served: usize = self.workers.iter().map(Handle::total).sum();
         if number >= self.limits.handshakes || served >= self.limits.connections {
-            log::warn!(
-                "a connection was turned away: {number} are in their handshake, {served} are served by one worker"
-            );
+            log::warn!("{peer} was turned away: {number} are in their handshake, {served} are served");
             return Ok(());
         }
         let mut out = Vec::new();
         let handshake = Handshake::new(OFFER, &mut out);
         let deadline = Instant::now() + self.limits.handshake_timeout;
         self.poll.add_edge(&socket, number as u64, Interest::Both)?;
-        let guest = Guest { socket, handshake, out, sent: Vec::new(), ending: None, deadline };
+        let guest = Guest { socket, peer, over, handshake, out, sent: Vec::new(), ending: None, deadline };
         if number == self.guests.len() {
             self.guests.push(None);
         }
@@ -167,26 +192,26 @@ impl Door {
             Ok(false) => {}
             Ok(true) => {
                 let guest = self.guests[number].take().expect("just talked to");
-                if let Some(Ending::Serve(negotiated)) = guest.ending {
-                    self.hand_over(guest.socket, negotiated, guest.sent);
-                }
+                self.hand_over(guest);
             }
             Err(e) => {
-                log::debug!("a client was dropped in its handshake: {e}");
+                log::debug!("{} was dropped in its handshake: {e}", guest.peer);
                 self.guests[number] = None;
             }
         }
     }
 
-    fn hand_over(&self, socket: OwnedFd, negotiated: Box<Negotiated>, sent: Vec<u8>) {
-        let Some(export) = self.exports.position(&negotiated.name) else { return };
+    fn hand_over(&self, guest: Guest) {
+        let Guest { socket, peer, over, sent, ending: Some(Ending::Serve(negotiated)), .. } = guest else { return };
+        let Some(export) = self.exports.seen_by(&peer).position(&negotiated.name) else { return };
         if let Err(e) = self.poll.remove(&socket) {
-            return log::warn!("a client was turned away: {e}");
+            return log::warn!("{peer} was turned away: {e}");
         }
+        log::info!("{peer} opens export {:?}", self.exports.list()[export].name);
         let least =
             self.workers.iter().filter_map(|w| w.load(export).map(|load| (load, w))).min_by_key(|(load, _)| *load);
         if let Some((_, worker)) = least {
-            worker.send(Arrival { socket, negotiated, export, sent });
+            worker.send(Arrival { socket, negotiated, export, sent, over });
         }
     }
 }
@@ -217,7 +242,11 @@ impl Guest {
                 Err(e) => return Err(e),
             };
             let mut input = &staging[..got];
-            match self.handshake.next(&mut input, exports, &mut self.out).map_err(io::Error::other)? {
+            match self
+                .handshake
+                .next(&mut input, &exports.seen_by(&self.peer), &mut self.out)
+                .map_err(io::Error::other)?
+            {
                 Step::More => {}
                 Step::Done(negotiated) => {
                     self.sent = input.to_vec();

@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, io, sync::Arc};
 
+use crate::{Access, Peer};
 use blkdev::Device;
 use nbd_proto::{
     BlockSizes, Catalog, Refusal, limits,
@@ -19,6 +20,8 @@ pub struct Export {
     pub device: Arc<dyn Device>,
     /// Refuse what would change the device, even where the device would allow it.
     pub read_only: bool,
+    /// Who may open it.
+    pub access: Access,
 }
 
 impl Export {
@@ -84,21 +87,41 @@ impl Exports {
         &self.list
     }
 
-    /// Which export a client means by a name.
-    pub fn position(&self, name: &str) -> Option<usize> {
+    /// Those that a client may open.
+    pub fn seen_by<'a>(&'a self, peer: &'a Peer) -> Seen<'a> {
+        Seen { exports: self, peer }
+    }
+
+    /// Which export is meant by a name.
+    fn position(&self, name: &str) -> Option<usize> {
         // Somebody may have named an export other than the first "".
         self.list.iter().position(|e| e.name == name).or((name.is_empty()).then_some(0))
     }
 }
 
-impl Catalog for Exports {
+/// The exports that a client may open, as the handshake asks for them. All others are, in every way, not there.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    exports: &'a Exports,
+    peer: &'a Peer,
+}
+
+impl Seen<'_> {
+    /// Which export the client means by a name.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.exports.position(name).filter(|&n| self.exports.list[n].access.admits(self.peer))
+    }
+}
+
+impl Catalog for Seen<'_> {
     fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal> {
-        self.list.iter().for_each(|e| each(&e.name, &e.description));
+        let seen = self.exports.list.iter().filter(|e| e.access.admits(self.peer));
+        seen.for_each(|e| each(&e.name, &e.description));
         Ok(())
     }
 
     fn find(&self, name: &str) -> Result<nbd_proto::Export, Refusal> {
         let position = self.position(name).ok_or_else(|| Refusal::unknown(name))?;
-        Ok(self.list[position].told(self.payload_max))
+        Ok(self.exports.list[position].told(self.exports.payload_max))
     }
 }

@@ -5,6 +5,8 @@
 //! ```
 //!
 //! - [`Export`] is policy: a device under a name. It answers what the handshake asks about it.
+//! - [`Peer`] is what is known of a client, [`Access`] the rules about who may open an export. To everybody else it is as if
+//!   there were no such export.
 //! - [`Session`] is one connection's transmission phase without a socket and without a clock: client bytes become block
 //!   requests, completions become replies. It can be driven by any loop, and simulated.
 //! - [`Server`] is the loop: it accepts, shakes hands, and moves each connection to a worker that owns a queue of its export.
@@ -13,15 +15,21 @@
 //! [`Limits::memory`] for each worker and export: what does not fit waits in the socket.
 #![forbid(unsafe_code)]
 
+mod access;
 mod door;
 mod export;
+mod listener;
 mod outbox;
+mod peer;
 mod poll;
 mod server;
 mod session;
 mod worker;
 
-pub use export::{Export, Exports};
+pub use access::{Access, Rule};
+pub use export::{Export, Exports, Seen};
+pub use listener::Listener;
 pub use outbox::Outbox;
-pub use server::{Limits, Listener, Server};
+pub use peer::{Identity, Origin, Peer};
+pub use server::{Limits, Server};
 pub use session::{Session, Stall};

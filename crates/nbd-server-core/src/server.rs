@@ -2,11 +2,6 @@
 
 use std::{
     io,
-    net::TcpListener,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixListener,
-    },
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,7 +15,7 @@ use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    Export, Exports,
+    Export, Exports, Listener,
     door::Door,
     poll::bell,
     worker::{self, Handle},
@@ -36,7 +31,7 @@ pub struct Limits {
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
-    /// Connections of one worker; more are closed at once.
+    /// Connections that are served; more are closed at once.
     pub connections: usize,
     /// Connections in their handshake; more are closed at once.
     pub handshakes: usize,
@@ -56,57 +51,6 @@ impl Default for Limits {
             handshakes: 1024,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
-        }
-    }
-}
-
-/// Where connections come from. Bound and listening already.
-#[derive(Debug)]
-pub enum Listener {
-    /// A unix socket.
-    Unix(UnixListener),
-    /// A TCP port.
-    Tcp(TcpListener),
-}
-
-impl From<UnixListener> for Listener {
-    fn from(listener: UnixListener) -> Self {
-        Self::Unix(listener)
-    }
-}
-
-impl From<TcpListener> for Listener {
-    fn from(listener: TcpListener) -> Self {
-        Self::Tcp(listener)
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Unix(listener) => listener.as_fd(),
-            Self::Tcp(listener) => listener.as_fd(),
-        }
-    }
-}
-
-impl Listener {
-    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
-        match self {
-            Self::Unix(listener) => listener.set_nonblocking(true),
-            Self::Tcp(listener) => listener.set_nonblocking(true),
-        }
-    }
-
-    pub(crate) fn accept(&self) -> io::Result<OwnedFd> {
-        match self {
-            Self::Unix(listener) => Ok(listener.accept()?.0.into()),
-            Self::Tcp(listener) => {
-                let socket = listener.accept()?.0;
-                // Replies leave in batches already; waiting for more would only delay them.
-                socket.set_nodelay(true)?;
-                Ok(socket.into())
-            }
         }
     }
 }

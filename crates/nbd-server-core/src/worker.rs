@@ -34,6 +34,8 @@ pub(crate) struct Arrival {
     pub(crate) export: usize,
     /// What it sent after the last option.
     pub(crate) sent: Vec<u8>,
+    /// Kept until nothing of the connection is left.
+    pub(crate) over: Option<mpsc::Sender<()>>,
 }
 
 /// The way to a worker, for other threads.
@@ -47,6 +49,11 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
+    /// How many connections it has.
+    pub(crate) fn total(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
+    }
+
     /// How many connections it has, if it serves that export.
     pub(crate) fn load(&self, export: usize) -> Option<usize> {
         self.serves[export].then(|| self.load.load(Ordering::Relaxed))
@@ -113,6 +120,8 @@ struct Conn {
     active: bool,
     /// When bytes last moved.
     moved: Instant,
+    /// Whoever waits for its end sees that this is dropped.
+    _over: Option<mpsc::Sender<()>>,
 }
 
 /// Bytes received at a time: a hundred small writes, or thousands of other requests. Larger does not save system calls that
@@ -253,7 +262,7 @@ impl Worker {
     }
 
     fn welcome(&mut self, arrival: Arrival) {
-        let Arrival { socket, negotiated, export, sent } = arrival;
+        let Arrival { socket, negotiated, export, sent, over } = arrival;
         let number = self.free.pop().unwrap_or_else(|| {
             self.conns.push(None);
             self.conns.len() as u32 - 1
@@ -275,6 +284,7 @@ impl Worker {
             writable: true,
             active: false,
             moved: self.now,
+            _over: over,
         });
         activate(&mut self.active, number, conn);
     }

@@ -7,13 +7,14 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
 };
 
 use blkdev::{
-    Device,
+    Device, Info, Mapping, Queue,
     fault::{Fault, Faults},
     memory::Memory,
 };
@@ -21,7 +22,8 @@ use nbd_proto::{
     Cookie, Mode, WireError,
     client::{Chunk, Course, Decoder, Encoder, Event, Step, Wish},
 };
-use nbd_server_core::{Export, Limits, Server};
+use nbd_server_core::{Access, Export, Limits, Listener, Server};
+use nix::unistd::geteuid;
 
 /// No wait of these tests is longer, unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -150,6 +152,111 @@ fn exports_are_told_apart_and_devices_with_one_queue_are_served() {
     assert!(start(names, Vec::new(), |_| {}).unwrap_err().to_string().contains("named \"x\""));
 }
 
+/// A disk that counts how often it is asked for its size.
+struct Counting(Memory, AtomicU32);
+
+impl Device for Counting {
+    fn info(&self) -> &Info {
+        self.0.info()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.capacity()
+    }
+
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.0.register(mapping)
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.0.open_queue(depth)
+    }
+}
+
+#[test]
+fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
+    let disk = |size| Arc::new(Counting(Memory::new(size), AtomicU32::new(0)));
+    let (secret, public) = (disk(1 << 20), disk(1 << 21));
+    let exports = vec![
+        export("secret", secret.clone(), &["uid=4000000000", "ip=0.0.0.0/0", "dn=CN=nobody"]),
+        export("public", public.clone(), &["gid=4000000000", &format!("uid={}", geteuid())]),
+    ];
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (over, end) = mpsc::channel();
+    let listener = Listener::Connected { socket: theirs.into(), over };
+    let _server = Server::start(exports, vec![listener], Limits::default()).unwrap();
+    let asked = |disk: &Counting| disk.1.load(Ordering::Relaxed);
+    let before = (asked(&secret), asked(&public));
+
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut socket = &ours;
+    socket.read_exact(&mut [0; 18]).unwrap();
+    socket.write_all(&3u32.to_be_bytes()).unwrap();
+    // All replies to one option, as they stand on the wire.
+    let mut ask = |option: u32, data: &[u8]| {
+        socket.write_all(b"IHAVEOPT").unwrap();
+        socket.write_all(&option.to_be_bytes()).unwrap();
+        socket.write_all(&(data.len() as u32).to_be_bytes()).unwrap();
+        socket.write_all(data).unwrap();
+        let mut all = Vec::new();
+        loop {
+            let mut head = [0; 20];
+            socket.read_exact(&mut head).unwrap();
+            let number = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
+            let mut body = vec![0; number(16) as usize];
+            socket.read_exact(&mut body).unwrap();
+            all.extend_from_slice(&head);
+            all.extend_from_slice(&body);
+            if number(12) == 1 || number(12) >> 31 == 1 {
+                return String::from_utf8_lossy(&all).into_owned();
+            }
+        }
+    };
+    let (list, structured, info, go, list_contexts, set_contexts) = (3, 8, 6, 7, 9, 10);
+    ask(structured, b"");
+    let mut query = |option, name: &str| {
+        let mut data = (name.len() as u32).to_be_bytes().to_vec();
+        data.extend_from_slice(name.as_bytes());
+        data.extend_from_slice(if option == info || option == go { &[0; 2][..] } else { &[0; 4] });
+        ask(option, &data).replace(&format!("{name:?}"), "NAME")
+    };
+    for option in [info, go, list_contexts, set_contexts] {
+        let answer = query(option, "secret");
+        assert!(answer.contains("no export named NAME"), "{answer:?}");
+        assert_eq!(answer, query(option, "absent"), "option {option}");
+        // The default export is the secret one, and stays that: nobody gets another by asking for no name.
+        assert!(query(option, "").contains("no export named"), "option {option}");
+    }
+    assert_eq!((asked(&secret), asked(&public)), before, "a device was asked for its size");
+    assert!(!query(info, "public").contains("no export"));
+    let names = ask(list, b"");
+    assert!(names.contains("public") && !names.contains("secret"), "{names:?}");
+    assert_eq!(asked(&secret), before.0);
+    assert!(asked(&public) > before.1);
+
+    // And the end of a connection is told.
+    assert_eq!(end.try_recv(), Err(mpsc::TryRecvError::Empty));
+    drop(ours);
+    assert_eq!(end.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
+}
+
+#[test]
+fn the_end_of_a_connection_is_told_when_nothing_is_left_of_it() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (over, end) = mpsc::channel();
+    let listener = Listener::Connected { socket: theirs.into(), over };
+    let _server = start(vec![("", Arc::new(Memory::new(1 << 20)))], vec![listener], |_| {}).unwrap();
+    let mut client = Client::enter(ours, "");
+    client.encoder.read(&mut client.out, Cookie(1), 0, 512);
+    client.send();
+    client.reply(1).unwrap();
+    assert_eq!(end.try_recv(), Err(mpsc::TryRecvError::Empty));
+    client.encoder.disconnect(&mut client.out, Cookie(2));
+    client.send();
+    assert_eq!(end.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
+}
+
 /// A server and the socket it listens on.
 struct Running {
     _server: Server,
@@ -169,7 +276,7 @@ impl Running {
         let path = std::env::temp_dir().join(format!("nbd-server-core-{}-{number}.sock", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
-        let server = start(devices, vec![listener], change).unwrap();
+        let server = start(devices, vec![listener.into()], change).unwrap();
         Self { _server: server, path }
     }
 
@@ -180,41 +287,23 @@ impl Running {
     }
 
     fn client(&self, name: &str) -> Client {
-        let mut socket = self.connect();
-        let mut course = Course::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
-        let (mut out, mut staging) = (Vec::new(), [0; 4096]);
-        loop {
-            let got = socket.read(&mut staging).unwrap();
-            assert!(got > 0, "the server goes on shaking hands");
-            let step = course.next(&mut &staging[..got], &mut out).unwrap();
-            socket.write_all(&out).unwrap();
-            out.clear();
-            if let Step::Done(agreed) = step {
-                let mode = agreed.terms.mode;
-                return Client {
-                    socket,
-                    encoder: Encoder::new(mode),
-                    decoder: Decoder::new(mode),
-                    out,
-                    input: Vec::new(),
-                };
-            }
-        }
+        Client::enter(self.connect(), name)
     }
 }
 
 fn start(
     devices: Vec<(&str, Arc<dyn Device>)>,
-    listeners: Vec<UnixListener>,
+    listeners: Vec<Listener>,
     change: impl FnOnce(&mut Limits),
 ) -> io::Result<Server> {
     let mut limits = Limits::default();
     change(&mut limits);
-    let exports = devices
-        .into_iter()
-        .map(|(name, device)| Export { name: name.into(), description: String::new(), device, read_only: false })
-        .collect();
-    Server::start(exports, listeners.into_iter().map(Into::into).collect(), limits)
+    Server::start(devices.into_iter().map(|(name, device)| export(name, device, &[])).collect(), listeners, limits)
+}
+
+fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
+    let access = Access(rules.iter().map(|rule| rule.parse().unwrap()).collect());
+    Export { name: name.into(), description: String::new(), device, read_only: false, access }
 }
 
 /// A client that waits for its answers.
@@ -227,6 +316,24 @@ struct Client {
 }
 
 impl Client {
+    /// Shakes hands.
+    fn enter(mut socket: UnixStream, name: &str) -> Self {
+        let mut course = Course::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
+        let (mut out, mut staging) = (Vec::new(), [0; 4096]);
+        loop {
+            let got = socket.read(&mut staging).unwrap();
+            assert!(got > 0, "the server goes on shaking hands");
+            let step = course.next(&mut &staging[..got], &mut out).unwrap();
+            socket.write_all(&out).unwrap();
+            out.clear();
+            if let Step::Done(agreed) = step {
+                let mode = agreed.terms.mode;
+                let (encoder, decoder) = (Encoder::new(mode), Decoder::new(mode));
+                return Self { socket, encoder, decoder, out, input: Vec::new() };
+            }
+        }
+    }
+
     fn send(&mut self) {
         self.socket.write_all(&self.out).unwrap();
         self.out.clear();

@@ -18,7 +18,7 @@ use nbd_proto::{
     client::{self, Chunk, Course, Decoder, Encoder, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
-use nbd_server_core::{Export, Exports, Session, Stall};
+use nbd_server_core::{Access, Export, Exports, Peer, Session, Stall};
 
 #[test]
 fn orderly_devices() {
@@ -125,8 +125,13 @@ impl World {
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
         let plan = Plan { memory: *rng.pick(&[64 << 10, 256 << 10]), depth: rng.range(1, 32) as u16 };
         let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
-        let export =
-            Export { name: "disk".into(), description: String::new(), device: dynamic, read_only: rng.chance(0.1) };
+        let export = Export {
+            name: "disk".into(),
+            description: String::new(),
+            device: dynamic,
+            read_only: rng.chance(0.1),
+            access: Access::default(),
+        };
         let exports = Exports::new(vec![export], 1 << 20).unwrap();
         let clients = (0..rng.range(1, 5))
             .map(|n| Client::shake_hands(&exports, n as usize, rng.below(channels.len() as u64) as usize, &mut rng))
@@ -431,6 +436,7 @@ impl Client {
         let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
         let mut handshake = Handshake::new(Offer::default(), &mut to_client);
         let (mut negotiated, mut agreed) = (None, None);
+        let peer = Peer::default();
         while negotiated.is_none() || agreed.is_none() {
             let piece = (rng.below(50) as usize + 1).min(to_client.len());
             let mut input = &to_client[..piece];
@@ -443,7 +449,8 @@ impl Client {
             let piece = (rng.below(50) as usize + 1).min(to_server.len());
             let mut input = &to_server[..piece];
             if negotiated.is_none()
-                && let nbd_proto::Step::Done(terms) = handshake.next(&mut input, exports, &mut to_client).unwrap()
+                && let nbd_proto::Step::Done(terms) =
+                    handshake.next(&mut input, &exports.seen_by(&peer), &mut to_client).unwrap()
             {
                 negotiated = Some(terms);
             }
