@@ -1,5 +1,6 @@
-//! The project's tasks: `cargo xtask setup | demo | test | ci | dist | fuzz | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | trixie | vm`.
 
+mod bench;
 mod demo;
 mod dist;
 mod fuzz;
@@ -21,6 +22,7 @@ usage: cargo xtask TASK
   ci               what the integration server runs: the same as test
   setup            install what demo and test need and this machine lacks (Debian, apt-get)
   dist [DIR]       build what is installed and lay it out under DIR (target/dist) as it is to lie under /
+  bench [OPTIONS]  measure nbdblk and its plugin beside other NBD servers; `bench --help` tells more
   fuzz [TARGET] [SECONDS]
                    fuzz one target for some seconds (60); without a target: list them
   trixie           make a root directory of Debian trixie, for its nbdkit; needs root (test does it where it can)
@@ -44,6 +46,7 @@ fn run() -> Result<()> {
     std::env::set_current_dir(shell::root())?;
     match args[..] {
         ["setup"] => setup::run(),
+        ["bench", ref words @ ..] => bench::run(words),
         ["demo"] => demo::run(),
         ["test" | "ci"] => test::run(),
         ["dist"] => dist::run(None),

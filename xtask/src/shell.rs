@@ -102,11 +102,16 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts the process and waits until `ready` exists.
     pub(crate) fn start(command: &mut Command, ready: &Path) -> Result<Self> {
+        Self::start_when(command, || ready.exists())
+    }
+
+    /// Starts the process and waits until it is `ready`.
+    pub(crate) fn start_when(command: &mut Command, ready: impl Fn() -> bool) -> Result<Self> {
         let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let child = command.spawn().with_context(|| format!("starting {}", show(command)))?;
         let mut daemon = Self { child, name };
         let start = Instant::now();
-        while !ready.exists() {
+        while !ready() {
             if let Some(status) = daemon.child.try_wait()? {
                 bail!("{} ended with {status} before it was ready", daemon.name);
             }
@@ -114,6 +119,10 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(daemon)
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Asks the process to end (SIGTERM) and waits until it has.

@@ -39,6 +39,19 @@ pub(crate) fn root() -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// The root with those packages in it.
+///
+/// # Errors
+/// As [`root`], and what apt-get said.
+pub(crate) fn with(packages: &[&str]) -> Result<PathBuf> {
+    let dir = root()?;
+    if packages.iter().any(|package| !dir.join(format!("usr/share/doc/{package}")).exists()) {
+        println!("trixie: installing {}", packages.join(" "));
+        in_root(&dir, &[&["apt-get", "install", "-y", "-qq", "--no-install-recommends"], packages].concat())?;
+    }
+    Ok(dir)
+}
+
 fn in_root(dir: &Path, line: &[&str]) -> Result<()> {
     shell::ok(shell::command("chroot").arg(dir).args(line).env("DEBIAN_FRONTEND", "noninteractive"))
 }
