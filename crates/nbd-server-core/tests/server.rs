@@ -101,6 +101,39 @@ fn a_handshake_has_a_deadline_and_room_for_so_many() {
 }
 
 #[test]
+fn nothing_reaches_the_device_before_a_client_is_served() {
+    let device = Arc::new(Fault::new(Memory::new(1 << 20), Faults::new(1)));
+    let server = Running::start(vec![("disk", Arc::<Fault<Memory>>::clone(&device) as Arc<dyn Device>)], |_| {});
+    // LIST, INFO, contexts and a GO for nothing: as far as a client gets that is not served.
+    let info = b"\0\0\0\x04disk\0\x04\0\0\0\x01\0\x02\0\x03";
+    let contexts = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
+    let nothing = b"\0\0\0\x06nosuch\0\0";
+    let options: [(u32, &[u8]); 6] = [(3, b""), (6, info), (8, b""), (10, contexts), (9, contexts), (7, nothing)];
+    for _ in 0..20 {
+        let mut socket = server.connect();
+        socket.write_all(&3_u32.to_be_bytes()).unwrap();
+        for (option, data) in options {
+            socket.write_all(b"IHAVEOPT").unwrap();
+            socket.write_all(&option.to_be_bytes()).unwrap();
+            socket.write_all(&(data.len() as u32).to_be_bytes()).unwrap();
+            socket.write_all(data).unwrap();
+        }
+        // ABORT is acknowledged behind all of them.
+        socket.write_all(b"IHAVEOPT\0\0\0\x02\0\0\0\0").unwrap();
+        let mut answers = Vec::new();
+        socket.read_to_end(&mut answers).unwrap();
+        assert!(answers.ends_with(b"\0\0\0\x02\0\0\0\x01\0\0\0\0"), "{answers:x?}");
+    }
+    assert_eq!(device.requests(), 0);
+    let mut client = server.client("disk");
+    assert_eq!(device.requests(), 0, "not even then");
+    client.encoder.read(&mut client.out, Cookie(1), 0, 512);
+    client.send();
+    client.reply(1).unwrap();
+    assert_eq!(device.requests(), 1);
+}
+
+#[test]
 fn a_device_that_swallows_requests_neither_hangs_clients_nor_the_end() {
     let memory = Memory::new(1 << 20).with(|info| info.timeout = Some(Duration::from_millis(400)));
     let device = Arc::new(Fault::new(memory, Faults { lost: 0.5, ..Faults::new(3) }));

@@ -284,6 +284,24 @@ fn a_client_may_go_at_every_byte_of_the_handshake() {
 }
 
 #[test]
+fn clients_that_fail_in_every_way_leave_the_server_to_others() {
+    let dir = Dir::new();
+    let mut server = server(&dir);
+    for n in 0..100_u32 {
+        let mut raw = Raw::greeted(server.address());
+        match n % 5 {
+            0 => raw.option(opt::EXPORT_NAME, b"nosuch"),
+            1 => assert_eq!(raw.ask_kind(opt::GO, &info_query("nosuch", &[])), rep::ERR_UNKNOWN),
+            2 => raw.option(opt::GO, &info_query("disk", &[])),
+            3 => raw.send(b"IHAVENOT"),
+            _ => raw.option(n, &[0; 100]),
+        }
+    }
+    assert!(server.is_alive());
+    assert_eq!(Raw::enter(server.address(), Mode::Simple, "disk").read(0, 512), [0; 512]);
+}
+
+#[test]
 fn a_handshake_byte_by_byte_is_a_handshake() {
     let dir = Dir::new();
     let server = server(&dir);

@@ -2,6 +2,7 @@
 
 mod cli;
 mod clients;
+mod conformance;
 mod copy;
 mod handshake;
 mod hostile;

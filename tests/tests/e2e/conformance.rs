@@ -1,0 +1,779 @@
+//! docs/conformance.md: what bad and odd input is answered with, seen on the wire and held against the specification; and
+//! which tests keep the bugs of other servers out of this one.
+
+use std::fmt::Write;
+
+use nbdblk_tests::raw::{Answer, Mode, Raw, cmd, errno, flag, info_query, info_query_bytes, meta_query, opt, rep};
+use nbdblk_tests::{Dir, Nbdblk, root, write_runs};
+
+use crate::{KIB, MIB};
+
+/// The exports, as LIST has them.
+const EXPORTS: [&str; 2] = ["disk", "read-only"];
+
+/// Bytes of each export: more than one request may carry.
+const SIZE: u64 = 64 * MIB;
+
+const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+const CHUNKS: &[Mode] = &[Mode::Structured, Mode::Extended];
+const EXTENDED: &[Mode] = &[Mode::Extended];
+
+/// One line of the table.
+struct Case {
+    what: &'static str,
+    /// What nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1 were seen to do.
+    others: [&'static str; 3],
+    /// What the specification says, and by that every answer that is right.
+    book: &'static str,
+    right: &'static [&'static str],
+    modes: &'static [Mode],
+    see: fn(&Stand) -> String,
+}
+
+/// A server, and the way to it.
+struct Stand {
+    server: Nbdblk,
+    transport: Transport,
+    mode: Mode,
+    _dir: Dir,
+}
+
+/// What carries the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Plain,
+}
+
+impl Transport {
+    const ALL: [Self; 1] = [Self::Plain];
+}
+
+impl Stand {
+    fn new(transport: Transport) -> Self {
+        let dir = Dir::new();
+        write_runs(&dir.at("disk.raw"), SIZE, []);
+        let read_only = "read-only:io_uring=disk.raw,read-only=true";
+        let server = Nbdblk::unix(&dir, &["disk:memory=64M", read_only]);
+        Self { server, transport, mode: Mode::Simple, _dir: dir }
+    }
+
+    /// A connection on which the server has greeted, in plain text.
+    fn connect(&self) -> Raw {
+        Raw::connect(self.server.address())
+    }
+
+    /// A connection in its handshake.
+    fn greeted(&self) -> Raw {
+        match self.transport {
+            Transport::Plain => Raw::greeted(self.server.address()),
+        }
+    }
+
+    /// A connection in its handshake, with the replies of the mode negotiated.
+    fn options(&self) -> Raw {
+        let mut raw = self.greeted();
+        raw.negotiate(self.mode);
+        raw
+    }
+
+    /// A connection in the transmission phase.
+    fn requests(&self, name: &str) -> Raw {
+        let mut raw = self.options();
+        if self.mode != Mode::Simple {
+            raw.negotiate_context(name);
+        }
+        raw.go(name);
+        raw
+    }
+}
+
+const NOT_SEEN: [&str; 3] = ["", "", ""];
+
+/// Every case, handshake first.
+fn cases() -> Vec<Case> {
+    let case = |what, others, book, right, see| Case { what, others, book, right, modes: &MODES, see };
+    vec![
+        // The handshake.
+        case("unknown client flag 0x80", ["close", "close", "**goes on**"], "MUST close", &["close"], |stand| {
+            let mut raw = stand.connect();
+            raw.send(&0x83_u32.to_be_bytes());
+            close(raw)
+        }),
+        case(
+            "no client flag at all, then EXPORT_NAME",
+            NOT_SEEN,
+            "MUST be served, with 124 zeroes",
+            &["served"],
+            |stand| {
+                let mut raw = stand.connect();
+                raw.send(&0_u32.to_be_bytes());
+                raw.option(opt::EXPORT_NAME, b"disk");
+                let told = raw.receive(8 + 2 + 124);
+                let served = told[..8] == SIZE.to_be_bytes() && told[10..] == [0; 124] && raw.read(0, 1) == [0];
+                if served { "served".into() } else { format!("{told:x?}") }
+            },
+        ),
+        case(
+            "LIST with data, then another option",
+            ["INVALID; next ok", "INVALID+text; next ok", "INVALID **and then the list**: out of step from there"],
+            "SHOULD be INVALID",
+            &["INVALID; next ok"],
+            |stand| asked(stand.options(), opt::LIST, b"data"),
+        ),
+        case(
+            "unknown option with 4 KiB of data",
+            ["UNSUP; next ok", "UNSUP+text; next ok", "UNSUP; next ok"],
+            "MUST be UNSUP, in step",
+            &["UNSUP; next ok"],
+            |stand| asked(stand.options(), 0x1234, &[0; 4096]),
+        ),
+        case(
+            "INFO with a payload of 2 bytes",
+            ["INVALID; next ok", "INVALID; next ok", "**hangs**"],
+            "INVALID",
+            &["INVALID; next ok"],
+            |stand| asked(stand.options(), opt::INFO, b"\0\0"),
+        ),
+        case(
+            "INFO with a name longer than the option",
+            ["INVALID; next ok", "INVALID; next ok", "**hangs**"],
+            "INVALID",
+            &["INVALID; next ok"],
+            |stand| asked(stand.options(), opt::INFO, b"\0\0\0\xffdisk\0\0"),
+        ),
+        case(
+            "INFO with a name of 5000 bytes",
+            ["INVALID+text", "INVALID+text", "**hangs**"],
+            "INVALID or TOO_BIG: names have at most 4096 bytes",
+            &["INVALID; next ok", "TOO_BIG; next ok"],
+            |stand| asked(stand.options(), opt::INFO, &info_query(&"n".repeat(5000), &[])),
+        ),
+        case(
+            "INFO with an unknown name of 4096 bytes",
+            NOT_SEEN,
+            "UNKNOWN, and the text MUST NOT be longer than 4096 bytes",
+            &["UNKNOWN; next ok"],
+            // That the text fits is seen by `Raw` for every reply.
+            |stand| asked(stand.options(), opt::INFO, &info_query(&"\u{1}".repeat(4096), &[])),
+        ),
+        case(
+            "a name with NUL",
+            ["INVALID", "INVALID", "UNKNOWN"],
+            "MUST NOT be sent",
+            &["INVALID; next ok", "UNKNOWN; next ok"],
+            |stand| asked(stand.options(), opt::INFO, &info_query_bytes(b"di\0sk", &[])),
+        ),
+        case(
+            "a name that is not UTF-8",
+            ["served", "UNKNOWN (raw bytes in the text)", "UNKNOWN"],
+            "MUST NOT be sent",
+            &["INVALID; next ok", "UNKNOWN; next ok"],
+            |stand| asked(stand.options(), opt::INFO, &info_query_bytes(b"\xff\xfe", &[])),
+        ),
+        case(
+            "INFO with more data than it has fields",
+            ["INVALID", "INVALID", "accepted"],
+            "INVALID",
+            &["INVALID; next ok"],
+            |stand| asked(stand.options(), opt::INFO, &[&info_query("disk", &[])[..], b"junk"].concat()),
+        ),
+        case("INFO that asks for kinds nobody knows", NOT_SEEN, "MUST be ignored", &["ACK; next ok"], |stand| {
+            asked(stand.options(), opt::INFO, &info_query("disk", &[99, 0xffff]))
+        }),
+        Case {
+            modes: CHUNKS,
+            ..case(
+                "STRUCTURED_REPLY once more",
+                ["INVALID", "INVALID", "INVALID"],
+                "MAY be INVALID; EXT_HEADER_REQD after extended headers",
+                &["INVALID; next ok", "EXT_HEADER_REQD; next ok"],
+                |stand| asked(stand.options(), opt::STRUCTURED_REPLY, b""),
+            )
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "EXTENDED_HEADERS once more, or with data",
+                NOT_SEEN,
+                "MAY be INVALID; with data INVALID",
+                &["INVALID; next ok / INVALID; next ok"],
+                |stand| {
+                    let twice = asked(stand.options(), opt::EXTENDED_HEADERS, b"");
+                    format!("{twice} / {}", asked(stand.greeted(), opt::EXTENDED_HEADERS, b"data"))
+                },
+            )
+        },
+        Case {
+            modes: &[Mode::Simple],
+            ..case(
+                "SET_META_CONTEXT without structured replies",
+                ["INVALID", "INVALID", "UNSUP"],
+                "SHOULD be INVALID",
+                &["INVALID; next ok"],
+                |stand| asked(stand.options(), opt::SET_META_CONTEXT, &meta_query("disk", &["base:allocation"])),
+            )
+        },
+        Case {
+            modes: CHUNKS,
+            ..case(
+                "SET_META_CONTEXT with a query longer than the option",
+                NOT_SEEN,
+                "MUST be INVALID, and no context is left selected",
+                &["INVALID; BLOCK_STATUS EINVAL"],
+                |stand| {
+                    let mut raw = stand.options();
+                    raw.negotiate_context("disk");
+                    let query = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\xffbase:allocation";
+                    let reply = reply(&mut raw, opt::SET_META_CONTEXT, query);
+                    raw.go("disk");
+                    format!("{reply}; BLOCK_STATUS {}", error(&raw.call(0, cmd::BLOCK_STATUS, 0, 512, b""), stand.mode))
+                },
+            )
+        },
+        case(
+            "GO for an unknown name, then for a known one",
+            NOT_SEEN,
+            "UNKNOWN, in step",
+            &["UNKNOWN; next ok; served"],
+            |stand| {
+                let mut raw = stand.options();
+                let reply = reply(&mut raw, opt::GO, &info_query("nosuch", &[]));
+                let next = next(&mut raw);
+                raw.go("disk");
+                raw.read(0, 1);
+                format!("{reply}; {next}; served")
+            },
+        ),
+        case("EXPORT_NAME that is unknown", NOT_SEEN, "MUST close", &["close"], |stand| {
+            let mut raw = stand.options();
+            raw.option(opt::EXPORT_NAME, b"nosuch");
+            close(raw)
+        }),
+        Case {
+            modes: EXTENDED,
+            ..case("EXPORT_NAME after extended headers", NOT_SEEN, "MUST NOT be used", &["close"], |stand| {
+                let mut raw = stand.options();
+                raw.option(opt::EXPORT_NAME, b"disk");
+                close(raw)
+            })
+        },
+        case("ABORT with data", NOT_SEEN, "SHOULD ignore the data; MUST be ACK", &["ACK, close"], |stand| {
+            let mut raw = stand.options();
+            let reply = reply(&mut raw, opt::ABORT, b"goodbye");
+            format!("{reply}, {}", close(raw))
+        }),
+        // Requests.
+        case(
+            "READ past the end",
+            ["EINVAL", "EINVAL+text", "**EINVAL in a simple reply**, structured or not"],
+            "SHOULD be EINVAL; in chunks where they were negotiated",
+            &["EINVAL; next ok"],
+            |stand| called(stand, "disk", 0, cmd::READ, SIZE - 512, 1024, b""),
+        ),
+        case(
+            "READ with an unknown flag",
+            ["EINVAL", "EINVAL+text", "**EINVAL in a simple reply**, structured or not"],
+            "SHOULD be EINVAL; in chunks where they were negotiated",
+            &["EINVAL; next ok"],
+            |stand| called(stand, "disk", 1 << 15, cmd::READ, 0, 512, b""),
+        ),
+        case(
+            "READ with DF",
+            ["", "", "**EINVAL in a simple reply**, though DF was advertised"],
+            "one chunk; without chunks EINVAL, as it is not advertised",
+            &["EINVAL; next ok", "ok; next ok"],
+            |stand| {
+                let offered = stand.requests("disk").flags & 1 << 7 != 0;
+                assert_eq!(offered, stand.mode != Mode::Simple, "SEND_DF");
+                called(stand, "disk", flag::DF, cmd::READ, 0, MIB, b"")
+            },
+        ),
+        case(
+            "WRITE past the end, and past 2⁶⁴",
+            ["ENOSPC, payload drained", "**EINVAL**, payload drained", "ENOSPC"],
+            "SHOULD be ENOSPC, in step",
+            &["ENOSPC; next ok / ENOSPC; next ok"],
+            |stand| {
+                let past = called(stand, "disk", 0, cmd::WRITE, SIZE - 512, 1024, &[1; 1024]);
+                format!("{past} / {}", called(stand, "disk", 0, cmd::WRITE, u64::MAX - 511, 1024, &[1; 1024]))
+            },
+        ),
+        case(
+            "WRITE, TRIM and WRITE_ZEROES on a read-only export",
+            ["EPERM (**WRITE under TLS: hangs**)", "**EINVAL**", "EPERM"],
+            "MUST be EPERM",
+            &["EPERM; next ok / EPERM; next ok / EPERM; next ok"],
+            |stand| {
+                let write = called(stand, "read-only", 0, cmd::WRITE, 0, 64 * KIB, &[1; 65536]);
+                let trim = called(stand, "read-only", 0, cmd::TRIM, 0, 64 * KIB, b"");
+                format!("{write} / {trim} / {}", called(stand, "read-only", 0, cmd::WRITE_ZEROES, 0, 64 * KIB, b""))
+            },
+        ),
+        case(
+            "FLUSH with an offset and a length",
+            ["EINVAL", "ok", "ok"],
+            "reserved, MUST be 0",
+            &["ok; next ok", "EINVAL; next ok"],
+            |stand| called(stand, "disk", 0, cmd::FLUSH, 512, 512, b""),
+        ),
+        case(
+            "READ of no bytes",
+            ["EINVAL", "ok", "ok"],
+            "not specified; SHOULD NOT close",
+            &["ok; next ok", "EINVAL; next ok"],
+            |stand| called(stand, "disk", 0, cmd::READ, 0, 0, b""),
+        ),
+        case(
+            "WRITE / TRIM of no bytes",
+            ["ENOSPC / EINVAL", "ok / ok", "ok / ok"],
+            "not specified; SHOULD NOT close",
+            &["ok; next ok / ok; next ok", "EINVAL; next ok / EINVAL; next ok"],
+            |stand| {
+                let write = called(stand, "disk", 0, cmd::WRITE, 0, 0, b"");
+                format!("{write} / {}", called(stand, "disk", 0, cmd::TRIM, 0, 0, b""))
+            },
+        ),
+        case(
+            "unknown command",
+            ["EINVAL", "EINVAL+text", "EINVAL"],
+            "SHOULD be EINVAL",
+            &["EINVAL; next ok"],
+            |stand| called(stand, "disk", 0, 99, 0, 512, b""),
+        ),
+        case("FUA on every command", NOT_SEEN, "valid once SEND_FUA is advertised", &["ok; next ok"], |stand| {
+            let commands = [cmd::READ, cmd::FLUSH, cmd::TRIM, cmd::WRITE_ZEROES];
+            let told = commands.map(|command| called(stand, "disk", flag::FUA, command, 0, 4096, b""));
+            assert!(told.iter().all(|other| *other == told[0]), "{told:?}");
+            told[0].clone()
+        }),
+        case("BLOCK_STATUS without a context", NOT_SEEN, "MUST be EINVAL", &["EINVAL; next ok"], |stand| {
+            let mut raw = stand.options();
+            raw.go("disk");
+            answered(&mut raw, stand.mode, 0, cmd::BLOCK_STATUS, 0, 512, b"")
+        }),
+        case(
+            "WRITE of 33 MiB, more than was advertised",
+            ["ok (up to 64 MiB)", "**close**", "ok"],
+            "MAY be an error; SHOULD close with extended headers, where this server is milder",
+            &["EINVAL; next ok"],
+            |stand| called(stand, "disk", 0, cmd::WRITE, 0, 33 * MIB, &vec![1; 33 << 20]),
+        ),
+        case("WRITE of 65 MiB", NOT_SEEN, "MAY close: who sends that knows no limit", &["close"], |stand| {
+            let mut raw = stand.requests("disk");
+            let head = stand.mode.request(0, cmd::WRITE, 1, 0, 65 * MIB, b"");
+            raw.send(&head);
+            close(raw)
+        }),
+        case(
+            "READ of 33 MiB, more than was advertised",
+            ["one chunk", "EINVAL", "one chunk"],
+            "MAY be an error",
+            &["EINVAL; next ok", "ok; next ok"],
+            |stand| called(stand, "disk", 0, cmd::READ, 0, 33 * MIB, b""),
+        ),
+        Case {
+            modes: CHUNKS,
+            ..case(
+                "READ of 33 MiB with DF",
+                NOT_SEEN,
+                "SHOULD be EOVERFLOW",
+                &["EOVERFLOW; next ok", "ok; next ok"],
+                |stand| called(stand, "disk", flag::DF, cmd::READ, 0, 33 * MIB, b""),
+            )
+        },
+        case(
+            "a request with a bad magic",
+            ["close", "error, then close", "close"],
+            "close: the stream is out of step",
+            &["close"],
+            |stand| {
+                let mut raw = stand.requests("disk");
+                let mut bytes = stand.mode.header(0, cmd::READ, 1, 0, 512);
+                bytes[0] ^= 1;
+                raw.send(&bytes);
+                close(raw)
+            },
+        ),
+        Case {
+            modes: EXTENDED,
+            ..case("a compact request after extended headers", NOT_SEEN, "close", &["close"], |stand| {
+                let mut raw = stand.requests("disk");
+                raw.send(&Mode::Simple.header(0, cmd::READ, 1, 0, 512));
+                raw.send(&[0; 4]);
+                close(raw)
+            })
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "TRIM with a payload",
+                ["(no extended headers)", "EINVAL, payload drained", "(no extended headers)"],
+                "SHOULD consume it, then EINVAL",
+                &["EINVAL; next ok"],
+                |stand| called(stand, "disk", 0, cmd::TRIM, 0, 512, &[0; 512]),
+            )
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "WRITE without PAYLOAD_LEN",
+                ["(no extended headers)", "taken as a payload", "(no extended headers)"],
+                "MUST NOT be sent; qemu's client does",
+                &["ok; next ok"],
+                |stand| {
+                    let mut raw = stand.requests("disk");
+                    let cookie = raw.expect_answer(cmd::WRITE, 0, 512);
+                    raw.send(&stand.mode.header(0, cmd::WRITE, cookie, 0, 512));
+                    raw.send(&[0; 512]);
+                    let told = error(&raw.answer_to(cookie), stand.mode);
+                    raw.read(0, 1);
+                    format!("{told}; next ok")
+                },
+            )
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "BLOCK_STATUS payload that picks the context",
+                NOT_SEEN,
+                "SHOULD be served once BLOCK_STATUS_PAYLOAD is advertised",
+                &["ok; next ok"],
+                |stand| {
+                    let payload = [&512_u64.to_be_bytes()[..], &[0; 4]].concat();
+                    called(stand, "disk", 0, cmd::BLOCK_STATUS, 0, payload.len() as u64, &payload)
+                },
+            )
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "BLOCK_STATUS payload with an id twice / unknown / cut",
+                NOT_SEEN,
+                "MUST be EINVAL, in step",
+                &["EINVAL; next ok / EINVAL; next ok / EINVAL; next ok"],
+                |stand| {
+                    let status = |ids: &[u8]| {
+                        let payload = [&512_u64.to_be_bytes()[..], ids].concat();
+                        let len = payload.len() as u64;
+                        called(stand, "disk", 0, cmd::BLOCK_STATUS, 0, len, &payload)
+                    };
+                    let (twice, unknown) = (status(&[0; 8]), status(&[0, 0, 0, 9]));
+                    format!("{twice} / {unknown} / {}", status(&[0, 0]))
+                },
+            )
+        },
+        Case {
+            modes: EXTENDED,
+            ..case(
+                "TRIM of 2⁶⁴−1 bytes",
+                NOT_SEEN,
+                "SHOULD NOT close; EINVAL past the end",
+                &["EINVAL; next ok"],
+                |stand| called(stand, "disk", 0, cmd::TRIM, 0, u64::MAX, b""),
+            )
+        },
+        case("DISC with an offset and a length", NOT_SEEN, "no reply, close", &["close"], |stand| {
+            let mut raw = stand.requests("disk");
+            raw.send(&stand.mode.header(0, cmd::DISC, 1, 512, 512));
+            close(raw)
+        }),
+    ]
+}
+
+/// What an option is answered with, and whether the next one is understood.
+fn asked(mut raw: Raw, option: u32, data: &[u8]) -> String {
+    let reply = reply(&mut raw, option, data);
+    format!("{reply}; {}", next(&mut raw))
+}
+
+/// The last reply to an option. Errors say why.
+fn reply(raw: &mut Raw, option: u32, data: &[u8]) -> &'static str {
+    let (kind, text) = raw.ask(option, data).pop().expect("there is a last reply");
+    assert_eq!(kind == rep::ACK, text.is_empty(), "an error has a text, an ACK has none");
+    match kind {
+        rep::ACK => "ACK",
+        rep::ERR_UNSUP => "UNSUP",
+        rep::ERR_POLICY => "POLICY",
+        rep::ERR_INVALID => "INVALID",
+        rep::ERR_TLS_REQD => "TLS_REQD",
+        rep::ERR_UNKNOWN => "UNKNOWN",
+        rep::ERR_TOO_BIG => "TOO_BIG",
+        rep::ERR_EXT_HEADER_REQD => "EXT_HEADER_REQD",
+        kind => panic!("reply {kind:#x}"),
+    }
+}
+
+/// Whether LIST gives the list.
+fn next(raw: &mut Raw) -> &'static str {
+    let mut replies = raw.ask(opt::LIST, b"");
+    let ended = replies.pop() == Some((rep::ACK, vec![]));
+    // The name comes after its length.
+    let listed =
+        |(reply, name): (&(u32, Vec<u8>), &str)| reply.0 == rep::SERVER && reply.1[4..].starts_with(name.as_bytes());
+    let all = replies.len() == EXPORTS.len() && replies.iter().zip(EXPORTS).all(listed);
+    if ended && all { "next ok" } else { "next wrong" }
+}
+
+/// What a request is answered with on a new connection, and whether the next one is served.
+fn called(stand: &Stand, name: &str, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> String {
+    answered(&mut stand.requests(name), stand.mode, flags, command, at, len, payload)
+}
+
+/// What a request is answered with, and whether the next one is served.
+fn answered(raw: &mut Raw, mode: Mode, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> String {
+    let answer = raw.call_long(flags, command, at, len, payload);
+    assert!(flags & flag::DF == 0 || answer.chunks <= 1, "{} chunks under DF", answer.chunks);
+    let told = error(&answer, mode);
+    let read = raw.call(0, cmd::READ, SIZE - 1, 1, b"");
+    format!("{told}; {}", if (read.error, &read.data[..]) == (0, &[0]) { "next ok" } else { "next wrong" })
+}
+
+/// The name of an answer's error. It has a text where there is room for one.
+fn error(answer: &Answer, mode: Mode) -> &'static str {
+    let room = mode == Mode::Extended || answer.chunks > 0;
+    assert_eq!(room && answer.error != 0, !answer.text.is_empty(), "{answer:?}");
+    match answer.error {
+        0 => "ok",
+        errno::EPERM => "EPERM",
+        errno::EINVAL => "EINVAL",
+        errno::ENOSPC => "ENOSPC",
+        errno::EOVERFLOW => "EOVERFLOW",
+        errno::ENOTSUP => "ENOTSUP",
+        error => panic!("error {error} is not one of the protocol"),
+    }
+}
+
+/// That the server closes the connection.
+fn close(raw: Raw) -> String {
+    let said = raw.await_close();
+    if said.is_empty() { "close".into() } else { format!("{said:x?}, close") }
+}
+
+/// A bug that other servers had, what a test of it must do, and the tests that do so, as `file::name`.
+type Lesson = (&'static str, &'static str, &'static [&'static str]);
+
+const LESSONS: &[Lesson] = &[
+    (
+        "CVE-2005-3534, CVE-2011-0530: nbd-server, the header was not counted in a buffer's length",
+        "requests of the greatest length, one byte less, one more, and far more",
+        &[
+            "requests::a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step",
+            "receiver::a_read_fits_one_chunk",
+            "receiver::a_payload_nobody_would_send_ends_the_connection",
+            "replier::a_head_is_no_longer_than_is_said",
+        ],
+    ),
+    (
+        "CVE-2011-1925: nbd-server, a client that goes during negotiation",
+        "go after each byte of a handshake",
+        &["handshake::a_client_may_go_at_every_byte_of_the_handshake", "golden::a_client_may_go_at_any_time"],
+    ),
+    (
+        "CVE-2013-7441: nbd-server, an unknown export ends the server",
+        "fail in the handshake a hundred times and be served afterwards",
+        &["handshake::clients_that_fail_in_every_way_leave_the_server_to_others"],
+    ),
+    (
+        "CVE-2022-26495, CVE-2017-15118: nbd-server and qemu, name lengths that are believed",
+        "each length of each option: 0, 1, 256, 4096, 4097, what fits ±1, 2³¹, 2³²−1",
+        &[
+            "handshake::malformed_options_are_refused_in_step",
+            "handshake::export_name_of_any_length_is_served_or_ends_the_connection",
+            "lengths::the_name_of_info",
+            "lengths::the_count_of_kinds",
+            "lengths::the_name_of_a_context_option",
+            "lengths::the_queries_of_a_context_option",
+            "lengths::the_length_of_export_name",
+        ],
+    ),
+    (
+        "CVE-2022-26496, CVE-2017-15119: nbd-server and qemu, option data without a bound",
+        "promise gigabytes, and ask without end",
+        &[
+            "handshake::a_huge_option_is_not_believed",
+            "lengths::the_length_of_an_option",
+            "lengths::options_are_counted",
+            "lengths::lists_are_bounded",
+        ],
+    ),
+    (
+        "CVE-2017-7539: qemu, an assertion on what a client sent",
+        "every input that fuzzing found, with assertions on",
+        &["corpus::handshake", "corpus::receiver", "hostile::garbage_on_the_port_is_no_harm"],
+    ),
+    (
+        "CVE-2017-9524: qemu-nbd, a port scan",
+        "thousands that connect and go, or connect and reset",
+        &["hostile::two_thousand_clients_that_connect_and_go_leave_nothing"],
+    ),
+    (
+        "CVE-2017-10664: qemu-nbd, SIGPIPE when a client goes",
+        "go in every phase, with replies under way",
+        &[
+            "hostile::a_thousand_clients_killed_in_mid_request_leave_nothing_of_a_file",
+            "hostile::a_thousand_clients_reset_over_tcp_leave_nothing",
+        ],
+    ),
+    (
+        "CVE-2019-14850: nbdkit, the device is opened for whoever connects",
+        "count what reaches the device before GO: nothing",
+        &[
+            "server::nothing_reaches_the_device_before_a_client_is_served",
+            "handshake::the_owner_is_not_asked_too_early",
+        ],
+    ),
+    (
+        "CVE-2019-14851: nbdkit, INFO and then GO on another name",
+        "INFO, LIST, contexts and GO in every order, with differing names",
+        &["handshake::info_and_go_in_every_order_and_with_differing_names", "handshake::every_order_of_options"],
+    ),
+    (
+        "CVE-2020-10761: qemu, an error text longer than a string may be",
+        "errors about names of 4096 bytes",
+        &["conformance::every_answer_is_right_and_as_the_page_says", "handshake::a_text_about_a_long_name_is_cut"],
+    ),
+    (
+        "CVE-2021-3716: nbdkit, what was agreed before STARTTLS holds after it",
+        "options before STARTTLS, and plain text sent along with it",
+        &["handshake::nothing_crosses_the_border_of_tls"],
+    ),
+    (
+        "CVE-2024-7409: qemu, stopping with clients in their handshake",
+        "stop with clients in every phase; one that never finishes; one too many",
+        &[
+            "hostile::sigterm_ends_the_server_under_load_in_every_phase",
+            "handshake::two_hundred_clients_idle_in_every_phase_and_one_more_is_served",
+            "server::a_handshake_has_a_deadline_and_room_for_so_many",
+        ],
+    ),
+    (
+        "CVE-2025-47711, CVE-2025-47712: nbdkit, extents longer than 32 bits and lengths rounded past them",
+        "BLOCK_STATUS over more than 4 GiB; ranges next to 2³², 2⁶³ and 2⁶⁴",
+        &[
+            "replier::extents_around_4_gib",
+            "requests::a_disk_beyond_four_gibibytes_is_described_and_zeroed",
+            "requests::one_extended_request_reaches_over_six_tebibytes",
+            "requests::commands_beyond_the_end_are_refused_and_their_payload_swallowed",
+            "matrix::every_range",
+        ],
+    ),
+    (
+        "nbdkit 1.44.1: zeroes cut short, old data shown",
+        "zero more than any limit inside, and read all of it back",
+        &["requests::seventeen_mebibytes_are_zeroed_and_so_are_a_hundred_and_twenty_eight"],
+    ),
+    (
+        "nbd 9ca2974: a refused GO loses the stream",
+        "a refused GO, then LIST, then GO",
+        &["handshake::info_and_go_in_every_order_and_with_differing_names"],
+    ),
+    (
+        "CVE-2021-20286, CVE-2023-5215, CVE-2023-5871: libnbd, offsets beyond 2⁶³",
+        "an export of 2⁶³ bytes is refused",
+        &["golden::turn_by_turn_the_server_says_what_is_written"],
+    ),
+];
+
+/// Where tests lie; the first file of a name that has the test is meant.
+const PLACES: [&str; 3] = ["tests/tests/e2e", "crates/nbd-proto/tests", "crates/nbd-server-core/tests"];
+
+/// The document.
+fn render(cases: &[(Case, String)]) -> String {
+    let mut text = String::from(HEAD);
+    for (case, seen) in cases {
+        let [a, b, c] = case.others.map(|cell| if cell.is_empty() { "–" } else { cell });
+        writeln!(text, "| {} | {a} | {b} | {c} | {seen} | {} |", case.what, case.book).expect("text grows");
+    }
+    text.push_str(LESSONS_HEAD);
+    for (whose, what, tests) in LESSONS {
+        let tests: Vec<String> = tests.iter().map(|test| format!("`{test}`")).collect();
+        writeln!(text, "| {whose} | {what} | {} |", tests.join(", ")).expect("text grows");
+    }
+    text
+}
+
+const HEAD: &str = "\
+# Conformance
+
+What nbdblk answers to bad and odd input, beside what others do.
+
+`tests/tests/e2e/conformance.rs` makes this page: it sends each input to the program, in simple, structured and extended
+mode, and fails when an answer is wrong by the
+[specification](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md), or is not what stands here. To write
+the page anew: `NBDBLK_WRITE_CONFORMANCE=1 cargo test -p nbdblk-tests --test e2e conformance`.
+
+*next ok*: the option or request after it is understood and served. Errors of options are named without `NBD_REP_ERR_`,
+those of requests without `NBD_`. Each error of nbdblk has a text for people, wherever the reply has room for one.
+What nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1 do was seen by hand; what they do wrong is in bold.
+
+| a client sends | nbdkit | qemu-nbd | nbd-server | nbdblk | the specification |
+|---|---|---|---|---|---|
+";
+
+const LESSONS_HEAD: &str = "
+## The bugs of others
+
+What has gone wrong in servers before, and the tests that keep it out of this one.
+
+| bug | what a test must do | tests |
+|---|---|---|
+";
+
+/// What a case was answered with, and in which modes.
+type Seen = Vec<(String, Vec<&'static str>)>;
+
+/// What all modes agree on, or else what each of them says.
+fn merge(seen: &Seen) -> String {
+    match &seen[..] {
+        [(text, _)] => text.clone(),
+        _ => seen.iter().map(|(text, modes)| format!("{}: {text}", modes.join(", "))).collect::<Vec<_>>().join(" · "),
+    }
+}
+
+#[test]
+fn every_answer_is_right_and_as_the_page_says() {
+    let mut cases: Vec<(Case, Seen)> = cases().into_iter().map(|case| (case, Vec::new())).collect();
+    for transport in Transport::ALL {
+        let mut stand = Stand::new(transport);
+        for (case, seen) in &mut cases {
+            for &mode in case.modes {
+                stand.mode = mode;
+                eprintln!("{} ({transport:?}, {mode:?})", case.what);
+                let answer = (case.see)(&stand);
+                assert!(case.right.contains(&&*answer), "{answer:?} is wrong: {}", case.book);
+                let mode = match mode {
+                    Mode::Plain | Mode::Simple => "simple",
+                    Mode::Structured => "structured",
+                    Mode::Extended => "extended",
+                };
+                // The transport makes no difference.
+                match seen.iter_mut().find(|(known, _)| *known == answer) {
+                    Some((_, modes)) if modes.contains(&mode) => {}
+                    Some((_, modes)) => modes.push(mode),
+                    None => seen.push((answer, vec![mode])),
+                }
+            }
+        }
+        assert!(stand.server.terminate().success());
+    }
+    let cases: Vec<(Case, String)> = cases.into_iter().map(|(case, seen)| (case, merge(&seen))).collect();
+    let (path, text) = (root().join("docs/conformance.md"), render(&cases));
+    if std::env::var_os("NBDBLK_WRITE_CONFORMANCE").is_some() {
+        std::fs::write(&path, &text).expect("the page can be written");
+    }
+    let page = std::fs::read_to_string(&path).unwrap_or_default();
+    let differs = page.lines().zip(text.lines()).find(|(page, text)| page != text);
+    assert!(page == text, "docs/conformance.md is not what was seen: {differs:#?}; its head says how to write it anew");
+}
+
+#[test]
+fn the_tests_that_the_page_names_exist() {
+    for test in LESSONS.iter().flat_map(|(_, _, tests)| *tests) {
+        let (file, name) = test.split_once("::").expect("a test has a file and a name");
+        let has = |place: &str| {
+            let source = std::fs::read_to_string(root().join(place).join(file).with_extension("rs"));
+            source.is_ok_and(|source| source.contains(&format!("#[test]\nfn {name}()")))
+        };
+        assert!(PLACES.into_iter().any(has), "there is no test {test} below {PLACES:?}");
+    }
+}
