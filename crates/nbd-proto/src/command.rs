@@ -73,6 +73,18 @@ impl Command {
             Self::Status { .. } => CommandKind::BLOCK_STATUS,
         }
     }
+
+    /// Where, in bytes; 0 for what has no place.
+    pub const fn at(&self) -> u64 {
+        match *self {
+            Self::Flush => 0,
+            Self::Read { at, .. }
+            | Self::Trim { at, .. }
+            | Self::Cache { at, .. }
+            | Self::Zero { at, .. }
+            | Self::Status { at, .. } => at,
+        }
+    }
 }
 
 /// A judged WRITE whose payload follows.

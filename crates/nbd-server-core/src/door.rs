@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -17,8 +17,9 @@ use nix::{errno::Errno, sys::eventfd::EventFd};
 use rustix::io::ioctl_fionbio;
 
 use crate::{
-    Exports, Limits, Listener, Peer, listener,
+    Limits, Listener, Peer, listener,
     poll::{Happened, Interest, Poll},
+    roster::{Ticket, View, lock},
     worker::{Arrival, Handle},
 };
 
@@ -26,7 +27,7 @@ use crate::{
 pub(crate) struct Door {
     poll: Poll,
     listeners: Vec<OwnedFd>,
-    exports: Exports,
+    view: Arc<Mutex<View>>,
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
@@ -53,7 +54,7 @@ struct Guest {
 
 /// What becomes of a guest when `out` is sent.
 enum Ending {
-    Serve(Box<Negotiated>),
+    Serve(Box<Negotiated>, Ticket),
     Close,
 }
 
@@ -70,7 +71,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 impl Door {
     pub(crate) fn new(
         listeners: Vec<Listener>,
-        exports: Exports,
+        view: Arc<Mutex<View>>,
         workers: Arc<[Handle]>,
         bell: Arc<EventFd>,
         stop: Arc<AtomicBool>,
@@ -81,7 +82,7 @@ impl Door {
         let mut door = Self {
             poll,
             listeners: Vec::new(),
-            exports,
+            view,
             workers,
             guests: Vec::new(),
             bell,
@@ -167,7 +168,7 @@ impl Door {
     /// Begins a handshake, if there is room for one more.
     fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) -> io::Result<()> {
         let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
-        let served: usize = self.workers.iter().map(Handle::total).sum();
+        let served: usize = self.workers.iter().map(Handle::load).sum();
         if number >= self.limits.handshakes || served >= self.limits.connections {
             log::warn!("{peer} was turned away: {number} are in their handshake, {served} are served");
             return Ok(());
@@ -188,7 +189,8 @@ impl Door {
     /// Goes on with a handshake as far as the client has.
     fn talk(&mut self, number: usize) {
         let Some(guest) = &mut self.guests[number] else { return };
-        match guest.talk(&self.exports) {
+        let talked = guest.talk(&lock(&self.view));
+        match talked {
             Ok(false) => {}
             Ok(true) => {
                 let guest = self.guests[number].take().expect("just talked to");
@@ -202,23 +204,22 @@ impl Door {
     }
 
     fn hand_over(&self, guest: Guest) {
-        let Guest { socket, peer, over, sent, ending: Some(Ending::Serve(negotiated)), .. } = guest else { return };
-        let Some(export) = self.exports.seen_by(&peer).position(&negotiated.name) else { return };
+        let Guest { socket, peer, over, sent, ending: Some(Ending::Serve(negotiated, ticket)), .. } = guest else {
+            return;
+        };
         if let Err(e) = self.poll.remove(&socket) {
             return log::warn!("{peer} was turned away: {e}");
         }
-        log::info!("{peer} opens export {:?}", self.exports.list()[export].name);
-        let least =
-            self.workers.iter().filter_map(|w| w.load(export).map(|load| (load, w))).min_by_key(|(load, _)| *load);
-        if let Some((_, worker)) = least {
-            worker.send(Arrival { socket, negotiated, export, sent, over });
+        log::info!("{peer} opens export {:?}", negotiated.export.name);
+        if let Some(worker) = ticket.workers.iter().map(|n| &self.workers[*n]).min_by_key(|worker| worker.load()) {
+            worker.welcome(Arrival { socket, negotiated, ticket, sent, over });
         }
     }
 }
 
 impl Guest {
     /// `true`: the handshake is over, one way or the other, and all is sent.
-    fn talk(&mut self, exports: &Exports) -> io::Result<bool> {
+    fn talk(&mut self, view: &View) -> io::Result<bool> {
         loop {
             while !self.out.is_empty() {
                 let mut list = Gather::new();
@@ -242,15 +243,15 @@ impl Guest {
                 Err(e) => return Err(e),
             };
             let mut input = &staging[..got];
-            match self
-                .handshake
-                .next(&mut input, &exports.seen_by(&self.peer), &mut self.out)
-                .map_err(io::Error::other)?
-            {
+            let seen = view.exports.seen_by(&self.peer);
+            match self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)? {
                 Step::More => {}
                 Step::Done(negotiated) => {
                     self.sent = input.to_vec();
-                    self.ending = Some(Ending::Serve(negotiated));
+                    let position =
+                        seen.position(&negotiated.name).expect("the handshake has just found it in this view");
+                    let ticket = view.ticket(position);
+                    self.ending = Some(Ending::Serve(negotiated, ticket));
                 }
                 // TLS is not offered, so `StartTls` never comes; and if it did, to close is the safe answer.
                 Step::Closed | Step::StartTls => self.ending = Some(Ending::Close),

@@ -82,6 +82,19 @@ impl Exports {
         Ok(Self { list: list.into(), payload_max })
     }
 
+    /// Those of a server that has none yet.
+    pub(crate) fn none(payload_max: u32) -> Self {
+        Self { list: Arc::new([]), payload_max }
+    }
+
+    /// Others in their place; there may be none.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn with(&self, list: Vec<Export>) -> io::Result<Self> {
+        if list.is_empty() { Ok(Self::none(self.payload_max)) } else { Self::new(list, self.payload_max) }
+    }
+
     /// All of them, the default one first.
     pub fn list(&self) -> &[Export] {
         &self.list
@@ -95,7 +108,8 @@ impl Exports {
     /// Which export is meant by a name.
     fn position(&self, name: &str) -> Option<usize> {
         // Somebody may have named an export other than the first "".
-        self.list.iter().position(|e| e.name == name).or((name.is_empty()).then_some(0))
+        let default = name.is_empty() && !self.list.is_empty();
+        self.list.iter().position(|e| e.name == name).or(default.then_some(0))
     }
 }
 

@@ -11,8 +11,9 @@
 //!   requests, completions become replies. It can be driven by any loop, and simulated.
 //! - [`Server`] is the loop: it accepts, shakes hands, and moves each connection to a worker that owns a queue of its export.
 //!
-//! Devices are opened before the server starts, once, and shared by all connections. Payload memory is bounded by
-//! [`Limits::memory`] for each worker and export: what does not fit waits in the socket.
+//! A device is opened once, before it is served, and shared by all connections. Exports come, change and go while the server
+//! runs ([`Server::add`], [`Server::remove`], [`Server::replace`]), which the clients of others do not notice. Payload
+//! memory is bounded by [`Limits::memory`] for each worker and export: what does not fit waits in the socket.
 #![forbid(unsafe_code)]
 
 mod access;
@@ -22,6 +23,7 @@ mod listener;
 mod outbox;
 mod peer;
 mod poll;
+mod roster;
 mod server;
 mod session;
 mod worker;
@@ -31,5 +33,6 @@ pub use export::{Export, Exports, Seen};
 pub use listener::Listener;
 pub use outbox::Outbox;
 pub use peer::{Identity, Origin, Peer};
+pub use roster::{Removal, Status};
 pub use server::{Limits, Server};
 pub use session::{Session, Stall};

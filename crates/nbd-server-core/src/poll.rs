@@ -1,6 +1,6 @@
 //! The little of epoll that the door and the workers need: edge-triggered, with tokens.
 
-use std::{io, os::fd::AsFd, time::Duration};
+use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
 
 use nix::sys::{
     epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
@@ -10,7 +10,7 @@ use nix::sys::{
 /// A set of file descriptors, each with a token, and the events of the last wait.
 #[derive(Debug)]
 pub(crate) struct Poll {
-    epoll: Epoll,
+    epoll: Arc<Epoll>,
     events: Vec<EpollEvent>,
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct Happened {
 impl Poll {
     pub(crate) fn new() -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { epoll, events: vec![EpollEvent::empty(); 256] })
+        Ok(Self { epoll: Arc::new(epoll), events: vec![EpollEvent::empty(); 256] })
     }
 
     /// Tells each time that the descriptor becomes what `interest` says, not that it still is.
@@ -60,9 +60,9 @@ impl Poll {
         Ok(self.epoll.modify(fd, &mut EpollEvent::new(interest.flags(), token))?)
     }
 
-    /// Tells each time that the descriptor becomes readable.
-    pub(crate) fn add_wake(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
-        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token))?)
+    /// For other threads, to have descriptors waited for.
+    pub(crate) fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.epoll))
     }
 
     /// Tells as long as the descriptor is readable.
@@ -96,6 +96,17 @@ impl Poll {
                 readable: e.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | bad),
             }
         }))
+    }
+}
+
+/// Another thread's way to have a [`Poll`] wait for more.
+#[derive(Debug)]
+pub(crate) struct Watch(Arc<Epoll>);
+
+impl Watch {
+    /// Tells each time that the descriptor becomes readable.
+    pub(crate) fn add_wake(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.0.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token))?)
     }
 }
 

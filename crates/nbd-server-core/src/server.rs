@@ -5,19 +5,21 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use blkdev::{Channel, Plan};
+use blkdev::Plan;
 use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    Export, Exports, Listener,
+    Export, Listener, Removal, Status,
     door::Door,
     poll::bell,
+    roster::Roster,
     worker::{self, Handle},
 };
 
@@ -39,6 +41,8 @@ pub struct Limits {
     pub handshake_timeout: Duration,
     /// How long a client may hold memory without a byte moving, while others wait for it.
     pub stall_timeout: Duration,
+    /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
+    pub farewell: Duration,
 }
 
 impl Default for Limits {
@@ -51,6 +55,7 @@ impl Default for Limits {
             handshakes: 1024,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
+            farewell: Duration::from_secs(10),
         }
     }
 }
@@ -61,6 +66,7 @@ pub struct Server {
     stop: Arc<AtomicBool>,
     bell: Arc<EventFd>,
     workers: Arc<[Handle]>,
+    roster: Roster,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -76,31 +82,58 @@ impl Server {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let payload_max = PAYLOAD_MAX.min(u32::try_from(limits.memory).unwrap_or(u32::MAX));
-        let exports = Exports::new(exports, payload_max)?;
-        let mut channels: Vec<Vec<Option<Channel>>> = Vec::new();
-        channels.resize_with(limits.workers, || exports.list().iter().map(|_| None).collect());
-        let plan = Plan { memory: limits.memory, depth: limits.depth };
-        for (n, export) in exports.list().iter().enumerate() {
-            let count = limits.workers.min(export.device.info().queues_max.into());
-            for (k, channel) in plan.open(&export.device, count)?.into_iter().enumerate() {
-                // Devices with one queue are spread over the workers.
-                channels[(n + k) % limits.workers][n] = Some(channel);
-            }
-        }
         let (stop, bell) = (Arc::new(AtomicBool::new(false)), Arc::new(bell()?));
         let (mut workers, mut threads) = (Vec::new(), Vec::new());
-        for (n, channels) in channels.into_iter().enumerate() {
-            let (handle, thread) = worker::start(format!("worker {n}"), channels, limits.stall_timeout, &stop)?;
+        let (sender, closers) = mpsc::channel();
+        for n in 0..limits.workers {
+            let (handle, thread) = worker::start(format!("worker {n}"), &limits, &stop, sender.clone())?;
             workers.push(handle);
             threads.push(thread);
         }
         let workers: Arc<[Handle]> = workers.into();
+        let plan = Plan { memory: limits.memory, depth: limits.depth };
+        let roster = Roster::new(Arc::clone(&workers), plan, payload_max, closers);
         // From here on dropping `server` ends what was started.
         let mut server =
-            Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), threads };
-        let door = Door::new(listeners, exports, workers, bell, stop, limits)?;
+            Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), roster, threads };
+        server.replace(exports, |_| Removal::Hide)?;
+        let door = Door::new(listeners, server.roster.view(), workers, bell, stop, limits)?;
         server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(move || door.run())?);
         Ok(server)
+    }
+
+    /// Serves one more export. Its device's queues are opened on this thread.
+    ///
+    /// # Errors
+    /// A name that is taken or cannot be, or what the device or the kernel said. Nothing has changed then.
+    pub fn add(&self, export: Export) -> io::Result<()> {
+        self.roster.add(export)
+    }
+
+    /// Stops serving an export, and has `removal` done to its clients. When the last of them has gone its device is closed.
+    /// For an export that was removed already, and still has clients, a stronger removal takes the place of the first.
+    ///
+    /// # Errors
+    /// There is no such export.
+    pub fn remove(&self, name: &str, removal: Removal) -> io::Result<()> {
+        self.roster.remove(name, removal)
+    }
+
+    /// Serves these exports instead, all at once: no client sees a part of the change. The first is the default one.
+    ///
+    /// An export of the same name and the same device (by its pointer) stays where it is, whatever else has changed about
+    /// it; its clients keep what they were told. Any other is new. Those that are not there any more, or have another
+    /// device, are removed as `removal` says for each name.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add). Nothing has changed then.
+    pub fn replace(&self, exports: Vec<Export>, removal: impl Fn(&str) -> Removal) -> io::Result<()> {
+        self.roster.replace(exports, &removal)
+    }
+
+    /// All exports, the default one first, then those that were removed and still have clients.
+    pub fn exports(&self) -> Vec<Status> {
+        self.roster.status()
     }
 
     /// Stops listening, cuts the connections, lets the devices finish what they have, in bounded time.
@@ -117,5 +150,6 @@ impl Drop for Server {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.roster.await_closed();
     }
 }

@@ -34,6 +34,8 @@ pub struct Session {
     held: usize,
     /// The client said goodbye.
     disconnecting: bool,
+    /// The export is going: what has not begun never will.
+    refusing: bool,
     /// The connection is gone: nobody waits for replies.
     closed: bool,
 }
@@ -77,6 +79,7 @@ impl Session {
             outbox: Outbox::default(),
             held: 0,
             disconnecting: false,
+            refusing: false,
             closed: false,
         }
     }
@@ -106,15 +109,15 @@ impl Session {
         {
             return Ok(Some(stall));
         }
+        if self.refusing {
+            return self.refuse_all(input, channel);
+        }
         while let Some(event) = self.receiver.next(input)? {
             let stall = match event {
                 Event::Command(cookie, command) => self.begin(cookie, Asked::Command(command), channel),
                 Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel),
                 Event::Payload(bytes) => {
-                    let filling = self.filling.as_mut().expect("payload follows a write that has its buffer");
-                    filling.buf.copy_from(filling.have, bytes);
-                    filling.have += bytes.len();
-                    self.write_if_filled(channel);
+                    self.fill(bytes, channel);
                     None
                 }
                 Event::Reject(cookie, refused) => {
@@ -131,6 +134,42 @@ impl Session {
             }
         }
         Ok(None)
+    }
+
+    /// From now on every request is answered with ESHUTDOWN, upon which a client MUST say goodbye (proto.md, "Terminating
+    /// the transmission phase"). What has begun goes on.
+    pub fn refuse(&mut self) {
+        self.refusing = true;
+    }
+
+    /// As [`take`](Self::take), when the export is going.
+    #[cold]
+    fn refuse_all(&mut self, input: &mut &[u8], channel: &mut Channel) -> Result<Option<Stall>, Fatal> {
+        const GOING: &str = "the export is going away";
+        // Answers make nobody's memory wait, but are not to pile up either.
+        while self.outbox.len() < CALLS_MAX {
+            let (cookie, at) = match self.receiver.next(input)? {
+                None => return Ok(None),
+                Some(Event::Command(cookie, command)) => (cookie, command.at()),
+                Some(Event::Write(..)) => {
+                    // Told when the payload is past.
+                    self.receiver.reject_payload(WireError::Shutdown, GOING);
+                    continue;
+                }
+                // Of a write that had begun.
+                Some(Event::Payload(bytes)) => {
+                    self.fill(bytes, channel);
+                    continue;
+                }
+                Some(Event::Reject(cookie, refused)) => (cookie, refused.at),
+                Some(Event::Disconnect) => {
+                    self.disconnecting = true;
+                    return Ok(Some(Stall::Disconnect));
+                }
+            };
+            self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
+        }
+        Ok(Some(Stall::Calls))
     }
 
     /// Where the rest of a payload goes: into this buffer, from that byte on. Bytes received there are told by
@@ -272,6 +311,14 @@ impl Session {
         self.filling = Some(Filling { cookie, write, buf, have: 0 });
         self.write_if_filled(channel);
         None
+    }
+
+    #[inline]
+    fn fill(&mut self, bytes: &[u8], channel: &mut Channel) {
+        let filling = self.filling.as_mut().expect("payload follows a write that has its buffer");
+        filling.buf.copy_from(filling.have, bytes);
+        filling.have += bytes.len();
+        self.write_if_filled(channel);
     }
 
     #[inline]

@@ -21,8 +21,9 @@ use nbd_proto::Negotiated;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    Session, Stall,
-    poll::{Happened, Interest, Poll, bell},
+    Limits, Removal, Session, Stall,
+    poll::{Happened, Interest, Poll, Watch, bell},
+    roster::{Seat, Ticket},
 };
 
 /// A client whose handshake is done.
@@ -30,39 +31,66 @@ use crate::{
 pub(crate) struct Arrival {
     pub(crate) socket: OwnedFd,
     pub(crate) negotiated: Box<Negotiated>,
-    /// Which export it asked for.
-    pub(crate) export: usize,
+    /// Where it is to be served.
+    pub(crate) ticket: Ticket,
     /// What it sent after the last option.
     pub(crate) sent: Vec<u8>,
     /// Kept until nothing of the connection is left.
     pub(crate) over: Option<mpsc::Sender<()>>,
 }
 
+/// What a worker is told.
+#[derive(Debug)]
+enum Message {
+    Arrival(Arrival),
+    /// A channel to serve from now on.
+    Open(Arc<Seat>, Box<Channel>),
+    /// Nobody new comes to this lane.
+    Retire(usize, Removal),
+}
+
 /// The way to a worker, for other threads.
 #[derive(Debug)]
 pub(crate) struct Handle {
-    inbox: mpsc::Sender<Arrival>,
+    inbox: mpsc::Sender<Message>,
     bell: Arc<EventFd>,
     /// Connections it has.
     load: Arc<AtomicUsize>,
-    serves: Vec<bool>,
+    watch: Watch,
 }
 
 impl Handle {
     /// How many connections it has.
-    pub(crate) fn total(&self) -> usize {
+    pub(crate) fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// How many connections it has, if it serves that export.
-    pub(crate) fn load(&self, export: usize) -> Option<usize> {
-        self.serves[export].then(|| self.load.load(Ordering::Relaxed))
+    /// Hands a connection over.
+    pub(crate) fn welcome(&self, arrival: Arrival) {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        arrival.ticket.clients.fetch_add(1, Ordering::Relaxed);
+        self.send(Message::Arrival(arrival));
     }
 
-    /// Hands a connection over; `false`: the worker has ended.
-    pub(crate) fn send(&self, arrival: Arrival) -> bool {
-        self.load.fetch_add(1, Ordering::Relaxed);
-        self.inbox.send(arrival).is_ok() && self.ring()
+    /// Wakes the worker for a channel that it will be given.
+    pub(crate) fn watch(&self, lane: usize, channel: &Channel) -> io::Result<()> {
+        channel.wake_fd().map_or(Ok(()), |fd| self.watch.add_wake(fd, LANE | lane as u64))
+    }
+
+    /// Gives it a channel.
+    pub(crate) fn open(&self, seat: Arc<Seat>, channel: Channel) {
+        self.send(Message::Open(seat, Box::new(channel)));
+    }
+
+    /// Has it let go of a channel, when its clients have gone.
+    pub(crate) fn retire(&self, lane: usize, removal: Removal) {
+        self.send(Message::Retire(lane, removal));
+    }
+
+    /// A worker that has ended needs to know nothing any more.
+    fn send(&self, message: Message) {
+        let _ = self.inbox.send(message);
+        self.ring();
     }
 
     /// Wakes it.
@@ -74,12 +102,15 @@ impl Handle {
 /// One thread's connections and channels.
 struct Worker {
     poll: Poll,
-    inbox: mpsc::Receiver<Arrival>,
+    inbox: mpsc::Receiver<Message>,
     bell: Arc<EventFd>,
     load: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
-    /// By export; `None` where others serve it.
+    /// By number; `None` where others serve the export, and where there is none.
     lanes: Vec<Option<Lane>>,
+    /// Lanes that are to be let go of.
+    leaving: usize,
+    closers: mpsc::Sender<JoinHandle<()>>,
     /// By number; a number stays taken until nothing of its connection is at a device.
     conns: Vec<Option<Conn>>,
     free: Vec<u32>,
@@ -90,14 +121,36 @@ struct Worker {
     now: Instant,
     swept: Instant,
     stall_timeout: Duration,
+    farewell: Duration,
 }
 
 /// A channel, and the connections that wait for its memory: first come, first served, so that nobody starves.
 struct Lane {
     channel: Channel,
+    seat: Arc<Seat>,
+    /// Connections with a socket.
+    clients: usize,
+    /// Connections, with those that only wait for the device.
+    conns: usize,
+    leaving: Option<Leaving>,
     starved: VecDeque<u32>,
     /// Memory that was free when it did not suffice for the first of them.
     too_little: usize,
+}
+
+/// How a lane ends.
+struct Leaving {
+    removal: Removal,
+    /// Until when the clients have time, or, when there are none any more, the device.
+    deadline: Option<Instant>,
+}
+
+impl Lane {
+    /// Whether nobody needs it any more.
+    fn is_over(&self) -> bool {
+        let awaits = |leaving: &Leaving| leaving.removal == Removal::Hide && self.seat.is_awaited();
+        self.conns == 0 && self.leaving.as_ref().is_some_and(|leaving| !awaits(leaving))
+    }
 }
 
 struct Conn {
@@ -135,42 +188,30 @@ const BELL: u64 = u64::MAX;
 /// Tokens of lanes have this bit; those of connections are their numbers.
 const LANE: u64 = 1 << 32;
 
-/// Starts a worker with its channels, one for each export that it serves.
+/// Starts a worker. Who closes a device for it is told to `closers`.
 ///
 /// # Errors
 /// No descriptors or threads left.
 pub(crate) fn start(
     name: String,
-    channels: Vec<Option<Channel>>,
-    stall_timeout: Duration,
+    limits: &Limits,
     stop: &Arc<AtomicBool>,
+    closers: mpsc::Sender<JoinHandle<()>>,
 ) -> io::Result<(Handle, JoinHandle<()>)> {
     let (sender, inbox) = mpsc::channel();
     let (poll, bell, load) = (Poll::new()?, Arc::new(bell()?), Arc::new(AtomicUsize::new(0)));
     poll.add_level(&*bell, BELL)?;
-    for (export, channel) in channels.iter().enumerate() {
-        if let Some(fd) = channel.as_ref().and_then(Channel::wake_fd) {
-            poll.add_wake(fd, LANE | export as u64)?;
-        }
-    }
-    let handle = Handle {
-        inbox: sender,
-        bell: Arc::clone(&bell),
-        load: Arc::clone(&load),
-        serves: channels.iter().map(Option::is_some).collect(),
-    };
+    let handle = Handle { inbox: sender, bell: Arc::clone(&bell), load: Arc::clone(&load), watch: poll.watch() };
     let now = Instant::now();
-    let lanes = channels
-        .into_iter()
-        .map(|c| c.map(|channel| Lane { channel, starved: VecDeque::new(), too_little: 0 }))
-        .collect();
     let worker = Worker {
         poll,
         inbox,
         bell,
         load,
         stop: Arc::clone(stop),
-        lanes,
+        lanes: Vec::new(),
+        leaving: 0,
+        closers,
         conns: Vec::new(),
         free: Vec::new(),
         active: Vec::new(),
@@ -178,7 +219,8 @@ pub(crate) fn start(
         done: Vec::new(),
         now,
         swept: now,
-        stall_timeout,
+        stall_timeout: limits.stall_timeout,
+        farewell: limits.farewell,
     };
     let thread = thread::Builder::new().name(name).spawn(move || worker.run())?;
     Ok((handle, thread))
@@ -213,6 +255,9 @@ impl Worker {
         if self.now.duration_since(self.swept) > Duration::from_secs(1) {
             self.sweep();
         }
+        if self.leaving > 0 {
+            self.let_go();
+        }
     }
 
     /// Waits until there is something to do, or only looks when there is already.
@@ -234,6 +279,10 @@ impl Worker {
                     let again = if freed { Duration::ZERO } else { Duration::from_secs(1) };
                     timeout = Some(timeout.map_or(again, |t| t.min(again)));
                 }
+                if let Some(deadline) = lane.leaving.as_ref().and_then(|leaving| leaving.deadline) {
+                    let left = deadline.saturating_duration_since(self.now);
+                    timeout = Some(timeout.map_or(left, |t| t.min(left)));
+                }
             }
         } else {
             timeout = Some(Duration::ZERO);
@@ -254,15 +303,110 @@ impl Worker {
         }
         if rung {
             let _ = self.bell.read();
-            while let Ok(arrival) = self.inbox.try_recv() {
-                self.welcome(arrival);
+            // It may have been a long sleep.
+            self.now = Instant::now();
+            while let Ok(message) = self.inbox.try_recv() {
+                match message {
+                    Message::Arrival(arrival) => self.welcome(arrival),
+                    Message::Open(seat, channel) => self.open(seat, *channel),
+                    Message::Retire(lane, removal) => self.retire(lane, removal),
+                }
             }
         }
         Ok(())
     }
 
+    fn open(&mut self, seat: Arc<Seat>, channel: Channel) {
+        let number = seat.lane;
+        if self.lanes.len() <= number {
+            self.lanes.resize_with(number + 1, || None);
+        }
+        assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
+        let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, starved: VecDeque::new(), too_little: 0 };
+        self.lanes[number] = Some(lane);
+    }
+
+    /// Deals with the clients of a lane that nobody new comes to. The rest is `let_go`'s.
+    fn retire(&mut self, number: usize, removal: Removal) {
+        // Its last client may have left after an earlier removal.
+        let Some(lane) = &mut self.lanes[number] else { return };
+        let deadline = (removal == Removal::Soft).then(|| self.now + self.farewell);
+        self.leaving += usize::from(lane.leaving.is_none());
+        lane.leaving = Some(Leaving { removal, deadline });
+        match removal {
+            Removal::Hide => {}
+            Removal::Soft => {
+                self.conns.iter_mut().flatten().filter(|conn| conn.lane == number).for_each(|c| c.session.refuse());
+            }
+            Removal::Hard => self.bury_all(number),
+        }
+    }
+
+    /// Lets go of lanes that nobody needs any more, and sees to it that this comes to an end.
+    fn let_go(&mut self) {
+        for number in 0..self.lanes.len() {
+            let Some(lane) = &mut self.lanes[number] else { continue };
+            let Some(leaving) = &mut lane.leaving else { continue };
+            let due = leaving.deadline.is_some_and(|deadline| deadline <= self.now);
+            if due && lane.clients > 0 {
+                log::warn!("{} clients of a removed export did not leave: cut off", lane.clients);
+                leaving.deadline = None;
+                self.bury_all(number);
+            } else if due && lane.conns == 0 {
+                leaving.deadline = None;
+            } else if due {
+                log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                leaving.deadline = None;
+                lane.channel.give_up();
+            }
+            match &mut self.lanes[number] {
+                lane if lane.as_ref().is_some_and(Lane::is_over) => {
+                    let Lane { channel, seat, .. } = lane.take().expect("just looked at");
+                    self.leaving -= 1;
+                    // Whoever finds the device closed is to find the export gone.
+                    drop(seat);
+                    self.close(channel);
+                }
+                Some(Lane { clients: 0, conns, leaving: Some(leaving), .. }) => {
+                    let wait = if *conns == 0 { BRIEFLY } else { WIND_UP };
+                    leaving.deadline.get_or_insert(self.now + wait);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Closing a device can take its time, which is not that of other clients.
+    fn close(&self, channel: Channel) {
+        if let Some(fd) = channel.wake_fd() {
+            // Closing the descriptor does the same, unless there is another one for it somewhere.
+            let _ = self.poll.remove(fd);
+        }
+        match thread::Builder::new().name("closing".into()).spawn(move || drop(channel)) {
+            Ok(thread) => drop(self.closers.send(thread)),
+            Err(e) => log::warn!("a device was closed while clients waited: no thread for it: {e}"),
+        }
+    }
+
+    fn bury_all(&mut self, lane: usize) {
+        for number in 0..self.conns.len() as u32 {
+            if self.conns[number as usize].as_ref().is_some_and(|conn| conn.lane == lane) {
+                self.bury(number);
+            }
+        }
+        // Their numbers may be others' before the next turn.
+        self.active.retain(|&n| self.conns[n as usize].as_ref().is_some_and(|conn| conn.socket.is_some()));
+    }
+
     fn welcome(&mut self, arrival: Arrival) {
-        let Arrival { socket, negotiated, export, sent, over } = arrival;
+        let Arrival { socket, negotiated, ticket, sent, over } = arrival;
+        // Hidden, it is still there for those who have got as far as this.
+        let refused = |lane: &Lane| lane.leaving.as_ref().is_some_and(|leaving| leaving.removal > Removal::Hide);
+        let Some(lane) = self.lanes[ticket.lane].as_mut().filter(|lane| !refused(lane)) else {
+            self.load.fetch_sub(1, Ordering::Relaxed);
+            ticket.clients.fetch_sub(1, Ordering::Relaxed);
+            return;
+        };
         let number = self.free.pop().unwrap_or_else(|| {
             self.conns.push(None);
             self.conns.len() as u32 - 1
@@ -270,12 +414,17 @@ impl Worker {
         if let Err(e) = self.poll.add_edge(&socket, number.into(), Interest::Read) {
             log::warn!("a client was turned away: {e}");
             self.load.fetch_sub(1, Ordering::Relaxed);
+            ticket.clients.fetch_sub(1, Ordering::Relaxed);
             return self.free.push(number);
+        }
+        (lane.clients, lane.conns) = (lane.clients + 1, lane.conns + 1);
+        if let Some(leaving) = &mut lane.leaving {
+            leaving.deadline = None;
         }
         let conn = self.conns[number as usize].insert(Conn {
             socket: Some(socket),
             session: Session::new(&negotiated, number),
-            lane: export,
+            lane: ticket.lane,
             backlog: sent,
             stall: None,
             readable: true,
@@ -368,6 +517,8 @@ impl Worker {
             if conn.socket.is_some() {
                 activate(&mut self.active, number, conn);
             } else if conn.session.in_flight() == 0 {
+                let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
+                lane.conns -= 1;
                 *slot = None;
                 self.free.push(number);
             }
@@ -415,7 +566,10 @@ impl Worker {
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         lane.starved.retain(|&n| n != number);
+        lane.clients -= 1;
+        lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
         if conn.session.in_flight() == 0 {
+            lane.conns -= 1;
             *slot = None;
             self.free.push(number);
         } else {
@@ -465,8 +619,11 @@ impl Worker {
     }
 }
 
-/// How long the devices have to finish when the server stops.
+/// How long a device has to finish when the server stops, or its last client has gone.
 const WIND_UP: Duration = Duration::from_secs(2);
+
+/// How often to look whether a client that was let in is still to come.
+const BRIEFLY: Duration = Duration::from_millis(10);
 
 fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
     if !conn.active {

@@ -81,6 +81,8 @@ struct Client {
     stall: Option<Stall>,
     goodbye: bool,
     gone: bool,
+    /// Nothing that it asks for is begun any more.
+    refused: bool,
 }
 
 struct Asked {
@@ -150,6 +152,12 @@ impl World {
             if self.rng.chance(0.002) {
                 let n = self.rng.below(self.clients.len() as u64) as usize;
                 self.kill(n);
+            }
+            if self.rng.chance(0.001) {
+                // Its export goes softly.
+                let client = self.rng.below(self.clients.len() as u64) as usize;
+                self.clients[client].refused = true;
+                self.clients[client].session.refuse();
             }
             let n = self.rng.below(self.clients.len() as u64) as usize;
             match self.rng.below(4) {
@@ -334,6 +342,10 @@ impl World {
     fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
         let asked = self.clients[n].asked.remove(&cookie).expect("one answer for each request");
         self.model.busy.remove(&(n, cookie));
+        if result == Err(WireError::Shutdown) {
+            // Nothing has changed, so the model has not either.
+            return assert!(self.clients[n].refused, "only who is refused is told so");
+        }
         if let Some(expected) = asked.expected {
             return assert_eq!(result, Err(expected), "{:?} {:?}", asked.kind, asked.flags);
         }
@@ -472,6 +484,7 @@ impl Client {
             stall: None,
             goodbye: false,
             gone: false,
+            refused: false,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The loop itself, over real sockets: who waits is served, who blocks others is cut off, and stopping ends.
 
+mod changes;
+
 use std::{
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
@@ -20,7 +22,8 @@ use blkdev::{
 };
 use nbd_proto::{
     Cookie, Mode, WireError,
-    client::{Chunk, Course, Decoder, Encoder, Event, Step, Wish},
+    client::{Chunk, Course, Decoder, Encoder, Event, Failure, Step, Wish},
+    wire::{Opt, Rep},
 };
 use nbd_server_core::{Access, Export, Limits, Listener, Server};
 use nix::unistd::geteuid;
@@ -292,7 +295,7 @@ fn the_end_of_a_connection_is_told_when_nothing_is_left_of_it() {
 
 /// A server and the socket it listens on.
 struct Running {
-    _server: Server,
+    server: Server,
     path: PathBuf,
 }
 
@@ -310,7 +313,7 @@ impl Running {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
         let server = start(devices, vec![listener.into()], change).unwrap();
-        Self { _server: server, path }
+        Self { server, path }
     }
 
     fn connect(&self) -> UnixStream {
@@ -320,7 +323,12 @@ impl Running {
     }
 
     fn client(&self, name: &str) -> Client {
-        Client::enter(self.connect(), name)
+        self.try_client(name).expect("the export is there")
+    }
+
+    /// `None`: there is no such export.
+    fn try_client(&self, name: &str) -> Option<Client> {
+        Client::try_enter(self.connect(), name)
     }
 }
 
@@ -342,6 +350,7 @@ fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
 /// A client that waits for its answers.
 struct Client {
     socket: UnixStream,
+    size: u64,
     encoder: Encoder,
     decoder: Decoder,
     out: Vec<u8>,
@@ -350,26 +359,39 @@ struct Client {
 
 impl Client {
     /// Shakes hands.
-    fn enter(mut socket: UnixStream, name: &str) -> Self {
+    fn enter(socket: UnixStream, name: &str) -> Self {
+        Self::try_enter(socket, name).expect("the export is there")
+    }
+
+    /// `None`: there is no such export.
+    fn try_enter(mut socket: UnixStream, name: &str) -> Option<Self> {
         let mut course = Course::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
         let (mut out, mut staging) = (Vec::new(), [0; 4096]);
         loop {
             let got = socket.read(&mut staging).unwrap();
             assert!(got > 0, "the server goes on shaking hands");
-            let step = course.next(&mut &staging[..got], &mut out).unwrap();
+            let step = match course.next(&mut &staging[..got], &mut out) {
+                Err(Failure::Refused(Opt::GO, refusal)) if refusal.code == Rep::ERR_UNKNOWN => return None,
+                step => step.unwrap(),
+            };
             socket.write_all(&out).unwrap();
             out.clear();
             if let Step::Done(agreed) = step {
-                let mode = agreed.terms.mode;
+                let (mode, size) = (agreed.terms.mode, agreed.terms.size);
                 let (encoder, decoder) = (Encoder::new(mode), Decoder::new(mode));
-                return Self { socket, encoder, decoder, out, input: Vec::new() };
+                return Some(Self { socket, size, encoder, decoder, out, input: Vec::new() });
             }
         }
     }
 
     fn send(&mut self) {
-        self.socket.write_all(&self.out).unwrap();
+        self.try_send().unwrap();
+    }
+
+    fn try_send(&mut self) -> io::Result<()> {
+        self.socket.write_all(&self.out)?;
         self.out.clear();
+        Ok(())
     }
 
     /// The answer to that request, which must be the next one.
@@ -380,6 +402,11 @@ impl Client {
     }
 
     fn any_reply(&mut self) -> (u64, Result<Vec<u8>, WireError>) {
+        self.next_reply().expect("the server goes on")
+    }
+
+    /// `None`: the server has closed the connection.
+    fn next_reply(&mut self) -> Option<(u64, Result<Vec<u8>, WireError>)> {
         let (mut data, mut whose, mut missing) = (Vec::new(), 0, None);
         loop {
             let mut input = &self.input[..];
@@ -398,8 +425,11 @@ impl Client {
                 }
                 None => {
                     let mut staging = vec![0; 1 << 20];
-                    let got = self.socket.read(&mut staging).unwrap();
-                    assert!(got > 0, "the server goes on");
+                    let got = match self.socket.read(&mut staging) {
+                        Ok(0) => return None,
+                        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return None,
+                        got => got.unwrap(),
+                    };
                     staging.truncate(got);
                     self.input = staging;
                     continue;
@@ -407,11 +437,11 @@ impl Client {
             };
             let taken = self.input.len() - input.len();
             self.input.drain(..taken);
-            if let Some(end) = end {
+            if end.is_some() {
                 return end;
             }
             if missing == Some(data.len()) {
-                return (whose, Ok(data));
+                return Some((whose, Ok(data)));
             }
         }
     }

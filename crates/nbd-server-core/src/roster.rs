@@ -1,0 +1,281 @@
+//! [`Roster`]: which exports there are and who serves them, changed as a whole while the server runs.
+
+use std::{
+    io,
+    ops::Deref,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+};
+
+use blkdev::{Channel, Device, Plan};
+
+use crate::{Export, Exports, worker::Handle};
+
+/// What becomes of the clients of an export that is removed, in qemu's words. Nobody new finds it in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Removal {
+    /// They are served until they leave.
+    #[default]
+    Hide,
+    /// What they have asked for is carried out; whatever they ask from now on is answered with ESHUTDOWN, upon which a
+    /// client has to leave. Who has not after [`Limits::farewell`](crate::Limits::farewell) is cut off.
+    Soft,
+    /// They are cut off at once. What the device has of theirs already it finishes.
+    Hard,
+}
+
+/// An export as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// Connections to it.
+    pub clients: usize,
+    /// How it was removed, when it still has clients, or its device still has something to finish.
+    pub removal: Option<Removal>,
+}
+
+/// Where a device is served, as long as anybody may send a client there.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    /// Its number with the workers, which is not used again before everybody else has let go of this.
+    pub(crate) lane: usize,
+    /// The workers that serve it.
+    pub(crate) workers: Vec<usize>,
+    /// Connections to it.
+    pub(crate) clients: AtomicUsize,
+    /// Tickets for it.
+    coming: AtomicUsize,
+}
+
+impl Seat {
+    /// Whether a client has been let in that no worker has yet. Once nobody finds the export any more, nobody new is.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.coming.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// A client's way to a seat, from when it is told that it may until a worker has it.
+#[derive(Debug)]
+pub(crate) struct Ticket(Arc<Seat>);
+
+impl Ticket {
+    fn new(seat: &Arc<Seat>) -> Self {
+        seat.coming.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(seat))
+    }
+}
+
+impl Deref for Ticket {
+    type Target = Seat;
+
+    fn deref(&self) -> &Seat {
+        &self.0
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.coming.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a handshake sees: the exports, and where each is served.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) exports: Exports,
+    seats: Vec<Arc<Seat>>,
+}
+
+impl View {
+    /// To where an export is served.
+    pub(crate) fn ticket(&self, position: usize) -> Ticket {
+        Ticket::new(&self.seats[position])
+    }
+}
+
+/// The exports of a running server. Changes are made one at a time, by whoever asks for them, and either wholly or not at
+/// all: handshakes and workers only hear of those that have succeeded.
+#[derive(Debug)]
+pub(crate) struct Roster {
+    view: Arc<Mutex<View>>,
+    workers: Arc<[Handle]>,
+    plan: Plan,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// By number; free are those that nobody else knows any more.
+    lanes: Vec<Arc<Seat>>,
+    /// Removed, and perhaps still in use.
+    leaving: Vec<Leaving>,
+    /// Threads that close devices.
+    closing: Vec<JoinHandle<()>>,
+    closers: mpsc::Receiver<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Leaving {
+    name: String,
+    removal: Removal,
+    seat: Arc<Seat>,
+}
+
+/// Channels to a device that are open, but not told to the workers yet.
+struct Opened {
+    seat: Arc<Seat>,
+    /// With the workers that shall have them.
+    channels: Vec<(usize, Channel)>,
+}
+
+impl Roster {
+    /// No export yet. `closers` is where the workers tell who closes a device for them.
+    pub(crate) fn new(
+        workers: Arc<[Handle]>,
+        plan: Plan,
+        payload_max: u32,
+        closers: mpsc::Receiver<JoinHandle<()>>,
+    ) -> Self {
+        let view = View { exports: Exports::none(payload_max), seats: Vec::new() };
+        let state = State { lanes: Vec::new(), leaving: Vec::new(), closing: Vec::new(), closers };
+        Self { view: Arc::new(Mutex::new(view)), workers, plan, state: Mutex::new(state) }
+    }
+
+    /// For the door.
+    pub(crate) fn view(&self) -> Arc<Mutex<View>> {
+        Arc::clone(&self.view)
+    }
+
+    /// See [`Server::add`](crate::Server::add).
+    pub(crate) fn add(&self, export: Export) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let mut exports = lock(&self.view).exports.list().to_vec();
+        exports.push(export);
+        self.set(&mut state, exports, &|_| Removal::Hide)
+    }
+
+    /// See [`Server::remove`](crate::Server::remove).
+    pub(crate) fn remove(&self, name: &str, removal: Removal) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.tidy();
+        let mut exports = lock(&self.view).exports.list().to_vec();
+        let count = exports.len();
+        exports.retain(|export| export.name != name);
+        if exports.len() == count && !state.leaving.iter().any(|leaving| leaving.name == name) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("no export is named {name:?}")));
+        }
+        for leaving in state.leaving.iter_mut().filter(|leaving| leaving.name == name && leaving.removal < removal) {
+            leaving.removal = removal;
+            self.retire(&leaving.seat, removal);
+        }
+        self.set(&mut state, exports, &|_| removal)
+    }
+
+    /// See [`Server::replace`](crate::Server::replace).
+    pub(crate) fn replace(&self, exports: Vec<Export>, removal: &dyn Fn(&str) -> Removal) -> io::Result<()> {
+        self.set(&mut lock(&self.state), exports, removal)
+    }
+
+    fn set(&self, state: &mut State, list: Vec<Export>, removal: &dyn Fn(&str) -> Removal) -> io::Result<()> {
+        state.tidy();
+        let (before, seats) = {
+            let view = lock(&self.view);
+            (view.exports.clone(), view.seats.clone())
+        };
+        let exports = before.with(list)?;
+        let mut old: Vec<_> = before.list().iter().zip(seats).collect();
+        // Nothing is told to anybody before all that can fail has succeeded.
+        let (mut seats, mut opened) = (Vec::new(), Vec::new());
+        for new in exports.list() {
+            let kept = old.iter().position(|(e, _)| e.name == new.name && Arc::ptr_eq(&e.device, &new.device));
+            seats.push(match kept {
+                Some(n) => old.swap_remove(n).1,
+                None => {
+                    let new = self.open(state, &new.device)?;
+                    let seat = Arc::clone(&new.seat);
+                    opened.push(new);
+                    seat
+                }
+            });
+        }
+        for Opened { seat, channels } in opened {
+            for (worker, channel) in channels {
+                self.workers[worker].open(Arc::clone(&seat), channel);
+            }
+        }
+        // `before` lives on, so no device is closed under the lock that the door takes.
+        *lock(&self.view) = View { exports, seats };
+        for (export, seat) in old {
+            let (name, removal) = (export.name.clone(), removal(&export.name));
+            self.retire(&seat, removal);
+            state.leaving.push(Leaving { name, removal, seat });
+        }
+        Ok(())
+    }
+
+    /// Opens the queues of a device.
+    fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<Opened> {
+        let lane = state.lanes.iter().position(|seat| Arc::strong_count(seat) == 1).unwrap_or(state.lanes.len());
+        let total = self.workers.len();
+        let count = total.min(device.info().queues_max.into());
+        // Devices with few queues are spread over the workers.
+        let workers: Vec<usize> = (0..count).map(|n| (lane + n) % total).collect();
+        let channels: Vec<_> = workers.iter().copied().zip(self.plan.open(device, count)?).collect();
+        for (worker, channel) in &channels {
+            self.workers[*worker].watch(lane, channel)?;
+        }
+        let seat = Arc::new(Seat { lane, workers, clients: AtomicUsize::new(0), coming: AtomicUsize::new(0) });
+        match state.lanes.get_mut(lane) {
+            Some(free) => *free = Arc::clone(&seat),
+            None => state.lanes.push(Arc::clone(&seat)),
+        }
+        Ok(Opened { seat, channels })
+    }
+
+    fn retire(&self, seat: &Seat, removal: Removal) {
+        seat.workers.iter().for_each(|worker| self.workers[*worker].retire(seat.lane, removal));
+    }
+
+    /// See [`Server::exports`](crate::Server::exports).
+    pub(crate) fn status(&self) -> Vec<Status> {
+        let mut state = lock(&self.state);
+        state.tidy();
+        let view = lock(&self.view);
+        let status = |name: &str, removal, seat: &Seat| {
+            let clients = seat.clients.load(Ordering::Relaxed);
+            Status { name: name.into(), clients, removal }
+        };
+        let present = view.exports.list().iter().zip(&view.seats).map(|(e, seat)| status(&e.name, None, seat));
+        let leaving = state.leaving.iter().map(|l| status(&l.name, Some(l.removal), &l.seat));
+        present.chain(leaving).collect()
+    }
+
+    /// Waits until every device that is being closed is. The workers have ended.
+    pub(crate) fn await_closed(&self) {
+        let mut state = lock(&self.state);
+        state.tidy();
+        for thread in state.closing.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl State {
+    /// Forgets what is over.
+    fn tidy(&mut self) {
+        // One is in `lanes`.
+        self.leaving.retain(|leaving| Arc::strong_count(&leaving.seat) > 2);
+        self.closing.extend(self.closers.try_iter());
+        self.closing.retain(|thread| !thread.is_finished());
+    }
+}
+
+/// What was left behind by a panic is whole: all changes are made at their end.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
