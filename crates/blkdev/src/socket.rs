@@ -111,6 +111,15 @@ pub fn receive(socket: BorrowedFd<'_>, buf: Option<(&mut Buf, usize)>, staging: 
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
+/// How many bytes of memory what was sent still takes, because the peer has not read it. Of a TCP socket: what it has not
+/// acknowledged.
+pub fn unread(socket: BorrowedFd<'_>) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request writes one int, to a local one.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result < 0 { 0 } else { bytes.max(0) as usize }
+}
+
 fn empty_message() -> libc::msghdr {
     // SAFETY: all fields are integers or pointers, for which zero is a value: no name, no pieces, no control data.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };

@@ -20,6 +20,7 @@ mod access;
 mod door;
 mod export;
 mod listener;
+mod lull;
 mod outbox;
 mod peer;
 mod poll;

@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,10 +18,15 @@ use std::{
 
 use blkdev::{Channel, Done, socket};
 use nbd_proto::Negotiated;
-use nix::sys::eventfd::EventFd;
+use nix::sys::{
+    eventfd::EventFd,
+    prctl,
+    socket::{SockaddrStorage, getsockname},
+};
 
 use crate::{
     Limits, Removal, Session, Stall,
+    lull::Lull,
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
 };
@@ -116,6 +121,8 @@ struct Worker {
     free: Vec<u32>,
     /// Connections with something to do in this turn.
     active: Vec<u32>,
+    /// A client that had not read its earlier replies when those of this turn were sent.
+    behind: Option<u32>,
     staging: Box<[u8]>,
     done: Vec<Done>,
     now: Instant,
@@ -173,6 +180,8 @@ struct Conn {
     active: bool,
     /// When bytes last moved.
     moved: Instant,
+    /// Of a unix socket, which tells what its peer has not read.
+    lull: Option<Lull>,
     /// Whoever waits for its end sees that this is dropped.
     _over: Option<mpsc::Sender<()>>,
 }
@@ -215,6 +224,7 @@ pub(crate) fn start(
         conns: Vec::new(),
         free: Vec::new(),
         active: Vec::new(),
+        behind: None,
         staging: vec![0; STAGING].into_boxed_slice(),
         done: Vec::new(),
         now,
@@ -228,8 +238,11 @@ pub(crate) fn start(
 
 impl Worker {
     fn run(mut self) {
+        // So that `Lull` sleeps for as short a time as it says. That it may not be set only makes it longer.
+        let _ = prctl::set_timerslack(1);
         while !self.stop.load(Ordering::Relaxed) {
             self.turn();
+            self.rest();
             if let Err(e) = self.wait() {
                 log::error!("a worker cannot wait for events any more: {e}");
                 break;
@@ -257,6 +270,18 @@ impl Worker {
         }
         if self.leaving > 0 {
             self.let_go();
+        }
+    }
+
+    /// Lets a lone client that is behind with reading its replies go on alone for a moment, when all is answered.
+    fn rest(&mut self) {
+        let Some(number) = self.behind.take() else { return };
+        if self.active.is_empty()
+            && self.load.load(Ordering::Relaxed) == 1
+            && let Some(Conn { lull: Some(lull), socket: Some(socket), session, .. }) = &mut self.conns[number as usize]
+            && session.in_flight() == 0
+        {
+            lull.rest(|| socket::unread(socket.as_fd()) > 0);
         }
     }
 
@@ -421,6 +446,8 @@ impl Worker {
         if let Some(leaving) = &mut lane.leaving {
             leaving.deadline = None;
         }
+        let is_unix = getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|a| a.as_unix_addr().is_some());
+        let lull = is_unix.then(Lull::default);
         let conn = self.conns[number as usize].insert(Conn {
             socket: Some(socket),
             session: Session::new(&negotiated, number),
@@ -433,6 +460,7 @@ impl Worker {
             writable: true,
             active: false,
             moved: self.now,
+            lull,
             _over: over,
         });
         activate(&mut self.active, number, conn);
@@ -513,6 +541,9 @@ impl Worker {
             let number = Session::number_of(done.tag);
             let slot = &mut self.conns[number as usize];
             let conn = slot.as_mut().expect("a number is kept while something of it is at a device");
+            if let Some(lull) = &mut conn.lull {
+                lull.count(&done.io);
+            }
             conn.session.complete(done);
             if conn.socket.is_some() {
                 activate(&mut self.active, number, conn);
@@ -534,6 +565,12 @@ impl Worker {
             if conn.socket.is_none() {
                 conn.active = false;
                 return false;
+            }
+            if let (Some(lull), Some(socket)) = (&mut conn.lull, &conn.socket)
+                && lull.is_due()
+                && socket::unread(socket.as_fd()) > 0
+            {
+                self.behind = Some(number);
             }
             let alive = conn.send(&self.poll, number, self.now);
             let over = conn.session.is_over();
