@@ -24,7 +24,7 @@ pub(crate) struct Lull {
 /// A batch of so many needs no help.
 const PLENTY: u32 = 24;
 /// A client that never had so many under way would run out of replies to read: it is answered at once.
-const DEEP: u32 = 16 << 10;
+const DEEP: u32 = 32 << 10;
 /// A sleep shorter than this costs more than it brings, one longer could be noticed.
 const MIN: Duration = Duration::from_micros(4);
 const MAX: Duration = Duration::from_micros(100);
@@ -52,7 +52,7 @@ impl Lull {
         if is_behind() {
             self.time = self.time.max(MIN);
             thread::sleep(self.time);
-            self.time = if is_behind() { (self.time + STEP).min(MAX) } else { self.time * 3 / 4 };
+            self.time = if is_behind() { (self.time + STEP).min(MAX) } else { self.time / 2 };
         }
     }
 }
@@ -86,6 +86,6 @@ mod tests {
         assert_eq!(lull.time, MAX);
         let asked = std::cell::Cell::new(false);
         lull.rest(|| !asked.replace(true));
-        assert_eq!(lull.time, MAX * 3 / 4);
+        assert_eq!(lull.time, MAX / 2);
     }
 }
