@@ -12,10 +12,16 @@ impl Dir {
     #[expect(clippy::new_without_default, reason = "making one has an effect on the file system")]
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("nbdblk-{}-{count}", std::process::id()));
-        std::fs::create_dir(&path).unwrap_or_else(|error| panic!("creating {}: {error}", path.display()));
-        Self(path)
+        loop {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("nbdblk-{}-{count}", std::process::id()));
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Self(path),
+                // Of a test that was killed, when its process had this number.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => panic!("creating {}: {error}", path.display()),
+            }
+        }
     }
 
     /// Where it is.

@@ -80,6 +80,11 @@ impl Cmd {
         Self { program, command, input: Vec::new() }
     }
 
+    /// The path of the program.
+    pub fn path(&self) -> &Path {
+        &self.program
+    }
+
     /// Adds arguments.
     pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.command.args(args);

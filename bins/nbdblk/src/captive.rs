@@ -18,7 +18,9 @@ use nix::{
 };
 
 use crate::{
+    activation,
     control::{Control, Event},
+    ready::NOTIFY_SOCKET,
     uri::Address,
 };
 
@@ -73,13 +75,16 @@ fn environment(addresses: &[Address], export: &str) -> anyhow::Result<Vec<CStrin
     let uri = addresses[0].uri(export);
     let unix = addresses.iter().find_map(|address| match address {
         Address::Unix(path) => Some(path.clone().into_os_string()),
-        Address::Tcp(..) => None,
+        Address::Tcp(..) | Address::Vsock(_) => None,
     });
     let port = addresses.iter().find_map(|address| match address {
         Address::Tcp(_, port) => Some(port.to_string()),
+        Address::Vsock(port) => Some(port.to_string()),
         Address::Unix(_) => None,
     });
     let mut variables: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+    // Those are for the server only.
+    variables.retain(|name, _| name != NOTIFY_SOCKET && activation::VARIABLES.iter().all(|ours| name != ours));
     variables.insert("nbd".into(), uri.clone().into());
     variables.insert("uri".into(), uri.into());
     variables.insert("unixsocket".into(), unix.unwrap_or_default());

@@ -1,9 +1,12 @@
 //! The arguments, and the help that goes with them.
 #![allow(rustdoc::broken_intra_doc_links, reason = "the comments on arguments are the help text, word for word")]
 
-use std::{num::NonZeroUsize, path::PathBuf};
+use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
+use nbd_server_core::Rule;
+
+use crate::listen::Place;
 
 /// Serves block devices as Network Block Devices
 ///
@@ -50,7 +53,8 @@ pub(crate) struct Serve {
 
     /// Listen on a Unix domain socket; "-": on a private one, for --run. May be repeated
     ///
-    /// A socket that no server listens on any more is replaced. The socket is removed at the end.
+    /// A socket that no server listens on any more is replaced. The socket is removed at the end. "@NAME" is one in the
+    /// abstract namespace, without a file.
     #[arg(short = 'U', long, value_name = "PATH")]
     pub(crate) unix: Vec<PathBuf>,
 
@@ -60,17 +64,75 @@ pub(crate) struct Serve {
 
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
     ///
-    /// There is no authentication: whoever can connect can read, and write unless the export is read-only.
-    #[arg(short, long, value_name = "ADDRESS", visible_alias = "ipaddr")]
+    /// Without --allow whoever can connect can read, and write unless the export is read-only.
+    #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr")]
     pub(crate) ip_addr: Vec<String>,
+
+    /// Of a host's addresses, take only those of IPv4
+    #[arg(short = '4', long, conflicts_with = "ipv6_only")]
+    pub(crate) ipv4_only: bool,
+
+    /// Of a host's addresses, take only those of IPv6
+    #[arg(short = '6', long)]
+    pub(crate) ipv6_only: bool,
+
+    /// Listen for virtual machines or for the host, on a port of vsock [default: that of --port, which is not TCP's then]
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true)]
+    pub(crate) vsock: Option<Option<u32>>,
+
+    /// Listen at a place: unix:PATH, tcp:PORT, tcp:HOST:PORT, tcp:[IPV6]:PORT or vsock:PORT. May be repeated
+    ///
+    /// All ways to listen can be mixed. Sockets that systemd passes (socket activation: LISTEN_FDS) are used as they are,
+    /// and then no other can be asked for.
+    #[arg(short, long, value_name = "PLACE")]
+    pub(crate) listen: Vec<Place>,
+
+    /// Serve one client on standard input and output, and stop when it leaves
+    #[arg(short, long, visible_alias = "stdin", conflicts_with_all = ["unix", "port", "ip_addr", "ipv4_only", "ipv6_only", "vsock", "listen", "run", "print_uri"])]
+    pub(crate) single: bool,
+
+    /// Who may open an export: [NAME:]KIND=VALUE, without NAME for all of them. May be repeated
+    ///
+    /// An export with rules is open to whoever meets at least one of them; to others it is as if it were not there. KIND
+    /// is one of ip (ADDRESS or ADDRESS/BITS: TCP clients), uid and gid (effective user and group: clients on a Unix domain
+    /// socket), cid (clients on vsock), dn (subject of the client's certificate), san (another name in it, such as
+    /// DNS:host.example) and psk (user of a pre-shared key).
+    #[arg(long, value_name = "RULE", value_parser = allowed)]
+    pub(crate) allow: Vec<(Option<String>, Rule)>,
+
+    /// Connections that are served at the same time; more are closed [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub(crate) connections: Option<NonZeroUsize>,
+
+    /// How long a client may take to choose an export [default: 10s]
+    #[arg(long, value_name = "TIME", aliases = ["timeout", "time-out"], value_parser = timeout)]
+    pub(crate) handshake_timeout: Option<Duration>,
 
     /// Refuse writes, and open the devices for reading only
     #[arg(short, long, visible_alias = "readonly")]
     pub(crate) read_only: bool,
 
     /// Print the URIs on stdout, one a line, when the devices are open and the sockets listen; the default export's first
-    #[arg(long)]
+    #[arg(long, aliases = ["print-url", "show-uri", "show-url"])]
     pub(crate) print_uri: bool,
+
+    /// Write the process id into this file when the server is ready, and remove it at the end
+    #[arg(short = 'P', long, value_name = "PATH", alias = "pid-file")]
+    pub(crate) pidfile: Option<PathBuf>,
+
+    /// Write a newline to this inherited file descriptor when the server is ready, and close it
+    ///
+    /// Where systemd asks for it (Type=notify, NOTIFY_SOCKET), it is told as well.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    pub(crate) ready_fd: Option<i32>,
+
+    /// Stop when the process that started this one has ended
+    #[arg(long)]
+    pub(crate) exit_with_parent: bool,
+
+    /// Do not go into the background, which nbdblk never does
+    #[arg(short, long, alias = "no-fork", hide = true)]
+    foreground: bool,
 
     /// Run a shell command and stop when it ends, with its exit status; implies "-U -" without another socket
     ///
@@ -88,6 +150,24 @@ pub(crate) struct Serve {
     /// It bounds what clients can make the server hold, and how long a request may be (up to 32M).
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
+}
+
+impl Serve {
+    /// An option that says where to listen, if one was given.
+    pub(crate) fn listening(&self) -> Option<&'static str> {
+        let given = [
+            (!self.unix.is_empty(), "--unix"),
+            (self.port.is_some(), "--port"),
+            (!self.ip_addr.is_empty(), "--ip-addr"),
+            (self.ipv4_only, "--ipv4-only"),
+            (self.ipv6_only, "--ipv6-only"),
+            (self.vsock.is_some(), "--vsock"),
+            (!self.listen.is_empty(), "--listen"),
+            (self.single, "--single"),
+            (self.run.is_some(), "--run"),
+        ];
+        given.into_iter().find_map(|(given, option)| given.then_some(option))
+    }
 }
 
 #[derive(Args, Debug)]
@@ -123,6 +203,20 @@ fn memory(text: &str) -> Result<usize, String> {
     size.try_into().map_err(|_| "it does not fit the address space".into())
 }
 
+fn timeout(text: &str) -> Result<Duration, String> {
+    match blkdev_drivers::parse_time(text).map_err(|error| error.replacen("Value", "it", 1))? {
+        Duration::ZERO => Err("it must be longer than nothing".into()),
+        time => Ok(time),
+    }
+}
+
+/// As in a spec, the name of the export ends at a colon before the first "=".
+fn allowed(text: &str) -> Result<(Option<String>, Rule), String> {
+    let kind = text.split('=').next().unwrap_or_default();
+    let (name, rule) = kind.find(':').map_or((None, text), |at| (Some(text[..at].into()), &text[at + 1..]));
+    Ok((name, rule.parse().map_err(|error: std::io::Error| error.to_string())?))
+}
+
 const EXAMPLES: &str = "\
 Examples:
   On nbd://localhost, for as long as it runs:
@@ -151,6 +245,10 @@ Examples:
 
   A device behind qemu-storage-daemon or SPDK, looked at from a shell:
     nbdblk serve vhost-user=/run/vhost.sock,num-queues=2 --run 'nbdsh -u \"$uri\"'
+
+  To user 1000 alone, and to the host's network read-only under another name:
+    nbdblk serve disk:io_uring=disk.img copy:io_uring=disk.img,read-only=true -U /run/nbd.sock -i 192.0.2.1 \\
+      --allow disk:uid=1000 --allow copy:ip=192.0.2.0/24
 
   Copy it into a file:
     nbdblk serve -r vhost-user=/run/vhost.sock --run 'nbdcopy \"$uri\" copy.img'

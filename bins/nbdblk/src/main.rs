@@ -1,13 +1,18 @@
 //! `nbdblk`: serves block devices as Network Block Devices. Arguments in, an exit status out; the work is in the libraries.
 
+mod activation;
 mod captive;
 mod cli;
 mod control;
 mod drivers;
+mod files;
 mod info;
 mod listen;
 mod logger;
+mod parent;
+mod ready;
 mod serve;
+mod single;
 mod uri;
 
 use std::{
@@ -51,7 +56,8 @@ fn usage(error: &clap::Error) -> ExitCode {
         _ => {
             let text = error.render().to_string();
             let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
-            let words: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+            let words: Vec<&str> =
+                lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
             let line = words.join("; ").replace(":; ", ": ");
             complain(&format!("{}; nbdblk --help says more", line.trim_start_matches("error: ")));
             ExitCode::FAILURE

@@ -12,6 +12,9 @@ use crate::{
     control::{Control, Event, Phase},
     info::human,
     listen::Sockets,
+    parent,
+    ready::Ready,
+    single,
 };
 
 /// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
@@ -19,23 +22,35 @@ const NAME_MAX: usize = 4096;
 
 pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let specs = specs(args)?;
+    let passed = Sockets::passed(args)?;
     let control = Control::start()?;
-    let exports = specs.iter().map(|spec| open(spec, args.read_only)).collect::<anyhow::Result<Vec<_>>>()?;
+    if args.exit_with_parent {
+        parent::watch()?;
+    }
+    let exports = specs.iter().map(|spec| open(spec, args)).collect::<anyhow::Result<Vec<_>>>()?;
     control.enter(Phase::Serving);
-    let Sockets { listeners, addresses, files } = Sockets::bind(args)?;
+    let mut ready = Ready::prepare(args)?;
+    let Sockets { listeners, addresses, files } = match passed {
+        Some(passed) => passed,
+        None if args.single => Sockets { listeners: vec![single::client(&control)?], ..Sockets::default() },
+        None => Sockets::bind(args)?,
+    };
 
     let defaults = Limits::default();
     let limits = Limits {
         workers: args.threads.map_or(defaults.workers, |threads| threads.get()),
         memory: args.memory.unwrap_or(defaults.memory),
+        connections: args.connections.map_or(defaults.connections, |connections| connections.get()),
+        handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
         ..defaults
     };
     let server = Server::start(exports, listeners, limits).context("starting the server")?;
+    ready.announce()?;
 
     let uris = || specs.iter().flat_map(|spec| addresses.iter().map(|address| address.uri(&spec.name)));
     if args.print_uri {
         crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
-    } else if args.run.is_none() {
+    } else if args.run.is_none() && !args.single {
         crate::complain(&format!("serving at {}", uris().collect::<Vec<_>>().join(" and ")));
     }
     let captive = match &args.run {
@@ -55,7 +70,7 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     };
     control.enter(Phase::Stopping);
     // First, so that nothing is left of them when a second signal comes.
-    drop(files);
+    drop((files, ready));
     server.stop();
     Ok(status.into())
 }
@@ -73,11 +88,14 @@ fn specs(args: &cli::Serve) -> anyhow::Result<Vec<Spec>> {
         ensure!(specs.iter().all(|other| other.name != *name), "there are two exports with the name \"{name}\"");
         specs.push(spec);
     }
+    for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
+        ensure!(specs.iter().any(|spec| spec.name == *name), "--allow: there is no export with the name \"{name}\"");
+    }
     Ok(specs)
 }
 
-fn open(spec: &Spec, read_only: bool) -> anyhow::Result<Export> {
-    let settings = crate::info::restrict(&spec.settings, read_only);
+fn open(spec: &Spec, args: &cli::Serve) -> anyhow::Result<Export> {
+    let settings = crate::info::restrict(&spec.settings, args.read_only);
     let device = settings.open()?;
     let (name, info) = (spec.name.clone(), device.info());
     log::info!("export \"{name}\": {} {}, {}", info.driver, info.target, human(device.capacity()));
@@ -85,6 +103,8 @@ fn open(spec: &Spec, read_only: bool) -> anyhow::Result<Export> {
         log::info!("export \"{name}\": {property} = {value}");
     }
     let description = info.driver.to_owned();
-    let read_only = read_only || info.caps.read_only;
-    Ok(Export { name, description, device, read_only, access: Access::default() })
+    let read_only = args.read_only || info.caps.read_only;
+    let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == spec.name));
+    let access = Access(rules.map(|(_, rule)| rule.clone()).collect());
+    Ok(Export { name, description, device, read_only, access })
 }

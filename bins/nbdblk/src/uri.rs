@@ -1,6 +1,10 @@
 //! Where a server can be reached, as an NBD URI (doc/uri.md of the protocol; the same forms as nbdkit's).
 
-use std::{net::IpAddr, os::unix::ffi::OsStrExt, path::PathBuf};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+};
 
 /// The port of NBD; left out of URIs.
 pub(crate) const PORT: u16 = 10809;
@@ -8,10 +12,12 @@ pub(crate) const PORT: u16 = 10809;
 /// An address that clients can connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Address {
-    /// Of a Unix domain socket, absolute.
+    /// Of a Unix domain socket: absolute, or an abstract name after `@`, which few clients understand in a URI.
     Unix(PathBuf),
     /// A host name or an IP address, and the true port.
     Tcp(String, u16),
+    /// A port of vsock.
+    Vsock(u32),
 }
 
 impl Address {
@@ -19,7 +25,8 @@ impl Address {
     /// write it.
     pub(crate) fn tcp(host: &str, port: u16) -> Self {
         let host = match host.parse::<IpAddr>() {
-            Ok(ip) if ip.is_unspecified() || ip.is_loopback() => "localhost".into(),
+            // Not every machine's localhost has an IPv6 address.
+            Ok(ip) if ip.is_unspecified() || ip == Ipv4Addr::LOCALHOST => "localhost".into(),
             Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
             _ => host.into(),
         };
@@ -32,15 +39,18 @@ impl Address {
         let export = quote(export.as_bytes());
         match self {
             Self::Unix(path) => format!("nbd+unix://{slash}{export}?socket={}", quote(path.as_os_str().as_bytes())),
+            // 1 is this machine itself, as localhost is; others must put the number there that it has for them.
+            Self::Vsock(port) if *port == u32::from(PORT) => format!("nbd+vsock://1{slash}{export}"),
+            Self::Vsock(port) => format!("nbd+vsock://1:{port}{slash}{export}"),
             Self::Tcp(host, PORT) => format!("nbd://{host}{slash}{export}"),
             Self::Tcp(host, port) => format!("nbd://{host}:{port}{slash}{export}"),
         }
     }
 }
 
-/// Percent-encodes all but what is never special, and `/`.
+/// Percent-encodes all but what is never special, and `/` and `@`.
 fn quote(bytes: &[u8]) -> String {
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(byte);
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/@".contains(byte);
     bytes.iter().map(|byte| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
@@ -53,6 +63,9 @@ mod tests {
         let check = |address: Address, export, uri| assert_eq!(address.uri(export), uri);
         let unix = |path: &str| Address::Unix(path.into());
         check(unix("/tmp/so c:k"), "", "nbd+unix://?socket=/tmp/so%20c%3Ak");
+        check(unix("@abstract"), "foo", "nbd+unix:///foo?socket=@abstract");
+        check(Address::Vsock(10809), "foo", "nbd+vsock://1/foo");
+        check(Address::Vsock(1), "", "nbd+vsock://1:1");
         check(unix("/s"), "foo", "nbd+unix:///foo?socket=/s");
         check(unix("/s"), "a b/c:d?é", "nbd+unix:///a%20b/c%3Ad%3F%C3%A9?socket=/s");
         check(Address::tcp("localhost", PORT), "", "nbd://localhost");
@@ -60,6 +73,7 @@ mod tests {
         check(Address::tcp("localhost", PORT), "/disk", "nbd://localhost//disk");
         check(Address::tcp("127.0.0.1", 1), "", "nbd://localhost:1");
         check(Address::tcp("::", 1), "", "nbd://localhost:1");
+        check(Address::tcp("::1", 1), "", "nbd://[::1]:1");
         check(Address::tcp("192.0.2.7", 1), "x", "nbd://192.0.2.7:1/x");
         check(Address::tcp("2001:db8::7", PORT), "x", "nbd://[2001:db8::7]/x");
         check(Address::tcp("storage.example", PORT), "", "nbd://storage.example");

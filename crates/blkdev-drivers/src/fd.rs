@@ -10,7 +10,7 @@ use std::{
 ///
 /// # Errors
 /// `fd` is not open, or was opened by this process.
-pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     let describe = |error: io::Error| io::Error::new(error.kind(), format!("fd={fd}: {error}"));
     // SAFETY: F_GETFD takes any number and touches no memory.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };

@@ -59,6 +59,7 @@ mod units;
 
 pub use driver::{Driver, drivers, find};
 pub use error::Error;
+pub use fd::inherited;
 pub use property::{Access, Kind, Property, Value};
 pub use settings::{Settings, properties};
 pub use spec::Spec;

@@ -1,11 +1,13 @@
 //! nbdblk as its users meet it: the real binary, real clients, real devices.
 
+mod access;
 mod cli;
 mod clients;
 mod conformance;
 mod copy;
 mod handshake;
 mod hostile;
+mod listen;
 mod original;
 mod requests;
 mod vhost_user;
