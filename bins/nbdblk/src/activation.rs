@@ -25,10 +25,7 @@ pub(crate) fn sockets() -> anyhow::Result<Vec<(OwnedFd, String)>> {
     let Some(count) = count.filter(|_| pid.is_some_and(|pid| pid.parse() == Ok(process::id()))) else {
         return Ok(Vec::new());
     };
-    let count = match count.parse() {
-        Ok(count @ 0..=COUNT_MAX) => count,
-        _ => bail!("LISTEN_FDS={count} is not a number of sockets"),
-    };
+    let Ok(count @ 0..=COUNT_MAX) = count.parse() else { bail!("LISTEN_FDS={count} is not a number of sockets") };
     let names = names.unwrap_or_default();
     let mut names = names.split(':');
     let take = |fd| {

@@ -30,7 +30,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve devices until a signal comes or the command of --run ends
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Open a device and print its size, limits, capabilities and properties
     Info(Info),
     /// List the drivers, or the properties of one of them
