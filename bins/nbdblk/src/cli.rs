@@ -100,7 +100,7 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "RULE", value_parser = allowed)]
     pub(crate) allow: Vec<(Option<String>, Rule)>,
 
-    /// Connections that are served at the same time; more are closed [default: 4096]
+    /// Connections at the same time; more are closed [default: 4096]
     #[arg(long, value_name = "N")]
     pub(crate) connections: Option<NonZeroUsize>,
 

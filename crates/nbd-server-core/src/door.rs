@@ -169,8 +169,9 @@ impl Door {
     fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) -> io::Result<()> {
         let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
         let served: usize = self.workers.iter().map(Handle::load).sum();
-        if number >= self.limits.handshakes || served >= self.limits.connections {
-            log::warn!("{peer} was turned away: {number} are in their handshake, {served} are served");
+        let shaking = self.guests.iter().flatten().count();
+        if shaking >= self.limits.handshakes || shaking + served >= self.limits.connections {
+            log::warn!("{peer} was turned away: {shaking} are in their handshake, {served} are served");
             return Ok(());
         }
         let mut out = Vec::new();

@@ -33,7 +33,7 @@ pub struct Limits {
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
-    /// Connections that are served; more are closed at once.
+    /// Connections, in their handshake or served; more are closed at once.
     pub connections: usize,
     /// Connections in their handshake; more are closed at once.
     pub handshakes: usize,

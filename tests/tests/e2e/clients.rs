@@ -1,6 +1,8 @@
 //! What each client says of an export is the truth, and every way to negotiate one works.
 
-use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, nbdinfo, nbdsh, nbdsh_unconnected, tool, write_runs};
+use std::sync::Barrier;
+
+use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, nbdinfo, nbdsh, nbdsh_unconnected, tool, write_runs};
 use serde_json::Value;
 
 use crate::{Behind, KIB, MIB};
@@ -258,4 +260,79 @@ fn qcow2_inside_qcow2_is_read_by_qemu_through_the_server() {
     let io = ["-c", "write -P 7 1M 3M", "-c", "read -P 7 2M 1M", "-c", "read -P 0 8M 1M"];
     tool("qemu-io").args(["-f", "qcow2"]).args(io).args([server.uri()]).ok();
     tool("qemu-img").args(["check", "-f", "qcow2", &server.uri()]).ok();
+}
+
+#[test]
+fn everybody_at_the_same_time() {
+    const SIZE: u64 = 64 * MIB;
+    let dir = Dir::new();
+    write_runs(&dir.at("disk.raw"), SIZE, [(48 * MIB, 16 * MIB)]);
+    write_runs(&dir.at("part.raw"), 4 * MIB, [(0, 4 * MIB)]);
+    let disk = "disk:io_uring=disk.raw";
+    let server = Nbdblk::unix(&dir, &[disk, "copy:memory=64M", "-p", "0"]);
+    let log = server.log();
+    let tcp = log.lines().find(|uri| uri.starts_with("nbd://") && uri.ends_with("/disk")).expect("it listens on TCP");
+    let Address::Unix(socket) = server.address() else { unreachable!("a unix server") };
+    let (unix, socket) = (server.uri_of("disk"), socket.display().to_string());
+    let copy = server.uri_of("copy");
+    // Each has a place of its own on the disk, so all that he wrote must still be there: 0 to 1 MiB the combinations of
+    // handshake settings, then 4 MiB for each of the others, and from 48 MiB on what nobody writes.
+    let clients: [(&str, &(dyn Fn() + Sync)); 9] = [
+        ("every handshake", &|| assert_eq!(nbdsh_unconnected(tcp, COMBINATIONS).trim(), "64")),
+        ("nbdinfo", &|| assert_eq!(nbdinfo(&unix)["exports"][0]["export-size"], SIZE)),
+        ("nbdinfo --list", &|| {
+            let list = tool("nbdinfo").args(["--list", "--json", tcp]).ok().out;
+            assert_eq!(serde_json::from_str::<Value>(&list).unwrap()["exports"].as_array().unwrap().len(), 2, "{list}");
+        }),
+        ("qemu-nbd -L", &|| {
+            let list = tool("qemu-nbd").args(["-L", "-k", &socket]).ok().out;
+            assert!(list.contains("exports available: 2"), "{list}");
+        }),
+        ("qemu-img", &|| {
+            let source = dir.text("part.raw");
+            let at = format!(
+                "driver=raw,offset=4M,size=4M,file.driver=nbd,file.export=disk,file.server.type=unix,file.server.path={socket}"
+            );
+            tool("qemu-img").args(["convert", "-n", "-f", "raw", "--target-image-opts", &source, &at]).ok();
+            let json = format!(
+                r#"json:{{"driver":"raw","offset":4194304,"size":4194304,"file":{{"driver":"nbd","export":"disk","server":{{"type":"unix","path":"{socket}"}}}}}}"#
+            );
+            tool("qemu-img").args(["compare", &source, &json]).ok();
+        }),
+        ("qemu-io", &|| {
+            let commands = ["-c", "write -P 7 8M 3M", "-c", "read -P 7 8M 3M", "-c", "write -z -u 9M 1M"];
+            tool("qemu-io").args(["-f", "raw"]).args(commands).args(["-c", "read -P 0 9M 1M", &unix]).ok();
+        }),
+        ("nbdkit's nbd plugin", &|| {
+            let run = "nbdsh -u \"$uri\" -c 'd = bytes(range(256)) * 4096' -c 'h.pwrite(d, 12 << 20); assert h.pread(1 << 20, 12 << 20) == d; h.flush()'";
+            tool("nbdkit").args(["-U", "-", "nbd", &format!("uri={tcp}"), "--run", run]).ok();
+        }),
+        ("fio", &|| {
+            let args = ["--name=all", "--ioengine=nbd", "--thread", "--rw=randrw", "--bsrange=4k-64k", "--iodepth=32"];
+            let more = ["--offset=16m", "--size=8m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"];
+            tool("fio").args(args).args(more).args([format!("--uri={unix}")]).within(dir.path()).ok();
+        }),
+        ("nbdcopy", &|| {
+            tool("nbdcopy").args(["--connections=4", tcp, &copy]).ok();
+            tool("qemu-io").args(["-f", "raw", "-r", "-c", "read 48M 16M", &copy]).ok();
+        }),
+    ];
+    let start = Barrier::new(clients.len());
+    std::thread::scope(|scope| {
+        for (name, client) in clients {
+            let start = &start;
+            let rounds = move || {
+                start.wait();
+                (0..3).for_each(|_| client());
+            };
+            std::thread::Builder::new().name(name.into()).spawn_scoped(scope, rounds).unwrap();
+        }
+    });
+    let same = format!(
+        "import hashlib
+part = lambda u: (lambda h: (h.connect_uri(u), hashlib.sha256(h.pread(16 << 20, 48 << 20)).digest()))(nbd.NBD())[1]
+assert part({tcp:?}) == part({copy:?})"
+    );
+    tool("nbdsh").args(["-c", &same]).ok();
+    assert!(server.terminate().success());
 }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use nbdblk_tests::raw::{Mode, Raw, cmd};
+use nbdblk_tests::raw::{Mode, Raw, cmd, info_query, meta_query, opt, option_bytes};
 use nbdblk_tests::{Address, Dir, Nbdblk, Rng, eventually, write_runs};
 
 use crate::{Behind, MIB};
@@ -222,5 +222,75 @@ fn sigterm_ends_the_server_under_load_in_every_phase() {
         assert!(stand.server.terminate().success(), "{behind:?}");
         load.into_iter().for_each(|thread| thread.join().unwrap());
         drop((idle, partial));
+    }
+}
+
+#[test]
+fn idle_clients_and_short_ones_cost_nothing_afterwards() {
+    let dir = Dir::new();
+    for server in [Nbdblk::unix(&dir, &["memory=64M"]), Nbdblk::tcp(&dir, &["memory=64M"])] {
+        let address = server.address();
+        let idle = || -> Vec<Raw> {
+            let rise = |n: usize| match n % 4 {
+                0 => Raw::connect(address),
+                1 => Raw::greeted(address),
+                _ => Raw::enter(address, Mode::ALL[n % 3], ""),
+            };
+            (0..200).map(rise).collect()
+        };
+        let at_work = || assert_eq!(Raw::enter(address, Mode::Simple, "").read(0, 512), [0; 512]);
+        at_work();
+        let fds = server.fds();
+        // Once to see what the server keeps for good: its tables.
+        drop(idle());
+        eventually("the first clients are gone", || server.fds() <= fds);
+        let resident = server.resident_private();
+        let clients = idle();
+        at_work();
+        (0..2000).for_each(|_| throw(address, b""));
+        at_work();
+        assert!(server.fds() >= fds + 200, "they are still there");
+        drop(clients);
+        eventually("all descriptors are closed", || server.fds() <= fds);
+        let grown = server.resident_private().saturating_sub(resident);
+        assert!(grown < MIB, "resident memory grew by {grown} bytes");
+        assert!(server.terminate().success());
+    }
+}
+
+#[test]
+fn a_client_that_closes_at_any_byte_harms_nobody() {
+    const LEN: usize = 64;
+    let talk = |n: usize| {
+        let mode = Mode::Structured;
+        [
+            3_u32.to_be_bytes().to_vec(),
+            option_bytes(opt::STRUCTURED_REPLY, b""),
+            option_bytes(opt::SET_META_CONTEXT, &meta_query("", &["base:allocation"])),
+            option_bytes(opt::LIST, b""),
+            option_bytes(opt::GO, &info_query("", &[3])),
+            mode.header(0, cmd::BLOCK_STATUS, 1, 0, 4096),
+            mode.header(0, cmd::WRITE, 2, (n * LEN) as u64, LEN as u64),
+            vec![0xff; LEN],
+            mode.header(0, cmd::READ, 3, 0, 4096),
+            mode.header(0, cmd::DISC, 4, 0, 0),
+        ]
+        .concat()
+    };
+    let (whole, rest) = (talk(0).len(), 2 * 28);
+    let dir = Dir::new();
+    for server in [Nbdblk::unix(&dir, &["memory=1M"]), Nbdblk::tcp(&dir, &["memory=1M"])] {
+        let mut raw = Raw::enter(server.address(), Mode::Simple, "");
+        let fds = server.fds();
+        (0..=whole).for_each(|cut| throw(server.address(), &talk(cut)[..cut]));
+        eventually("all descriptors are closed", || server.fds() <= fds);
+        for cut in 0..=whole {
+            // A write is done or not, but a piece of one never is. Who has said all may still see his write withdrawn.
+            let found = raw.read((cut * LEN) as u64, LEN as u32);
+            let all = |byte| found.iter().all(|found| *found == byte);
+            assert!(all(0) || (all(0xff) && cut >= whole - rest), "cut at {cut} of {whole}: {found:?}");
+        }
+        drop(raw);
+        assert!(server.terminate().success());
     }
 }
