@@ -153,7 +153,7 @@ fn several_exports_are_listed_and_the_first_is_the_default() {
     let names: Vec<&str> =
         list["exports"].as_array().unwrap().iter().map(|e| e["export-name"].as_str().unwrap()).collect();
     assert_eq!(names, ["a", "b", "c"]);
-    let nbdblk_tests::Address::Unix(socket) = server.address() else { unreachable!("a unix server") };
+    let Address::Unix(socket) = server.address() else { unreachable!("a unix server") };
     let list = tool("qemu-nbd").args(["-L", "-k", socket.to_str().unwrap()]).ok().out;
     assert!(list.contains("exports available: 3") && list.contains("export: 'b'"), "{list}");
     // They are different devices.
