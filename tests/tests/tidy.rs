@@ -42,7 +42,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("nbdblk", &["blkdev", "blkdev-drivers", "nbd-server-core"]),
     ("nbdkit-nbdblk-plugin", &["blkdev", "blkdev-drivers"]),
     ("nbdblk-tests", &[]),
-    ("xtask", &[]),
+    ("xtask", &["nbd-proto"]),
 ];
 
 /// Packages that may allocate an error, parse arguments and print: programs, not libraries.

@@ -1,9 +1,10 @@
-//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH] [packed]`
+//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH] [split|packed] [BATCHES]`
 //!
 //! Drives the model device, which works in a thread of its own, with batches of 4 KiB reads, and times the calls only.
+//! `cargo xtask bench --micro` counts their instructions.
 use std::{env, io, sync::Arc, thread, time::Instant};
 
-use blkdev::{Device, Mapping, Op, Request};
+use blkdev::{Completion, Device, Mapping, Op, Queue, Request};
 use blkdev_virtio::{
     Options, VirtioBlk,
     model::{Local, Model, Spec},
@@ -12,6 +13,7 @@ use blkdev_virtio::{
 fn main() -> io::Result<()> {
     let batch: u64 = env::args().nth(1).map_or(Ok(64), |a| a.parse()).map_err(io::Error::other)?;
     let packed = env::args().nth(2).is_some_and(|a| a == "packed");
+    let batches: u64 = env::args().nth(3).map_or(Ok(20_000), |a| a.parse()).map_err(io::Error::other)?;
     let spec = Spec::new(32 << 20);
     let model = Model::new(if packed { spec.packed() } else { spec });
     let device: Arc<dyn Device> = Arc::new(VirtioBlk::open(Local::new(&model), &Options::default())?);
@@ -24,11 +26,9 @@ fn main() -> io::Result<()> {
         .collect();
     let mut done = Vec::with_capacity(batch as usize);
     let (mut pushes, mut reaps) = (Vec::new(), Vec::new());
-    for _ in 0..20_000 {
+    for _ in 0..batches {
         let begin = Instant::now();
-        for request in ready.drain(..) {
-            queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
-        }
+        count_push(&mut *queue, &mut ready)?;
         pushes.push(begin.elapsed());
         queue.kick();
         // Until the model has finished with the whole batch, so that one reap takes all of it.
@@ -36,7 +36,7 @@ fn main() -> io::Result<()> {
             thread::yield_now();
         }
         let begin = Instant::now();
-        queue.reap(&mut done);
+        count_reap(&mut *queue, &mut done);
         reaps.push(begin.elapsed());
         ready.extend(done.drain(..).map(|c| Request { tag: c.tag, op: c.op }));
         assert_eq!(ready.len() as u64, batch);
@@ -47,4 +47,17 @@ fn main() -> io::Result<()> {
         println!("{name}: {:.1} ns a request (a tenth of the batches: {:.1})", each(50), each(10));
     }
     Ok(())
+}
+
+#[inline(never)]
+fn count_push(queue: &mut dyn Queue, ready: &mut Vec<Request>) -> io::Result<()> {
+    for request in ready.drain(..) {
+        queue.push(request).map_err(|_| io::ErrorKind::ResourceBusy)?;
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn count_reap(queue: &mut dyn Queue, done: &mut Vec<Completion>) {
+    queue.reap(done);
 }

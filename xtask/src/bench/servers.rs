@@ -122,12 +122,21 @@ impl Address {
         }
     }
 
-    /// Connects, without a word.
+    /// Connects, without a word. Who hears nothing for some seconds gets an error.
     pub(crate) fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(match self {
-            Self::Unix(path) => Box::new(UnixStream::connect(path)?),
-            Self::Tcp(port) => Box::new(TcpStream::connect(("127.0.0.1", *port))?),
-        })
+        let patience = Some(Duration::from_secs(3));
+        match self {
+            Self::Unix(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_read_timeout(patience)?;
+                Ok(Box::new(stream))
+            }
+            Self::Tcp(port) => {
+                let stream = TcpStream::connect(("127.0.0.1", *port))?;
+                stream.set_read_timeout(patience)?;
+                Ok(Box::new(stream))
+            }
+        }
     }
 }
 
@@ -135,8 +144,9 @@ pub(crate) trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
 impl Stage {
-    /// Builds what is ours, finds the rivals, and makes the image. `nbdblk` and `plugin`: builds to be measured instead.
-    pub(crate) fn new(servers: &[&Server], nbdblk: Option<&str>, plugin: Option<&str>) -> Result<Self> {
+    /// Builds what is ours, finds the rivals, and makes the image. `raw`: drivers will be measured, too. `nbdblk` and
+    /// `plugin`: builds to be measured instead.
+    pub(crate) fn new(servers: &[&Server], raw: bool, nbdblk: Option<&str>, plugin: Option<&str>) -> Result<Self> {
         let has = |program| servers.iter().any(|server| server.program == program);
         let built = |given: Option<&str>, wanted, build: fn() -> Result<PathBuf>| match given {
             Some(path) => fs::canonicalize(path).with_context(|| format!("looking for {path}")),
@@ -145,8 +155,8 @@ impl Stage {
         };
         let nbdblk = built(nbdblk, has(Program::Nbdblk), shell::build_nbdblk)?;
         let plugin = built(plugin, has(Program::Plugin), dist::build_plugin)?;
-        let floor = built(None, has(Program::Floor), || example("nbd-proto", "floor", &[]))?;
-        let root = if servers.iter().any(|server| server.needs_rivals()) { rivals_root() } else { None };
+        let floor = built(None, has(Program::Floor), || example("nbd-proto", "floor"))?;
+        let root = if raw || servers.iter().any(|server| server.needs_rivals()) { rivals_root() } else { None };
         let (dir, image) = match &root {
             Some(root) => (root.join("tmp"), root.join("tmp/nbdblk-bench.img")),
             None => (std::env::temp_dir(), shell::target_dir()?.join("bench.img")),
@@ -157,7 +167,7 @@ impl Stage {
         if has(Program::Plugin) {
             fs::copy(&stage.plugin, stage.dir.join("plugin.so")).context("copying the plugin")?;
         }
-        if servers.iter().any(|server| server.words.contains("IMAGE")) {
+        if raw || servers.iter().any(|server| server.words.contains("IMAGE")) {
             make_image(&stage.image)?;
         }
         Ok(stage)
@@ -196,6 +206,10 @@ impl Stage {
 
     pub(crate) fn vhost_socket(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.vhost"))
+    }
+
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
     }
 
     fn command(&self, server: &Server, address: &Address) -> Result<Command> {
@@ -263,14 +277,17 @@ impl Stage {
         inside.map_or_else(|| path.to_owned(), |path| Path::new("/").join(path)).display().to_string()
     }
 
-    /// Name and version of each program that was measured.
-    pub(crate) fn versions(&self) -> Vec<String> {
-        let mut versions = vec![format!("nbdblk {}", env!("CARGO_PKG_VERSION"))];
-        for program in ["nbdkit", "qemu-nbd", "qemu-storage-daemon"] {
-            let Ok(output) = self.rival(program).and_then(|mut c| Ok(c.arg("--version").output()?)) else { continue };
+    /// Name and version of each program that was measured, and of the client.
+    pub(crate) fn versions(&self) -> String {
+        let mut versions = format!("nbdblk {}", env!("CARGO_PKG_VERSION"));
+        let rivals = ["nbdkit", "qemu-nbd", "qemu-storage-daemon"].map(|program| (program, self.rival(program).ok()));
+        for (program, command) in rivals.into_iter().chain([("fio", Some(shell::command("fio")))]) {
+            let Some(output) = command.and_then(|mut command| command.arg("--version").output().ok()) else { continue };
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let version = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
-            versions.extend(version.map(|version| format!("{program} {version}")));
+            let number = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit());
+            if let Some(version) = text.split([' ', '-', '\n']).find(number) {
+                versions += &format!(", {program} {version}");
+            }
         }
         versions
     }
@@ -308,8 +325,8 @@ fn cpu_of(process: &Daemon) -> Result<Duration> {
 }
 
 /// Builds an example of one of our packages and says where it is.
-pub(crate) fn example(package: &str, name: &str, words: &[&str]) -> Result<PathBuf> {
-    shell::ok(shell::cargo().args(["build", "--release", "-p", package, "--example", name]).args(words))?;
+pub(crate) fn example(package: &str, name: &str) -> Result<PathBuf> {
+    shell::ok(shell::cargo().args(["build", "--quiet", "--release", "-p", package, "--example", name]))?;
     Ok(shell::target_dir()?.join("release/examples").join(name))
 }
 

@@ -17,6 +17,10 @@ pub(crate) enum Transport {
     Tcp,
 }
 
+impl Transport {
+    pub(crate) const ALL: [Self; 2] = [Self::Unix, Self::Tcp];
+}
+
 /// `PATTERN-BLOCK-DEPTH[xCONNECTIONS][@TRANSPORT]`, such as `randread-4k-64` or `write-256k-16x2@tcp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Work {
@@ -107,7 +111,9 @@ impl Work {
     /// Lets fio work on the server for some seconds.
     pub(crate) fn run(&self, running: &Running, seconds: u32) -> Result<Figures> {
         let (cpu, device) = (running.cpu()?, running.backend_cpu()?);
-        let mut fio = shell::command("fio");
+        // A server that keeps a client waiting for ever must not keep the others waiting.
+        let mut fio = shell::command("timeout");
+        fio.args([&(seconds + 30).to_string(), "fio"]);
         fio.args(["--name=bench", "--ioengine=nbd", "--thread", "--group_reporting", "--time_based"]);
         fio.args(["--size=1g", "--norandommap", "--output-format=json"]);
         fio.arg(format!("--uri={}", running.address.uri()));
