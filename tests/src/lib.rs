@@ -15,6 +15,7 @@
 mod dir;
 mod image;
 mod nbdkit;
+mod pki;
 mod process;
 mod qsd;
 pub mod raw;
@@ -23,6 +24,7 @@ mod server;
 pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};
 pub use nbdkit::{Nbdkit, daemonised, nbdkit, panicking_plugin, plugin};
+pub use pki::{Pki, Version};
 pub use process::{Cmd, DEADLINE, Daemon, Output, eventually, root, tool};
 pub use qsd::{Export, Qsd};
 pub use server::{Address, Nbdblk, nbdblk};

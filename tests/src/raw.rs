@@ -8,7 +8,9 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::{Address, DEADLINE};
+use rustls::{ClientConnection, StreamOwned};
+
+use crate::{Address, DEADLINE, Pki, Version};
 
 /// Options of the handshake.
 pub mod opt {
@@ -142,9 +144,17 @@ impl Mode {
     }
 }
 
-trait Stream: Read + Write + Send {}
+trait Stream: Read + Write + Send {
+    /// Changes the keys under which the client sends, where there are any.
+    fn change_keys(&mut self) {}
+}
 impl Stream for TcpStream {}
 impl Stream for UnixStream {}
+impl Stream for StreamOwned<ClientConnection, Box<dyn Stream>> {
+    fn change_keys(&mut self) {
+        self.conn.refresh_traffic_keys().expect("TLS 1.3 can change keys");
+    }
+}
 
 /// One connection.
 pub struct Raw {
@@ -220,9 +230,27 @@ impl Raw {
         raw
     }
 
+    /// Goes under TLS, as the owner of the client's certificate.
+    pub fn start_tls(mut self, pki: &Pki, version: Version) -> Self {
+        assert_eq!(self.ask(opt::STARTTLS, b""), [(rep::ACK, vec![])], "STARTTLS");
+        self.stream = Box::new(StreamOwned::new(pki.connection(version), self.stream));
+        self.mode = Mode::Simple;
+        self
+    }
+
+    /// Changes the keys under which the client sends (TLS 1.3).
+    pub fn change_keys(&mut self) {
+        self.stream.change_keys();
+    }
+
     /// Connects and goes through the handshake of `mode`.
     pub fn enter(address: &Address, mode: Mode, name: &str) -> Self {
-        let mut raw = Self::greeted(address);
+        Self::greeted(address).entered(mode, name)
+    }
+
+    /// Goes through the handshake of `mode`, from the options on.
+    pub fn entered(self, mode: Mode, name: &str) -> Self {
+        let mut raw = self;
         raw.mode = mode;
         if mode == Mode::Plain {
             raw.option(opt::EXPORT_NAME, name.as_bytes());
@@ -504,6 +532,8 @@ impl Raw {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => {}
+            // TLS calls it that when nobody said goodbye.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {}
             Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {}
             Err(error) => panic!("the server keeps the connection: {error}"),
         }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -66,7 +67,7 @@ impl Nbdblk {
     pub fn tcp(dir: &Dir, args: &[&str]) -> Self {
         let daemon = Self::start(dir, &[args, &["--port", "0"]].concat());
         let printed = first_uri(&daemon.log());
-        let port = printed.rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
+        let port = printed.rsplit(':').next().and_then(|rest| rest.split(['/', '?']).next()?.parse().ok());
         let port: u16 = port.unwrap_or_else(|| panic!("no port in the printed URI {printed:?}"));
         Self { daemon, address: Address::Tcp(([127, 0, 0, 1], port).into()), printed }
     }
@@ -131,6 +132,15 @@ impl Nbdblk {
         self.memory("RssAnon:")
     }
 
+    /// What its threads have used of the CPU so far.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
+        let (_, fields) = stat.rsplit_once(')').expect("the name is in brackets");
+        // Fields 14 and 15, counted from the third, in hundredths of a second.
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));
+        Duration::from_millis(10 * ticks.sum::<u64>())
+    }
+
     fn memory(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server runs");
         let line = status.lines().find_map(|line| line.strip_prefix(key)).expect("a live process has memory");
@@ -157,5 +167,6 @@ fn first_uri(log: &str) -> String {
 fn find_uri(log: &str) -> Option<&str> {
     // A line counts when it is whole.
     let (whole, _) = log.rsplit_once('\n')?;
-    whole.lines().find(|line| line.starts_with("nbd:") || line.starts_with("nbd+unix:"))
+    let schemes = ["nbd:", "nbd+unix:", "nbds:", "nbds+unix:"];
+    whole.lines().find(|line| schemes.iter().any(|scheme| line.starts_with(scheme)))
 }

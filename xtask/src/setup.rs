@@ -33,6 +33,8 @@ const NEEDS: &[Need] = &[
     },
     Need { program: "cc", packages: &["gcc"], purpose: "reads that header" },
     Need { program: "psktool", packages: &["gnutls-bin"], purpose: "makes keys for TLS" },
+    Need { program: "certtool", packages: &["gnutls-bin"], purpose: "makes certificates for TLS" },
+    Need { program: "openssl", packages: &["openssl"], purpose: "makes a key for TLS" },
     Need { program: "pod2man", packages: &["perl"], purpose: "makes the manual page of the plugin" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },

@@ -21,6 +21,7 @@ use crate::{
     activation,
     control::{Control, Event},
     ready::NOTIFY_SOCKET,
+    tls::Security,
     uri::Address,
 };
 
@@ -32,8 +33,14 @@ pub(crate) struct Captive {
 
 impl Captive {
     /// Starts `sh -c command`. Its end arrives at `control`.
-    pub(crate) fn start(command: &str, addresses: &[Address], export: &str, control: &Control) -> anyhow::Result<Self> {
-        let environment = environment(addresses, export).context("the environment of the command")?;
+    pub(crate) fn start(
+        command: &str,
+        addresses: &[Address],
+        export: &str,
+        security: &Security,
+        control: &Control,
+    ) -> anyhow::Result<Self> {
+        let environment = environment(addresses, export, security).context("the environment of the command")?;
         // std's Command would hand the blocked signals and the ignored SIGPIPE on to the command.
         let mut attributes = PosixSpawnAttr::init()?;
         attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
@@ -71,8 +78,8 @@ impl Captive {
 }
 
 /// Ours, and what nbdkit tells its commands.
-fn environment(addresses: &[Address], export: &str) -> anyhow::Result<Vec<CString>> {
-    let uri = addresses[0].uri(export);
+fn environment(addresses: &[Address], export: &str, security: &Security) -> anyhow::Result<Vec<CString>> {
+    let uri = addresses[0].uri(export, security.words());
     let unix = addresses.iter().find_map(|address| match address {
         Address::Unix(path) => Some(path.clone().into_os_string()),
         Address::Tcp(..) | Address::Vsock(_) => None,
@@ -90,6 +97,7 @@ fn environment(addresses: &[Address], export: &str) -> anyhow::Result<Vec<CStrin
     variables.insert("unixsocket".into(), unix.unwrap_or_default());
     variables.insert("port".into(), port.unwrap_or_default().into());
     variables.insert("exportname".into(), export.into());
+    variables.extend(security.variables());
     let lines = variables.into_iter().map(|(name, value)| {
         let mut line = name.into_vec();
         line.push(b'=');

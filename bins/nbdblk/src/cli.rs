@@ -3,7 +3,7 @@
 
 use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use nbd_server_core::Rule;
 
 use crate::listen::Place;
@@ -64,7 +64,7 @@ pub(crate) struct Serve {
 
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
     ///
-    /// Without --allow whoever can connect can read, and write unless the export is read-only.
+    /// Without --allow, or TLS with --tls-verify-peer, whoever can connect can read, and write unless the export is read-only.
     #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr")]
     pub(crate) ip_addr: Vec<String>,
 
@@ -107,6 +107,9 @@ pub(crate) struct Serve {
     /// How long a client may take to choose an export [default: 10s]
     #[arg(long, value_name = "TIME", aliases = ["timeout", "time-out"], value_parser = timeout)]
     pub(crate) handshake_timeout: Option<Duration>,
+
+    #[command(flatten)]
+    pub(crate) tls: Tls,
 
     /// Refuse writes, and open the devices for reading only
     #[arg(short, long, visible_alias = "readonly")]
@@ -168,6 +171,30 @@ impl Serve {
         ];
         given.into_iter().find_map(|(given, option)| given.then_some(option))
     }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Tls {
+    /// Whether clients may use TLS (on), or must (require) [default: on with one of the next two, or else off]
+    #[arg(long = "tls", value_name = "MODE")]
+    pub(crate) mode: Option<TlsMode>,
+
+    /// Directory of server-cert.pem and server-key.pem, and of ca-cert.pem and ca-crl.pem for clients' certificates
+    ///
+    /// [default: the first there is of ~/.pki/nbdkit, ~/.config/pki/nbdkit and /etc/pki/nbdkit]
+    #[arg(long = "tls-certificates", value_name = "DIR")]
+    pub(crate) certificates: Option<PathBuf>,
+
+    /// Refuse clients without a certificate that ca-cert.pem vouches for
+    #[arg(long = "tls-verify-peer")]
+    pub(crate) verify_peer: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TlsMode {
+    Off,
+    On,
+    Require,
 }
 
 #[derive(Args, Debug)]
@@ -256,6 +283,9 @@ Examples:
   Give it to a virtual machine:
     nbdblk serve io_uring=/dev/nvme0n1 -U /run/nbd.sock
     qemu-system-x86_64 -drive 'file=nbd+unix://?socket=/run/nbd.sock,format=raw,if=virtio' ...
+
+  On the network, for clients with a certificate of ours:
+    nbdblk serve io_uring=disk.img -i :: --tls require --tls-certificates /etc/pki/nbd --tls-verify-peer
 
   A free TCP port, for a script:
     nbdblk serve io_uring=disk.img -p 0 --print-uri";

@@ -172,7 +172,7 @@ impl Sockets {
             let number = sockets.listeners.len();
             let context = || format!("socket {number} of LISTEN_FDS, \"{name}\"");
             let address = address_of(&socket).with_context(context)?;
-            log::info!("socket activation: {} is \"{name}\"", address.uri(""));
+            log::info!("socket activation: {} is \"{name}\"", address.uri("", None));
             sockets.addresses.push(address);
             sockets.listeners.push(Listener::inherited(socket).with_context(context)?);
         }

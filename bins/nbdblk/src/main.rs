@@ -13,6 +13,7 @@ mod parent;
 mod ready;
 mod serve;
 mod single;
+mod tls;
 mod uri;
 
 use std::{

@@ -15,6 +15,7 @@ use crate::{
     parent,
     ready::Ready,
     single,
+    tls::Security,
 };
 
 /// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
@@ -23,6 +24,7 @@ const NAME_MAX: usize = 4096;
 pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let specs = specs(args)?;
     let passed = Sockets::passed(args)?;
+    let security = Security::load(&args.tls)?;
     let control = Control::start()?;
     if args.exit_with_parent {
         parent::watch()?;
@@ -44,10 +46,11 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
         ..defaults
     };
-    let server = Server::start(exports, listeners, limits).context("starting the server")?;
+    let server = Server::start(exports, listeners, security.tls.clone(), limits).context("starting the server")?;
     ready.announce()?;
 
-    let uris = || specs.iter().flat_map(|spec| addresses.iter().map(|address| address.uri(&spec.name)));
+    let uris =
+        || specs.iter().flat_map(|spec| addresses.iter().map(|address| address.uri(&spec.name, security.words())));
     if args.print_uri {
         crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
     } else if args.run.is_none() && !args.single {
@@ -57,7 +60,7 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
         None => None,
         Some(command) => {
             control.enter(Phase::Running);
-            Some(Captive::start(command, &addresses, &specs[0].name, &control)?)
+            Some(Captive::start(command, &addresses, &specs[0].name, &security, &control)?)
         }
     };
 

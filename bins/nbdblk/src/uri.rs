@@ -33,23 +33,28 @@ impl Address {
         Self::Tcp(host, port)
     }
 
-    /// The URI of an export here.
-    pub(crate) fn uri(&self, export: &str) -> String {
+    /// The URI of an export here, which is under TLS when there are words for its credentials.
+    pub(crate) fn uri(&self, export: &str, tls: Option<&str>) -> String {
         let slash = if export.is_empty() { "" } else { "/" };
-        let export = quote(export.as_bytes());
-        match self {
-            Self::Unix(path) => format!("nbd+unix://{slash}{export}?socket={}", quote(path.as_os_str().as_bytes())),
+        let (export, scheme) = (quote(export.as_bytes()), if tls.is_some() { "nbds" } else { "nbd" });
+        let (place, mut words) = match self {
+            Self::Unix(path) => {
+                (format!("{scheme}+unix://"), vec![format!("socket={}", quote(path.as_os_str().as_bytes()))])
+            }
             // 1 is this machine itself, as localhost is; others must put the number there that it has for them.
-            Self::Vsock(port) if *port == u32::from(PORT) => format!("nbd+vsock://1{slash}{export}"),
-            Self::Vsock(port) => format!("nbd+vsock://1:{port}{slash}{export}"),
-            Self::Tcp(host, PORT) => format!("nbd://{host}{slash}{export}"),
-            Self::Tcp(host, port) => format!("nbd://{host}:{port}{slash}{export}"),
-        }
+            Self::Vsock(port) if *port == u32::from(PORT) => (format!("{scheme}+vsock://1"), vec![]),
+            Self::Vsock(port) => (format!("{scheme}+vsock://1:{port}"), vec![]),
+            Self::Tcp(host, PORT) => (format!("{scheme}://{host}"), vec![]),
+            Self::Tcp(host, port) => (format!("{scheme}://{host}:{port}"), vec![]),
+        };
+        words.extend(tls.map(String::from));
+        let question = if words.is_empty() { "" } else { "?" };
+        format!("{place}{slash}{export}{question}{}", words.join("&"))
     }
 }
 
 /// Percent-encodes all but what is never special, and `/` and `@`.
-fn quote(bytes: &[u8]) -> String {
+pub(crate) fn quote(bytes: &[u8]) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/@".contains(byte);
     bytes.iter().map(|byte| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
@@ -60,7 +65,7 @@ mod tests {
 
     #[test]
     fn uris_are_nbdkit_s() {
-        let check = |address: Address, export, uri| assert_eq!(address.uri(export), uri);
+        let check = |address: Address, export, uri| assert_eq!(address.uri(export, None), uri);
         let unix = |path: &str| Address::Unix(path.into());
         check(unix("/tmp/so c:k"), "", "nbd+unix://?socket=/tmp/so%20c%3Ak");
         check(unix("@abstract"), "foo", "nbd+unix:///foo?socket=@abstract");
@@ -77,5 +82,8 @@ mod tests {
         check(Address::tcp("192.0.2.7", 1), "x", "nbd://192.0.2.7:1/x");
         check(Address::tcp("2001:db8::7", PORT), "x", "nbd://[2001:db8::7]/x");
         check(Address::tcp("storage.example", PORT), "", "nbd://storage.example");
+        let check = |address: Address, uri| assert_eq!(address.uri("x", Some("tls-certificates=/c")), uri);
+        check(unix("/s"), "nbds+unix:///x?socket=/s&tls-certificates=/c");
+        check(Address::tcp("localhost", 1), "nbds://localhost:1/x?tls-certificates=/c");
     }
 }

@@ -15,7 +15,7 @@ fn main() -> std::io::Result<()> {
         read_only: false,
         access: Access::default(),
     };
-    let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], Limits::default())?;
+    let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], None, Limits::default())?;
     println!("nbd+unix:///?socket={path}");
     loop {
         thread::park();

@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::socket::{self, Gather};
 use nbd_proto::{Handshake, Negotiated, Offer, Step};
 use nix::{errno::Errno, sys::eventfd::EventFd};
 use rustix::io::ioctl_fionbio;
@@ -20,6 +19,8 @@ use crate::{
     Limits, Listener, Peer, listener,
     poll::{Happened, Interest, Poll},
     roster::{Ticket, View, lock},
+    stream::{Received, STAGING_MIN, Stream},
+    tls::{Shaking, Tls},
     worker::{Arrival, Handle},
 };
 
@@ -28,18 +29,22 @@ pub(crate) struct Door {
     poll: Poll,
     listeners: Vec<OwnedFd>,
     view: Arc<Mutex<View>>,
+    tls: Option<Tls>,
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
     limits: Limits,
+    staging: Box<[u8]>,
     /// Until when nobody is let in: there were no descriptors left.
     closed_until: Option<Instant>,
 }
 
 /// A connection in its handshake.
 struct Guest {
-    socket: OwnedFd,
+    stream: Stream,
+    /// TLS that is being agreed on.
+    shaking: Option<Shaking>,
     peer: Peer,
     /// Whoever waits for its end sees that this is dropped.
     over: Option<mpsc::Sender<()>>,
@@ -55,6 +60,7 @@ struct Guest {
 /// What becomes of a guest when `out` is sent.
 enum Ending {
     Serve(Box<Negotiated>, Ticket),
+    StartTls,
     Close,
 }
 
@@ -63,7 +69,7 @@ const BELL: u64 = u64::MAX;
 const LISTENER: u64 = 1 << 32;
 
 /// Received at a time. Options are short, and what comes after them is bounded by this.
-const STAGING: usize = 16 << 10;
+const STAGING: usize = STAGING_MIN;
 
 /// How long to wait when there are no descriptors left for another connection.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -72,6 +78,7 @@ impl Door {
     pub(crate) fn new(
         listeners: Vec<Listener>,
         view: Arc<Mutex<View>>,
+        tls: Option<Tls>,
         workers: Arc<[Handle]>,
         bell: Arc<EventFd>,
         stop: Arc<AtomicBool>,
@@ -83,11 +90,13 @@ impl Door {
             poll,
             listeners: Vec::new(),
             view,
+            tls,
             workers,
             guests: Vec::new(),
             bell,
             stop,
             limits,
+            staging: vec![0; STAGING].into_boxed_slice(),
             closed_until: None,
         };
         for listener in listeners {
@@ -175,10 +184,12 @@ impl Door {
             return Ok(());
         }
         let mut out = Vec::new();
-        let handshake = Handshake::new(OFFER, &mut out);
+        let tls = self.tls.as_ref().map_or(OFFER.tls, Tls::policy);
+        let handshake = Handshake::new(Offer { tls, ..OFFER }, &mut out);
         let deadline = Instant::now() + self.limits.handshake_timeout;
         self.poll.add_edge(&socket, number as u64, Interest::Both)?;
-        let guest = Guest { socket, peer, over, handshake, out, sent: Vec::new(), ending: None, deadline };
+        let (stream, sent) = (socket.into(), Vec::new());
+        let guest = Guest { stream, shaking: None, peer, over, handshake, out, sent, ending: None, deadline };
         if number == self.guests.len() {
             self.guests.push(None);
         }
@@ -190,7 +201,7 @@ impl Door {
     /// Goes on with a handshake as far as the client has.
     fn talk(&mut self, number: usize) {
         let Some(guest) = &mut self.guests[number] else { return };
-        let talked = guest.talk(&lock(&self.view));
+        let talked = guest.talk(&lock(&self.view), self.tls.as_ref(), &mut self.staging);
         match talked {
             Ok(false) => {}
             Ok(true) => {
@@ -204,46 +215,51 @@ impl Door {
         }
     }
 
-    fn hand_over(&self, guest: Guest) {
-        let Guest { socket, peer, over, sent, ending: Some(Ending::Serve(negotiated, ticket)), .. } = guest else {
-            return;
-        };
-        if let Err(e) = self.poll.remove(&socket) {
+    fn hand_over(&mut self, guest: Guest) {
+        let Guest { mut stream, peer, over, sent, ending, .. } = guest;
+        let Some(Ending::Serve(negotiated, ticket)) = ending else { return stream.close(&mut self.staging) };
+        if let Err(e) = self.poll.remove(&stream) {
             return log::warn!("{peer} was turned away: {e}");
         }
         log::info!("{peer} opens export {:?}", negotiated.export.name);
         if let Some(worker) = ticket.workers.iter().map(|n| &self.workers[*n]).min_by_key(|worker| worker.load()) {
-            worker.welcome(Arrival { socket, negotiated, ticket, sent, over });
+            worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
         }
     }
 }
 
 impl Guest {
     /// `true`: the handshake is over, one way or the other, and all is sent.
-    fn talk(&mut self, view: &View) -> io::Result<bool> {
+    fn talk(&mut self, view: &View, tls: Option<&Tls>, staging: &mut [u8]) -> io::Result<bool> {
         loop {
-            while !self.out.is_empty() {
-                let mut list = Gather::new();
-                list.bytes(&self.out);
-                match list.send(self.socket.as_fd()) {
-                    Ok(sent) => drop(self.out.drain(..sent)),
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(e),
+            if let Some(mut shaking) = self.shaking.take() {
+                if !shaking.go(self.stream.as_fd(), staging)? {
+                    self.shaking = Some(shaking);
+                    return Ok(false);
                 }
+                self.peer.identity = self.stream.protect(shaking)?;
+                log::info!("{} is under TLS: {:?}", self.peer, self.stream);
             }
-            if self.ending.is_some() {
-                return Ok(true);
+            if !self.stream.send_bytes(&mut self.out, staging)? {
+                return Ok(false);
             }
-            let mut staging = [0; STAGING];
-            let got = match socket::receive(self.socket.as_fd(), None, &mut staging) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(got) => got,
+            match (&self.ending, tls) {
+                (None, _) => {}
+                (Some(Ending::StartTls), Some(tls)) => {
+                    self.shaking = Some(tls.begin()?);
+                    self.ending = None;
+                    continue;
+                }
+                _ => return Ok(true),
+            }
+            let staged = match self.stream.receive(None, staging) {
+                Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(Some(Received { staged, .. })) => staged,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
-            let mut input = &staging[..got];
+            let mut input = &staging[..staged];
             let seen = view.exports.seen_by(&self.peer);
             match self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)? {
                 Step::More => {}
@@ -254,8 +270,10 @@ impl Guest {
                     let ticket = view.ticket(position);
                     self.ending = Some(Ending::Serve(negotiated, ticket));
                 }
-                // TLS is not offered, so `StartTls` never comes; and if it did, to close is the safe answer.
-                Step::Closed | Step::StartTls => self.ending = Some(Ending::Close),
+                // Nobody may send before the answer: what somebody did may have been put there by somebody else.
+                Step::StartTls if !input.is_empty() => return Err(io::Error::other("plain text after STARTTLS")),
+                Step::StartTls => self.ending = Some(Ending::StartTls),
+                Step::Closed => self.ending = Some(Ending::Close),
             }
         }
     }

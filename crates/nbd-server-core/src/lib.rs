@@ -27,6 +27,9 @@ mod poll;
 mod roster;
 mod server;
 mod session;
+mod stream;
+#[cfg_attr(not(feature = "tls"), path = "tls/absent.rs")]
+pub mod tls;
 mod worker;
 
 pub use access::{Access, Rule};

@@ -20,6 +20,7 @@ use crate::{
     door::Door,
     poll::bell,
     roster::Roster,
+    tls::Tls,
     worker::{self, Handle},
 };
 
@@ -72,10 +73,11 @@ pub struct Server {
 
 impl Server {
     /// Opens the queues of all exports, starts the threads and serves. The first export is the default one.
+    /// `tls`: what it offers beside plain text, or instead of it.
     ///
     /// # Errors
     /// Bad names or limits, or what a device or the kernel said. Nothing was accepted then.
-    pub fn start(exports: Vec<Export>, listeners: Vec<Listener>, limits: Limits) -> io::Result<Self> {
+    pub fn start(exports: Vec<Export>, listeners: Vec<Listener>, tls: Option<Tls>, limits: Limits) -> io::Result<Self> {
         if limits.memory < 1 << 20 || limits.workers == 0 {
             let text =
                 format!("{} workers with {} bytes: at least one, and 1 MiB, are needed", limits.workers, limits.memory);
@@ -97,7 +99,7 @@ impl Server {
         let mut server =
             Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), roster, threads };
         server.replace(exports, |_| Removal::Hide)?;
-        let door = Door::new(listeners, server.roster.view(), workers, bell, stop, limits)?;
+        let door = Door::new(listeners, server.roster.view(), tls, workers, bell, stop, limits)?;
         server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(move || door.run())?);
         Ok(server)
     }

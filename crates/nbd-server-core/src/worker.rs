@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -29,12 +29,13 @@ use crate::{
     lull::Lull,
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
+    stream::{Received, STAGING_MIN, Stream},
 };
 
 /// A client whose handshake is done.
 #[derive(Debug)]
 pub(crate) struct Arrival {
-    pub(crate) socket: OwnedFd,
+    pub(crate) stream: Stream,
     pub(crate) negotiated: Box<Negotiated>,
     /// Where it is to be served.
     pub(crate) ticket: Ticket,
@@ -162,7 +163,7 @@ impl Lane {
 
 struct Conn {
     /// `None`: gone, and only waiting for what is still at the device.
-    socket: Option<OwnedFd>,
+    stream: Option<Stream>,
     session: Session,
     lane: usize,
     /// Input that could not be taken yet. While there is any, no more is received.
@@ -189,6 +190,7 @@ struct Conn {
 /// Bytes received at a time: a hundred small writes, or thousands of other requests. Larger does not save system calls that
 /// matter, and would fall out of the cache.
 const STAGING: usize = 256 << 10;
+const _: () = assert!(STAGING >= STAGING_MIN);
 
 /// Receives of one connection in a turn, before others have theirs.
 const RECEIVES: usize = 4;
@@ -278,10 +280,10 @@ impl Worker {
         let Some(number) = self.behind.take() else { return };
         if self.active.is_empty()
             && self.load.load(Ordering::Relaxed) == 1
-            && let Some(Conn { lull: Some(lull), socket: Some(socket), session, .. }) = &mut self.conns[number as usize]
+            && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) = &mut self.conns[number as usize]
             && session.in_flight() == 0
         {
-            lull.rest(|| socket::unread(socket.as_fd()) > 0);
+            lull.rest(|| socket::unread(stream.as_fd()) > 0);
         }
     }
 
@@ -420,11 +422,11 @@ impl Worker {
             }
         }
         // Their numbers may be others' before the next turn.
-        self.active.retain(|&n| self.conns[n as usize].as_ref().is_some_and(|conn| conn.socket.is_some()));
+        self.active.retain(|&n| self.conns[n as usize].as_ref().is_some_and(|conn| conn.stream.is_some()));
     }
 
     fn welcome(&mut self, arrival: Arrival) {
-        let Arrival { socket, negotiated, ticket, sent, over } = arrival;
+        let Arrival { stream, negotiated, ticket, sent, over } = arrival;
         // Hidden, it is still there for those who have got as far as this.
         let refused = |lane: &Lane| lane.leaving.as_ref().is_some_and(|leaving| leaving.removal > Removal::Hide);
         let Some(lane) = self.lanes[ticket.lane].as_mut().filter(|lane| !refused(lane)) else {
@@ -436,7 +438,7 @@ impl Worker {
             self.conns.push(None);
             self.conns.len() as u32 - 1
         });
-        if let Err(e) = self.poll.add_edge(&socket, number.into(), Interest::Read) {
+        if let Err(e) = self.poll.add_edge(&stream, number.into(), Interest::Read) {
             log::warn!("a client was turned away: {e}");
             self.load.fetch_sub(1, Ordering::Relaxed);
             ticket.clients.fetch_sub(1, Ordering::Relaxed);
@@ -446,10 +448,11 @@ impl Worker {
         if let Some(leaving) = &mut lane.leaving {
             leaving.deadline = None;
         }
-        let is_unix = getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|a| a.as_unix_addr().is_some());
+        let is_unix =
+            getsockname::<SockaddrStorage>(stream.as_fd().as_raw_fd()).is_ok_and(|a| a.as_unix_addr().is_some());
         let lull = is_unix.then(Lull::default);
         let conn = self.conns[number as usize].insert(Conn {
-            socket: Some(socket),
+            stream: Some(stream),
             session: Session::new(&negotiated, number),
             lane: ticket.lane,
             backlog: sent,
@@ -490,7 +493,7 @@ impl Worker {
         let Some(conn) = &mut self.conns[number as usize] else { return };
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let wants = match conn.stall {
-            _ if conn.blocked || conn.socket.is_none() => false,
+            _ if conn.blocked || conn.stream.is_none() => false,
             None => conn.readable || !conn.backlog.is_empty(),
             Some(Stall::Calls) => true,
             Some(Stall::Memory | Stall::Disconnect) => false,
@@ -545,7 +548,7 @@ impl Worker {
                 lull.count(&done.io);
             }
             conn.session.complete(done);
-            if conn.socket.is_some() {
+            if conn.stream.is_some() {
                 activate(&mut self.active, number, conn);
             } else if conn.session.in_flight() == 0 {
                 let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
@@ -562,18 +565,18 @@ impl Worker {
         let mut active = std::mem::take(&mut self.active);
         active.retain(|&number| {
             let Some(conn) = &mut self.conns[number as usize] else { return false };
-            if conn.socket.is_none() {
+            if conn.stream.is_none() {
                 conn.active = false;
                 return false;
             }
-            if let (Some(lull), Some(socket)) = (&mut conn.lull, &conn.socket)
+            if let (Some(lull), Some(stream)) = (&mut conn.lull, &conn.stream)
                 && lull.is_due()
-                && socket::unread(socket.as_fd()) > 0
+                && socket::unread(stream.as_fd()) > 0
             {
                 self.behind = Some(number);
             }
-            let alive = conn.send(&self.poll, number, self.now);
-            let over = conn.session.is_over();
+            let alive = conn.send(&mut self.staging, &self.poll, number, self.now);
+            let over = conn.session.is_over() && !conn.blocked;
             let more = match conn.stall {
                 _ if conn.blocked => false,
                 None => conn.readable || !conn.backlog.is_empty(),
@@ -596,9 +599,8 @@ impl Worker {
     fn bury(&mut self, number: u32) {
         let slot = &mut self.conns[number as usize];
         let Some(conn) = slot else { return };
-        if conn.socket.take().is_none() {
-            return;
-        }
+        let Some(mut stream) = conn.stream.take() else { return };
+        stream.close(&mut self.staging);
         self.load.fetch_sub(1, Ordering::Relaxed);
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
@@ -621,7 +623,7 @@ impl Worker {
             let Some(conn) = &self.conns[number as usize] else { continue };
             let starving = self.lanes[conn.lane].as_ref().is_some_and(|lane| !lane.starved.is_empty());
             if starving
-                && conn.socket.is_some()
+                && conn.stream.is_some()
                 && conn.session.is_client_due()
                 && self.now.duration_since(conn.moved) > self.stall_timeout
             {
@@ -672,12 +674,10 @@ fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
 impl Conn {
     /// Receives once, and takes it. `false`: the connection is at its end.
     fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
-        let Some(socket) = &self.socket else { return false };
-        let landing = self.session.landing();
-        let direct = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
-        let got = match socket::receive(socket.as_fd(), landing, staging) {
-            Ok(0) => return false,
-            Ok(got) => got,
+        let Some(stream) = &mut self.stream else { return false };
+        let Received { landed, staged, more } = match stream.receive(self.session.landing(), staging) {
+            Ok(Some(received)) => received,
+            Ok(None) => return false,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
                 return true;
@@ -686,11 +686,10 @@ impl Conn {
             Err(_) => return false,
         };
         self.moved = now;
-        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own. The end of the
-        // stream will not, when it was told together with the last bytes.
-        self.readable = self.ended || got == direct + staging.len();
-        self.session.landed(got.min(direct), channel);
-        let mut input = &staging[..got.saturating_sub(direct)];
+        // The end of the stream is no event of its own when it was told together with the last bytes.
+        self.readable = self.ended || more;
+        self.session.landed(landed, channel);
+        let mut input = &staging[..staged];
         match self.session.take(&mut input, channel) {
             Ok(stall) => {
                 self.stall = stall;
@@ -722,12 +721,12 @@ impl Conn {
     }
 
     /// Sends what the socket takes. `false`: the connection is broken.
-    fn send(&mut self, poll: &Poll, number: u32, now: Instant) -> bool {
-        let Some(socket) = &self.socket else { return true };
-        if self.session.outbox().is_empty() || !self.writable {
+    fn send(&mut self, staging: &mut [u8], poll: &Poll, number: u32, now: Instant) -> bool {
+        let Some(stream) = &mut self.stream else { return true };
+        if (self.session.outbox().is_empty() && !self.blocked) || !self.writable {
             return true;
         }
-        let Ok(all) = self.session.outbox().send(socket.as_fd()) else { return false };
+        let Ok(all) = stream.send(self.session.outbox(), staging) else { return false };
         self.writable = all;
         self.moved = now;
         if self.blocked != all {
@@ -735,6 +734,6 @@ impl Conn {
         }
         self.blocked = !all;
         let interest = if all { Interest::Read } else { Interest::Write };
-        poll.set_edge(socket, number.into(), interest).is_ok()
+        poll.set_edge(stream, number.into(), interest).is_ok()
     }
 }

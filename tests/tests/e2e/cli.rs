@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::MIB;
 
 /// The command fails at once with status 1 and one line that has every one of `words`, and nothing listens.
-fn check_refused(dir: &Dir, args: &[&str], words: &[&str]) {
+pub(crate) fn check_refused(dir: &Dir, args: &[&str], words: &[&str]) {
     let socket = dir.text("refused.sock");
     // A backtrace, which the environment may ask for, is not part of a clear message.
     let output = nbdblk()

@@ -10,6 +10,7 @@ mod hostile;
 mod listen;
 mod original;
 mod requests;
+mod tls;
 mod vhost_user;
 
 use std::path::PathBuf;

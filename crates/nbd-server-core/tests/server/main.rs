@@ -221,7 +221,7 @@ fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (over, end) = mpsc::channel();
     let listener = Listener::Connected { socket: theirs.into(), over };
-    let _server = Server::start(exports, vec![listener], Limits::default()).unwrap();
+    let _server = Server::start(exports, vec![listener], None, Limits::default()).unwrap();
     let asked = |disk: &Counting| disk.1.load(Ordering::Relaxed);
     let before = (asked(&secret), asked(&public));
 
@@ -339,7 +339,12 @@ fn start(
 ) -> io::Result<Server> {
     let mut limits = Limits::default();
     change(&mut limits);
-    Server::start(devices.into_iter().map(|(name, device)| export(name, device, &[])).collect(), listeners, limits)
+    Server::start(
+        devices.into_iter().map(|(name, device)| export(name, device, &[])).collect(),
+        listeners,
+        None,
+        limits,
+    )
 }
 
 fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {

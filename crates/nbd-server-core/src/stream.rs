@@ -1,0 +1,144 @@
+//! [`Stream`]: a connection's bytes, in plain text or under TLS.
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use blkdev::{
+    Buf,
+    socket::{self, Gather},
+};
+
+use crate::{
+    Identity, Outbox,
+    tls::{Secure, Shaking},
+};
+
+/// Staging that a stream needs at least, bytes.
+pub(crate) const STAGING_MIN: usize = 64 << 10;
+
+/// A connected socket, and what its bytes go through.
+pub(crate) struct Stream {
+    socket: OwnedFd,
+    /// `None`: plain text.
+    tls: Option<Box<Secure>>,
+}
+
+/// What was received.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Received {
+    /// Bytes where the caller wanted them.
+    pub(crate) landed: usize,
+    /// Bytes at the front of the staging buffer.
+    pub(crate) staged: usize,
+    /// There may be more, of which no event will tell.
+    pub(crate) more: bool,
+}
+
+impl Stream {
+    /// Goes under TLS, whose handshake on this socket is over; tells who the client is.
+    ///
+    /// # Errors
+    /// The handshake's result cannot be used: close the connection.
+    pub(crate) fn protect(&mut self, shaking: Shaking) -> io::Result<Option<Identity>> {
+        let (secure, identity) = shaking.agree()?;
+        self.tls = Some(Box::new(secure));
+        Ok(identity)
+    }
+
+    /// Receives what is there now: into `landing` as far as that is possible without a copy, and the rest into `staging`,
+    /// which may be overwritten as a whole. `None`: the peer has closed.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing is there; otherwise the connection is broken.
+    pub(crate) fn receive(
+        &mut self,
+        landing: Option<(&mut Buf, usize)>,
+        staging: &mut [u8],
+    ) -> io::Result<Option<Received>> {
+        let socket = self.socket.as_fd();
+        if let Some(tls) = &mut self.tls {
+            return tls.receive(socket, staging);
+        }
+        let room = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
+        let got = socket::receive(socket, landing, staging)?;
+        let landed = got.min(room);
+        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own.
+        let more = got == room + staging.len();
+        Ok((got > 0).then_some(Received { landed, staged: got - landed, more }))
+    }
+
+    /// Sends until all is out (`true`) or the socket is full (`false`); then something may be on its way although `outbox`
+    /// is empty. `staging` may be overwritten.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub(crate) fn send(&mut self, outbox: &mut Outbox, staging: &mut [u8]) -> io::Result<bool> {
+        match &mut self.tls {
+            None => outbox.send(self.socket.as_fd()),
+            Some(tls) => tls.send(self.socket.as_fd(), staging, |room| outbox.read(room)),
+        }
+    }
+
+    /// The same for bytes, which are taken off the front.
+    pub(crate) fn send_bytes(&mut self, bytes: &mut Vec<u8>, staging: &mut [u8]) -> io::Result<bool> {
+        match &mut self.tls {
+            None => {
+                let sent = push(self.socket.as_fd(), bytes)?;
+                bytes.drain(..sent);
+                Ok(bytes.is_empty())
+            }
+            Some(tls) => tls.send(self.socket.as_fd(), staging, |room| {
+                let len = room.len().min(bytes.len());
+                room[..len].copy_from_slice(&bytes[..len]);
+                bytes.drain(..len);
+                len
+            }),
+        }
+    }
+
+    /// Takes leave, where there is a form for that. `staging` may be overwritten.
+    pub(crate) fn close(&mut self, staging: &mut [u8]) {
+        if let Some(tls) = &mut self.tls {
+            tls.close(self.socket.as_fd(), staging);
+        }
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.tls {
+            None => f.write_str("plain text"),
+            Some(tls) => tls.fmt(f),
+        }
+    }
+}
+
+impl From<OwnedFd> for Stream {
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket, tls: None }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Sends what the socket takes now, and tells how many bytes that was.
+pub(crate) fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let mut sent = 0;
+    while sent < bytes.len() {
+        let mut list = Gather::new();
+        list.bytes(&bytes[sent..]);
+        match list.send(socket) {
+            Ok(n) => sent += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(sent)
+}

@@ -1,0 +1,53 @@
+//! TLS in a build without the feature `tls`: types that nobody can make, so that nothing is left of what would use them.
+
+use std::{io, os::fd::BorrowedFd};
+
+use crate::{Identity, stream::Received};
+
+/// What a server offers. It takes the feature `tls` to make one.
+#[derive(Clone, Debug)]
+pub enum Tls {}
+
+impl Tls {
+    pub(crate) fn policy(&self) -> nbd_proto::Tls {
+        match *self {}
+    }
+
+    pub(crate) fn begin(&self) -> io::Result<Shaking> {
+        match *self {}
+    }
+}
+
+pub(crate) enum Shaking {}
+
+impl Shaking {
+    pub(crate) fn go(&mut self, _: BorrowedFd<'_>, _: &mut [u8]) -> io::Result<bool> {
+        match *self {}
+    }
+
+    pub(crate) fn agree(self) -> io::Result<(Secure, Option<Identity>)> {
+        match self {}
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum Secure {}
+
+impl Secure {
+    pub(crate) fn receive(&mut self, _: BorrowedFd<'_>, _: &mut [u8]) -> io::Result<Option<Received>> {
+        match *self {}
+    }
+
+    pub(crate) fn send(
+        &mut self,
+        _: BorrowedFd<'_>,
+        _: &mut [u8],
+        _: impl FnMut(&mut [u8]) -> usize,
+    ) -> io::Result<bool> {
+        match *self {}
+    }
+
+    pub(crate) fn close(&mut self, _: BorrowedFd<'_>, _: &mut [u8]) {
+        match *self {}
+    }
+}

@@ -1,0 +1,92 @@
+//! [`Secure`]: what a connection keeps whose bytes are TLS records that we make and open ourselves.
+
+use std::{fmt, io, mem, os::fd::BorrowedFd};
+
+use blkdev::socket;
+
+use super::records::{Opened, RECORD_MAX, Records, SEALED_MAX};
+use crate::stream::{Received, STAGING_MIN, push};
+
+/// Sealed at a time: enough for few system calls, little enough to stay in the cache, and to be kept for a client whose
+/// socket is full.
+const BATCH: usize = 8 * SEALED_MAX;
+
+pub(crate) struct Secure {
+    records: Records,
+    /// Received and not opened: the beginning of a record, or what came right after the handshake.
+    part: Vec<u8>,
+    /// `part` may have whole records, of which no event will tell.
+    fresh: bool,
+    /// Sealed, and not taken by the socket yet.
+    unsent: Vec<u8>,
+}
+
+impl Secure {
+    pub(super) fn new(records: Records, part: Vec<u8>) -> Self {
+        Self { records, fresh: !part.is_empty(), part, unsent: Vec::new() }
+    }
+
+    /// As [`Stream::receive`](crate::stream::Stream::receive).
+    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) -> io::Result<Option<Received>> {
+        if self.records.ended() {
+            return Ok(None);
+        }
+        let (had, fresh) = (self.part.len(), mem::take(&mut self.fresh));
+        staging[..had].copy_from_slice(&self.part);
+        let got = if fresh { 0 } else { socket::receive(socket, None, &mut staging[had..])? };
+        if got == 0 && !fresh {
+            return Ok(None);
+        }
+        let more = fresh || had + got == staging.len();
+        let bytes = &mut staging[..had + got];
+        let Opened { plain, used } = self.records.open(bytes)?;
+        self.part.clear();
+        self.part.extend_from_slice(&bytes[used..]);
+        Ok(Some(Received { landed: 0, staged: plain, more: more || self.records.ended() }))
+    }
+
+    /// Sends what `fill` has, until all is out (`true`) or the socket is full (`false`).
+    pub(crate) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        staging: &mut [u8],
+        mut fill: impl FnMut(&mut [u8]) -> usize,
+    ) -> io::Result<bool> {
+        let sent = push(socket, &self.unsent)?;
+        self.unsent.drain(..sent);
+        if !self.unsent.is_empty() {
+            return Ok(false);
+        }
+        loop {
+            let batch = staging.len().min(BATCH);
+            let len = self.records.seal(&mut staging[..batch], &mut fill)?;
+            if len == 0 {
+                return Ok(true);
+            }
+            let sent = push(socket, &staging[..len])?;
+            if sent < len {
+                self.unsent.extend_from_slice(&staging[sent..len]);
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Says that nothing more comes, so that the client can tell the end from a cut (RFC 8446, 6.1). As far as the socket
+    /// takes it.
+    pub(crate) fn close(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) {
+        if self.unsent.is_empty()
+            && let Ok(len) = self.records.close(staging)
+        {
+            let _ = push(socket, &staging[..len]);
+        }
+    }
+}
+
+impl fmt::Debug for Secure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.records.fmt(f)
+    }
+}
+
+// An opened record needs the rest of the one before it and one more; a sealed one, its room.
+const _: () = assert!(STAGING_MIN >= 2 * RECORD_MAX && STAGING_MIN >= SEALED_MAX);

@@ -1,0 +1,161 @@
+//! TLS by certificates: the handshake is rustls', up to the secrets.
+
+use std::{fmt, io, path::Path, sync::Arc};
+
+use rustls::{
+    ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion, RootCertStore, ServerConfig,
+    crypto::ring::default_provider,
+    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem::PemObject},
+    server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier},
+    unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
+};
+
+use super::{
+    Certificates, Identity, certificate,
+    records::{Agreed, Cipher, Secret, Version, Way, broken, record_len},
+};
+
+/// Reads the files, and sees whether they go together.
+pub(super) fn config(files: &Certificates) -> io::Result<Arc<ServerConfig>> {
+    let chain = CertificateDer::pem_file_iter(&files.certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| unusable(&files.certificate, &e))?;
+    let key = repaired(PrivateKeyDer::from_pem_file(&files.key).map_err(|e| unusable(&files.key, &e))?);
+    let provider = Arc::new(default_provider());
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?;
+    let builder = match &files.client_ca {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let mut roots = RootCertStore::empty();
+            for ca in CertificateDer::pem_file_iter(path).map_err(|e| unusable(path, &e))? {
+                ca.map_err(|e| unusable(path, &e)).and_then(|ca| roots.add(ca).map_err(|e| unusable(path, &e)))?;
+            }
+            let mut verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+            if let Some(path) = &files.client_crl {
+                let revoked = CertificateRevocationListDer::pem_file_iter(path)
+                    .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                    .map_err(|e| unusable(path, &e))?;
+                // A list speaks of its own issuer's certificates only.
+                verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
+            }
+            builder.with_client_cert_verifier(verifier.build().map_err(|e| unusable(path, &e))?)
+        }
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(|e| unusable(&files.certificate, &e))?;
+    config.enable_secret_extraction = true;
+    // NBD connections live long: nobody resumes a session, and a ticket would be one more record to account for.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(config.into())
+}
+
+/// The key as it should be. GnuTLS 3.7's certtool puts a zero before half of all keys on curves, whose length is fixed
+/// (RFC 5915, 3), so that nobody else can read them.
+fn repaired(key: PrivateKeyDer<'static>) -> PrivateKeyDer<'static> {
+    let PrivateKeyDer::Sec1(sec1) = &key else { return key };
+    match certificate::without_zero(sec1.secret_sec1_der()) {
+        Some(der) => PrivateKeyDer::Sec1(der.into()),
+        None => key,
+    }
+}
+
+fn unusable(path: &Path, error: &dyn fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("{}: {error}", path.display()))
+}
+
+/// One connection's handshake.
+pub(super) struct Engine {
+    connection: UnbufferedServerConnection,
+    /// How much of the input rustls has been shown: whole records, one more at a time, so that it never sees one that
+    /// comes after the handshake.
+    shown: usize,
+}
+
+impl Engine {
+    pub(super) fn new(config: &Arc<ServerConfig>) -> io::Result<Self> {
+        let connection = UnbufferedServerConnection::new(Arc::clone(config)).map_err(io::Error::other)?;
+        Ok(Self { connection, shown: 0 })
+    }
+
+    /// Takes records off `input` and appends others to `out`, which are to be sent whatever the outcome. `true`: it is
+    /// done, and what is left in `input` comes after it.
+    pub(super) fn go(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
+        loop {
+            let UnbufferedStatus { discard, state } = self.connection.process_tls_records(&mut input[..self.shown]);
+            let (mut more, mut done) = (false, false);
+            match state {
+                Ok(ConnectionState::EncodeTlsData(mut data)) => {
+                    let at = out.len();
+                    if let Err(EncodeError::InsufficientSize(size)) = data.encode(&mut []) {
+                        out.resize(at + size.required_size, 0);
+                        data.encode(&mut out[at..]).map_err(io::Error::other)?;
+                    }
+                }
+                // Whatever is in `out` is sent before anything else is received.
+                Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
+                Ok(ConnectionState::BlockedHandshake) => more = true,
+                Ok(ConnectionState::WriteTraffic(_)) => done = true,
+                Ok(_) => return Err(broken("the client ended the handshake")),
+                Err(e) => {
+                    input.drain(..discard);
+                    self.explain(&mut input[..self.shown - discard], out);
+                    return Err(io::Error::other(e));
+                }
+            }
+            input.drain(..discard);
+            self.shown -= discard;
+            if done {
+                return Ok(true);
+            }
+            if more {
+                match record_len(&input[self.shown..])? {
+                    Some(len) if self.shown + len <= input.len() => self.shown += len,
+                    _ => return Ok(false),
+                }
+            }
+        }
+    }
+
+    /// Appends the alert that says why the handshake failed. rustls wants to be shown the same `input` as ever.
+    fn explain(&mut self, input: &mut [u8], out: &mut Vec<u8>) {
+        let at = out.len();
+        out.resize(at + 1024, 0);
+        let len = match self.connection.process_tls_records(input).state {
+            Ok(ConnectionState::EncodeTlsData(mut data)) => data.encode(&mut out[at..]).unwrap_or(0),
+            _ => 0,
+        };
+        out.truncate(at + len);
+    }
+
+    pub(super) fn agreed(self) -> io::Result<(Agreed, Option<Identity>)> {
+        let identity = self.connection.peer_certificates().and_then(<[_]>::first).map(|der| certificate::read(der));
+        let (secrets, mut kernel) = self.connection.dangerous_into_kernel_connection().map_err(io::Error::other)?;
+        let version = match kernel.protocol_version() {
+            ProtocolVersion::TLSv1_3 => Version::Tls13,
+            _ => Version::Tls12,
+        };
+        let ExtractedSecrets { tx, rx } = secrets;
+        let next = move |way| {
+            let next = match way {
+                Way::In => kernel.update_rx_secret(),
+                Way::Out => kernel.update_tx_secret(),
+            };
+            secret(next.map_err(io::Error::other)?)
+        };
+        let agreed = Agreed { version, receive: secret(rx)?, send: secret(tx)?, next: Box::new(next) };
+        Ok((agreed, identity.transpose()?))
+    }
+}
+
+fn secret((seq, secrets): (u64, ConnectionTrafficSecrets)) -> io::Result<Secret> {
+    let (cipher, key, iv) = match secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
+        ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Cipher::Aes256Gcm, key, iv),
+        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Cipher::Chacha20Poly1305, key, iv),
+        _ => return Err(broken("a cipher that nobody offered")),
+    };
+    let iv = iv.as_ref().try_into().map_err(|_| broken("an initialization vector of the wrong length"))?;
+    Ok(Secret { cipher, key: key.as_ref().to_vec(), iv, seq })
+}

@@ -1,0 +1,372 @@
+//! TLS: every client, both versions, and what must be refused without harm to anybody else.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, meta_query, opt, option_bytes, rep};
+use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, Rng, Version, assert_equal, eventually, nbdblk, tool, write_runs};
+
+use crate::MIB;
+
+/// A server with certificates that `mode` says how to use, its authority, and an image of 64 MiB.
+struct Stand {
+    server: Nbdblk,
+    pki: Pki,
+    dir: Dir,
+}
+
+impl Stand {
+    fn new(listen: fn(&Dir, &[&str]) -> Nbdblk, mode: &str, args: &[&str]) -> Self {
+        let dir = Dir::new();
+        let pki = Pki::new(&dir, "pki");
+        write_runs(&dir.at("disk.raw"), 64 * MIB, [(0, 20 * MIB), (30 * MIB, 10 * MIB + 77)]);
+        let tls = ["--tls", mode, "--tls-certificates", pki.dir(), "--handshake-timeout=3s"];
+        let server = listen(&dir, &[&["-v", "io_uring=disk.raw"], &tls[..], args].concat());
+        Self { server, pki, dir }
+    }
+
+    fn require(listen: fn(&Dir, &[&str]) -> Nbdblk) -> Self {
+        Self::new(listen, "require", &["--tls-verify-peer"])
+    }
+
+    fn raw(&self, version: Version) -> Raw {
+        Raw::greeted(self.server.address()).start_tls(&self.pki, version)
+    }
+
+    /// The URI for a client with the certificates in `dir`.
+    fn uri(&self, dir: &str) -> String {
+        uri(&self.server, dir)
+    }
+}
+
+/// The printed URI names the directory of the server's certificates, which is the clients' as well.
+fn uri(server: &Nbdblk, dir: &str) -> String {
+    let printed = server.printed_uri();
+    let (place, _) = printed.split_once("tls-certificates=").unwrap_or_else(|| panic!("no certificates in {printed}"));
+    format!("{place}tls-certificates={dir}")
+}
+
+/// A client that is held to a version, by the configuration of GnuTLS: libnbd's and qemu's both.
+fn client(dir: &Dir, name: &str, version: Version) -> Cmd {
+    let config = dir.text(&format!("gnutls-{version:?}"));
+    // It takes the highest that both sides have. To disable 1.2 disables what 1.3 needs as well.
+    let disabled = if version == Version::Tls12 { "disabled-version = tls1.3" } else { "" };
+    std::fs::write(&config, format!("[overrides]\n{disabled}\n")).unwrap();
+    tool(name).env("GNUTLS_SYSTEM_PRIORITY_FILE", config)
+}
+
+/// nbdsh, allowed to read the certificates, connected as `h`.
+fn nbdsh(dir: &Dir, version: Version, uri: &str, script: &str) -> String {
+    let connect = format!("h.set_uri_allow_local_file(True); h.set_strict_mode(0); h.connect_uri({uri:?})");
+    client(dir, "nbdsh", version).args(["-c", &connect, "-c", script]).ok().out
+}
+
+fn every_client(stand: &Stand) {
+    let Stand { server, pki, dir } = stand;
+    let (image, copy, uri) = (dir.text("disk.raw"), dir.text("copy.raw"), server.printed_uri());
+    // qemu has no nbds: URIs.
+    let place = match server.address() {
+        Address::Unix(path) => format!("path={}", path.display()),
+        Address::Tcp(address) => format!("host=localhost,port={}", address.port()),
+    };
+    let object = format!("tls-creds-x509,id=tls,endpoint=client,dir={}", pki.dir());
+    let options = format!("driver=nbd,{place},tls-creds=tls,tls-hostname=localhost");
+    for version in Version::BOTH {
+        let client = |name| client(dir, name, version);
+        let info = client("nbdinfo").args(["--json", uri]).ok().out;
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert!(server.log().contains(&format!("is under TLS: {version:?}")), "{}", server.log());
+        assert_eq!((&info["TLS"], &info["exports"][0]["export-size"]), (&true.into(), &(64 * MIB).into()));
+        client("nbdcopy").args(["--connections=4", uri, &copy]).ok();
+        assert_equal(image.as_ref(), copy.as_ref());
+        client("nbdcopy").args(["--connections=4", "--flush", &copy, uri]).ok();
+        assert_equal(image.as_ref(), copy.as_ref());
+
+        nbdsh(dir, version, uri, ROUND_TRIPS);
+
+        let commands = ["write -P 7 8k 1M", "read -P 7 8k 1M", "aio_write -P 9 2M 4M", "aio_flush", "read -P 9 2M 4M"];
+        let qemu_io = client("qemu-io").args(["--object", &object, "--image-opts", &options]);
+        let said = commands.iter().fold(qemu_io, |qemu_io, command| qemu_io.args(["-c", command])).ok().out;
+        assert!(!said.contains("failed"), "{said}");
+        client("qemu-img").args(["convert", "--object", &object, "--image-opts", &options, "-O", "raw", &copy]).ok();
+        assert_equal(image.as_ref(), copy.as_ref());
+
+        let place = match server.address() {
+            Address::Unix(path) => vec![format!("socket={}", path.display())],
+            Address::Tcp(address) => vec!["hostname=localhost".into(), format!("port={}", address.port())],
+        };
+        let nbdkit = client("nbdkit").args(["-U", "-", "nbd"]).args(place).args(["tls=require"]);
+        let run = r#"nbdinfo --size "$uri" && nbdsh -u "$uri" -c 'assert h.pread(8, 8192) == b"\7" * 8'"#;
+        let size = nbdkit.args([&format!("tls-certificates={}", pki.dir()), "--run", run]).ok().out;
+        assert_eq!(size.trim(), (64 * MIB).to_string(), "{version:?}");
+    }
+}
+
+/// One at a time, of odd sizes, and 64 at a time.
+const ROUND_TRIPS: &str = "
+import os
+assert h.get_tls_negotiated()
+for at, n in (0, 1), (4095, 16384), (70000, 1 << 20), ((40 << 20) + 1, 20 << 20):
+    data = os.urandom(n); h.pwrite(data, at); assert h.pread(n, at) == data
+writes = [h.aio_pwrite(bytes([n]) * 100000, n * 100000) for n in range(64)]
+while h.aio_in_flight(): h.poll(-1)
+assert all(h.aio_command_completed(cookie) for cookie in writes)
+buffers = [nbd.Buffer(100000) for n in range(64)]
+reads = [h.aio_pread(buffer, n * 100000) for n, buffer in enumerate(buffers)]
+while h.aio_in_flight(): h.poll(-1)
+assert all(h.aio_command_completed(cookie) for cookie in reads)
+for n, buffer in enumerate(buffers): assert buffer.to_bytearray() == bytes([n]) * 100000
+h.shutdown()";
+
+#[test]
+fn every_client_over_tcp() {
+    every_client(&Stand::require(Nbdblk::tcp));
+}
+
+#[test]
+fn every_client_over_unix() {
+    every_client(&Stand::require(Nbdblk::unix));
+}
+
+#[test]
+fn whoever_has_no_certificate_of_ours_is_refused_and_nobody_else() {
+    let stand = Stand::require(Nbdblk::tcp);
+    let Stand { server, pki, dir } = &stand;
+    let others = Pki::new(dir, "others");
+    // Both trust the server: that is not what is tested.
+    let (none, wrong) = (dir.text("none"), dir.text("wrong"));
+    for (to, files) in [(&none, &[][..]), (&wrong, &["client-cert.pem", "client-key.pem"])] {
+        std::fs::create_dir(to).unwrap();
+        std::fs::copy(format!("{}/ca-cert.pem", pki.dir()), format!("{to}/ca-cert.pem")).unwrap();
+        files.iter().for_each(|file| drop(std::fs::copy(format!("{}/{file}", others.dir()), format!("{to}/{file}"))));
+    }
+    for version in Version::BOTH {
+        for bad in [&none, &wrong] {
+            let output = client(dir, "nbdinfo", version).args(["--size", &stand.uri(bad)]).run();
+            assert!(!output.status.success(), "{version:?}: somebody with {bad} came in");
+        }
+        let good = client(dir, "nbdinfo", version).args(["--size", server.printed_uri()]).ok().out;
+        assert_eq!(good.trim(), (64 * MIB).to_string());
+    }
+    pki.revoke_client();
+    let tls = ["--tls=require", "--tls-verify-peer", "--tls-certificates", pki.dir()];
+    let strict = Nbdblk::tcp(dir, &[&["memory=1M"], &tls[..]].concat());
+    assert!(!tool("nbdinfo").args(["--size", &uri(&strict, pki.dir())]).run().status.success(), "it is revoked");
+}
+
+#[test]
+fn where_tls_is_required_plain_text_gets_nothing() {
+    let stand = Stand::require(Nbdblk::unix);
+    let address = stand.server.address();
+    let refused = tool("nbdinfo").args([&stand.server.uri()]).run();
+    assert!(!refused.status.success() && !refused.out.contains("size"), "{refused:?}");
+    let mut raw = Raw::greeted(address);
+    let query = info_query("", &[]);
+    let context = meta_query("", &["base:allocation"]);
+    let options: [(u32, &[u8]); 8] = [
+        (opt::LIST, b""),
+        (opt::INFO, &query),
+        (opt::GO, &query),
+        (opt::STRUCTURED_REPLY, b""),
+        (opt::EXTENDED_HEADERS, b""),
+        (opt::LIST_META_CONTEXT, &context),
+        (opt::SET_META_CONTEXT, &context),
+        (0x1234, b"data"),
+    ];
+    for (option, data) in options {
+        let replies = raw.ask(option, data);
+        assert_eq!((replies.len(), replies[0].0), (1, rep::ERR_TLS_REQD), "option {option}");
+    }
+    assert_eq!(raw.ask_kind(opt::STARTTLS, b"data"), rep::ERR_INVALID);
+    let mut raw = raw.start_tls(&stand.pki, Version::Tls13);
+    assert_eq!(raw.ask_kind(opt::STARTTLS, b""), rep::ERR_INVALID, "it was started already");
+    raw.entered(Mode::Structured, "").read(0, 1);
+
+    let mut raw = Raw::greeted(address);
+    assert_eq!(raw.ask_kind(opt::ABORT, b""), rep::ACK);
+    assert_eq!(raw.await_close(), b"");
+    let mut raw = Raw::greeted(address);
+    raw.option(opt::EXPORT_NAME, b"");
+    assert_eq!(raw.await_close(), b"");
+}
+
+#[test]
+fn what_came_before_starttls_is_forgotten() {
+    let stand = Stand::new(Nbdblk::tcp, "on", &[]);
+    for version in Version::BOTH {
+        let mut raw = Raw::greeted(stand.server.address());
+        assert_eq!(raw.ask_kind(opt::STRUCTURED_REPLY, b""), rep::ACK);
+        assert_eq!(raw.ask_kind(opt::SET_META_CONTEXT, &meta_query("", &["base:allocation"])), rep::ACK);
+        // Raw does not take a structured answer where it has not asked for one, under TLS.
+        let mut raw = raw.start_tls(&stand.pki, version).entered(Mode::Simple, "");
+        assert_eq!(raw.read(0, 70_000).len(), 70_000);
+        assert_eq!(raw.call(0, cmd::BLOCK_STATUS, 0, 4096, b"").error, errno::EINVAL);
+        // And whoever does not want TLS here needs none.
+        Raw::enter(stand.server.address(), Mode::Structured, "").read(0, 1);
+    }
+}
+
+#[test]
+fn plain_text_right_after_starttls_ends_the_connection() {
+    let stand = Stand::new(Nbdblk::unix, "on", &[]);
+    let mut raw = Raw::greeted(stand.server.address());
+    raw.send(&[option_bytes(opt::STARTTLS, b""), option_bytes(opt::STRUCTURED_REPLY, b"")].concat());
+    assert_eq!(raw.await_close(), b"");
+}
+
+#[test]
+fn a_refused_write_is_drained_through_tls() {
+    for args in [&["--tls-verify-peer", "--read-only"][..], &["--tls-verify-peer"]] {
+        let stand = Stand::new(Nbdblk::tcp, "require", args);
+        for (version, mode) in Version::BOTH.into_iter().flat_map(|version| Mode::ALL.map(|mode| (version, mode))) {
+            let mut raw = stand.raw(version).entered(mode, "");
+            let before = raw.read(0, 4096);
+            // Read-only, or past the end: refused in either case, 33 MiB of payload and all.
+            let write = raw.request(0, cmd::WRITE, 60 * MIB, 33 * MIB as u32, &vec![7; 33 * MIB as usize]);
+            let read = raw.request(0, cmd::READ, 0, 4096, b"");
+            let (refused, answer) = (raw.answer(), raw.answer());
+            assert!(refused.cookie == write && [errno::EPERM, errno::ENOSPC].contains(&refused.error), "{refused:?}");
+            assert!(answer.cookie == read && answer.data == before, "{version:?} {mode:?}");
+        }
+    }
+}
+
+#[test]
+fn records_may_be_of_any_size_and_keys_may_change() {
+    let stand = Stand::require(Nbdblk::tcp);
+    for version in Version::BOTH {
+        let mut raw = stand.raw(version).entered(Mode::Simple, "");
+        let mut rng = Rng(7);
+        for round in 0..20_u64 {
+            let data = rng.bytes(1 + (round * 3001) as usize);
+            let header = Mode::Simple.header(0, cmd::WRITE, 1000 + round, round * 70_000, data.len() as u64);
+            // A record for each byte of the header, and for each piece of the payload.
+            header.chunks(1).chain(data.chunks(1 + round as usize * 777)).for_each(|piece| raw.send(piece));
+            let answer = raw.answer();
+            assert_eq!((answer.cookie, answer.error), (1000 + round, 0));
+            if version == Version::Tls13 {
+                raw.change_keys();
+            }
+            assert!(raw.read(round * 70_000, data.len() as u32) == data, "{version:?} round {round}");
+        }
+    }
+}
+
+#[test]
+fn a_client_that_takes_no_answers_gets_them_all_in_the_end() {
+    let stand = Stand::require(Nbdblk::tcp);
+    for version in Version::BOTH {
+        let before = stand.server.resident_private();
+        let mut slow: Vec<Raw> = (0..8).map(|_| stand.raw(version).entered(Mode::Simple, "")).collect();
+        let reads: Vec<(u64, u32)> = (0..32).map(|n| (n * MIB, MIB as u32)).collect();
+        slow.iter_mut().for_each(|raw| _ = raw.request_reads(&reads));
+        let mut other = stand.raw(version).entered(Mode::Structured, "");
+        (0..50).for_each(|n| other.write(50 * MIB + n * 4096, &[n as u8; 4096]));
+        let grown = stand.server.resident_private().saturating_sub(before);
+        assert!(grown < 64 * MIB, "memory is not bounded: {grown} bytes more");
+        let image = std::fs::read(stand.dir.at("disk.raw")).unwrap();
+        let mut raw = slow.remove(0);
+        for _ in &reads {
+            let answer = raw.answer();
+            assert_eq!((answer.error, answer.data.len()), (0, MIB as usize));
+            let at = (answer.cookie - 1) * MIB;
+            assert!(answer.data == image[at as usize..][..MIB as usize], "{version:?} at {at}");
+        }
+    }
+    assert!(stand.server.terminate().success());
+}
+
+#[test]
+fn garbage_and_broken_handshakes_are_no_harm() {
+    let stand = Stand::require(Nbdblk::tcp);
+    let Address::Tcp(address) = stand.server.address() else { unreachable!("it listens on TCP") };
+    let settled = |version| stand.raw(version).entered(Mode::Simple, "").read(0, 1);
+    settled(Version::Tls12);
+    eventually("the first client is gone", || stand.server.fds() < 100);
+    let fds = stand.server.fds();
+    let starttls = [&3_u32.to_be_bytes()[..], &option_bytes(opt::STARTTLS, b"")].concat();
+    let begin = || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(&starttls).unwrap();
+        let mut greeting = [0; 18 + 20];
+        stream.read_exact(&mut greeting).unwrap();
+        stream
+    };
+    // One that says nothing more is cut off at the deadline; the others are not kept waiting by it.
+    let (mut silent, start) = (begin(), Instant::now());
+    silent.write_all(&[22, 3, 1, 2, 0, 1]).unwrap();
+
+    let mut hello = Vec::new();
+    stand.pki.connection(Version::Tls13).write_tls(&mut hello).unwrap();
+    let mut rng = Rng(5);
+    for n in 0..hello.len() {
+        begin().write_all(&hello[..n]).unwrap();
+        let mut changed = hello.clone();
+        changed[n] ^= 1 << (n % 8);
+        let mut stream = begin();
+        stream.write_all(&changed).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        // Whatever it answers, it ends.
+        let _ = stream.read_to_end(&mut Vec::new());
+        drop(begin().write_all(&rng.bytes(n * 100)));
+    }
+    Version::BOTH.into_iter().for_each(|version| drop(settled(version)));
+    silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let end = silent.read_to_end(&mut Vec::new());
+    assert!(end.is_ok() || start.elapsed() < Duration::from_secs(60), "nobody cut off a silent client");
+    eventually("the descriptors are closed", || stand.server.fds() <= fds);
+    assert!(stand.server.terminate().success());
+}
+
+#[test]
+fn clients_that_vanish_leave_nothing_and_cost_nothing() {
+    let stand = Stand::require(Nbdblk::tcp);
+    stand.raw(Version::Tls13).entered(Mode::Simple, "").read(0, 1);
+    let fds = stand.server.fds();
+    for n in 0..60 {
+        let mode = Mode::ALL[n % 4];
+        let mut raw = stand.raw(Version::BOTH[n % 2]).entered(mode, "");
+        match n / 4 % 4 {
+            0 => _ = raw.request_reads(&[(0, MIB as u32); 8]),
+            1 => raw.send(&[mode.header(0, cmd::WRITE, 1, 0, MIB), vec![0; n * 1000]].concat()),
+            2 => raw.send(&mode.header(0, cmd::READ, 1, 0, 512)[..n % 28]),
+            _ => {}
+        }
+    }
+    eventually("the descriptors are closed", || stand.server.fds() <= fds);
+    let before = stand.server.cpu_time();
+    std::thread::sleep(Duration::from_millis(500));
+    let spent = stand.server.cpu_time() - before;
+    assert!(spent < Duration::from_millis(250), "idle, and yet it took {spent:?} of the CPU in half a second");
+}
+
+#[test]
+fn what_is_wrong_with_the_files_is_said_at_start() {
+    let dir = Dir::new();
+    let (pki, others) = (Pki::new(&dir, "pki"), Pki::new(&dir, "others"));
+    std::fs::create_dir(dir.at("empty")).unwrap();
+    let check =
+        |args: &[&str], words: &[&str]| crate::cli::check_refused(&dir, &[&["memory=1M"], args].concat(), words);
+    check(&["--tls=require", "--tls-certificates=empty"], &["empty/server-cert.pem"]);
+    check(&["--tls=perhaps"], &["perhaps", "require"]);
+    check(&["--tls-verify-peer"], &["--tls-verify-peer", "--tls"]);
+    std::fs::copy(format!("{}/server-key.pem", others.dir()), format!("{}/server-key.pem", pki.dir())).unwrap();
+    check(&["--tls-certificates", pki.dir()], &["server-cert.pem", "key"]);
+    std::fs::remove_file(format!("{}/ca-cert.pem", others.dir())).unwrap();
+    check(&["--tls-certificates", others.dir(), "--tls-verify-peer"], &["ca-cert.pem"]);
+    std::fs::write(format!("{}/server-key.pem", others.dir()), "no key").unwrap();
+    check(&["--tls-certificates", others.dir()], &["server-key.pem"]);
+}
+
+#[test]
+fn certificates_are_found_where_nbdkit_looks() {
+    let dir = Dir::new();
+    let pki = Pki::new(&dir, "pki");
+    std::fs::create_dir(dir.at(".pki")).unwrap();
+    std::fs::rename(pki.dir(), dir.at(".pki/nbdkit")).unwrap();
+    let command = r#"echo "$tls $tls_certificates"; nbdinfo --size "$uri""#;
+    let serve = nbdblk().args(["serve", "memory=1M", "--tls=require", "--tls-verify-peer", "--run", command]);
+    let out = serve.env("HOME", dir.path()).ok().out;
+    assert_eq!(out, format!("require {}\n1048576\n", dir.at(".pki/nbdkit").display()));
+}
