@@ -31,6 +31,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Serve devices until a signal comes or the command of --run ends
     Serve(Box<Serve>),
+    /// Have a server read its file again
+    Reload(Reload),
     /// Open a device and print its size, limits, capabilities and properties
     Info(Info),
     /// List the drivers, or the properties of one of them
@@ -48,8 +50,18 @@ pub(crate) struct Serve {
     ///
     /// NAME is the export's name, and ends at a colon before the first "=". Write ",," for a comma in a value. "nbdblk
     /// drivers" lists the drivers, "nbdblk drivers NAME" their properties.
-    #[arg(value_name = "EXPORT", required = true)]
+    #[arg(value_name = "EXPORT", required_unless_present = "config")]
     pub(crate) specs: Vec<String>,
+
+    /// Read the exports, and options by their long names, from a TOML file
+    ///
+    /// SIGHUP and "nbdblk reload" have it read again. A file with a mistake is refused as a whole, with line and column.
+    #[arg(long, value_name = "FILE", conflicts_with = "specs")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// With --config: listen for "nbdblk reload" on this Unix domain socket, for this user and root only
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
 
     /// Listen on a Unix domain socket; "-": on a private one, for --run. May be repeated
     ///
@@ -173,6 +185,22 @@ impl Serve {
     }
 }
 
+/// Have a server read its file again
+///
+/// Prints what has changed. When the file has a mistake, or a device of it cannot be opened, that is said, the status is 1,
+/// and the server goes on as it was.
+#[derive(Args, Debug)]
+#[group(required = true)]
+pub(crate) struct Reload {
+    /// The file of "nbdblk serve --config", in which the control socket is named
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    pub(crate) control: Option<PathBuf>,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Tls {
     /// Whether clients may use TLS (on), or must (require) [default: on with one of the next two, or else off]
@@ -264,6 +292,7 @@ Examples:
 const SERVE_EXAMPLES: &str = "\
 Signals:
   SIGTERM, SIGINT and SIGQUIT stop the server with status 0; a second one ends it at once.
+  With --config, SIGHUP has the file read again, and what became of that is said on stderr.
 
 Examples:
   Two exports on a Unix domain socket, and the list of them:

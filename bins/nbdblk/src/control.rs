@@ -1,4 +1,5 @@
-//! What can end the server: signals and the end of the command of `--run`, as one stream of events.
+//! What a running server has to react to: signals, the end of the command of `--run`, `nbdblk reload`, as one stream of
+//! events.
 
 use std::{
     process,
@@ -16,13 +17,17 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 
-/// Something that ends the server.
-#[derive(Clone, Copy, Debug)]
+use crate::reload::Answer;
+
+/// Something to react to.
+#[derive(Debug)]
 pub(crate) enum Event {
     /// Asked to stop.
     Stop,
     /// The command of `--run` ended with this status.
     Ended(u8),
+    /// The file is to be read again, and somebody perhaps to be told how that went.
+    Reload(Option<mpsc::Sender<Answer>>),
 }
 
 /// What a signal means at the moment.
@@ -48,9 +53,12 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Blocks the signals and listens to them.
-    pub(crate) fn start() -> anyhow::Result<Self> {
-        let set = stop_signals();
+    /// Blocks the signals and listens to them; to SIGHUP only where there is a file to read again.
+    pub(crate) fn start(has_file: bool) -> anyhow::Result<Self> {
+        let mut set = stop_signals();
+        if has_file {
+            set.add(Signal::SIGHUP);
+        }
         set.thread_block().context("blocking signals")?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("opening a signalfd")?;
         let (sender, events) = mpsc::channel();
@@ -60,6 +68,10 @@ impl Control {
             while let Ok(Some(info)) = signals.read_signal() {
                 let signal = Signal::try_from(info.ssi_signo as i32).expect("a signal of the set");
                 log::info!("{signal}");
+                if signal == Signal::SIGHUP {
+                    let _ = sender.send(Event::Reload(None));
+                    continue;
+                }
                 let now = phase.load(Ordering::SeqCst);
                 if now == Phase::Running as u8 && signal != Signal::SIGTERM {
                     continue;

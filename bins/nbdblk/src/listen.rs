@@ -265,7 +265,7 @@ fn places(args: &Serve) -> Vec<Place> {
 }
 
 /// Replaces a socket that a dead server has left behind, and nothing else.
-fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
+pub(crate) fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => bail!("the file exists and is not a socket"),
         Ok(_) => match UnixStream::connect(path) {

@@ -3,14 +3,17 @@
 mod activation;
 mod captive;
 mod cli;
+mod config;
 mod control;
 mod drivers;
+mod exports;
 mod files;
 mod info;
 mod listen;
 mod logger;
 mod parent;
 mod ready;
+mod reload;
 mod serve;
 mod single;
 mod tls;
@@ -32,10 +35,11 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     logger::start(cli.verbose);
-    let outcome = match &cli.command {
-        Command::Serve(args) => serve::run(args),
-        Command::Info(args) => info::run(args),
-        Command::Drivers(args) => drivers::run(args),
+    let outcome = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Reload(args) => reload::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Drivers(args) => drivers::run(&args),
     };
     outcome.unwrap_or_else(|error| {
         complain(&format!("{error:#}"));
@@ -51,19 +55,22 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            complain("what to do? nbdblk serve, nbdblk info or nbdblk drivers; nbdblk --help says more");
+            complain("what to do? nbdblk serve, nbdblk reload, nbdblk info or nbdblk drivers; nbdblk --help says more");
             ExitCode::FAILURE
         }
         _ => {
-            let text = error.render().to_string();
-            let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
-            let words: Vec<&str> =
-                lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
-            let line = words.join("; ").replace(":; ", ": ");
-            complain(&format!("{}; nbdblk --help says more", line.trim_start_matches("error: ")));
+            complain(&format!("{}; nbdblk --help says more", one_line(error)));
             ExitCode::FAILURE
         }
     }
+}
+
+/// What is wrong with arguments, without the usage.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
+    let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
+    words.join("; ").replace(":; ", ": ").trim_start_matches("error: ").to_owned()
 }
 
 /// One line on stderr.

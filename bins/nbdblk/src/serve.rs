@@ -1,35 +1,37 @@
 //! `nbdblk serve`: specs to devices, devices to exports, exports and sockets to a server, until something ends it.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode, sync::Arc};
 
-use anyhow::{Context, bail, ensure};
-use blkdev_drivers::{Spec, properties};
-use nbd_server_core::{Access, Export, Limits, Server};
+use anyhow::{Context, ensure};
+use blkdev::Device;
+use nbd_server_core::{Export, Limits, Removal, Server};
 
 use crate::{
     captive::Captive,
     cli,
+    config::{File, Setting, Source},
     control::{Control, Event, Phase},
-    info::human,
+    exports::{self, Wanted},
     listen::Sockets,
     parent,
     ready::Ready,
-    single,
+    reload, single,
     tls::Security,
 };
 
-/// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
-const NAME_MAX: usize = 4096;
-
-pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
-    let specs = specs(args)?;
+pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
+    let (mut plan, args) = match args.config.clone() {
+        Some(path) => Plan::from_file(&path)?,
+        None => (Plan::from_words(&args)?, args),
+    };
+    let args = &args;
     let passed = Sockets::passed(args)?;
     let security = Security::load(&args.tls)?;
-    let control = Control::start()?;
+    let control = Control::start(args.config.is_some())?;
     if args.exit_with_parent {
         parent::watch()?;
     }
-    let exports = specs.iter().map(|spec| open(spec, args)).collect::<anyhow::Result<Vec<_>>>()?;
+    plan.open(None)?;
     control.enter(Phase::Serving);
     let mut ready = Ready::prepare(args)?;
     let Sockets { listeners, addresses, files } = match passed {
@@ -46,11 +48,13 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
         ..defaults
     };
-    let server = Server::start(exports, listeners, security.tls.clone(), limits).context("starting the server")?;
+    let server =
+        Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
+    let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
     ready.announce()?;
 
-    let uris =
-        || specs.iter().flat_map(|spec| addresses.iter().map(|address| address.uri(&spec.name, security.words())));
+    let words = security.words();
+    let uris = || plan.wanted.iter().flat_map(|e| addresses.iter().map(|address| address.uri(&e.name, words)));
     if args.print_uri {
         crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
     } else if args.run.is_none() && !args.single {
@@ -60,7 +64,7 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
         None => None,
         Some(command) => {
             control.enter(Phase::Running);
-            Some(Captive::start(command, &addresses, &specs[0].name, &security, &control)?)
+            Some(Captive::start(command, &addresses, &plan.wanted[0].name, &security, &control)?)
         }
     };
 
@@ -69,45 +73,132 @@ pub(crate) fn run(args: &cli::Serve) -> anyhow::Result<ExitCode> {
             (Event::Stop, Some(captive)) => captive.terminate(),
             (Event::Stop, None) => break 0,
             (Event::Ended(status), _) => break status,
+            (Event::Reload(asker), _) => {
+                let path = args.config.as_ref().expect("without a file nobody asks for that");
+                let answer = plan.reload(path, &server).map_err(|error| format!("{error:#}"));
+                match &answer {
+                    Ok(changes) => crate::complain(&format!("reloaded: {changes}")),
+                    Err(error) => log::error!("not reloaded, and nothing has changed: {error}"),
+                }
+                // Whoever asked may have gone.
+                let _ = asker.map(|asker| asker.send(answer));
+            }
         }
     };
     control.enter(Phase::Stopping);
     // First, so that nothing is left of them when a second signal comes.
-    drop((files, ready));
+    drop((files, socket, ready));
     server.stop();
     Ok(status.into())
 }
 
-/// Everything that can be wrong with the words is found before the first device is opened.
-fn specs(args: &cli::Serve) -> anyhow::Result<Vec<Spec>> {
-    let mut specs: Vec<Spec> = Vec::new();
-    for text in &args.specs {
-        let spec: Spec = text.parse()?;
-        let name = &spec.name;
-        ensure!(name.len() <= NAME_MAX, "an export's name can have {NAME_MAX} bytes, this one has {}", name.len());
-        if !specs.is_empty() && name.is_empty() {
-            bail!("{text} needs a name, NAME:{text}: only the first export can be without");
-        }
-        ensure!(specs.iter().all(|other| other.name != *name), "there are two exports with the name \"{name}\"");
-        specs.push(spec);
-    }
-    for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
-        ensure!(specs.iter().any(|spec| spec.name == *name), "--allow: there is no export with the name \"{name}\"");
-    }
-    Ok(specs)
+/// What is to be served, as the command line or a file has it.
+struct Plan {
+    wanted: Vec<Wanted>,
+    /// One for each of them, once they are open.
+    devices: Vec<Arc<dyn Device>>,
+    file: Option<(Source, Vec<Setting>)>,
 }
 
-fn open(spec: &Spec, args: &cli::Serve) -> anyhow::Result<Export> {
-    let settings = crate::info::restrict(&spec.settings, args.read_only);
-    let device = settings.open()?;
-    let (name, info) = (spec.name.clone(), device.info());
-    log::info!("export \"{name}\": {} {}, {}", info.driver, info.target, human(device.capacity()));
-    for (property, value) in properties(&*device, &settings) {
-        log::info!("export \"{name}\": {property} = {value}");
+impl Plan {
+    fn from_words(args: &cli::Serve) -> anyhow::Result<Self> {
+        ensure!(args.control.is_none(), "--control needs --config: there is no file to read again");
+        let wanted = exports::under(exports::from_words(&args.specs)?, args)?;
+        Ok(Self { wanted, devices: Vec::new(), file: None })
     }
-    let description = info.driver.to_owned();
-    let read_only = args.read_only || info.caps.read_only;
-    let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == spec.name));
-    let access = Access(rules.map(|(_, rule)| rule.clone()).collect());
-    Ok(Export { name, description, device, read_only, access })
+
+    /// A file, and the arguments with what it adds to them.
+    fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve)> {
+        let file = File::read(path)?;
+        let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
+        let File { source, settings, exports } = file;
+        let wanted = exports::under(exports, &args).map_err(|error| {
+            let allow = settings.iter().find(|setting| setting.key == "allow");
+            allow.map(|setting| source.wrong(setting.at, &error)).unwrap_or(error)
+        })?;
+        Ok((Self { wanted, devices: Vec::new(), file: Some((source, settings)) }, args))
+    }
+
+    /// Opens all devices, but those that another plan has open already.
+    fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
+        for wanted in &self.wanted {
+            let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(wanted))?]));
+            let device = match open {
+                Some(device) => Arc::clone(device),
+                None => wanted.open().map_err(|error| match &self.file {
+                    Some((source, _)) => source.wrong(wanted.at, format!("{error:#}")),
+                    None => error,
+                })?,
+            };
+            self.devices.push(device);
+        }
+        Ok(())
+    }
+
+    fn exports(&self) -> Vec<Export> {
+        self.wanted.iter().zip(&self.devices).map(|(wanted, device)| wanted.export(Arc::clone(device))).collect()
+    }
+
+    fn find(&self, test: impl Fn(&Wanted) -> bool) -> Option<usize> {
+        self.wanted.iter().position(test)
+    }
+
+    fn named(&self, name: &str) -> Option<usize> {
+        self.find(|wanted| wanted.name == name)
+    }
+
+    /// Serves what the file says now: all of it, or, when anything is wrong, none. Answers what has changed.
+    fn reload(&mut self, path: &Path, server: &Server) -> anyhow::Result<String> {
+        let (mut next, _) = Self::from_file(path)?;
+        next.open(Some(self))?;
+        // For an export that changes the newer word counts.
+        let removal = |name: &str| {
+            let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
+            words.map_or(Removal::default(), |wanted| wanted.on_remove)
+        };
+        server.replace(next.exports(), removal).with_context(|| path.display().to_string())?;
+        let changes = next.changes_since(self);
+        *self = next;
+        Ok(changes)
+    }
+
+    fn changes_since(&self, old: &Self) -> String {
+        let (mut added, mut reopened, mut updated, mut later) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (wanted, device) in self.wanted.iter().zip(&self.devices) {
+            let name = format!("{:?}", wanted.name);
+            match old.named(&wanted.name) {
+                None => added.push(name),
+                Some(n) if !Arc::ptr_eq(device, &old.devices[n]) => reopened.push(name),
+                Some(n) if !wanted.has_words_of(&old.wanted[n]) => updated.push(name),
+                Some(_) => {}
+            }
+        }
+        let gone = old.wanted.iter().filter(|wanted| self.named(&wanted.name).is_none());
+        let removed: Vec<_> = gone.map(|wanted| format!("{:?} ({})", wanted.name, wanted.on_remove)).collect();
+        let settings = |plan: &Self, key: &str| {
+            let all = plan.file.iter().flat_map(|(_, settings)| settings);
+            all.filter(|setting| setting.key == key).flat_map(|setting| setting.words.clone()).collect::<Vec<_>>()
+        };
+        for (_, list) in [&self.file, &old.file].into_iter().flatten() {
+            let keys = list.iter().map(|setting| &setting.key).filter(|key| !AT_ONCE.contains(&key.as_str()));
+            for key in keys.filter(|key| settings(self, key) != settings(old, key)) {
+                if !later.contains(key) {
+                    later.push(key.clone());
+                }
+            }
+        }
+        let kinds = [
+            ("added", added),
+            ("removed", removed),
+            ("reopened", reopened),
+            ("updated", updated),
+            ("not before the next start", later),
+        ];
+        let said = kinds.into_iter().filter(|(_, names)| !names.is_empty());
+        let said: Vec<_> = said.map(|(kind, names)| format!("{kind}: {}", names.join(", "))).collect();
+        if said.is_empty() { "nothing has changed".into() } else { said.join("; ") }
+    }
 }
+
+/// Settings that are about exports, so that they take effect with the exports.
+const AT_ONCE: &[&str] = &["allow", "read-only"];

@@ -275,6 +275,35 @@ fn nothing_listens_before_the_devices_are_open() {
 }
 
 #[test]
+fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
+    let directory = Directory::new();
+    let (file, socket) = (directory.file("nbdblk.toml"), directory.file("socket"));
+    let refuse = |text: &str, place: &str, words: &[&str]| {
+        fs::write(&file, text).expect("a file can be written");
+        let place = format!("nbdblk: {file}:{place}: ");
+        bad(&["serve", "--config", &file, "-U", &socket], &[&[place.as_str()], words].concat());
+        assert!(!Path::new(&socket).exists());
+    };
+    let export = "[[export]]\ndevice = \"memory=1M\"\n";
+    refuse(&format!("prot = 1\n{export}"), "1:1", &["unknown setting", "port", "in: prot = 1"]);
+    refuse(&format!("port = 1x\n{export}"), "1:8", &["in: port = 1x"]);
+    refuse(
+        &format!("{export}[[export]]\nname = \"b\"\ndevice = \"io_uring=/nonexistent/disk\""),
+        "5:10",
+        &["/nonexistent/disk"],
+    );
+    refuse(&format!("unix = \"/nonexistent\"\n{export}"), "1:1", &["--unix is given on the command line as well"]);
+    refuse(&format!("ipv4-only = true\nipv6-only = true\n{export}"), "1:1", &["cannot be used with"]);
+    bad(&["serve", "--config", "/nonexistent/file"], &["reading /nonexistent/file"]);
+    bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
+    bad(&["serve", "memory=1M", "--control", "x"], &["--control needs --config"]);
+    bad(&["reload"], &["required"]);
+    bad(&["reload", "--control", "/nonexistent/socket"], &["asking the server at /nonexistent/socket"]);
+    fs::write(&file, export).expect("a file can be written");
+    bad(&["reload", &file], &["names no control socket"]);
+}
+
+#[test]
 fn the_command_of_run_knows_the_server_and_gives_the_status() {
     let run = |args: &[&str], command: &str| {
         let args = [&["serve", "x y:memory=1M"], args, &["--run", command]].concat();

@@ -63,4 +63,5 @@ pub use fd::inherited;
 pub use property::{Access, Kind, Property, Value};
 pub use settings::{Settings, properties};
 pub use spec::Spec;
+pub use suggest::nearest;
 pub use units::{parse_size, parse_time};

@@ -26,6 +26,16 @@ pub struct Settings {
     extra: Vec<(String, String)>,
 }
 
+/// The same driver, and the same set on it, in whatever order.
+impl PartialEq for Settings {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |a: &Self, b: &Self| {
+            a.values.iter().all(|value| b.values.contains(value)) && a.extra.iter().all(|value| b.extra.contains(value))
+        };
+        self.driver.name == other.driver.name && same(self, other) && same(other, self)
+    }
+}
+
 impl Settings {
     /// Nothing set yet.
     pub fn new(driver: &'static Driver) -> Self {

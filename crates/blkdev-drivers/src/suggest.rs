@@ -1,7 +1,7 @@
 //! "Did you mean": the known name that is nearest to a wrong one.
 
 /// The candidate that takes the fewest edits to become `word`, if a third of its letters or fewer are wrong.
-pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .into_iter()
         .map(|candidate| (distance(word, candidate), candidate))

@@ -1,8 +1,9 @@
 //! [`Roster`]: which exports there are and who serves them, changed as a whole while the server runs.
 
 use std::{
-    io,
+    fmt, io,
     ops::Deref,
+    str::FromStr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -15,7 +16,8 @@ use blkdev::{Channel, Device, Plan};
 
 use crate::{Export, Exports, worker::Handle};
 
-/// What becomes of the clients of an export that is removed, in qemu's words. Nobody new finds it in any case.
+/// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
+/// finds it in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Removal {
     /// They are served until they leave.
@@ -26,6 +28,28 @@ pub enum Removal {
     Soft,
     /// They are cut off at once. What the device has of theirs already it finishes.
     Hard,
+}
+
+impl FromStr for Removal {
+    type Err = io::Error;
+
+    fn from_str(text: &str) -> io::Result<Self> {
+        let all = [Self::Hide, Self::Soft, Self::Hard];
+        all.into_iter().find(|removal| removal.to_string() == text).ok_or_else(|| {
+            let text = format!("\"{text}\" is none of \"hide\", \"soft\" and \"hard\"");
+            io::Error::new(io::ErrorKind::InvalidInput, text)
+        })
+    }
+}
+
+impl fmt::Display for Removal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hide => "hide",
+            Self::Soft => "soft",
+            Self::Hard => "hard",
+        })
+    }
 }
 
 /// An export as it is now.

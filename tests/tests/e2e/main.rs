@@ -9,6 +9,7 @@ mod handshake;
 mod hostile;
 mod listen;
 mod original;
+mod reload;
 mod requests;
 mod tls;
 mod vhost_user;

@@ -1,0 +1,96 @@
+//! From words to exports: what is wanted, opened as far as it is not open yet.
+
+use std::sync::Arc;
+
+use anyhow::{bail, ensure};
+use blkdev::Device;
+use blkdev_drivers::{Settings, Spec, properties};
+use nbd_server_core::{Access, Export, Removal, Rule};
+
+use crate::{
+    cli,
+    info::{human, restrict},
+};
+
+/// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
+pub(crate) const NAME_MAX: usize = 4096;
+
+/// An export as somebody has written it down.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) name: String,
+    /// `None`: the driver's name.
+    pub(crate) description: Option<String>,
+    pub(crate) settings: Settings,
+    pub(crate) read_only: bool,
+    pub(crate) rules: Vec<Rule>,
+    /// What is done to its clients when it is not wanted any more.
+    pub(crate) on_remove: Removal,
+    /// Where in the file its device stands.
+    pub(crate) at: usize,
+}
+
+/// Those of the command line. Everything that can be wrong with the words is found before the first device is opened.
+pub(crate) fn from_words(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
+    let mut all: Vec<Wanted> = Vec::new();
+    for text in words {
+        let Spec { name, settings } = text.parse()?;
+        ensure!(name.len() <= NAME_MAX, "an export's name can have {NAME_MAX} bytes, this one has {}", name.len());
+        if !all.is_empty() && name.is_empty() {
+            bail!("{text} needs a name, NAME:{text}: only the first export can be without");
+        }
+        ensure!(all.iter().all(|other| other.name != name), "there are two exports with the name \"{name}\"");
+        let (rules, on_remove) = (Vec::new(), Removal::default());
+        all.push(Wanted { name, description: None, settings, read_only: false, rules, on_remove, at: 0 });
+    }
+    Ok(all)
+}
+
+/// With what the options say about all exports, or about one by its name.
+pub(crate) fn under(mut all: Vec<Wanted>, args: &cli::Serve) -> anyhow::Result<Vec<Wanted>> {
+    for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
+        ensure!(all.iter().any(|wanted| wanted.name == *name), "--allow: there is no export with the name \"{name}\"");
+    }
+    for wanted in &mut all {
+        wanted.read_only |= args.read_only;
+        wanted.settings = restrict(&wanted.settings, wanted.read_only);
+        let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == wanted.name));
+        wanted.rules.extend(rules.map(|(_, rule)| rule.clone()));
+    }
+    Ok(all)
+}
+
+impl Wanted {
+    /// Whether the device of the other will do.
+    pub(crate) fn has_device_of(&self, other: &Self) -> bool {
+        self.name == other.name && self.settings == other.settings && self.read_only == other.read_only
+    }
+
+    /// Whether clients are told the same.
+    pub(crate) fn has_words_of(&self, other: &Self) -> bool {
+        self.description == other.description && self.rules == other.rules
+    }
+
+    /// Opens the device.
+    pub(crate) fn open(&self) -> anyhow::Result<Arc<dyn Device>> {
+        let device = self.settings.open()?;
+        let (name, info) = (&self.name, device.info());
+        log::info!("export \"{name}\": {} {}, {}", info.driver, info.target, human(device.capacity()));
+        for (property, value) in properties(&*device, &self.settings) {
+            log::info!("export \"{name}\": {property} = {value}");
+        }
+        Ok(device)
+    }
+
+    /// The export, once its device is open.
+    pub(crate) fn export(&self, device: Arc<dyn Device>) -> Export {
+        let info = device.info();
+        Export {
+            name: self.name.clone(),
+            description: self.description.clone().unwrap_or_else(|| info.driver.to_owned()),
+            read_only: self.read_only || info.caps.read_only,
+            access: Access(self.rules.clone()),
+            device,
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! A file of exports that is read again while real clients are served from it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nbdblk_tests::raw::{Mode, Raw, cmd};
+use nbdblk_tests::{Dir, Nbdblk, Output, eventually, nbdblk, nbdinfo, nbdsh, tool};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::MIB;
+
+/// ESHUTDOWN, as it goes over the wire.
+const SHUTDOWN: u32 = 108;
+
+/// A server with a file of exports, the first of which stays.
+struct Fleet {
+    dir: Dir,
+    server: Nbdblk,
+}
+
+impl Fleet {
+    fn start(exports: &str) -> Self {
+        let dir = Dir::new();
+        dir.sparse("disk.raw", 16 * MIB);
+        write(&dir, exports);
+        let server = Nbdblk::unix(&dir, &["--config", "nbdblk.toml"]);
+        Self { dir, server }
+    }
+
+    /// `nbdblk reload`, with these exports in the file.
+    fn reload(&self, exports: &str) -> Output {
+        write(&self.dir, exports);
+        nbdblk().args(["reload", "nbdblk.toml"]).within(self.dir.path()).run()
+    }
+
+    /// The new exports are accepted, and this is what has changed.
+    #[track_caller]
+    fn change(&self, exports: &str, changes: &str) {
+        let Output { status, out, err } = self.reload(exports);
+        assert_eq!((status.code(), out.trim_end(), err.as_str()), (Some(0), changes, ""));
+    }
+
+    /// They are refused with all these words.
+    #[track_caller]
+    fn refuse(&self, exports: &str, words: &[&str]) {
+        let Output { status, out, err } = self.reload(exports);
+        assert_eq!((status.code(), out.as_str(), err.lines().count()), (Some(1), "", 1), "{err}");
+        for word in words {
+            assert!(err.contains(word), "{word} in {err}");
+        }
+    }
+
+    fn enter(&self, name: &str) -> Raw {
+        Raw::enter(self.server.address(), Mode::Structured, name)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        tool("nbdinfo").args(["--size", &self.server.uri_of(name)]).run().status.success()
+    }
+}
+
+fn write(dir: &Dir, exports: &str) {
+    let stays = "[[export]]\nname = \"stays\"\ndevice = \"io_uring=disk.raw\"\n";
+    std::fs::write(dir.at("nbdblk.toml"), format!("control = \"control.sock\"\n{stays}{exports}")).unwrap();
+}
+
+fn export(name: &str, device: &str, more: &str) -> String {
+    format!("[[export]]\nname = \"{name}\"\ndevice = \"{device}\"\n{more}\n")
+}
+
+#[test]
+fn exports_come_change_and_go_while_fio_works_on_another() {
+    let fleet = Fleet::start("");
+    let fio = tool("fio")
+        .args([
+            "--name=busy",
+            "--ioengine=nbd",
+            "--thread",
+            "--rw=randrw",
+            "--bsrange=4k-64k",
+            "--size=16m",
+            "--loops=20",
+        ])
+        .args(["--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"])
+        .args([format!("--uri={}", fleet.server.uri_of("stays"))]);
+    let mut fio = fio.within(fleet.dir.path()).spawn(fleet.dir.at("fio.log"));
+    let mut rounds = 0;
+    while fio.is_alive() {
+        for removal in ["hide", "soft", "hard"] {
+            let words = format!("on-remove = \"{removal}\"");
+            fleet.change(&export("x", "memory=1M", &words), "added: \"x\"");
+            assert_eq!(nbdinfo(&fleet.server.uri_of("x"))["exports"][0]["export-size"], MIB);
+            let mut client = fleet.enter("x");
+            client.write(0, b"old");
+            fleet.change(&export("x", "memory=2M", &words), "reopened: \"x\"");
+            assert_eq!(nbdinfo(&fleet.server.uri_of("x"))["exports"][0]["export-size"], 2 * MIB);
+            match removal {
+                "hide" => assert_eq!(client.read(0, 3), b"old"),
+                "soft" => assert_eq!(client.call(0, cmd::READ, 0, 3, b"").error, SHUTDOWN),
+                _ => drop(client.await_close()),
+            }
+            fleet.change("", &format!("removed: \"x\" ({removal})"));
+            assert!(!fleet.has("x"));
+        }
+        rounds += 1;
+    }
+    let (status, log) = fio.await_end();
+    assert!(status.success() && rounds > 0, "{rounds} rounds\n{log}");
+    assert!(fleet.server.terminate().success());
+    assert!(!fleet.dir.at("control.sock").exists());
+}
+
+#[test]
+fn other_words_reach_who_connects_from_then_on() {
+    let fleet = Fleet::start(&export("x", "memory=1M", "on-remove = \"hard\""));
+    let mut client = fleet.enter("x");
+    let words =
+        "on-remove = \"hard\"\ndescription = \"new\"\nallow = [\"uid=0\", \"uid=4294967294\", \"ip=10.0.0.0/8\"]";
+    fleet.change(&export("x", "memory=1M", words), "updated: \"x\"");
+    client.write(0, b"goes on");
+    // Only whom the rules name finds it, and nobody notices who does not.
+    fleet.change(&export("x", "memory=1M", "allow = \"uid=4294967294\""), "updated: \"x\"");
+    assert!(!fleet.has("x"));
+    assert_eq!(client.read(0, 7), b"goes on");
+    fleet.change(&export("x", "memory=1M", ""), "updated: \"x\"");
+    fleet.change(&export("x", "memory=1M", ""), "nothing has changed");
+    assert_eq!(nbdsh(&fleet.server.uri_of("x"), "print(h.pread(7, 0))").trim(), "bytearray(b'goes on')");
+}
+
+#[test]
+fn a_wrong_file_changes_nothing() {
+    let x = export("x", "memory=1M", "");
+    let fleet = Fleet::start(&x);
+    let mut client = fleet.enter("x");
+    let mode = std::fs::metadata(fleet.dir.at("control.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "nobody else may ask");
+    let wrong = [
+        ("[[export]]\nname = \"y\"\ndevice = \"memory=1M\"\n[[export]]\nname = 7\n", "9:8", "TOML integer"),
+        ("[[export]]\nname = \"y\"\ndevice = \"io_uring=gone.raw\"\n", "7:10", "gone.raw"),
+        (
+            "[[export]]\nname = \"x\"\ndevice = \"memory=2M\"\ncolour = 1\n",
+            "8:1",
+            "unknown word of an export \"colour\"",
+        ),
+    ];
+    for (exports, place, words) in wrong {
+        fleet.refuse(exports, &[&format!("nbdblk.toml:{place}: "), words]);
+        client.write(0, b"still");
+        assert!(fleet.has("x") && !fleet.has("y"));
+    }
+    fleet.change(&x, "nothing has changed");
+    fleet.change(&format!("{x}{}", export("y", "null=1M", "")), "added: \"y\"");
+    // A setting that is not about exports.
+    let text = std::fs::read_to_string(fleet.dir.at("nbdblk.toml")).unwrap();
+    std::fs::write(fleet.dir.at("nbdblk.toml"), format!("threads = 1\nmemory = \"2M\"\n{text}")).unwrap();
+    let told = nbdblk().args(["reload", "--control", "control.sock"]).within(fleet.dir.path()).ok().out;
+    assert_eq!(told.trim_end(), "not before the next start: threads, memory");
+
+    let Fleet { dir, server } = fleet;
+    assert!(server.terminate().success());
+    let Output { status, err, .. } = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
+    assert!(status.code() == Some(1) && err.contains("asking the server at control.sock"), "{err}");
+}
+
+#[test]
+fn sighup_has_the_file_read_again() {
+    let fleet = Fleet::start(&export("x", "memory=1M", "on-remove = \"soft\""));
+    let hang_up = |exports: &str, said: &str| {
+        write(&fleet.dir, exports);
+        kill(Pid::from_raw(fleet.server.pid() as i32), Signal::SIGHUP).unwrap();
+        eventually(said, || fleet.server.log().contains(said));
+    };
+    hang_up("[[export]]\n", "not reloaded, and nothing has changed: nbdblk.toml:5:1: the export has no device");
+    assert!(fleet.has("x"));
+    hang_up(&export("y", "null=1M", ""), "reloaded: added: \"y\"; removed: \"x\" (soft)");
+    assert!(fleet.has("y") && !fleet.has("x"));
+    // libnbd's own view of a soft removal: it is told, and says goodbye.
+    let script = format!(
+        "import os, errno
+text = open({path:?}).read()
+open({path:?}, 'w').write(text.replace('name = \"y\"', 'name = \"z\"'))
+h.pread(512, 0)
+os.kill({pid}, 1)
+while True:
+    try:
+        h.pread(512, 0)
+    except nbd.Error as e:
+        print(e.errno)
+        break
+h.shutdown()",
+        path = fleet.dir.text("nbdblk.toml"),
+        pid = fleet.server.pid(),
+    );
+    hang_up(&export("y", "null=1M", "on-remove = \"soft\""), "reloaded: nothing has changed");
+    assert_eq!(nbdsh(&fleet.server.uri_of("y"), &script).trim(), "ESHUTDOWN");
+    assert!(fleet.has("z"));
+    assert!(fleet.server.terminate().success());
+    assert!(!Path::new(&fleet.dir.at("control.sock")).exists());
+}
