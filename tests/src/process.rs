@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-/// How long a program may take before the test says that it hangs. Generous: the machine may be loaded.
-pub const DEADLINE: Duration = Duration::from_secs(120);
+/// How long a program may take before the test says that it hangs. Generous: the machine may be loaded, and the one of
+/// `cargo xtask vm` has an emulated processor.
+pub fn deadline() -> Duration {
+    Duration::from_secs(if std::env::var_os("NBDBLK_VM").is_some() { 600 } else { 120 })
+}
 
 /// The root of the workspace.
 pub fn root() -> &'static Path {
@@ -45,7 +48,7 @@ fn search_path() -> String {
 pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
     let start = Instant::now();
     while !test() {
-        assert!(start.elapsed() < DEADLINE, "not within {} s: {what}", DEADLINE.as_secs());
+        assert!(start.elapsed() < deadline(), "not within {} s: {what}", deadline().as_secs());
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -122,7 +125,7 @@ impl Cmd {
         let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
         let out = collect(child.0.stdout.take().expect("stdout is piped"));
         let err = collect(child.0.stderr.take().expect("stderr is piped"));
-        let status = wait(&mut child.0, DEADLINE);
+        let status = wait(&mut child.0, deadline());
         drop(child);
         let text = |reader: JoinHandle<Vec<u8>>| {
             String::from_utf8_lossy(&reader.join().expect("a reader does not panic")).into_owned()
@@ -256,7 +259,7 @@ impl Daemon {
                 return;
             }
             assert!(alive, "{} ended before {what}; it said:\n{}", self.shown, self.log());
-            assert!(start.elapsed() < DEADLINE, "{} hangs before {what}; it said:\n{}", self.shown, self.log());
+            assert!(start.elapsed() < deadline(), "{} hangs before {what}; it said:\n{}", self.shown, self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -266,7 +269,7 @@ impl Daemon {
     /// # Panics
     /// If it does not within the deadline.
     pub fn await_end(mut self) -> (ExitStatus, String) {
-        let status = wait(&mut self.child.0, DEADLINE);
+        let status = wait(&mut self.child.0, deadline());
         (status.unwrap_or_else(|| panic!("{} hangs; it said:\n{}", self.shown, self.log())), self.log())
     }
 }

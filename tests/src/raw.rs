@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustls::{ClientConnection, StreamOwned};
 
-use crate::{Address, DEADLINE, Pki, Version};
+use crate::{Address, Pki, Version, deadline};
 
 /// Options of the handshake.
 pub mod opt {
@@ -204,14 +204,14 @@ impl Raw {
         let stream: Box<dyn Stream> = match address {
             Address::Unix(path) => {
                 let stream = UnixStream::connect(path).expect("the server listens");
-                stream.set_read_timeout(Some(DEADLINE)).expect("a deadline can be set");
-                stream.set_write_timeout(Some(DEADLINE)).expect("a deadline can be set");
+                stream.set_read_timeout(Some(deadline())).expect("a deadline can be set");
+                stream.set_write_timeout(Some(deadline())).expect("a deadline can be set");
                 Box::new(stream)
             }
             Address::Tcp(address) => {
                 let stream = TcpStream::connect_timeout(address, Duration::from_secs(30)).expect("the server listens");
-                stream.set_read_timeout(Some(DEADLINE)).expect("a deadline can be set");
-                stream.set_write_timeout(Some(DEADLINE)).expect("a deadline can be set");
+                stream.set_read_timeout(Some(deadline())).expect("a deadline can be set");
+                stream.set_write_timeout(Some(deadline())).expect("a deadline can be set");
                 stream.set_nodelay(true).expect("TCP knows TCP_NODELAY");
                 Box::new(stream)
             }

@@ -18,7 +18,7 @@ const HELP: &str = "\
 usage: cargo xtask TASK
 
   demo             make a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
-  test             check formatting, lints and documentation, then run every test
+  test             check formatting, lints and documentation, then run every test, those of the hardware in a machine
   ci               what the integration server runs: the same as test
   setup            install what demo and test need and this machine lacks (Debian, apt-get)
   dist [DIR]       build what is installed and lay it out under DIR (target/dist) as it is to lie under /

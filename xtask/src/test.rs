@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{dist, setup, shell, trixie};
+use crate::{dist, setup, shell, trixie, vm};
 
 /// Runs all checks; the first that fails ends the run.
 pub(crate) fn run() -> Result<()> {
@@ -42,6 +42,8 @@ pub(crate) fn run() -> Result<()> {
         Err(error) => println!("\n!!! SKIPPED: the plugin under Debian trixie's nbdkit: {error:#}"),
     }
     step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
+    announce("cargo xtask vm test");
+    vm::test(&[])?;
     println!("\nall checks passed in {} s", start.elapsed().as_secs());
     Ok(())
 }

@@ -43,24 +43,29 @@ done
 step drivers
 
 # One process is the device of both: vhost-user, and vDPA by way of VDUSE, which must exist before it is added.
-for name in vhost-user vduse0; do truncate -s "${MIB}M" "/tmp/$name.img"; done
+for name in vhost-user vduse0 vduse1; do truncate -s "${MIB}M" "/tmp/$name.img"; done
 qemu-storage-daemon \
     --blockdev driver=file,filename=/tmp/vhost-user.img,node-name=a,discard=unmap \
     --export vhost-user-blk,id=a,node-name=a,writable=on,addr.type=unix,addr.path=/run/nbdblk/vhost-user.sock,num-queues=4 \
     --blockdev driver=file,filename=/tmp/vduse0.img,node-name=b,discard=unmap \
     --export vduse-blk,id=b,node-name=b,writable=on,name=vduse0,num-queues=4,queue-size=256,serial=nbdblk-vduse \
+    --blockdev driver=file,filename=/tmp/vduse1.img,node-name=c,discard=unmap \
+    --export vduse-blk,id=c,node-name=c,writable=on,name=vduse1,num-queues=4,queue-size=256,serial=nbdblk-twin \
     > /run/nbdblk/qsd.log 2>&1 &
 # EINVAL as long as its queues are not all set up.
-await vdpa dev add name vduse0 mgmtdev vduse && await [ -e /dev/vhost-vdpa-0 ] || cat /run/nbdblk/qsd.log > /dev/console
+for n in 0 1; do
+    await vdpa dev add name vduse$n mgmtdev vduse && await [ -e /dev/vhost-vdpa-$n ] || cat /run/nbdblk/qsd.log > /dev/console
+done
 await [ -e /run/nbdblk/vhost-user.sock ]
 
 # The kernel numbers namespaces as it finds them: n1 may be the one with nsid 2.
-await [ -e /dev/ng0n2 ]
+for n in 1 2 3; do await [ -e /dev/ng0n$n ]; done
 for disk in /sys/block/nvme0n*; do
     read -r nsid < "$disk/nsid"
     eval "nsid$nsid=${disk##*/nvme}"
 done
 for device in /sys/bus/pci/devices/0000:00:1c.0/0000:??:??.?; do mdts=${device##*/}; done
+for device in /sys/bus/pci/devices/0000:00:1d.0/0000:??:??.?; do vblk=${device##*/}; done
 for port in /sys/class/virtio-ports/*; do
     read -r name < "$port/name"
     eval "port_$name=/dev/${port##*/}"
@@ -68,10 +73,11 @@ done
 cat > /run/nbdblk/env <<END
 export NBDBLK_VM=1
 export NBDBLK_NVME_KERNEL=/dev/nvme$nsid1 NBDBLK_NVME_KERNEL4K=/dev/nvme$nsid2
-export NBDBLK_NG=/dev/ng$nsid1 NBDBLK_NG4K=/dev/ng$nsid2
+export NBDBLK_NG=/dev/ng$nsid1 NBDBLK_NG4K=/dev/ng$nsid2 NBDBLK_NG_TWIN=/dev/ng$nsid3
 export NBDBLK_NVME=0000:00:06.0 NBDBLK_NVME_MDTS=$mdts
 export NBDBLK_VBLK=0000:00:07.0 NBDBLK_VBLK4K=0000:00:08.0 NBDBLK_VBLK_PACKED=0000:00:09.0
-export NBDBLK_VDPA=/dev/vhost-vdpa-0 NBDBLK_VHOST_USER=/run/nbdblk/vhost-user.sock
+export NBDBLK_VBLK_SOCKET=$vblk
+export NBDBLK_VDPA=/dev/vhost-vdpa-0 NBDBLK_VDPA_TWIN=/dev/vhost-vdpa-1 NBDBLK_VHOST_USER=/run/nbdblk/vhost-user.sock
 export NBDBLK_MONITOR=$port_monitor
 export PATH=$BINARIES:$PATH
 END

@@ -5,7 +5,7 @@ b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
-for device in /sys/bus/pci/devices/0000:00:0[6-9].0 /sys/bus/pci/devices/0000:00:1c.0/0000:??:??.?; do
+for device in /sys/bus/pci/devices/0000:00:0[6-9].0 /sys/bus/pci/devices/0000:00:1[cd].0/0000:??:??.?; do
     echo vfio-pci > "$device/driver_override"
     # virtio-pci is part of the kernel and has the device already.
     [ ! -e "$device/driver" ] || echo "${device##*/}" > "$device/driver/unbind"

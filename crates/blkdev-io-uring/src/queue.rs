@@ -144,7 +144,7 @@ impl Flight {
                 return Err(self);
             }
             (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == FILL => Ok(()),
-            (_, Err(errno)) => Err(Error::from_errno(errno)),
+            (_, Err(errno)) => Err(failure(errno, shared)),
             (_, Ok(_)) => Ok(()),
         };
         Ok(Completion { tag: self.request.tag, op: self.request.op, result: end })
@@ -302,6 +302,15 @@ impl Drop for FileQueue {
     fn drop(&mut self) {
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// What an errno means. A disk that was taken away has the size 0, and to a write past the end the kernel says ENOSPC.
+#[cold]
+fn failure(errno: i32, shared: &Shared) -> Error {
+    if errno == libc::ENOSPC && shared.target.is_disk && sys::disk_size(&shared.file).unwrap_or(0) == 0 {
+        return Error::Io;
+    }
+    Error::from_errno(errno)
 }
 
 /// Whether the kernel gave a request back before it did anything. The last two are what becomes of requests whose

@@ -47,6 +47,8 @@ pub(crate) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
 const BLKROGET: libc::Ioctl = 0x125e;
 /// `_IO(0x12, 104)`: a block device's logical block size.
 const BLKSSZGET: libc::Ioctl = 0x1268;
+/// `_IOR(0x12, 114, size_t)`: a block device's size in bytes.
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 /// `_IO(0x12, 123)`: a block device's physical block size.
 const BLKPBSZGET: libc::Ioctl = 0x127b;
 
@@ -60,6 +62,15 @@ pub(crate) fn logical_block_size(disk: &File) -> io::Result<u32> {
 
 pub(crate) fn physical_block_size(disk: &File) -> io::Result<u32> {
     int(disk, BLKPBSZGET)
+}
+
+pub(crate) fn disk_size(disk: &File) -> io::Result<u64> {
+    let mut value = 0_u64;
+    // SAFETY: the request stores 64 bits. On a descriptor that is no block device it is refused.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), BLKGETSIZE64, &raw mut value) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
 }
 
 fn int(disk: &File, request: libc::Ioctl) -> io::Result<u32> {

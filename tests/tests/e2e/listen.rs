@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nbdblk_tests::raw::{Mode, Raw};
-use nbdblk_tests::{Cmd, DEADLINE, Dir, Nbdblk, eventually, nbdblk, tool};
+use nbdblk_tests::{Cmd, Dir, Nbdblk, deadline, eventually, nbdblk, tool};
 use nix::sys::signal::Signal;
 
 /// The path of the program under test, for others to start.
@@ -165,7 +165,7 @@ fn who_waits_for_it_is_told_when_it_is_ready_and_when_it_stops() {
     let name = format!("nbdblk-notify-{}", std::process::id());
     let by_name = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
     for (manager, variable) in [(by_path, dir.text("notify")), (by_name, format!("@{name}"))] {
-        manager.set_read_timeout(Some(DEADLINE)).unwrap();
+        manager.set_read_timeout(Some(deadline())).unwrap();
         let told = || {
             let mut text = [0; 100];
             let len = manager.recv(&mut text).unwrap();
@@ -251,7 +251,7 @@ fn connections_are_counted_and_handshakes_end_in_time() {
             break;
         }
         std::thread::sleep(Duration::from_millis(10));
-        assert!(start.elapsed() < DEADLINE, "it is never cut off");
+        assert!(start.elapsed() < deadline(), "it is never cut off");
     }
     assert!(loris.write_all(b"x").is_err(), "it was not cut off");
     check_size(&server.uri());

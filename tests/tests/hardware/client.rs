@@ -1,4 +1,4 @@
-//! The Linux kernel as the client: a file system on /dev/nbd0.
+//! The Linux kernel as the client: a file system on /dev/nbdN.
 
 use nbdblk_tests::{Address, Dir, Nbdblk, tool};
 
@@ -8,19 +8,18 @@ use crate::target::Target;
 const FILE_SYSTEM: &str = "
 set -ex
 mkdir mnt
-mkfs.ext4 -q -F /dev/nbd0
-mount /dev/nbd0 mnt
-head -c 16M /dev/urandom > random
+mkfs.ext4 -q -F $0
+mount $0 mnt
+head -c 4M /dev/urandom > random
 cp -a /etc random mnt
 umount mnt
-mount /dev/nbd0 mnt
+mount $0 mnt
 diff -r --no-dereference /etc mnt/etc
 cmp random mnt/random
 rm mnt/random
 fstrim mnt
 umount mnt
-e2fsck -f -n /dev/nbd0
-blockdev --getsize64 /dev/nbd0
+e2fsck -f -n $0
 ";
 
 pub(crate) fn kernel_over_unix(target: &Target) {
@@ -39,9 +38,9 @@ fn kernel(target: &Target, listen: fn(&Dir, &[&str]) -> Nbdblk) {
         Address::Unix(path) => ("-unix".to_owned(), path.display().to_string()),
         Address::Tcp(address) => (address.ip().to_string(), address.port().to_string()),
     };
-    let attached = Attached::new(&[&host, &port, "/dev/nbd0", "-N", "disk", "-C", "2"]);
+    let attached = Attached::new(&[&host, &port, "-N", "disk", "-C", "2"]);
     assert_eq!(sockets(&server), idle + 2, "the kernel has two connections");
-    tool("sh").args(["-c", FILE_SYSTEM]).within(dir.path()).ok();
+    tool("sh").args(["-c", FILE_SYSTEM, &attached.0]).within(dir.path()).ok();
     drop(attached);
     assert!(server.terminate().success());
 }
@@ -53,21 +52,29 @@ fn sockets(server: &Nbdblk) -> usize {
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// /dev/nbd0 with a server; let go when dropped.
+/// A disk, `/dev/nbdN`, with a server; let go when dropped.
 #[derive(Debug)]
-struct Attached;
+struct Attached(String);
 
 impl Attached {
     fn new(args: &[&str]) -> Self {
-        tool("nbd-client").args(args).ok();
-        Self
+        // Tests of other devices have disks, too.
+        let mut said = String::new();
+        for disk in (0..8).map(|n| format!("/dev/nbd{n}")) {
+            let output = tool("nbd-client").args(args).args([&disk]).run();
+            if output.status.success() {
+                return Self(disk);
+            }
+            said += &output.err;
+        }
+        panic!("nbd-client {args:?}: {said}");
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
         // What a failed test left mounted would hold the device.
-        let _ = tool("umount").args(["-q", "-l", "/dev/nbd0"]).run();
-        let _ = tool("nbd-client").args(["-d", "/dev/nbd0"]).run();
+        let _ = tool("umount").args(["-q", "-l", &self.0]).run();
+        let _ = tool("nbd-client").args(["-d", &self.0]).run();
     }
 }

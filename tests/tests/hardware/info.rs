@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use nbdblk_tests::{Dir, nbdinfo, tool};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::target::{Other, Target};
 
@@ -22,12 +22,25 @@ pub(crate) fn is_true(target: &Target) {
             let queue = Path::new("/sys/block").join(storage.file_name().expect("a disk has a name")).join("queue");
             let says = |name: &str| fs::read_to_string(queue.join(name)).expect("sysfs has it").trim().to_owned();
             assert_eq!(says("logical_block_size"), target.block.to_string());
-            assert_eq!(json!(says("rotational") == "1"), info["caps"]["rotational"]);
+            // A virtio disk does not say whether it is one that rotates.
+            let rotates = |said: &str| !matches!(target.other, Other::VirtioPci(_)) && said == "1";
+            assert_eq!(json!(rotates(&says("rotational"))), info["caps"]["rotational"]);
             assert_eq!(json!(says("write_cache") == "write back"), info["properties"]["flush-needed"]);
             assert_ne!(says("discard_max_bytes"), "0");
             let serial = queue.join("../device/serial");
             let serial = fs::read_to_string(serial).or_else(|_| fs::read_to_string(queue.join("../serial")));
             assert_eq!(serial.expect("a disk of the machine has a serial number").trim(), info["serial"]);
+            let topology = tool("lsblk").args(["-dnb", "-o", "LOG-SEC,SIZE"]).args([storage]).ok().out;
+            let topology: Vec<u64> = topology.split_whitespace().map(|word| word.parse().expect(word)).collect();
+            assert_eq!(json!(topology), json!([target.block, info["size"]]));
+            if storage.to_string_lossy().starts_with("/dev/nvme") {
+                let said = tool("nvme").args(["id-ns", "-o", "json"]).args([storage]).ok().out;
+                let said: Value = serde_json::from_str(&said).expect("nvme prints JSON");
+                let format = &said["lbafs"][said["flbas"].as_u64().expect("a number") as usize & 0xf];
+                let shift = format["ds"].as_u64().expect("a number");
+                let size = said["nsze"].as_u64().expect("a number") << shift;
+                assert_eq!((1 << shift, json!(size)), (target.block, info["size"].clone()), "{said:#}");
+            }
             let size = tool("blockdev").args(["--getsize64".as_ref(), storage]).ok().out;
             size.trim().parse().expect("a size is a number")
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nbdblk_tests::tool;
 
-use crate::target::{Other, Target, check};
+use crate::target::{Other, Target, check, expand};
 
 /// The kernel's drivers see, on each PCI device that vfio-pci has, a disk with the blocks that it is to have.
 #[test]
@@ -16,28 +16,36 @@ fn devices_change_hands() {
         (Other::VirtioPci("$NBDBLK_VBLK"), 512),
         (Other::VirtioPci("$NBDBLK_VBLK4K"), 4096),
         (Other::VirtioPci("$NBDBLK_VBLK_PACKED"), 512),
+        (Other::VirtioPci("$NBDBLK_VBLK_SOCKET"), 512),
     ];
-    check(|| {
-        for (other, block) in devices {
-            let target = Target { spec: "", block, other };
+    for (other, block) in devices {
+        Target { spec: "", block, other }.check(|target| {
             let said = target.behind(|disk| tool("blockdev").args(["--getss".as_ref(), disk]).ok().out);
             assert_eq!(said.trim(), block.to_string(), "{target:?}");
-        }
-    });
+        });
+    }
 }
 
 /// vfio-pci has every device again, each with a group of its own.
 #[test]
 fn vfio_has_a_group_for_each_device() {
-    check(|| {
-        let names = ["NVME", "NVME_MDTS", "VBLK", "VBLK4K", "VBLK_PACKED"];
-        for address in names.map(|name| crate::target::expand(&format!("$NBDBLK_{name}"))) {
+    let names = [
+        "$NBDBLK_NVME",
+        "$NBDBLK_NVME_MDTS",
+        "$NBDBLK_VBLK",
+        "$NBDBLK_VBLK4K",
+        "$NBDBLK_VBLK_PACKED",
+        "$NBDBLK_VBLK_SOCKET",
+    ];
+    for name in names {
+        check(name, || {
+            let address = expand(name);
             let device = Path::new("/sys/bus/pci/devices").join(&address);
             let link =
                 |name: &str| std::fs::read_link(device.join(name)).unwrap_or_else(|error| panic!("{address}: {error}"));
             assert!(link("driver").ends_with("vfio-pci"), "{address} has the driver {:?}", link("driver"));
             let group = Path::new("/dev/vfio").join(link("iommu_group").file_name().expect("a group has a number"));
             assert!(group.exists(), "{address} has no {}", group.display());
-        }
-    });
+        });
+    }
 }

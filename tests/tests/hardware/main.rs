@@ -1,8 +1,10 @@
 //! nbdblk on real devices of every kind; runs in the machine of `cargo xtask vm test` only, and is skipped elsewhere.
 //!
-//! A new driver is one line of the table: what nbdblk is given, the block size that clients must be told, and the other
-//! way to the same storage, by which what nbdblk wrote is looked at.
+//! A new driver is one line of a table: what nbdblk is given, the block size that clients must be told, and the other way
+//! to the same storage, by which what nbdblk wrote is looked at. Tests of one device wait for each other; tests of several
+//! are under way at a time, which is why they are sorted by what they check.
 
+mod capacity;
 mod client;
 mod crash;
 mod data;
@@ -13,34 +15,72 @@ mod target;
 
 use target::{Other, Target};
 
-/// Every check on every target.
-macro_rules! table {
-    ($($name:ident: $spec:literal, $block:literal, $other:expr;)*) => { $(
-        mod $name {
-            use super::*;
-
-            const TARGET: Target = Target { spec: $spec, block: $block, other: $other };
-
-            #[test] fn info_is_true() { TARGET.check(info::is_true); }
-            #[test] fn copied_in_and_out() { TARGET.check(data::copied_in_and_out); }
-            #[test] fn verified_by_fio() { TARGET.check(data::verified_by_fio); }
-            #[test] fn zeroes_and_trims() { TARGET.check(data::zeroes_and_trims); }
-            #[test] fn whole_device_zeroed_and_trimmed() { TARGET.check(data::whole_device_zeroed_and_trimmed); }
-            #[test] fn fua_survives_a_kill() { TARGET.check(data::fua_survives_a_kill); }
-            #[test] fn unaligned_requests() { TARGET.check(data::unaligned_requests); }
-            #[test] fn longest_requests() { TARGET.check(data::longest_requests); }
-            #[test] fn two_clients_in_the_same_blocks() { TARGET.check(data::two_clients_in_the_same_blocks); }
-            #[test] fn killed_in_mid_write() { TARGET.check(crash::killed_in_mid_write); }
-            #[test] fn kernel_client_over_unix() { TARGET.check(client::kernel_over_unix); }
-            #[test] fn kernel_client_over_tcp() { TARGET.check(client::kernel_over_tcp); }
-        }
-    )* };
+/// A test for each row, by a function that is given the target.
+#[rustfmt::skip]
+macro_rules! targets {
+    ($test:path) => {
+        row! { $test, io_uring_4k,       "io_uring=$NBDBLK_NVME_KERNEL4K,direct=true", 4096, Other::Disk("$NBDBLK_NVME_KERNEL4K") }
+        row! { $test, nvme,              "nvme=$NBDBLK_NVME/1",                        512,  Other::Nvme("$NBDBLK_NVME", 1) }
+        row! { $test, nvme_4k,           "nvme=$NBDBLK_NVME/2",                        4096, Other::Nvme("$NBDBLK_NVME", 2) }
+        row! { $test, nvme_io_uring,     "nvme-io_uring=$NBDBLK_NG",                   512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
+        row! { $test, vdpa,              "vdpa=$NBDBLK_VDPA",                          512,  Other::File("/tmp/vduse0.img") }
+        row! { $test, virtio_pci,        "virtio-pci=$NBDBLK_VBLK",                    512,  Other::VirtioPci("$NBDBLK_VBLK") }
+        row! { $test, virtio_pci_packed, "virtio-pci=$NBDBLK_VBLK_PACKED,ring=packed", 512,  Other::VirtioPci("$NBDBLK_VBLK_PACKED") }
+    };
 }
 
+/// What these show is for the most part shown by the ones above, or by the tests outside of the machine.
 #[rustfmt::skip]
-table! {
-    io_uring_nvme:           "io_uring=$NBDBLK_NVME_KERNEL",               512,  Other::Disk("$NBDBLK_NVME_KERNEL");
-    io_uring_nvme_direct:    "io_uring=$NBDBLK_NVME_KERNEL,direct=true",   512,  Other::Disk("$NBDBLK_NVME_KERNEL");
-    io_uring_nvme_4k_direct: "io_uring=$NBDBLK_NVME_KERNEL4K,direct=true", 4096, Other::Disk("$NBDBLK_NVME_KERNEL4K");
-    vhost_user:              "vhost-user=$NBDBLK_VHOST_USER",              512,  Other::File("/tmp/vhost-user.img");
+macro_rules! more_targets {
+    ($test:path) => {
+        row! { $test, io_uring,          "io_uring=$NBDBLK_NVME_KERNEL",               512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
+        row! { $test, io_uring_direct,   "io_uring=$NBDBLK_NVME_KERNEL,direct=true",   512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
+        row! { $test, nvme_io_uring_4k,  "nvme-io_uring=$NBDBLK_NG4K",                 4096, Other::Disk("$NBDBLK_NVME_KERNEL4K") }
+        row! { $test, nvme_small_mdts,   "nvme=$NBDBLK_NVME_MDTS/1",                   512,  Other::Nvme("$NBDBLK_NVME_MDTS", 1) }
+        row! { $test, vhost_user,        "vhost-user=$NBDBLK_VHOST_USER",              512,  Other::File("/tmp/vhost-user.img") }
+        row! { $test, virtio_pci_4k,     "virtio-pci=$NBDBLK_VBLK4K",                  4096, Other::VirtioPci("$NBDBLK_VBLK4K") }
+    };
+}
+
+macro_rules! row {
+    ($test:path, $name:ident, $spec:literal, $block:literal, $other:expr) => {
+        #[test]
+        fn $name() {
+            Target { spec: $spec, block: $block, other: $other }.check($test);
+        }
+    };
+}
+
+/// Every check on every target of a table.
+#[rustfmt::skip]
+macro_rules! checks {
+    ($targets:ident) => {
+        mod info_is_true { use super::*; $targets! { info::is_true } }
+        mod copied_in_and_out { use super::*; $targets! { data::copied_in_and_out } }
+        mod copied_in_by_the_plugin { use super::*; $targets! { data::copied_in_by_the_plugin } }
+        mod verified_by_fio { use super::*; $targets! { data::verified_by_fio } }
+        mod zeroes_and_trims { use super::*; $targets! { data::zeroes_and_trims } }
+        mod whole_device_zeroed_and_trimmed { use super::*; $targets! { data::whole_device_zeroed_and_trimmed } }
+        mod fua_survives_a_kill { use super::*; $targets! { data::fua_survives_a_kill } }
+        mod unaligned_requests { use super::*; $targets! { data::unaligned_requests } }
+        mod longest_requests { use super::*; $targets! { data::longest_requests } }
+        mod two_clients_in_the_same_blocks { use super::*; $targets! { data::two_clients_in_the_same_blocks } }
+        mod killed_in_mid_write { use super::*; $targets! { crash::killed_in_mid_write } }
+        mod kernel_client { use super::*; $targets! { client::kernel_over_unix } }
+    };
+}
+
+checks! { targets }
+
+/// By `cargo xtask vm test --all` only.
+mod more {
+    use super::*;
+
+    checks! { more_targets }
+
+    mod kernel_client_over_tcp {
+        use super::*;
+
+        more_targets! { client::kernel_over_tcp }
+    }
 }

@@ -8,18 +8,55 @@ use crate::target::{await_disk, bind, check, expand};
 
 #[test]
 fn io_uring() {
-    check(|| removed("nvme", |disk| format!("io_uring={},direct=true", disk.expect("it has a driver").display())));
+    check(NVME.address, || NVME.removed("nvme", |disk| format!("io_uring={disk},direct=true")));
 }
 
-/// Pulls the NVMe controller out that can be, and puts a new one in; `spec` says how nbdblk reaches it, by the kernel's
-/// disk when its driver makes one.
-fn removed(driver: &str, spec: impl FnOnce(Option<&Path>) -> String) {
-    let address = expand("$NBDBLK_NVME_MDTS");
-    bind(driver, &address).unwrap_or_else(|error| panic!("giving {address} to {driver}: {error}"));
-    let disk = (driver != "vfio-pci").then(|| await_disk(&address, Some(1)));
-    let dir = Dir::new();
-    let mut server = Nbdblk::unix(&dir, &[&spec(disk.as_deref())]);
-    let script = "
+#[test]
+fn nvme() {
+    check(NVME.address, || NVME.removed("vfio-pci", |address| format!("nvme={address}")));
+}
+
+#[test]
+fn nvme_io_uring() {
+    check(NVME.address, || NVME.removed("nvme", |disk| format!("nvme-io_uring={}", disk.replace("/nvme", "/ng"))));
+}
+
+#[test]
+fn virtio_pci() {
+    check(VIRTIO.address, || VIRTIO.removed("vfio-pci", |address| format!("virtio-pci={address}")));
+}
+
+/// A device that can be pulled out, and put in again.
+struct Bay {
+    /// Where it is.
+    address: &'static str,
+    /// What QEMU calls it.
+    id: &'static str,
+    /// One like it.
+    next: &'static str,
+}
+
+const NVME: Bay = Bay { address: "$NBDBLK_NVME_MDTS", id: "nvme-mdts", next: "nvme,bus=socket,max_ioqpairs=1,mdts=2" };
+
+const VIRTIO: Bay = Bay {
+    address: "$NBDBLK_VBLK_SOCKET",
+    id: "vblk-socket",
+    next: "virtio-blk-pci,bus=socket2,disable-legacy=on,iommu_platform=on,num-queues=4",
+};
+
+impl Bay {
+    /// Pulls the device out under load, and puts a new one in. `spec` says how nbdblk reaches it: by its address when the
+    /// driver is vfio-pci, and else by the kernel's disk.
+    fn removed(&self, driver: &str, spec: impl FnOnce(&str) -> String) {
+        let address = expand(self.address);
+        bind(driver, &address).unwrap_or_else(|error| panic!("giving {address} to {driver}: {error}"));
+        let spec = match driver {
+            "vfio-pci" => spec(&address),
+            _ => spec(&await_disk(&address, Some(1)).display().to_string()),
+        };
+        let dir = Dir::new();
+        let mut server = Nbdblk::unix(&dir, &[&spec]);
+        let script = "
 data = bytes(65536)
 print('writing', flush=True)
 try:
@@ -29,34 +66,68 @@ try:
 except nbd.Error as error:
     print('failed with', error.errno)
 ";
-    let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("client"));
-    client.await_text("writing");
-    monitor("device_del nvme-mdts");
-    let (status, log) = client.await_end();
-    // ENOSPC comes from the kernel: the disk of a device that has gone has the size 0, and a write lies past its end.
-    let told = ["failed with EIO", "failed with ENOSPC"].iter().any(|text| log.contains(text));
-    assert!(status.success() && told, "{status}: {log}");
+        let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("client"));
+        client.await_text("writing");
+        monitor(&format!("device_del {}", self.id));
+        let (status, log) = client.await_end();
+        assert!(status.success() && log.contains("failed with EIO"), "{status}: {log}");
 
-    // Who comes now is told too, and the server can be asked to end.
-    let script = "
+        // Who comes now is told too, and the server can be asked to end.
+        let script = "
 try:
     h.pread(4096, 0)
 except nbd.Error as error:
     print(error.errno)
 ";
-    assert_eq!(nbdsh(&server.uri(), script), "EIO\n");
-    assert!(server.is_alive(), "{}", server.log());
-    assert!(server.terminate().success());
+        assert_eq!(nbdsh(&server.uri(), script), "EIO\n");
+        assert!(server.is_alive(), "{}", server.log());
+        assert!(server.terminate().success());
 
-    let device = Path::new("/sys/bus/pci/devices").join(&address);
-    eventually("that the controller has gone", || !device.exists());
-    monitor("drive_add 0 if=none,id=new,driver=null-co,read-zeroes=on,size=128M");
-    monitor("device_add nvme,id=nvme-mdts,serial=nvme-mdts,bus=socket,max_ioqpairs=1,mdts=2,drive=new");
-    eventually("a new controller with a driver", || device.join("driver").exists());
-    bind("vfio-pci", &address).expect("vfio-pci takes the new controller");
+        let device = Path::new("/sys/bus/pci/devices").join(&address);
+        eventually("that the device has gone", || !device.exists());
+        // QEMU lets go of a drive with its device, but not at once: each has a name of its own.
+        let drive = format!("new-{}", std::process::id()) + &dir.path().display().to_string().replace('/', "-");
+        let id = self.id;
+        monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M"));
+        monitor(&format!("device_add {},id={id},serial={id},drive={drive}", self.next));
+        eventually("a new device with a driver", || device.join("driver").exists());
+        bind("vfio-pci", &address).expect("vfio-pci takes the new device");
+    }
+}
+
+/// The process that is a vDPA device behind VDUSE is killed. The kernel has no way to say so: the request takes too long.
+#[test]
+fn vdpa() {
+    check("a device of its own", || {
+        let dir = Dir::new();
+        let image = dir.sparse("image", 32 << 20);
+        let node = format!("driver=file,filename={},node-name=n", image.display());
+        let export = "vduse-blk,id=e,node-name=n,writable=on,name=gone,num-queues=1,queue-size=128";
+        let qsd = tool("qemu-storage-daemon").args(["--blockdev", &node, "--export", export]).spawn(dir.at("qsd.log"));
+        let add = || tool("vdpa").args(["dev", "add", "name", "gone", "mgmtdev", "vduse"]).run().status.success();
+        eventually("a vDPA device", add);
+        let entries = std::fs::read_dir("/sys/bus/vdpa/devices/gone").expect("the device is there").flatten();
+        let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let node = names.find(|name| name.starts_with("vhost-vdpa-")).expect("vhost-vdpa has the device");
+        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa=/dev/{node},request-timeout=3s")]);
+        nbdsh(&server.uri(), "h.pwrite(bytes(65536), 0)");
+        drop(qsd); // SIGKILL
+        for _ in 0..2 {
+            let script = "
+try:
+    h.pwrite(bytes(65536), 0)
+except nbd.Error as error:
+    print(error.errno)
+";
+            assert_eq!(nbdsh(&server.uri(), script), "EIO\n");
+        }
+        assert!(server.is_alive(), "{}", server.log());
+        assert!(server.terminate().success());
+        tool("vdpa").args(["dev", "del", "gone"]).ok();
+    });
 }
 
 /// Types a command at QEMU's monitor.
-fn monitor(command: &str) {
+pub(crate) fn monitor(command: &str) {
     std::fs::write(expand("$NBDBLK_MONITOR"), format!("{command}\n")).expect("QEMU listens");
 }

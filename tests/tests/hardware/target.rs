@@ -1,8 +1,9 @@
 //! A device under test, and the other way to its storage.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 
 use nbdblk_tests::{Dir, Nbdblk, eventually, nbdblk, tool};
 use serde_json::Value;
@@ -32,9 +33,16 @@ pub(crate) enum Other {
 }
 
 impl Target {
-    /// Does the check, if this is the machine.
+    /// Does the check, if this is the machine; other tests of the device wait.
     pub(crate) fn check(&self, test: impl FnOnce(&Self)) {
-        check(|| test(self));
+        check(self.storage(), || test(self));
+    }
+
+    /// The variable that names the storage.
+    fn storage(&self) -> &'static str {
+        match self.other {
+            Other::Disk(name) | Other::File(name) | Other::Nvme(name, _) | Other::VirtioPci(name) => name,
+        }
     }
 
     /// The argument of nbdblk.
@@ -80,9 +88,11 @@ impl Target {
     }
 }
 
-/// Runs the test, if this is the machine.
-pub(crate) fn check(test: impl FnOnce()) {
+/// Runs the test, if this is the machine; other tests with the same `storage` wait.
+pub(crate) fn check(storage: &'static str, test: impl FnOnce()) {
     if std::env::var_os("NBDBLK_VM").is_some() {
+        // A test that has failed leaves the device to the next one.
+        let _one = lock_of(storage).lock().unwrap_or_else(PoisonError::into_inner);
         test();
     } else {
         static SAID: Once = Once::new();
@@ -90,6 +100,12 @@ pub(crate) fn check(test: impl FnOnce()) {
         let say = || std::io::stderr().write_all(b"\nSKIPPED: hardware tests run by `cargo xtask vm test` only\n");
         SAID.call_once(|| drop(say()));
     }
+}
+
+fn lock_of(storage: &'static str) -> &'static Mutex<()> {
+    static LOCKS: Mutex<BTreeMap<&str, &Mutex<()>>> = Mutex::new(BTreeMap::new());
+    let mut locks = LOCKS.lock().expect("nobody panics with all locks");
+    locks.entry(storage).or_insert_with(|| Box::leak(Box::default()))
 }
 
 /// Puts the machine's variables in.

@@ -180,7 +180,10 @@ impl Machine<'_> {
         // This firmware does less than the usual one, and is done sooner.
         qemu.arg("-bios").arg(root.join("usr/share/qemu/qboot.rom"));
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35"]);
-        qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off", "-smp", "2", "-m", "1536"]);
+        // Without la57 page tables are shorter. Without erms and fsrm the guest does not copy by `rep movsb`, which is
+        // emulated byte by byte.
+        let cpu = "max,la57=off,erms=off,fsrm=off";
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "2", "-m", "1536"]);
         qemu.arg("-kernel").arg(self.image.kernel()).arg("-initrd").arg(dir.join("initramfs"));
         qemu.arg("-append").arg(self.kernel_args());
         if self.iommu {
@@ -215,24 +218,27 @@ impl Machine<'_> {
     fn add_disks(&self, qemu: &mut Command, dir: &Path) {
         let platform = if self.iommu { "on" } else { "off" };
         let blocks_4k = "logical_block_size=4096,physical_block_size=4096";
-        let virtio = |id: &str, addr: &str, more: &str| {
+        let virtio = |id: &str, place: &str, more: &str| {
             format!(
-                "virtio-blk-pci,drive={id},serial={id},addr={addr},disable-legacy=on,iommu_platform={platform},num-queues=4{more}"
+                "virtio-blk-pci,id={id},drive={id},serial={id},{place},disable-legacy=on,iommu_platform={platform},num-queues=4{more}"
             )
         };
         let disks_and_devices = [
             (None, "nvme,id=nvme-kernel,serial=nvme-kernel,addr=0x5,max_ioqpairs=4".into()),
             (Some("kernel-512"), "nvme-ns,drive=kernel-512,bus=nvme-kernel,nsid=1".into()),
             (Some("kernel-4k"), format!("nvme-ns,drive=kernel-4k,bus=nvme-kernel,nsid=2,{blocks_4k}")),
+            (Some("kernel-twin"), "nvme-ns,drive=kernel-twin,bus=nvme-kernel,nsid=3".into()),
             (None, "nvme,id=nvme-vfio,serial=nvme-vfio,addr=0x6,max_ioqpairs=4".into()),
             (Some("vfio-512"), "nvme-ns,drive=vfio-512,bus=nvme-vfio,nsid=1".into()),
             (Some("vfio-4k"), format!("nvme-ns,drive=vfio-4k,bus=nvme-vfio,nsid=2,{blocks_4k}")),
             (Some("vfio-metadata"), "nvme-ns,drive=vfio-metadata,bus=nvme-vfio,nsid=3,ms=8".into()),
-            (Some("vblk-512"), virtio("vblk-512", "0x7", "")),
-            (Some("vblk-4k"), virtio("vblk-4k", "0x8", &format!(",vectors=2,{blocks_4k}"))),
-            (Some("vblk-packed"), virtio("vblk-packed", "0x9", ",packed=on")),
-            // Behind a port of its own, so that it can be pulled out.
+            (Some("vblk-512"), virtio("vblk-512", "addr=0x7", "")),
+            (Some("vblk-4k"), virtio("vblk-4k", "addr=0x8", &format!(",vectors=2,{blocks_4k}"))),
+            (Some("vblk-packed"), virtio("vblk-packed", "addr=0x9", ",packed=on")),
+            // Behind ports of their own, so that they can be pulled out.
             (None, "pcie-root-port,id=socket,addr=0x1c,chassis=1".into()),
+            (None, "pcie-root-port,id=socket2,addr=0x1d,chassis=2".into()),
+            (Some("vblk-socket"), virtio("vblk-socket", "bus=socket2", "")),
             // 2^2 pages of 4 KiB.
             (None, "nvme,id=nvme-mdts,serial=nvme-mdts,bus=socket,max_ioqpairs=1,mdts=2".into()),
             (Some("mdts-512"), "nvme-ns,drive=mdts-512,bus=nvme-mdts,nsid=1".into()),

@@ -11,7 +11,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::shell;
+use crate::{dist, shell};
 use image::Image;
 use machine::{Job, Machine};
 
@@ -31,7 +31,8 @@ usage: cargo xtask vm prepare [--force]
   -v                show the machine's console and what its start took
   --no-build        run: do not build nbdblk first
   --share DIR       share one more directory with the machine, at the same path
-  --size MIB        size of each disk (128)
+  --all             test: the slow ones, too
+  --size MIB        size of each disk (40)
   --append ARGS     more arguments for the machine's kernel, such as module.option=value
   --no-iommu        leave the IOMMU out; VFIO then works without one (CAP_SYS_RAWIO)
 
@@ -61,7 +62,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             })?;
             std::process::exit(status);
         }
-        "test" => test(&options),
+        "test" => test(words),
         "shell" => {
             options.accepts_no_words()?;
             machine(&image::prepare(false)?, &options)?.run(&Job::Shell).map(|_| ())
@@ -75,7 +76,8 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
 }
 
 /// Runs the hardware tests, or says why they cannot run here.
-fn test(options: &Options<'_>) -> Result<()> {
+pub(crate) fn test(words: &[&str]) -> Result<()> {
+    let options = Options::parse(words)?;
     let image = match image::prepare(false) {
         Ok(image) => image,
         Err(error) => {
@@ -84,35 +86,82 @@ fn test(options: &Options<'_>) -> Result<()> {
             return Ok(());
         }
     };
-    let nbdblk = match std::env::var_os("NBDBLK_BIN") {
-        Some(path) => path.into(),
-        None => shell::build_nbdblk()?,
+    let built = |variable: &str, build: fn() -> Result<PathBuf>| {
+        std::env::var_os(variable).map_or_else(build, |path| Ok(path.into()))
     };
-    let tests = build_tests()?;
-    let path = |path: &Path| path.to_str().map(String::from).context("a path of the build is not UTF-8");
-    let mut words = vec!["env".into(), format!("NBDBLK_BIN={}", path(&nbdblk)?), path(&tests)?];
-    // Every test uses the same devices.
-    words.push("--test-threads=1".into());
-    words.extend(options.words.iter().map(|&word| word.into()));
-    let seconds_max = options.seconds_max.unwrap_or(3600);
-    let status =
-        machine(&image, options)?.run(&Job::Command { words, dir: shell::root().join("tests"), seconds_max })?;
+    let path = |path: &Path| path.to_str().map(shell::quote).context("a path of the build is not UTF-8");
+    let (nbdblk, plugin) = (built("NBDBLK_BIN", shell::build_nbdblk)?, built("NBDBLK_PLUGIN", dist::build_plugin)?);
+    let mut script = format!("export NBDBLK_BIN={} NBDBLK_PLUGIN={}\n{RUN}", path(&nbdblk)?, path(&plugin)?);
+    let words: Vec<String> = options.words.iter().map(|word| shell::quote(word)).collect();
+    for round in build_tests()? {
+        for program in round {
+            let skipped = if options.all { &[][..] } else { program.slow };
+            let skipped: String = skipped.iter().map(|name| format!(" --skip {name}")).collect();
+            let Program { package, threads, only, .. } = program;
+            let line = format!("--test-threads={threads}{skipped} {only} {}", words.join(" "));
+            script += &format!("run {package} {} {line} &\n", path(&program.binary)?);
+        }
+        script += "wait\n";
+    }
+    script += "[ ! -e /tmp/failed ]";
+    let job = Job::Command {
+        words: ["sh", "-c", &script].map(String::from).into(),
+        dir: shell::root().join("tests"),
+        seconds_max: options.seconds_max.unwrap_or(3600),
+    };
+    let status = machine(&image, &options)?.run(&job)?;
     ensure!(status == 0, "the hardware tests ended with status {status}");
     Ok(())
 }
 
-/// Builds the program of the hardware tests and says where it is.
-fn build_tests() -> Result<PathBuf> {
+/// Runs a program of tests, whose lines are told apart from those of others by its name.
+const RUN: &str = r#"
+run() {
+    name=$1; shift
+    { "$@" 2>&1 || echo "$name" >> /tmp/failed; } | sed -u "s/^/$name: /"
+}
+"#;
+
+/// A program of tests that run in the machine.
+struct Program {
+    package: &'static str,
+    /// How many of its tests are under way at a time.
+    threads: u32,
+    /// Which of its tests need the machine.
+    only: &'static str,
+    /// Tests that are left out unless all are asked for.
+    slow: &'static [&'static str],
+    binary: PathBuf,
+}
+
+/// Builds the programs of the hardware tests: those of a round share no device.
+fn build_tests() -> Result<Vec<Vec<Program>>> {
+    // The way that all tests are built, so that nothing is built twice.
     let output = shell::cargo()
-        .args(["test", "--no-run", "-p", "nbdblk-tests", "--test", "hardware"])
+        .args(["test", "--no-run", "--workspace", "--all-features", "--test", "hardware", "--test", "parity"])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
         .context("starting cargo")?;
     ensure!(output.status.success(), "building the hardware tests failed");
     let text = String::from_utf8(output.stdout)?;
-    let (_, rest) = text.rsplit_once(r#""executable":""#).context("cargo names no test program")?;
-    Ok(rest.split('"').next().unwrap_or_default().into())
+    let program = |package: &'static str, threads, only, slow| -> Result<Program> {
+        let crate_name = format!("/{package}#");
+        let mut lines =
+            text.lines().filter(|line| line.contains(&crate_name) || line.contains(&format!("#{package}@")));
+        let binary = lines.find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
+        let binary = binary.with_context(|| format!("cargo names no test program of {package}"))?;
+        Ok(Program { package, threads, only, slow, binary: binary.into() })
+    };
+    Ok(vec![
+        vec![program("nbdblk-tests", 3, "", &["more::"])?],
+        vec![program("blkdev-libblkio", 1, "hardware::", &[])?],
+        vec![
+            program("blkdev-nvme", 1, "", &["conform"])?,
+            program("blkdev-virtio-pci", 1, "", &["conform"])?,
+            program("blkdev-vdpa", 1, "", &["conform"])?,
+        ],
+    ])
 }
 
 fn machine<'a>(image: &'a Image, options: &Options<'a>) -> Result<Machine<'a>> {
@@ -150,6 +199,7 @@ struct Options<'a> {
     build: bool,
     verbose: bool,
     iommu: bool,
+    all: bool,
     seconds_max: Option<u64>,
     disk_mib: u64,
     append: &'a str,
@@ -165,8 +215,9 @@ impl<'a> Options<'a> {
             build: true,
             verbose: false,
             iommu: true,
+            all: false,
             seconds_max: None,
-            disk_mib: 128,
+            disk_mib: 40,
             append: "",
             shares: Vec::new(),
             words: Vec::new(),
@@ -179,6 +230,7 @@ impl<'a> Options<'a> {
                 "--no-build" => options.build = false,
                 "-v" | "--verbose" => options.verbose = true,
                 "--no-iommu" => options.iommu = false,
+                "--all" => options.all = true,
                 "-t" | "--timeout" => options.seconds_max = Some(number(value()?)?),
                 "--size" => options.disk_mib = number(value()?)?,
                 "--append" => options.append = value()?,

@@ -1,6 +1,7 @@
 //! libblkio's drivers held against the suite that ours are held against, and then against ours, request by request.
 
 mod backend;
+mod hardware;
 mod script;
 
 use std::{
