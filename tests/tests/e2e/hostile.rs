@@ -249,7 +249,8 @@ fn idle_clients_and_short_ones_cost_nothing_afterwards() {
         at_work();
         (0..2000).for_each(|_| throw(address, b""));
         at_work();
-        assert!(server.fds() >= fds + 200, "they are still there");
+        // The client before may have been counted, being on its way out.
+        assert!(server.fds() >= fds + 199, "they are still there");
         drop(clients);
         eventually("all descriptors are closed", || server.fds() <= fds);
         let grown = server.resident_private().saturating_sub(resident);
