@@ -52,8 +52,7 @@ options
 const DEFAULT: &str = "randread-4k-1,randread-4k-64,randwrite-4k-64,read-256k-16,write-256k-16";
 
 /// What docs/performance.md shows.
-const DOCS: &str =
-    "randread-4k-1,randread-4k-64,randwrite-4k-64,randread-4k-64x2,randread-4k-64@tcp,read-256k-16,write-256k-16";
+const DOCS: &str = "randread-4k-1,randread-4k-64,randwrite-4k-64,randread-4k-64x2,randread-4k-64@tcp,randread-4k-64@tls,read-256k-16,write-256k-16";
 
 /// The same number of requests in flight over more and more connections.
 const CONNECTIONS: &str = "randread-4k-256,randread-4k-64x4,randread-4k-16x16,randread-4k-4x64,randread-4k-1x256";
@@ -271,7 +270,7 @@ fn works(words: &str) -> Result<Vec<Work>> {
 /// The whole matrix.
 fn all() -> Vec<Work> {
     let mut all = Vec::new();
-    for transport in ["unix", "tcp"] {
+    for transport in ["unix", "tcp", "tls"] {
         for connections in [1, 2, 4] {
             let small = ["randread-4k", "randwrite-4k"].map(|work| (work, &[1, 8, 64, 256][..]));
             let big =

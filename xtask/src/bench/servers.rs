@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{time::clock_getcpuclockid, unistd::Pid};
 
 use super::work::Transport;
@@ -54,14 +54,18 @@ const fn server(name: &'static str, device: &'static str, program: Program, word
     Server { name, device, program, words }
 }
 
-const NULL: &str = "driver=null-co,node-name=disk,size=1073741824,read-zeroes=on";
-
 pub(crate) const SERVERS: &[Server] = &[
     server("floor-null", "null", Program::Floor, ""),
     server("nbdblk-null", "null", Program::Nbdblk, "null=1G"),
     server("nbdkit-null", "null", Program::Nbdkit, "null 1G"),
     server("qemu-nbd-null", "null", Program::QemuNbd, "--image-opts driver=null-co,size=1073741824,read-zeroes=on"),
-    server("qsd-null", "null", Program::QemuStorageDaemon, NULL),
+    server(
+        "qsd-null",
+        "null",
+        Program::QemuStorageDaemon,
+        "--blockdev driver=null-co,node-name=disk,size=1073741824,read-zeroes=on \
+         --export type=nbd,id=e,node-name=disk,name=,writable=on",
+    ),
     server("nbdblk-memory", "memory", Program::Nbdblk, "memory=1G"),
     server("nbdkit-memory", "memory", Program::Nbdkit, "memory 1G"),
     server("floor-file", "file", Program::Floor, "IMAGE"),
@@ -70,7 +74,13 @@ pub(crate) const SERVERS: &[Server] = &[
     server("nbdkit-file", "file", Program::Nbdkit, "file IMAGE"),
     server("nbdkit-blkio-file", "file", Program::Nbdkit, "blkio io_uring path=IMAGE"),
     server("qemu-nbd-file", "file", Program::QemuNbd, "-f raw --aio=io_uring IMAGE"),
-    server("qsd-file", "file", Program::QemuStorageDaemon, "driver=file,aio=io_uring,node-name=disk,filename=IMAGE"),
+    server(
+        "qsd-file",
+        "file",
+        Program::QemuStorageDaemon,
+        "--blockdev driver=file,aio=io_uring,node-name=disk,filename=IMAGE \
+         --export type=nbd,id=e,node-name=disk,name=,writable=on",
+    ),
     server("nbdblk-vu", "vu", Program::Nbdblk, "vhost-user=VHOST"),
     server("plugin-vu", "vu", Program::Plugin, "virtio-blk-vhost-user path=VHOST"),
     server("nbdkit-blkio-vu", "vu", Program::Nbdkit, "blkio virtio-blk-vhost-user path=VHOST"),
@@ -112,6 +122,7 @@ pub(crate) struct Running {
 pub(crate) enum Address {
     Unix(PathBuf),
     Tcp(u16),
+    Tls(u16),
 }
 
 impl Address {
@@ -119,6 +130,8 @@ impl Address {
         match self {
             Self::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
             Self::Tcp(port) => format!("nbd://127.0.0.1:{port}"),
+            // Who the server is costs nothing once the handshake is over.
+            Self::Tls(port) => format!("nbds://127.0.0.1:{port}/?tls-verify-peer=false"),
         }
     }
 
@@ -131,7 +144,7 @@ impl Address {
                 stream.set_read_timeout(patience)?;
                 Ok(Box::new(stream))
             }
-            Self::Tcp(port) => {
+            Self::Tcp(port) | Self::Tls(port) => {
                 let stream = TcpStream::connect(("127.0.0.1", *port))?;
                 stream.set_read_timeout(patience)?;
                 Ok(Box::new(stream))
@@ -184,6 +197,7 @@ impl Stage {
         let address = match transport {
             Transport::Unix => Address::Unix(socket),
             Transport::Tcp => Address::Tcp(free_port()?),
+            Transport::Tls => Address::Tls(free_port()?),
         };
         let mut command = self.command(server, &address)?;
         let ready = || address.connect().is_ok();
@@ -197,7 +211,8 @@ impl Stage {
         let _ = fs::remove_file(&socket);
         let mut command = self.rival("qemu-storage-daemon")?;
         let addr = self.inside(&socket);
-        command.args(["--object", "iothread,id=io", "--blockdev", NULL, "--export"]);
+        command.args(["--object", "iothread,id=io"]);
+        command.args(["--blockdev", "driver=null-co,node-name=disk,size=1073741824,read-zeroes=on", "--export"]);
         command.arg(format!(
             "type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,iothread=io,addr.type=unix,addr.path={addr}"
         ));
@@ -225,39 +240,74 @@ impl Stage {
             Program::QemuNbd => self.rival("qemu-nbd")?,
             Program::QemuStorageDaemon => self.rival("qemu-storage-daemon")?,
         };
-        match (server.program, address) {
-            (Program::Floor, Address::Unix(socket)) => command.arg(socket),
-            (Program::Floor, Address::Tcp(port)) => command.arg(format!("127.0.0.1:{port}")),
-            (Program::Nbdblk, Address::Unix(socket)) => command.arg("serve").arg("--unix").arg(socket),
-            (Program::Nbdblk, Address::Tcp(port)) => {
-                command.args(["serve", "-i", "127.0.0.1", "-p", &port.to_string()])
+        // How each wants to be told where to listen, and with which keys.
+        let listen = |unix: &str, ip: &str, port: &str| -> Vec<String> {
+            match address {
+                Address::Unix(socket) => [unix, &path(socket)].map(Into::into).into(),
+                Address::Tcp(n) | Address::Tls(n) => [ip, "127.0.0.1", port, &n.to_string()].map(Into::into).into(),
             }
-            (Program::Plugin | Program::Nbdkit, Address::Unix(socket)) => command.args(["-f", "-U", &path(socket)]),
-            (Program::Plugin | Program::Nbdkit, Address::Tcp(port)) => {
-                command.args(["-f", "-i", "127.0.0.1", "-p", &port.to_string()])
-            }
-            (Program::QemuNbd, Address::Unix(socket)) => command.args(["-t", "-e", CLIENTS, "-k", &path(socket)]),
-            (Program::QemuNbd, Address::Tcp(port)) => {
-                command.args(["-t", "-e", CLIENTS, "-b", "127.0.0.1", "-p", &port.to_string()])
-            }
-            (Program::QemuStorageDaemon, Address::Unix(socket)) => command.args([
-                "--nbd-server",
-                &format!("addr.type=unix,addr.path={},max-connections={CLIENTS}", path(socket)),
-            ]),
-            (Program::QemuStorageDaemon, Address::Tcp(port)) => command.args([
-                "--nbd-server",
-                &format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port},max-connections={CLIENTS}"),
-            ]),
+        };
+        let pki = if let Address::Tls(_) = address { Some(path(&self.pki()?)) } else { None };
+        let tls = |words: fn(&str) -> Vec<String>| pki.as_deref().map(words).into_iter().flatten();
+        let creds: fn(&str) -> Vec<String> = |dir| {
+            let object = format!("tls-creds-x509,id=tls,endpoint=server,dir={dir},verify-peer=off,sanity-check=off");
+            vec!["--object".into(), object]
         };
         match server.program {
-            Program::Plugin => command.arg(path(&self.dir.join("plugin.so"))).args(words),
-            Program::QemuStorageDaemon => {
-                command.arg("--blockdev").args(words);
-                command.args(["--export", "type=nbd,id=e,node-name=disk,name=,writable=on"])
+            Program::Floor => match address {
+                Address::Unix(socket) => command.arg(socket),
+                Address::Tcp(port) => command.arg(format!("127.0.0.1:{port}")),
+                Address::Tls(_) => bail!("the floor has no TLS"),
+            },
+            Program::Nbdblk => {
+                command.arg("serve").args(listen("--unix", "-i", "-p"));
+                command.args(tls(|dir| ["--tls", "require", "--tls-certificates", dir].map(Into::into).into()))
             }
-            _ => command.args(words),
+            Program::Plugin | Program::Nbdkit => {
+                command.arg("-f").args(listen("-U", "-i", "-p"));
+                command.args(tls(|dir| vec!["--tls=require".into(), format!("--tls-certificates={dir}")]));
+                let plugin = (server.program == Program::Plugin).then(|| path(&self.dir.join("plugin.so")));
+                command.args(plugin)
+            }
+            Program::QemuNbd => {
+                command.args(["-t", "-e", CLIENTS]).args(listen("-k", "-b", "-p"));
+                command.args(tls(creds)).args(tls(|_| ["--tls-creds", "tls"].map(Into::into).into()))
+            }
+            Program::QemuStorageDaemon => {
+                let addr = match address {
+                    Address::Unix(socket) => format!("addr.type=unix,addr.path={}", path(socket)),
+                    Address::Tcp(port) => format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port}"),
+                    Address::Tls(port) => format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port},tls-creds=tls"),
+                };
+                command.args(tls(creds)).args(["--nbd-server", &format!("{addr},max-connections={CLIENTS}")])
+            }
         };
+        command.args(words);
         Ok(command)
+    }
+
+    /// A directory with an authority and a server's certificate by it, under the names that all servers look for.
+    fn pki(&self) -> Result<PathBuf> {
+        let dir = self.dir.join("pki");
+        if dir.exists() {
+            return Ok(dir);
+        }
+        fs::create_dir(&dir)?;
+        let run = |args: &str| {
+            let output = shell::command("certtool").args(args.split(' ')).current_dir(&dir).output()?;
+            ensure!(output.status.success(), "certtool: {}", String::from_utf8_lossy(&output.stderr).trim());
+            Ok(())
+        };
+        fs::write(dir.join("ca.info"), "cn = benchmark\nca\ncert_signing_key\nexpiration_days = 30\n")?;
+        let names = "cn = localhost\ndns_name = localhost\nip_address = 127.0.0.1\n";
+        fs::write(dir.join("server.info"), format!("{names}tls_www_server\nsigning_key\nexpiration_days = 30\n"))?;
+        for who in ["ca", "server"] {
+            run(&format!("--generate-privkey --key-type=ecdsa --curve=secp256r1 --outfile={who}-key.pem"))?;
+        }
+        run("--generate-self-signed --load-privkey=ca-key.pem --template=ca.info --outfile=ca-cert.pem")?;
+        run("--generate-certificate --load-ca-certificate=ca-cert.pem --load-ca-privkey=ca-key.pem \
+             --load-privkey=server-key.pem --template=server.info --outfile=server-cert.pem")?;
+        Ok(dir)
     }
 
     /// A rival's program, in the root if there is one.

@@ -15,10 +15,12 @@ use crate::shell;
 pub(crate) enum Transport {
     Unix,
     Tcp,
+    /// On TCP, with certificates.
+    Tls,
 }
 
 impl Transport {
-    pub(crate) const ALL: [Self; 2] = [Self::Unix, Self::Tcp];
+    pub(crate) const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Tls];
 }
 
 /// `PATTERN-BLOCK-DEPTH[xCONNECTIONS][@TRANSPORT]`, such as `randread-4k-64` or `write-256k-16x2@tcp`.
@@ -40,7 +42,8 @@ impl FromStr for Work {
         let (rest, transport) = match word.split_once('@') {
             None | Some((_, "unix")) => (word.split('@').next().unwrap_or(word), Transport::Unix),
             Some((rest, "tcp")) => (rest, Transport::Tcp),
-            Some((_, other)) => bail!("{word}: no transport {other}; there are unix and tcp"),
+            Some((rest, "tls")) => (rest, Transport::Tls),
+            Some((_, other)) => bail!("{word}: no transport {other}; there are unix, tcp and tls"),
         };
         let (rest, connections) = rest.split_once('x').unwrap_or((rest, "1"));
         let parts: Vec<&str> = rest.split('-').collect();
@@ -67,6 +70,7 @@ impl fmt::Display for Work {
         match self.transport {
             Transport::Unix => Ok(()),
             Transport::Tcp => f.write_str("@tcp"),
+            Transport::Tls => f.write_str("@tls"),
         }
     }
 }
@@ -165,7 +169,7 @@ mod tests {
 
     #[test]
     fn workloads_read_as_they_are_written() {
-        for word in ["randread-4k-64", "write-256k-16x2", "randwrite-4k-1@tcp", "read-1m-4x4@tcp"] {
+        for word in ["randread-4k-64", "write-256k-16x2", "randwrite-4k-1@tcp", "read-1m-4x4@tls"] {
             assert_eq!(word.parse::<Work>().expect(word).to_string(), word);
         }
         for word in ["", "randread-4k", "trim-4k-1", "read-4k-0", "read-4k-1x0", "read-4k-1@pipe", "read-4k-1-1"] {
