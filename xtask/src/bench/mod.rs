@@ -151,7 +151,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     if let Some(dir) = &options.svg {
         report::draw(&results, dir.as_ref())?;
     }
-    if options.docs { write_docs(&results) } else { Ok(()) }
+    Ok(())
 }
 
 fn read_docs() -> Result<Results> {
@@ -187,6 +187,7 @@ impl Options {
         ensure!(!servers.is_empty(), "no server has such a name; --list prints them");
         if self.wants("--micro") {
             results.micro = micro::run()?;
+            self.keep(results)?;
         }
         if !["--servers", "--raw", "--memory", "--connections"].iter().any(|part| self.wants(part)) {
             return Ok(());
@@ -196,20 +197,29 @@ impl Options {
         results.machine = machine(&stage);
         if raw {
             results.raw = raw::run(&stage, self.rounds, self.seconds)?;
+            self.keep(results)?;
         }
         if self.wants("--servers") {
             let usual = works(if self.docs { DOCS } else { DEFAULT })?;
             results.rows = self.rounds(&stage, &servers, self.work.as_ref().unwrap_or(&usual));
+            self.keep(results)?;
         }
         if self.wants("--connections") {
             let servers: Vec<_> = servers.iter().copied().filter(|server| server.device == "null").collect();
             results.connections = self.rounds(&stage, &servers, &works(CONNECTIONS)?);
+            self.keep(results)?;
         }
         if self.wants("--memory") {
             let servers: Vec<_> = servers.iter().copied().filter(|server| server.program != Program::Floor).collect();
             results.memory = memory::run(&stage, &servers, self.seconds)?;
+            self.keep(results)?;
         }
         Ok(())
+    }
+
+    /// Puts what there is so far into the documentation, if that is wanted: a part takes minutes.
+    fn keep(&self, results: &Results) -> Result<()> {
+        if self.docs { write_docs(results) } else { Ok(()) }
     }
 
     /// Runs every workload on every server, round by round. In a round all servers run, and each workload goes from one to
