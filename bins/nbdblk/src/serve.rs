@@ -26,7 +26,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     };
     let args = &args;
     let passed = Sockets::passed(args)?;
-    let security = Security::load(&args.tls)?;
+    let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     let control = Control::start(args.config.is_some())?;
     if args.exit_with_parent {
         parent::watch()?;
@@ -112,11 +112,18 @@ impl Plan {
         let file = File::read(path)?;
         let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
         let File { source, settings, exports } = file;
-        let wanted = exports::under(exports, &args).map_err(|error| {
-            let allow = settings.iter().find(|setting| setting.key == "allow");
-            allow.map(|setting| source.wrong(setting.at, &error)).unwrap_or(error)
-        })?;
-        Ok((Self { wanted, devices: Vec::new(), file: Some((source, settings)) }, args))
+        let mut plan = Self { wanted: Vec::new(), devices: Vec::new(), file: Some((source, settings)) };
+        plan.wanted = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
+        Ok((plan, args))
+    }
+
+    /// An error with the place of the first setting of that kind, if it stands in the file.
+    fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
+        let Some((source, settings)) = &self.file else { return error };
+        match settings.iter().find(|setting| setting.key.starts_with(kind)) {
+            Some(setting) => source.wrong(setting.at, format!("{error:#}")),
+            None => error,
+        }
     }
 
     /// Opens all devices, but those that another plan has open already.
@@ -149,21 +156,23 @@ impl Plan {
 
     /// Serves what the file says now: all of it, or, when anything is wrong, none. Answers what has changed.
     fn reload(&mut self, path: &Path, server: &Server) -> anyhow::Result<String> {
-        let (mut next, _) = Self::from_file(path)?;
+        let (mut next, args) = Self::from_file(path)?;
+        let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         next.open(Some(self))?;
         // For an export that changes the newer word counts.
         let removal = |name: &str| {
             let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
             words.map_or(Removal::default(), |wanted| wanted.on_remove)
         };
-        server.replace(next.exports(), removal).with_context(|| path.display().to_string())?;
+        server.replace(next.exports(), security.tls, removal).with_context(|| path.display().to_string())?;
         let changes = next.changes_since(self);
         *self = next;
         Ok(changes)
     }
 
     fn changes_since(&self, old: &Self) -> String {
-        let (mut added, mut reopened, mut updated, mut later) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut added, mut reopened, mut updated) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut set, mut later) = (Vec::new(), Vec::new());
         for (wanted, device) in self.wanted.iter().zip(&self.devices) {
             let name = format!("{:?}", wanted.name);
             match old.named(&wanted.name) {
@@ -180,10 +189,12 @@ impl Plan {
             all.filter(|setting| setting.key == key).flat_map(|setting| setting.words.clone()).collect::<Vec<_>>()
         };
         for (_, list) in [&self.file, &old.file].into_iter().flatten() {
-            let keys = list.iter().map(|setting| &setting.key).filter(|key| !AT_ONCE.contains(&key.as_str()));
+            let keys = list.iter().map(|setting| &setting.key);
             for key in keys.filter(|key| settings(self, key) != settings(old, key)) {
-                if !later.contains(key) {
-                    later.push(key.clone());
+                let at_once = AT_ONCE.contains(&key.as_str()) || key.starts_with("tls");
+                let keys = if at_once { &mut set } else { &mut later };
+                if !keys.contains(key) {
+                    keys.push(key.clone());
                 }
             }
         }
@@ -192,6 +203,7 @@ impl Plan {
             ("removed", removed),
             ("reopened", reopened),
             ("updated", updated),
+            ("set", set),
             ("not before the next start", later),
         ];
         let said = kinds.into_iter().filter(|(_, names)| !names.is_empty());
@@ -200,5 +212,5 @@ impl Plan {
     }
 }
 
-/// Settings that are about exports, so that they take effect with the exports.
+/// Settings that take effect with the exports, beside those of TLS.
 const AT_ONCE: &[&str] = &["allow", "read-only"];

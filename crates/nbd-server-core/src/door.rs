@@ -29,7 +29,6 @@ pub(crate) struct Door {
     poll: Poll,
     listeners: Vec<OwnedFd>,
     view: Arc<Mutex<View>>,
-    tls: Option<Tls>,
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
@@ -43,6 +42,8 @@ pub(crate) struct Door {
 /// A connection in its handshake.
 struct Guest {
     stream: Stream,
+    /// What it was offered.
+    tls: Option<Tls>,
     /// TLS that is being agreed on.
     shaking: Option<Shaking>,
     peer: Peer,
@@ -78,7 +79,6 @@ impl Door {
     pub(crate) fn new(
         listeners: Vec<Listener>,
         view: Arc<Mutex<View>>,
-        tls: Option<Tls>,
         workers: Arc<[Handle]>,
         bell: Arc<EventFd>,
         stop: Arc<AtomicBool>,
@@ -90,7 +90,6 @@ impl Door {
             poll,
             listeners: Vec::new(),
             view,
-            tls,
             workers,
             guests: Vec::new(),
             bell,
@@ -184,12 +183,12 @@ impl Door {
             return Ok(());
         }
         let mut out = Vec::new();
-        let tls = self.tls.as_ref().map_or(OFFER.tls, Tls::policy);
-        let handshake = Handshake::new(Offer { tls, ..OFFER }, &mut out);
+        let tls = lock(&self.view).tls.clone();
+        let handshake = Handshake::new(Offer { tls: policy(tls.as_ref()), ..OFFER }, &mut out);
         let deadline = Instant::now() + self.limits.handshake_timeout;
         self.poll.add_edge(&socket, number as u64, Interest::Both)?;
         let (stream, sent) = (socket.into(), Vec::new());
-        let guest = Guest { stream, shaking: None, peer, over, handshake, out, sent, ending: None, deadline };
+        let guest = Guest { stream, tls, shaking: None, peer, over, handshake, out, sent, ending: None, deadline };
         if number == self.guests.len() {
             self.guests.push(None);
         }
@@ -201,7 +200,7 @@ impl Door {
     /// Goes on with a handshake as far as the client has.
     fn talk(&mut self, number: usize) {
         let Some(guest) = &mut self.guests[number] else { return };
-        let talked = guest.talk(&lock(&self.view), self.tls.as_ref(), &mut self.staging);
+        let talked = guest.talk(&lock(&self.view), &mut self.staging);
         match talked {
             Ok(false) => {}
             Ok(true) => {
@@ -230,7 +229,11 @@ impl Door {
 
 impl Guest {
     /// `true`: the handshake is over, one way or the other, and all is sent.
-    fn talk(&mut self, view: &View, tls: Option<&Tls>, staging: &mut [u8]) -> io::Result<bool> {
+    fn talk(&mut self, view: &View, staging: &mut [u8]) -> io::Result<bool> {
+        // What is there now may be meant for nobody without TLS.
+        if policy(self.tls.as_ref()) != policy(view.tls.as_ref()) {
+            return Err(io::Error::other("it began before TLS was switched on or off"));
+        }
         loop {
             if let Some(mut shaking) = self.shaking.take() {
                 if !shaking.go(self.stream.as_fd(), staging)? {
@@ -243,7 +246,7 @@ impl Guest {
             if !self.stream.send_bytes(&mut self.out, staging)? {
                 return Ok(false);
             }
-            match (&self.ending, tls) {
+            match (&self.ending, &self.tls) {
                 (None, _) => {}
                 (Some(Ending::StartTls), Some(tls)) => {
                     self.shaking = Some(tls.begin()?);
@@ -277,6 +280,11 @@ impl Guest {
             }
         }
     }
+}
+
+/// What the handshake is to say of TLS.
+fn policy(tls: Option<&Tls>) -> nbd_proto::Tls {
+    tls.map_or(OFFER.tls, Tls::policy)
 }
 
 /// What every client is offered.

@@ -14,7 +14,7 @@ use std::{
 
 use blkdev::{Channel, Device, Plan};
 
-use crate::{Export, Exports, worker::Handle};
+use crate::{Export, Exports, tls::Tls, worker::Handle};
 
 /// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
 /// finds it in any case.
@@ -108,10 +108,11 @@ impl Drop for Ticket {
     }
 }
 
-/// What a handshake sees: the exports, and where each is served.
+/// What a handshake sees: the exports, where each is served, and what protects them.
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) exports: Exports,
+    pub(crate) tls: Option<Tls>,
     seats: Vec<Arc<Seat>>,
 }
 
@@ -165,7 +166,7 @@ impl Roster {
         payload_max: u32,
         closers: mpsc::Receiver<JoinHandle<()>>,
     ) -> Self {
-        let view = View { exports: Exports::none(payload_max), seats: Vec::new() };
+        let view = View { exports: Exports::none(payload_max), tls: None, seats: Vec::new() };
         let state = State { lanes: Vec::new(), leaving: Vec::new(), closing: Vec::new(), closers };
         Self { view: Arc::new(Mutex::new(view)), workers, plan, state: Mutex::new(state) }
     }
@@ -180,7 +181,7 @@ impl Roster {
         let mut state = lock(&self.state);
         let mut exports = lock(&self.view).exports.list().to_vec();
         exports.push(export);
-        self.set(&mut state, exports, &|_| Removal::Hide)
+        self.set(&mut state, exports, self.tls(), &|_| Removal::Hide)
     }
 
     /// See [`Server::remove`](crate::Server::remove).
@@ -197,15 +198,30 @@ impl Roster {
             leaving.removal = removal;
             self.retire(&leaving.seat, removal);
         }
-        self.set(&mut state, exports, &|_| removal)
+        self.set(&mut state, exports, self.tls(), &|_| removal)
     }
 
     /// See [`Server::replace`](crate::Server::replace).
-    pub(crate) fn replace(&self, exports: Vec<Export>, removal: &dyn Fn(&str) -> Removal) -> io::Result<()> {
-        self.set(&mut lock(&self.state), exports, removal)
+    pub(crate) fn replace(
+        &self,
+        exports: Vec<Export>,
+        tls: Option<Tls>,
+        removal: &dyn Fn(&str) -> Removal,
+    ) -> io::Result<()> {
+        self.set(&mut lock(&self.state), exports, tls, removal)
     }
 
-    fn set(&self, state: &mut State, list: Vec<Export>, removal: &dyn Fn(&str) -> Removal) -> io::Result<()> {
+    fn tls(&self) -> Option<Tls> {
+        lock(&self.view).tls.clone()
+    }
+
+    fn set(
+        &self,
+        state: &mut State,
+        list: Vec<Export>,
+        tls: Option<Tls>,
+        removal: &dyn Fn(&str) -> Removal,
+    ) -> io::Result<()> {
         state.tidy();
         let (before, seats) = {
             let view = lock(&self.view);
@@ -233,7 +249,7 @@ impl Roster {
             }
         }
         // `before` lives on, so no device is closed under the lock that the door takes.
-        *lock(&self.view) = View { exports, seats };
+        *lock(&self.view) = View { exports, tls, seats };
         for (export, seat) in old {
             let (name, removal) = (export.name.clone(), removal(&export.name));
             self.retire(&seat, removal);

@@ -98,8 +98,8 @@ impl Server {
         // From here on dropping `server` ends what was started.
         let mut server =
             Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), roster, threads };
-        server.replace(exports, |_| Removal::Hide)?;
-        let door = Door::new(listeners, server.roster.view(), tls, workers, bell, stop, limits)?;
+        server.replace(exports, tls, |_| Removal::Hide)?;
+        let door = Door::new(listeners, server.roster.view(), workers, bell, stop, limits)?;
         server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(move || door.run())?);
         Ok(server)
     }
@@ -121,7 +121,8 @@ impl Server {
         self.roster.remove(name, removal)
     }
 
-    /// Serves these exports instead, all at once: no client sees a part of the change. The first is the default one.
+    /// Serves these exports instead, under this TLS, all at once: no client sees a part of the change. The first is the
+    /// default one. Connections that are under way keep the TLS that they have.
     ///
     /// An export of the same name and the same device (by its pointer) stays where it is, whatever else has changed about
     /// it; its clients keep what they were told. Any other is new. Those that are not there any more, or have another
@@ -129,8 +130,8 @@ impl Server {
     ///
     /// # Errors
     /// As [`add`](Self::add). Nothing has changed then.
-    pub fn replace(&self, exports: Vec<Export>, removal: impl Fn(&str) -> Removal) -> io::Result<()> {
-        self.roster.replace(exports, &removal)
+    pub fn replace(&self, exports: Vec<Export>, tls: Option<Tls>, removal: impl Fn(&str) -> Removal) -> io::Result<()> {
+        self.roster.replace(exports, tls, &removal)
     }
 
     /// All exports, the default one first, then those that were removed and still have clients.

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
-use nbdblk_tests::{Dir, Nbdblk, Output, eventually, nbdblk, nbdinfo, nbdsh, tool};
+use nbdblk_tests::{Dir, Nbdblk, Output, Pki, Version, eventually, nbdblk, nbdinfo, nbdsh, tool};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -161,6 +161,48 @@ fn a_wrong_file_changes_nothing() {
     assert!(server.terminate().success());
     let Output { status, err, .. } = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
     assert!(status.code() == Some(1) && err.contains("asking the server at control.sock"), "{err}");
+}
+
+#[test]
+fn renewed_certificates_are_taken() {
+    let dir = Dir::new();
+    let (old, new) = (Pki::new(&dir, "old"), Pki::new(&dir, "new"));
+    let write = |tls: &str| {
+        let text = format!("control = \"control.sock\"\n{tls}\n[[export]]\ndevice = \"memory=1M\"\n");
+        std::fs::write(dir.at("nbdblk.toml"), text).unwrap();
+    };
+    let reload = || nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
+    let enter = |server: &Nbdblk, pki| {
+        let mut client = Raw::greeted(server.address()).start_tls(pki, Version::Tls13);
+        client.go("");
+        client
+    };
+    write("tls = \"require\"\ntls-certificates = \"old\"");
+    let server = Nbdblk::tcp(&dir, &["--config", "nbdblk.toml"]);
+    let mut first = enter(&server, &old);
+    // Of the same name, as they are when they have been renewed.
+    std::fs::rename(dir.at("old"), dir.at("past")).unwrap();
+    std::fs::rename(dir.at("new"), dir.at("old")).unwrap();
+    assert_eq!(reload().out.trim_end(), "nothing has changed");
+    first.write(0, b"goes on");
+    let ask = |name: &str| {
+        let ca = dir.text(name);
+        let uri = server.printed_uri().replace(&dir.text("old"), &ca);
+        let connect = format!("h.set_uri_allow_local_file(True); h.connect_uri({uri:?}); print(h.pread(7, 0))");
+        tool("nbdsh").args(["-c", &connect]).run()
+    };
+    assert_eq!(ask("old").out.trim_end(), "bytearray(b'goes on')", "{}", server.log());
+    assert!(!ask("past").status.success(), "who knows the former authority only does not trust the new one");
+    // Certificates that are not there leave everything as it was, and TLS can be switched off.
+    write("tls = \"require\"\ntls-certificates = \"gone\"");
+    let refused = reload();
+    assert!(refused.status.code() == Some(1) && refused.err.contains("nbdblk.toml:2:1: TLS with"), "{}", refused.err);
+    assert!(ask("old").status.success());
+    write("");
+    assert_eq!(reload().out.trim_end(), "set: tls, tls-certificates");
+    assert_eq!(Raw::enter(server.address(), Mode::Structured, "").read(0, 7), b"goes on");
+    first.write(0, b"still");
+    drop((new, server));
 }
 
 #[test]

@@ -205,7 +205,7 @@ fn a_name_changes_its_device_in_one_step() {
         }
         for n in 1..60 {
             // Only hidden: whoever has got as far as GO is served.
-            server.server.replace(vec![export("x", sized_disk(n))], |_| Removal::Hide).unwrap();
+            server.server.replace(vec![export("x", sized_disk(n))], None, |_| Removal::Hide).unwrap();
             thread::sleep(Duration::from_millis(5));
         }
         over.store(true, Ordering::Relaxed);
@@ -221,7 +221,7 @@ fn words_change_without_anybody_noticing() {
     let mut client = server.client("x");
     let mut changed = export("x", disk);
     (changed.description, changed.read_only) = ("other words".into(), true);
-    server.server.replace(vec![export("default", self::disk(2)), changed], |_| Removal::Hard).unwrap();
+    server.server.replace(vec![export("default", self::disk(2)), changed], None, |_| Removal::Hard).unwrap();
     client.write(0, b"still").unwrap();
     assert_eq!(server.client("x").write(0, b"x"), Err(WireError::Perm));
     assert_eq!(server.client("").read(0, 1), Ok(vec![2]), "the first is the default one");
@@ -233,7 +233,7 @@ fn a_change_that_fails_changes_nothing() {
     let server = Running::start(vec![("x", disk(1)), ("single", Arc::clone(&single))], |_| {});
     let mut client = server.client("x");
     let fails = |list: Vec<Export>, words: &str| {
-        let error = server.server.replace(list, |_| Removal::Hard).unwrap_err().to_string();
+        let error = server.server.replace(list, None, |_| Removal::Hard).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     };
     fails(vec![export("new", disk(2)), export("new", disk(3))], "two exports are named \"new\"");
