@@ -165,6 +165,14 @@ pub(crate) struct Serve {
     /// It bounds what clients can make the server hold, and how long a request may be (up to 32M).
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
+
+    /// For how long workers look for more to do before they sleep, in microseconds [default: 0]
+    ///
+    /// A lone request is then answered without the time that waking up takes, at the price of a processor that is busy for
+    /// so long after each one. For clients with few requests at a time, and processors to spare.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000), default_value_t = 0,
+        hide_default_value = true)]
+    pub(crate) poll: u32,
 }
 
 impl Serve {

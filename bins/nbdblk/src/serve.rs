@@ -1,6 +1,6 @@
 //! `nbdblk serve`: specs to devices, devices to exports, exports and sockets to a server, until something ends it.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use blkdev::Device;
@@ -46,6 +46,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         memory: args.memory.unwrap_or(defaults.memory),
         connections: args.connections.map_or(defaults.connections, |connections| connections.get()),
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
+        poll: Duration::from_micros(args.poll.into()),
         ..defaults
     };
     let server =

@@ -44,6 +44,9 @@ pub struct Limits {
     pub stall_timeout: Duration,
     /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
     pub farewell: Duration,
+    /// For how long a worker without anything to do looks again and again before it sleeps. It saves the time that waking
+    /// up takes, tens of microseconds for a lone request, and costs a processor for as long.
+    pub poll: Duration,
 }
 
 impl Default for Limits {
@@ -57,6 +60,7 @@ impl Default for Limits {
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
             farewell: Duration::from_secs(10),
+            poll: Duration::ZERO,
         }
     }
 }

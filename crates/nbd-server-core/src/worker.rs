@@ -128,6 +128,9 @@ struct Worker {
     done: Vec<Done>,
     now: Instant,
     swept: Instant,
+    /// When there was last something to do.
+    busy: Instant,
+    poll_time: Duration,
     stall_timeout: Duration,
     farewell: Duration,
 }
@@ -231,6 +234,8 @@ pub(crate) fn start(
         done: Vec::new(),
         now,
         swept: now,
+        busy: now,
+        poll_time: limits.poll,
         stall_timeout: limits.stall_timeout,
         farewell: limits.farewell,
     };
@@ -260,6 +265,9 @@ impl Worker {
         }
         self.feed_starved();
         let active = std::mem::take(&mut self.active);
+        if !active.is_empty() {
+            self.busy = self.now;
+        }
         for &number in &active {
             self.input(number);
         }
@@ -279,6 +287,7 @@ impl Worker {
     fn rest(&mut self) {
         let Some(number) = self.behind.take() else { return };
         if self.active.is_empty()
+            && self.poll_time.is_zero()
             && self.load.load(Ordering::Relaxed) == 1
             && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) = &mut self.conns[number as usize]
             && session.in_flight() == 0
@@ -290,7 +299,9 @@ impl Worker {
     /// Waits until there is something to do, or only looks when there is already.
     fn wait(&mut self) -> io::Result<()> {
         let mut timeout = None;
-        if self.active.is_empty() {
+        if !self.poll_time.is_zero() && self.now.duration_since(self.busy) < self.poll_time {
+            timeout = Some(Duration::ZERO);
+        } else if self.active.is_empty() {
             for lane in self.lanes.iter_mut().flatten() {
                 if lane.channel.in_flight() > 0 {
                     if !lane.channel.arm() {
@@ -540,6 +551,9 @@ impl Worker {
             lane.channel.reap(&mut self.done);
         }
         let mut done = std::mem::take(&mut self.done);
+        if !done.is_empty() {
+            self.busy = self.now;
+        }
         for done in done.drain(..) {
             let number = Session::number_of(done.tag);
             let slot = &mut self.conns[number as usize];

@@ -1,7 +1,7 @@
 //! The transmission phase by hand: every command, right or wrong, is answered in step and in every mode.
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, flag};
-use nbdblk_tests::{Dir, Nbdblk, Rng, allocated, write_runs};
+use nbdblk_tests::{Dir, Nbdblk, Rng, allocated, eventually, write_runs};
 
 use crate::{Behind, KIB, MIB};
 
@@ -401,4 +401,20 @@ fn disc_after_writes_finishes_them() {
             assert_eq!(raw.read(n * 4096, 1), [n as u8 + 1]);
         }
     }
+}
+
+#[test]
+fn a_server_that_polls_goes_to_sleep_when_nobody_asks() {
+    let dir = Dir::new();
+    let server = Nbdblk::unix(&dir, &["memory=1M", "--poll", "1000"]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    raw.write(0, b"polled");
+    assert_eq!(raw.read(0, 6), b"polled");
+    eventually("the workers sleep", || {
+        let before = server.cpu_time();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        server.cpu_time() == before
+    });
+    assert_eq!(raw.read(0, 6), b"polled");
+    assert!(server.terminate().success());
 }
