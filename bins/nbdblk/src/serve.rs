@@ -5,6 +5,7 @@ use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
 use anyhow::{Context, ensure};
 use blkdev::Device;
 use nbd_server_core::{Export, Limits, Removal, Server};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     captive::Captive,
@@ -30,6 +31,9 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     let control = Control::start(args.config.is_some())?;
     if args.exit_with_parent {
         parent::watch()?;
+    }
+    if args.run.is_none() {
+        raise_descriptors();
     }
     plan.open(None)?;
     control.enter(Phase::Serving);
@@ -91,6 +95,15 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     drop((files, socket, ready));
     server.stop();
     Ok(status.into())
+}
+
+/// Lets this process have as many descriptors as it may: the limit that it is given is made for programs that use select(2),
+/// as the command of `--run` may be.
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, max)| setrlimit(Resource::RLIMIT_NOFILE, max, max));
+    if let Err(error) = raised {
+        log::warn!("raising the limit of file descriptors: {error}");
+    }
 }
 
 /// What is to be served, as the command line or a file has it.

@@ -3,7 +3,7 @@
 use std::fs::{Permissions, set_permissions};
 use std::os::unix::fs::PermissionsExt;
 
-use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, tool};
+use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, tool};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
@@ -99,4 +99,31 @@ fn a_network_sees_what_is_for_it() {
     ] {
         assert_eq!(open(host, name).status.success(), admitted, "{host} {name}");
     }
+}
+
+#[test]
+fn the_owner_of_a_certificate_sees_what_is_for_him() {
+    let dir = Dir::new();
+    let pki = Pki::new(&dir, "pki");
+    let exports = ["open:memory=1M", "subject:memory=2M", "name:memory=3M", "others:memory=4M"];
+    let rules = ["subject:dn=CN=client,O=Example", "name:san=DNS:client.example", "others:dn=CN=client"];
+    let rules = rules.map(|rule| format!("--allow={rule}"));
+    let tls = ["--tls=on", "--tls-verify-peer", "--tls-certificates", pki.dir()];
+    let server = Nbdblk::tcp(&dir, &[&exports[..], &rules.each_ref().map(String::as_str), &tls].concat());
+    let Address::Tcp(address) = server.address() else { unreachable!("a TCP server") };
+    let script = format!(
+        "for tls in (nbd.TLS_DISABLE, nbd.TLS_REQUIRE):
+    h = nbd.NBD(); h.set_tls(tls); h.set_tls_certificates({:?}); h.set_opt_mode(True)
+    h.connect_tcp('localhost', '{}')
+    names = []; h.opt_list(lambda name, description: names.append(name)); print(*names)
+    for name in ('open', 'subject', 'name', 'others'):
+        try: h.set_export_name(name); h.opt_info(); print(name, h.get_size())
+        except nbd.Error as error: print('no')",
+        pki.dir(),
+        address.port()
+    );
+    let said = tool("nbdsh").args(["-c", &script]).ok().out;
+    let plain = "open\nopen 1048576\nno\nno\nno\n";
+    let secure = "open subject name\nopen 1048576\nsubject 2097152\nname 3145728\nno\n";
+    assert_eq!(said, [plain, secure].concat());
 }

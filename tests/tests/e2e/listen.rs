@@ -248,6 +248,13 @@ fn connections_are_counted_and_handshakes_end_in_time() {
     assert!(connect().read_exact(&mut greeting).is_err(), "the third is turned away");
     drop(served);
     eventually("there is room again", || connect().read_exact(&mut greeting).is_ok());
+    // More clients than descriptors that programs are given by default: it takes those that it may have.
+    let serve = format!("ulimit -Sn 64; exec {} serve memory=1M -U few.sock", program());
+    let mut few = tool("sh").args(["-c", &serve]).within(dir.path()).spawn(dir.at("few.log"));
+    few.await_text("serving at");
+    let few_address = nbdblk_tests::Address::Unix(dir.at("few.sock"));
+    let crowd: Vec<Raw> = (0..100).map(|_| Raw::enter(&few_address, Mode::Simple, "")).collect();
+    assert_eq!(crowd.len(), 100);
     // A client that says something all the time, but never enough.
     let mut loris = connect();
     loris.read_exact(&mut greeting).unwrap();
