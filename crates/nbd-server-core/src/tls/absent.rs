@@ -9,6 +9,12 @@ use crate::{Identity, stream::Received};
 pub enum Tls {}
 
 impl Tls {
+    /// Whether clients must use it.
+    #[must_use]
+    pub fn required(self, _: bool) -> Self {
+        match self {}
+    }
+
     pub(crate) fn policy(&self) -> nbd_proto::Tls {
         match *self {}
     }
