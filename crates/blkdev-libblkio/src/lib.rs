@@ -56,6 +56,9 @@ const TRANSFER_MAX: u64 = 32 << 20;
 /// What an NVMe controller takes is for it to say (MDTS), but libblkio does not ask. Few take less than this.
 const TRANSFER_MAX_NVME: u64 = 128 << 10;
 
+/// QEMU breaks a device behind an IOMMU whose request has more than 1024 pieces of memory, pages of 4 KiB as it may be.
+const TRANSFER_MAX_PCI: u64 = 2 << 20;
+
 /// Descriptors that a request takes in a virtqueue: header, data, status.
 const DESCRIPTORS: u16 = 3;
 
@@ -156,7 +159,11 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     }
     let down = |len: u64, unit: u64| len / unit * unit;
     // 0: no limit. Requests are of one segment, so its limit is theirs too.
-    let own = if driver == "nvme-io_uring" { TRANSFER_MAX_NVME } else { TRANSFER_MAX };
+    let own = match driver {
+        "nvme-io_uring" => TRANSFER_MAX_NVME,
+        "virtio-blk-vfio-pci" => TRANSFER_MAX_PCI,
+        _ => TRANSFER_MAX,
+    };
     let limits = [number("max-transfer")?, number("max-segment-len")?, own];
     let transfer_max = down(limits.into_iter().filter(|max| *max > 0).min().unwrap_or(own), block);
     if transfer_max < PAGE as u64 {

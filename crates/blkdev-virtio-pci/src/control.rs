@@ -186,6 +186,10 @@ impl Transport for Control {
 
     const RESTARTS: bool = false;
 
+    // QEMU breaks a device whose request has more than 1024 pieces of memory, and behind an IOMMU each page of 4 KiB can be
+    // one. Linux' own driver asks for less than this.
+    const TRANSFER_MAX: u32 = 2 << 20;
+
     fn driver(&self) -> &'static str {
         "virtio-pci"
     }

@@ -179,7 +179,8 @@ impl<T: Transport> VirtioBlk<T> {
                 "the device's write cache cannot be switched (it does not offer VIRTIO_BLK_F_CONFIG_WCE)",
             );
         }
-        let config = Config::parse(&bytes[..len], features, queue_size)?;
+        let mut config = Config::parse(&bytes[..len], features, queue_size)?;
+        config.limit(T::TRANSFER_MAX);
         let (indirect, event_idx) =
             (has(features, VIRTIO_RING_F_INDIRECT_DESC), has(features, VIRTIO_RING_F_EVENT_IDX));
 

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 pub(crate) const SECTOR: u64 = 512;
 
 /// The longest transfer that is ever offered: one descriptor of this length serves what NBD clients send.
-const TRANSFER_MAX: u64 = 32 << 20;
+pub(crate) const TRANSFER_MAX: u64 = 32 << 20;
 
 /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`, padding included.
 pub(crate) const LEN: usize = 60;
@@ -73,6 +73,12 @@ pub(crate) struct Config {
 }
 
 impl Config {
+    /// Makes transfers no longer than `max` bytes, a multiple of every block size.
+    pub(crate) fn limit(&mut self, max: u32) {
+        self.transfer_max = self.transfer_max.min(max);
+        self.segments = self.transfer_max.div_ceil(self.segment_max) as u16;
+    }
+
     /// Reads what `features` (see [`usable`]) speak of. `chain_max` is the longest descriptor chain, header and status
     /// included.
     pub(crate) fn parse(bytes: &[u8], features: u64, chain_max: u16) -> io::Result<Self> {

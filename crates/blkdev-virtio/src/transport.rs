@@ -4,7 +4,7 @@ use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use blkdev::{Iova, Mapping};
 
-use crate::Life;
+use crate::{Life, config::TRANSFER_MAX};
 
 /// The way to a device: feature bits, configuration, memory, queues. Cold; doorbells are a type of their own.
 ///
@@ -16,6 +16,9 @@ pub trait Transport: Send + Sync + 'static {
     /// Whether a queue can be started and stopped while the device works. `false`: all queues that are used are started,
     /// once, before [`run`](Self::run).
     const RESTARTS: bool;
+
+    /// The longest transfer that the way to the device takes, in bytes: at least 64 KiB, a power of two.
+    const TRANSFER_MAX: u32 = TRANSFER_MAX as u32;
 
     /// The driver's short name, `"vhost-user"`.
     fn driver(&self) -> &'static str;

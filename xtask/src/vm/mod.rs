@@ -155,6 +155,7 @@ fn build_tests() -> Result<Vec<Vec<Program>>> {
     };
     Ok(vec![
         vec![program("nbdblk-tests", 3, "", &["more::"])?],
+        // One at a time: beside others, virtio-pci was seen to read 4 wrong bytes out of 57344, and why is not known.
         vec![program("blkdev-libblkio", 1, "hardware::", &[])?],
         vec![
             program("blkdev-nvme", 1, "", &["conform"])?,
