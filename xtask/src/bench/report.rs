@@ -267,6 +267,9 @@ fn section(name: &str, results: &Results) -> Option<String> {
             };
             works.map(one).collect::<Vec<_>>().join("\n")
         }
+        // A picture that is not there must not be shown.
+        "raw" if results.raw.is_empty() => String::new(),
+        "connections" if results.connections.is_empty() => String::new(),
         "raw" => picture("raw") + "\n" + &raw(results).markdown(),
         "memory" => memory(results).markdown(),
         "connections" => picture("connections") + "\n" + &connections(results).markdown(),
