@@ -6,7 +6,7 @@ use std::{
     ptr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
 };
 
@@ -221,6 +221,60 @@ impl Buf {
         unsafe { ptr::write_bytes(self.as_ptr().add(at), 0, len) }
     }
 
+    /// Whether `len` bytes from byte `at` on are all zero. Who else writes here meanwhile is not waited for.
+    ///
+    /// Costs one look at memory for what is data as data mostly is: not zero at its start.
+    ///
+    /// # Panics
+    /// When the buffer is shorter.
+    #[inline]
+    pub fn is_zero(&self, at: usize, len: usize) -> bool {
+        self.check(at, len);
+        let (from, to) = (self.offset() + at, self.offset() + at + len);
+        let first = from.next_multiple_of(8).min(to);
+        let end = (to & !7).max(first);
+        // A word here and there before all of them: much data begins with zeroes.
+        let middle = first + (end - first) / 16 * 8;
+        if first < end && [first, middle, end - 8].into_iter().any(|at| self.word(at) != 0) {
+            return false;
+        }
+        let byte = |at: usize| {
+            // SAFETY: checked to lie in this Buf's window; a byte is always aligned, and atomic as others may write here.
+            unsafe { AtomicU8::from_ptr(self.pool.mapping.as_ptr().add(at)) }.load(Ordering::Relaxed)
+        };
+        let line = |at: usize| (at..end.min(at + 64)).step_by(8).fold(0, |all, at| all | self.word(at));
+        (from..first).chain(end..to).all(|at| byte(at) == 0) && (first..end).step_by(64).all(|at| line(at) == 0)
+    }
+
+    /// The aligned word at an offset of the mapping, which the caller has checked to lie in this buffer.
+    #[inline]
+    fn word(&self, at: usize) -> u64 {
+        debug_assert!(at.is_multiple_of(8) && at >= self.offset() && at + 8 <= self.offset() + self.len());
+        // SAFETY: as said, in the window of this Buf, and aligned since mappings are; atomic as others may write here.
+        unsafe { AtomicU64::from_ptr(self.pool.mapping.as_ptr().add(at).cast()) }.load(Ordering::Relaxed)
+    }
+
+    /// Cuts the buffer in two where a page of its memory ends: this one keeps its first `at` bytes, the other gets the
+    /// rest, and each gives its own pages back.
+    ///
+    /// # Panics
+    /// When byte `at` is not the first of a page, or lies outside.
+    pub fn split_off(&mut self, at: usize) -> Self {
+        self.check(at, 0);
+        let end = self.start as usize + at;
+        assert!(end.is_multiple_of(PAGE) && end < self.pages as usize * PAGE, "a Buf is cut between pages of its own");
+        let kept = (end / PAGE) as u32;
+        let rest = Self {
+            pool: Arc::clone(&self.pool),
+            page: self.page + kept,
+            pages: self.pages - kept,
+            start: 0,
+            len: self.len - at as u32,
+        };
+        (self.pages, self.len) = (kept, at as u32);
+        rest
+    }
+
     /// A copy of the content. For tests and cold paths.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len()];
@@ -343,6 +397,41 @@ mod tests {
         loan.zero(0, 5);
         drop(loan);
         assert_eq!(b.to_vec()[9..16], [7, 0, 0, 0, 0, 0, 7]);
+    }
+
+    #[test]
+    fn zeroes_are_told_from_all_but_zeroes() {
+        let mut a = arena(2);
+        for (before, len) in [(0, 0), (0, 8), (1, 5), (3, 6), (5, 60), (0, 64), (7, 1000), (0, 4096)] {
+            let mut b = a.alloc_with_margins(before, len, 100).unwrap();
+            // What lies around is not looked at.
+            assert!(b.widen(before, 100));
+            b.copy_from(0, &vec![0xff; before + len + 100]);
+            b.narrow(before, 100);
+            b.zero(0, len);
+            assert!(b.is_zero(0, len), "{len} after {before}");
+            for at in 0..len {
+                b.copy_from(at, &[1]);
+                assert!(!b.is_zero(0, len) && b.is_zero(0, at) && b.is_zero(at + 1, len - at - 1), "{at} of {len}");
+                b.zero(at, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn each_part_of_a_buffer_gives_its_pages_back() {
+        let mut a = arena(8);
+        let mut b = a.alloc_with_margins(100, 5 * PAGE, 100).unwrap();
+        let content: Vec<u8> = (0..5 * PAGE).map(|n| (n / 7) as u8).collect();
+        b.copy_from(0, &content);
+        let mut rest = b.split_off(PAGE - 100);
+        let last = rest.split_off(3 * PAGE);
+        assert_eq!([b.to_vec(), rest.to_vec(), last.to_vec()].concat(), content);
+        assert_eq!(a.free(), 2 * PAGE);
+        drop(rest);
+        assert_eq!(a.free(), 5 * PAGE);
+        drop((b, last));
+        assert_eq!(a.free(), 8 * PAGE);
     }
 
     #[test]

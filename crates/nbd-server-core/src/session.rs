@@ -1,9 +1,9 @@
 //! One connection's transmission phase: turns client bytes into block requests and completions into replies. Knows no socket
 //! and no clock.
 
-use blkdev::{Buf, Channel, Done, Error, ExtentKind, Io};
+use blkdev::{Buf, Channel, Done, Error, ExtentKind, Io, PAGE};
 use nbd_proto::{
-    Command, Cookie, Event, Fatal, Negotiated, Receiver, Replier, Terms, WireError, Write,
+    Command, Cookie, Event, Fatal, Mode, Negotiated, Receiver, Replier, Terms, WireError, Write,
     wire::{AllocationFlags, CommandKind},
 };
 
@@ -200,6 +200,9 @@ impl Session {
         let (replier, out) = (&self.replier, &mut self.outbox);
         match (done.result, done.io) {
             (Ok(()), Io::Read { buf, .. }) => {
+                if buf.len() >= SPARSE && !one && replier.mode() != Mode::Simple {
+                    return sparse(replier, out, cookie, at, buf);
+                }
                 replier.read_head(out, cookie, at, buf.len() as u32);
                 out.payload(buf);
             }
@@ -269,7 +272,7 @@ impl Session {
     #[inline]
     fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel) -> Option<Stall> {
         let (at, len, io) = match command {
-            Command::Read { at, len, df: _ } => {
+            Command::Read { at, len, .. } => {
                 let buf = match self.alloc(at, len as usize, channel) {
                     Ok(buf) => buf,
                     Err(stall) => return Some(stall),
@@ -282,7 +285,7 @@ impl Session {
             Command::Zero { at, len, unmap, fast, fua } => (at, len, Io::Zero { at, len, fua, unmap, fast }),
             Command::Status { at, len, one: _, contexts: _ } => (at, len, Io::Status { at, len, extents: Vec::new() }),
         };
-        let one = matches!(command, Command::Status { one: true, .. });
+        let one = matches!(command, Command::Status { one: true, .. } | Command::Read { df: true, .. });
         self.submit(Call { cookie, at, len, one }, io, channel);
         None
     }
@@ -333,6 +336,37 @@ impl Session {
     fn submit(&mut self, call: Call, io: Io, channel: &mut Channel) {
         let tag = u64::from(self.number) << 32 | u64::from(self.calls.begin(call));
         channel.submit(tag, io);
+    }
+}
+
+/// Reads from this length on are answered with holes for each so many bytes of memory that hold only zeroes, in bytes.
+///
+/// The data is there, so what it is can be seen rather than asked: it works on every device, cannot be wrong, and spares
+/// the way through two sockets where a look at the file's map (SEEK_HOLE) would only spare the reading, at a system call
+/// for each read that may wait for the disk. Data costs a look at one word of each 64 KiB, which is nothing beside the
+/// sending of them (measured: 256 KiB in 0.03 µs of some 60); shorter reads are not looked at.
+const SPARSE: usize = 64 << 10;
+
+/// Answers a read with data and holes, whichever there is.
+fn sparse(replier: &Replier, out: &mut Outbox, cookie: Cookie, at: u64, mut buf: Buf) {
+    let mut part = at;
+    loop {
+        // Up to where a page of memory ends, so that each part can own its pages.
+        let step = |from: usize| (SPARSE - (buf.offset() + from) % PAGE).min(buf.len() - from);
+        let mut len = step(0);
+        let hole = buf.is_zero(0, len);
+        while len < buf.len() && buf.is_zero(len, step(len)) == hole {
+            len += step(len);
+        }
+        let rest = (len < buf.len()).then(|| buf.split_off(len));
+        if hole {
+            replier.hole_chunk(out, cookie, at, part, len as u32, rest.is_none());
+        } else {
+            replier.data_chunk(out, cookie, at, part, len as u32, rest.is_none());
+            out.payload(buf);
+        }
+        let Some(rest) = rest else { return };
+        (buf, part) = (rest, part + len as u64);
     }
 }
 
@@ -390,7 +424,7 @@ struct Call {
     cookie: Cookie,
     at: u64,
     len: u64,
-    /// A status that is to be answered with one extent.
+    /// To be answered in one piece: a status with one extent, a read with one chunk.
     one: bool,
 }
 

@@ -56,6 +56,8 @@ struct World {
     clients: Vec<Client>,
     /// Requests that the clients will send yet.
     budget: u32,
+    /// The longest of them, in bytes.
+    longest: u64,
     faulty: bool,
 }
 
@@ -140,7 +142,9 @@ impl World {
             .collect();
         let model = Model { bytes: content.into_iter().map(Some).collect(), busy: HashMap::new() };
         let budget = rng.range(20, 200) as u32;
-        Self { rng, device, model, channels, clients, budget, faulty }
+        // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
+        let longest = plan.memory as u64 * 3 / 5;
+        Self { rng, device, model, channels, clients, budget, longest, faulty }
     }
 
     fn run(mut self) {
@@ -202,7 +206,7 @@ impl World {
             Kind::BLOCK_STATUS,
             Kind(77),
         ]);
-        let longest = *rng.pick(&[600, 9000, 40_000]);
+        let longest = *rng.pick(&[600, 9000, 40_000, self.longest]);
         let mut len = rng.range(1, longest);
         let mut at = rng.below(DEVICE - len);
         if rng.chance(0.4) {
@@ -219,6 +223,9 @@ impl World {
             flags = flags
                 .with_if(rng.chance(0.5), Flags::NO_HOLE)
                 .with_if(rng.chance(0.3) && terms.flags.contains(T::SEND_FAST_ZERO), Flags::FAST_ZERO);
+        }
+        if kind == Kind::READ {
+            flags = flags.with_if(rng.chance(0.2) && terms.flags.contains(T::SEND_DF), Flags::DF);
         }
         if kind == Kind::BLOCK_STATUS {
             flags = flags.with_if(rng.chance(0.3), Flags::REQ_ONE);
@@ -304,8 +311,24 @@ impl World {
                     let asked = &client.asked[&cookie.0];
                     match chunk {
                         Chunk::Data { at, len } => {
-                            assert_eq!((asked.kind, at, len.into(), done), (Kind::READ, asked.at, asked.len, true));
+                            assert_eq!((asked.kind, at), (Kind::READ, client.part(cookie)));
+                            assert_eq!(done, at + u64::from(len) == asked.at + asked.len, "the last chunk says so");
+                            assert!(
+                                !asked.flags.contains(Flags::DF) || done && at == asked.at,
+                                "DF asks for one chunk"
+                            );
                             client.incoming = Some((cookie.0, at));
+                        }
+                        Chunk::Hole { at, len } => {
+                            assert_eq!((asked.kind, at), (Kind::READ, client.part(cookie)));
+                            assert!(!asked.flags.contains(Flags::DF), "DF asks for data");
+                            let next = at + u64::from(len);
+                            assert_eq!(done, next == asked.at + asked.len, "the last chunk says so");
+                            client.incoming = Some((cookie.0, next));
+                            self.model.must_be_zero(at, next);
+                            if done {
+                                self.answered(n, cookie.0, Ok(()));
+                            }
                         }
                         Chunk::Status { context: 0, extents } => {
                             let (mut at, end) = (asked.at, asked.at + asked.len);
@@ -439,6 +462,12 @@ impl Model {
 }
 
 impl Client {
+    /// Where the next part of a reply to a read must begin: parts come one after the other, without gaps.
+    fn part(&self, cookie: Cookie) -> u64 {
+        let begun = self.incoming.filter(|incoming| incoming.0 == cookie.0);
+        begun.map_or(self.asked[&cookie.0].at, |(_, at)| at)
+    }
+
     /// The handshake of both halves, in pieces of any size.
     fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
         let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);

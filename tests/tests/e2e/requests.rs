@@ -215,6 +215,40 @@ fn df_gets_one_chunk() {
 }
 
 #[test]
+fn zeroes_are_told_as_holes_and_not_sent() {
+    // Of 64 KiB and more; where an unaligned read is cut is the server's affair.
+    let (few, any) = (|holes: &[(u64, u64)]| Some(holes.to_vec()), None);
+    let reads = [
+        (0, 4 * MIB, few(&[(0, MIB), (2 * MIB, MIB), (3 * MIB + 64 * KIB, MIB - 64 * KIB)])),
+        (4 * MIB, MIB, few(&[(4 * MIB, MIB)])),
+        (MIB, MIB, few(&[])),
+        (0, 65535, few(&[])),
+        (7, 2 * MIB, any.clone()),
+        (MIB + 1, 2 * MIB, any),
+    ];
+    for behind in Behind::BOTH {
+        let stand = behind.stand(8 * MIB, &[(MIB, MIB), (3 * MIB, 64 * KIB)]);
+        let whole = std::fs::read(&stand.image).unwrap();
+        for mode in Mode::ALL {
+            let mut raw = Raw::enter(stand.server.address(), mode, "");
+            let chunks = matches!(mode, Mode::Structured | Mode::Extended);
+            for (at, len, expected) in &reads {
+                let answer = raw.call(0, cmd::READ, *at, *len as u32, b"");
+                assert!(answer.data == whole[*at as usize..][..*len as usize], "{behind:?} {mode:?} READ {len}@{at}");
+                let holes: Vec<(u64, u64)> = answer.holes.iter().map(|hole| (hole.0, hole.1.into())).collect();
+                match expected {
+                    _ if !chunks => assert_eq!(holes, []),
+                    Some(expected) => assert_eq!(holes, *expected),
+                    None => assert!(!holes.is_empty()),
+                }
+                let one = raw.call(if chunks { flag::DF } else { 0 }, cmd::READ, *at, *len as u32, b"");
+                assert!(one.data == answer.data && one.holes.is_empty() && one.chunks == u32::from(chunks), "DF");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step() {
     for behind in Behind::BOTH {
         let stand = behind.stand(64 * MIB, &[(0, 64 * MIB)]);

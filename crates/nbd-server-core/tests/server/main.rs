@@ -412,15 +412,22 @@ impl Client {
 
     /// `None`: the server has closed the connection.
     fn next_reply(&mut self) -> Option<(u64, Result<Vec<u8>, WireError>)> {
-        let (mut data, mut whose, mut missing) = (Vec::new(), 0, None);
+        let (mut data, mut whose, mut coming, mut last) = (Vec::new(), 0, 0, false);
         loop {
             let mut input = &self.input[..];
             let event = self.decoder.next(&mut input).unwrap();
             let end = match event {
                 Some(Event::Simple(cookie, result)) => Some((cookie.0, result.map(|()| Vec::new()))),
                 Some(Event::Chunk { cookie, chunk: Chunk::Error { error, .. }, .. }) => Some((cookie.0, Err(error))),
-                Some(Event::Chunk { cookie, chunk: Chunk::Data { len, .. }, .. }) => {
-                    (whose, missing) = (cookie.0, Some(len as usize));
+                Some(Event::Chunk { cookie, chunk: Chunk::Data { len, .. }, done, .. }) => {
+                    (whose, last) = (cookie.0, done);
+                    coming += len as usize;
+                    None
+                }
+                Some(Event::Chunk { cookie, chunk: Chunk::Hole { len, .. }, done, .. }) => {
+                    (whose, last) = (cookie.0, done);
+                    coming += len as usize;
+                    data.resize(coming, 0);
                     None
                 }
                 Some(Event::Chunk { cookie, .. }) => Some((cookie.0, Ok(Vec::new()))),
@@ -445,7 +452,7 @@ impl Client {
             if end.is_some() {
                 return end;
             }
-            if missing == Some(data.len()) {
+            if last && data.len() == coming {
                 return Some((whose, Ok(data)));
             }
         }
