@@ -339,7 +339,7 @@ impl Session {
     }
 }
 
-/// Reads from this length on are answered with holes for each so many bytes of memory that hold only zeroes, in bytes.
+/// Reads of so many bytes and more are looked at for zeroes, in parts of this length: what holds nothing else is a hole.
 ///
 /// The data is there, so what it is can be seen rather than asked: it works on every device, cannot be wrong, and spares
 /// the way through two sockets, where a look at the file's map (SEEK_HOLE) would spare the reading alone, at a system call
