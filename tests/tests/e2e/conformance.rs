@@ -688,6 +688,15 @@ const LESSONS: &[Lesson] = &[
         &["handshake::clients_that_fail_in_every_way_leave_the_server_to_others"],
     ),
     (
+        "CVE-2015-0847: nbd-server, what is not safe in signal handlers",
+        "signals under load, and while the server works; handlers are not used",
+        &[
+            "hostile::sigterm_ends_the_server_under_load_in_every_phase",
+            "reload::sighup_has_the_file_read_again",
+            "reload::exports_come_change_and_go_while_fio_works_on_another",
+        ],
+    ),
+    (
         "CVE-2022-26495, CVE-2017-15118: nbd-server and qemu, name lengths that are believed",
         "each length of each option: 0, 1, 256, 4096, 4097, what fits ±1, 2³¹, 2³²−1",
         &[
@@ -783,6 +792,8 @@ const LESSONS: &[Lesson] = &[
             "handshake::two_hundred_clients_idle_in_every_phase_and_one_more_is_served",
             "server::a_handshake_has_a_deadline_and_room_for_so_many",
             "listen::connections_are_counted_and_handshakes_end_in_time",
+            "changes::a_handshake_sees_what_there_is_at_its_end",
+            "changes::clients_of_an_export_that_goes_hard_are_cut_off_under_load",
         ],
     ),
     (
@@ -814,8 +825,13 @@ const LESSONS: &[Lesson] = &[
 ];
 
 /// Where tests lie.
-const PLACES: [&str; 4] =
-    ["tests/tests/e2e", "crates/nbd-proto/tests", "crates/nbd-server-core/tests", "crates/nbd-server-core/src"];
+const PLACES: [&str; 5] = [
+    "tests/tests/e2e",
+    "crates/nbd-proto/tests",
+    "crates/nbd-server-core/tests",
+    "crates/nbd-server-core/tests/server",
+    "crates/nbd-server-core/src",
+];
 
 /// The document.
 fn render(cases: &[(Case, String)]) -> String {
