@@ -22,7 +22,7 @@ pub fn nbdblk() -> Cmd {
 fn build() -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["build", "--release", "-p", "nbdblk", "--message-format=json-render-diagnostics"])
+        .args(["build", "--release", "-p", "nbdblk", "--features=tls-psk", "--message-format=json-render-diagnostics"])
         .current_dir(root())
         .output()
         .expect("cargo runs the tests, so it is there");

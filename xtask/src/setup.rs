@@ -35,6 +35,8 @@ const NEEDS: &[Need] = &[
     Need { program: "psktool", packages: &["gnutls-bin"], purpose: "makes keys for TLS" },
     Need { program: "certtool", packages: &["gnutls-bin"], purpose: "makes certificates for TLS" },
     Need { program: "openssl", packages: &["openssl"], purpose: "makes a key for TLS" },
+    Need { program: "pkg-config", packages: &["pkgconf", "pkg-config"], purpose: "finds libssl" },
+    Need { program: "openssl/ssl.h", packages: &["libssl-dev"], purpose: "TLS with pre-shared keys" },
     Need { program: "pod2man", packages: &["perl"], purpose: "makes the manual page of the plugin" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },

@@ -66,7 +66,7 @@ pub(crate) fn target_dir() -> Result<PathBuf> {
 
 /// Builds the release binary of nbdblk and says where it is.
 pub(crate) fn build_nbdblk() -> Result<PathBuf> {
-    ok(cargo().args(["build", "--release", "-p", "nbdblk"]))?;
+    ok(cargo().args(["build", "--release", "-p", "nbdblk", "--features=tls-psk"]))?;
     Ok(target_dir()?.join("release/nbdblk"))
 }
 

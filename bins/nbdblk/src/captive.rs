@@ -79,7 +79,7 @@ impl Captive {
 
 /// Ours, and what nbdkit tells its commands.
 fn environment(addresses: &[Address], export: &str, security: &Security) -> anyhow::Result<Vec<CString>> {
-    let uri = addresses[0].uri(export, security.words());
+    let uri = addresses[0].uri(export, security.words().as_deref());
     let unix = addresses.iter().find_map(|address| match address {
         Address::Unix(path) => Some(path.clone().into_os_string()),
         Address::Tcp(..) | Address::Vsock(_) => None,

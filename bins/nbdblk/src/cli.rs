@@ -211,7 +211,7 @@ pub(crate) struct Reload {
 
 #[derive(Args, Debug)]
 pub(crate) struct Tls {
-    /// Whether clients may use TLS (on), or must (require) [default: on with one of the next two, or else off]
+    /// Whether clients may use TLS (on), or must (require) [default: on with --tls-certificates or --tls-psk, or else off]
     #[arg(long = "tls", value_name = "MODE")]
     pub(crate) mode: Option<TlsMode>,
 
@@ -224,6 +224,14 @@ pub(crate) struct Tls {
     /// Refuse clients without a certificate that ca-cert.pem vouches for
     #[arg(long = "tls-verify-peer")]
     pub(crate) verify_peer: bool,
+
+    /// File of users and their pre-shared keys, USER:HEX a line, as psktool makes it: TLS without certificates
+    #[arg(long = "tls-psk", value_name = "FILE", conflicts_with_all = ["certificates", "verify_peer"])]
+    pub(crate) psk: Option<PathBuf>,
+
+    /// Serve this export under TLS only, where --tls=on lets others do without. May be repeated
+    #[arg(long = "tls-only", value_name = "NAME")]
+    pub(crate) only: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -187,17 +187,15 @@ impl Source {
 
     fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<Wanted> {
         let mut device = None;
-        let (mut name, mut description, mut read_only) = (String::new(), None, false);
+        let (mut name, mut description, mut read_only, mut tls_only) = (String::new(), None, false, false);
         let (mut rules, mut on_remove) = (Vec::new(), Removal::default());
         for (key, value) in in_order(table) {
             match key.get_ref().as_ref() {
                 "name" => name = self.told(value)?,
                 "description" => description = Some(self.told(value)?),
                 "device" => device = Some((self.device(value)?, value.span().start)),
-                "read-only" => match value.get_ref() {
-                    DeValue::Boolean(on) => read_only = *on,
-                    _ => return Err(self.kind(value, "true or false")),
-                },
+                "read-only" => read_only = self.boolean(value)?,
+                "tls-only" => tls_only = self.boolean(value)?,
                 "allow" => {
                     let list = match value.get_ref() {
                         DeValue::Array(list) => list.iter().collect(),
@@ -209,13 +207,20 @@ impl Source {
                 }
                 "on-remove" => on_remove = self.parsed(value)?,
                 other => {
-                    let known = ["name", "description", "device", "read-only", "allow", "on-remove"];
+                    let known = ["name", "description", "device", "read-only", "tls-only", "allow", "on-remove"];
                     return Err(self.wrong(key.span().start, unknown("word of an export", other, known)));
                 }
             }
         }
         let Some((settings, at)) = device else { return Err(self.wrong(at, "the export has no device")) };
-        Ok(Wanted { name, description, settings, read_only, rules, on_remove, at })
+        Ok(Wanted { name, description, settings, read_only, rules, tls_only, on_remove, at })
+    }
+
+    fn boolean(&self, value: &Value<'_>) -> anyhow::Result<bool> {
+        match value.get_ref() {
+            DeValue::Boolean(on) => Ok(*on),
+            _ => Err(self.kind(value, "true or false")),
+        }
     }
 
     /// A word that clients are told.

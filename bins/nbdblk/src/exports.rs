@@ -24,6 +24,7 @@ pub(crate) struct Wanted {
     pub(crate) settings: Settings,
     pub(crate) read_only: bool,
     pub(crate) rules: Vec<Rule>,
+    pub(crate) tls_only: bool,
     /// What is done to its clients when it is not wanted any more.
     pub(crate) on_remove: Removal,
     /// Where in the file its device stands.
@@ -41,7 +42,8 @@ pub(crate) fn from_words(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
         }
         ensure!(all.iter().all(|other| other.name != name), "there are two exports with the name \"{name}\"");
         let (rules, on_remove) = (Vec::new(), Removal::default());
-        all.push(Wanted { name, description: None, settings, read_only: false, rules, on_remove, at: 0 });
+        let (read_only, tls_only) = (false, false);
+        all.push(Wanted { name, description: None, settings, read_only, rules, tls_only, on_remove, at: 0 });
     }
     Ok(all)
 }
@@ -51,7 +53,14 @@ pub(crate) fn under(mut all: Vec<Wanted>, args: &cli::Serve) -> anyhow::Result<V
     for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
         ensure!(all.iter().any(|wanted| wanted.name == *name), "--allow: there is no export with the name \"{name}\"");
     }
+    for name in &args.tls.only {
+        ensure!(
+            all.iter().any(|wanted| wanted.name == *name),
+            "--tls-only: there is no export with the name \"{name}\""
+        );
+    }
     for wanted in &mut all {
+        wanted.tls_only |= args.tls.only.contains(&wanted.name);
         wanted.read_only |= args.read_only;
         wanted.settings = restrict(&wanted.settings, wanted.read_only);
         let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == wanted.name));
@@ -68,7 +77,7 @@ impl Wanted {
 
     /// Whether clients are told the same.
     pub(crate) fn has_words_of(&self, other: &Self) -> bool {
-        self.description == other.description && self.rules == other.rules
+        self.description == other.description && self.rules == other.rules && self.tls_only == other.tls_only
     }
 
     /// Opens the device.
@@ -90,6 +99,7 @@ impl Wanted {
             description: self.description.clone().unwrap_or_else(|| info.driver.to_owned()),
             read_only: self.read_only || info.caps.read_only,
             access: Access(self.rules.clone()),
+            tls_only: self.tls_only,
             device,
         }
     }

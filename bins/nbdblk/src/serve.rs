@@ -59,7 +59,8 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     ready.announce()?;
 
     let words = security.words();
-    let uris = || plan.wanted.iter().flat_map(|e| addresses.iter().map(|address| address.uri(&e.name, words)));
+    let uris =
+        || plan.wanted.iter().flat_map(|e| addresses.iter().map(|address| address.uri(&e.name, words.as_deref())));
     if args.print_uri {
         crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
     } else if args.run.is_none() && !args.single {

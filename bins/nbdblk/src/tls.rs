@@ -20,32 +20,40 @@ pub(crate) struct Security {
     pub(crate) tls: Option<Tls>,
     mode: TlsMode,
     certificates: Option<PathBuf>,
-    words: Option<String>,
+    psk: Option<PathBuf>,
 }
 
 impl Security {
     /// Reads the files, so that what is wrong with them is found before anything listens.
     pub(crate) fn load(args: &cli::Tls) -> anyhow::Result<Self> {
-        let given = args.certificates.is_some();
+        let given = args.certificates.is_some() || args.psk.is_some();
         let mode = args.mode.unwrap_or(if given { TlsMode::On } else { TlsMode::Off });
         if mode == TlsMode::Off {
             ensure!(!args.verify_peer, "--tls-verify-peer needs TLS: --tls on, or --tls require");
-            return Ok(Self { tls: None, mode, certificates: None, words: None });
+            ensure!(args.only.is_empty(), "--tls-only needs TLS: --tls on, or --tls require");
+            return Ok(Self { tls: None, mode, certificates: None, psk: None });
         }
-        let dir = match &args.certificates {
-            Some(dir) => absolute(dir).context("where the current directory is")?,
-            None => default_dir()?,
+        let full = |path: &Path| absolute(path).context("where the current directory is");
+        let (mut certificates, mut psk) = (None, None);
+        let tls = if let Some(file) = &args.psk {
+            psk = Some(full(file)?);
+            with_keys(file).context("TLS with pre-shared keys")?
+        } else {
+            let dir = args.certificates.as_deref().map_or_else(default_dir, full)?;
+            let tls = with_certificates(&dir, args.verify_peer)
+                .with_context(|| format!("TLS with the certificates in {}", dir.display()))?;
+            certificates = Some(dir);
+            tls
         };
-        let tls = certificates(&dir, args.verify_peer)
-            .with_context(|| format!("TLS with the certificates in {}", dir.display()))?
-            .required(mode == TlsMode::Require);
-        let words = Some(format!("tls-certificates={}", quote(dir.as_os_str().as_bytes())));
-        Ok(Self { tls: Some(tls), mode, certificates: Some(dir), words })
+        Ok(Self { tls: Some(tls.required(mode == TlsMode::Require)), mode, certificates, psk })
     }
 
     /// What a URI needs to say, when clients cannot do without TLS.
-    pub(crate) fn words(&self) -> Option<&str> {
-        self.words.as_deref().filter(|_| self.mode == TlsMode::Require)
+    pub(crate) fn words(&self) -> Option<String> {
+        let word = |key: &str, path: &Path| format!("{key}={}", quote(path.as_os_str().as_bytes()));
+        let certificates = self.certificates.as_ref().map(|dir| word("tls-certificates", dir));
+        let psk = self.psk.as_ref().map(|file| word("tls-psk-file", file));
+        certificates.or(psk).filter(|_| self.mode == TlsMode::Require)
     }
 
     /// What nbdkit tells the command of `--run`.
@@ -55,19 +63,33 @@ impl Security {
             TlsMode::On => "on",
             TlsMode::Require => "require",
         };
-        let certificates = self.certificates.as_ref().map_or_else(OsString::new, |dir| dir.into());
-        vec![("tls".into(), mode.into()), ("tls_certificates".into(), certificates)]
+        let path = |path: &Option<PathBuf>| path.as_ref().map_or_else(OsString::new, |path| path.into());
+        vec![
+            ("tls".into(), mode.into()),
+            ("tls_certificates".into(), path(&self.certificates)),
+            ("tls_psk".into(), path(&self.psk)),
+        ]
     }
 }
 
 #[cfg(feature = "tls")]
-fn certificates(dir: &Path, verify_peer: bool) -> anyhow::Result<Tls> {
+fn with_certificates(dir: &Path, verify_peer: bool) -> anyhow::Result<Tls> {
     Ok(Tls::with_certificates(&nbd_server_core::tls::Certificates::within(dir, verify_peer))?)
 }
 
 #[cfg(not(feature = "tls"))]
-fn certificates(_: &Path, _: bool) -> anyhow::Result<Tls> {
+fn with_certificates(_: &Path, _: bool) -> anyhow::Result<Tls> {
     bail!("this nbdblk was built without the cargo feature tls")
+}
+
+#[cfg(feature = "tls-psk")]
+fn with_keys(file: &Path) -> anyhow::Result<Tls> {
+    Ok(Tls::with_keys(file)?)
+}
+
+#[cfg(not(feature = "tls-psk"))]
+fn with_keys(_: &Path) -> anyhow::Result<Tls> {
+    bail!("this nbdblk was built without the cargo feature tls-psk")
 }
 
 /// Where nbdkit looks.

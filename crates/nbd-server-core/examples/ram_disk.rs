@@ -14,6 +14,7 @@ fn main() -> std::io::Result<()> {
         device,
         read_only: false,
         access: Access::default(),
+        tls_only: false,
     };
     let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], None, Limits::default())?;
     println!("nbd+unix:///?socket={path}");

@@ -220,7 +220,10 @@ impl Door {
         if let Err(e) = self.poll.remove(&stream) {
             return log::warn!("{peer} was turned away: {e}");
         }
-        log::info!("{peer} opens export {:?}", negotiated.export.name);
+        if let Err(e) = stream.offload() {
+            return log::warn!("{peer} was turned away: {e}");
+        }
+        log::info!("{peer} opens export {:?}: {stream:?}", negotiated.export.name);
         if let Some(worker) = ticket.workers.iter().map(|n| &self.workers[*n]).min_by_key(|worker| worker.load()) {
             worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
         }
@@ -241,7 +244,7 @@ impl Guest {
                     return Ok(false);
                 }
                 self.peer.identity = self.stream.protect(shaking)?;
-                log::info!("{} is under TLS: {:?}", self.peer, self.stream);
+                log::debug!("{} is under TLS: {:?}", self.peer, self.stream);
             }
             if !self.stream.send_bytes(&mut self.out, staging)? {
                 return Ok(false);
@@ -263,7 +266,7 @@ impl Guest {
                 Err(e) => return Err(e),
             };
             let mut input = &staging[..staged];
-            let seen = view.exports.seen_by(&self.peer);
+            let seen = view.exports.seen_by(&self.peer, self.handshake.secure());
             match self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)? {
                 Step::More => {}
                 Step::Done(negotiated) => {

@@ -6,7 +6,7 @@ use crate::{Access, Peer};
 use blkdev::Device;
 use nbd_proto::{
     BlockSizes, Catalog, Refusal, limits,
-    wire::{BASE_ALLOCATION, TransmissionFlags as Flag},
+    wire::{BASE_ALLOCATION, Rep, TransmissionFlags as Flag},
 };
 
 /// A device that clients may ask for by name.
@@ -22,6 +22,8 @@ pub struct Export {
     pub read_only: bool,
     /// Who may open it.
     pub access: Access,
+    /// Serve it under TLS only, on a server where other exports can do without.
+    pub tls_only: bool,
 }
 
 impl Export {
@@ -100,9 +102,9 @@ impl Exports {
         &self.list
     }
 
-    /// Those that a client may open.
-    pub fn seen_by<'a>(&'a self, peer: &'a Peer) -> Seen<'a> {
-        Seen { exports: self, peer }
+    /// Those that a client may open; `secure`: it is under TLS.
+    pub fn seen_by<'a>(&'a self, peer: &'a Peer, secure: bool) -> Seen<'a> {
+        Seen { exports: self, peer, secure }
     }
 
     /// Which export is meant by a name.
@@ -118,24 +120,38 @@ impl Exports {
 pub struct Seen<'a> {
     exports: &'a Exports,
     peer: &'a Peer,
+    secure: bool,
 }
 
 impl Seen<'_> {
     /// Which export the client means by a name.
     pub fn position(&self, name: &str) -> Option<usize> {
-        self.exports.position(name).filter(|&n| self.exports.list[n].access.admits(self.peer))
+        self.exports.position(name).filter(|&n| self.may_open(&self.exports.list[n]))
+    }
+
+    fn may_open(&self, export: &Export) -> bool {
+        (self.secure || !export.tls_only) && export.access.admits(self.peer)
+    }
+
+    /// Why there is no such export. Where any of them needs TLS, so may one of this name: without TLS nobody learns more
+    /// (proto.md, "SELECTIVETLS mode").
+    fn refuse(&self, name: &str) -> Refusal {
+        if !self.secure && self.exports.list.iter().any(|export| export.tls_only) {
+            return Refusal::new(Rep::ERR_TLS_REQD, "not without TLS");
+        }
+        Refusal::unknown(name)
     }
 }
 
 impl Catalog for Seen<'_> {
     fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal> {
-        let seen = self.exports.list.iter().filter(|e| e.access.admits(self.peer));
+        let seen = self.exports.list.iter().filter(|e| self.may_open(e));
         seen.for_each(|e| each(&e.name, &e.description));
         Ok(())
     }
 
     fn find(&self, name: &str) -> Result<nbd_proto::Export, Refusal> {
-        let position = self.position(name).ok_or_else(|| Refusal::unknown(name))?;
+        let position = self.position(name).ok_or_else(|| self.refuse(name))?;
         Ok(self.exports.list[position].told(self.exports.payload_max))
     }
 }

@@ -47,6 +47,14 @@ impl Stream {
         Ok(identity)
     }
 
+    /// Lets the kernel do what it can of TLS, now that the handshake is over.
+    ///
+    /// # Errors
+    /// Half of it was done: close the connection.
+    pub(crate) fn offload(&mut self) -> io::Result<()> {
+        self.tls.as_mut().map_or(Ok(()), |tls| tls.offload(self.socket.as_fd()))
+    }
+
     /// Receives what is there now: into `landing` as far as that is possible without a copy, and the rest into `staging`,
     /// which may be overwritten as a whole. `None`: the peer has closed.
     ///
@@ -58,7 +66,7 @@ impl Stream {
         staging: &mut [u8],
     ) -> io::Result<Option<Received>> {
         let socket = self.socket.as_fd();
-        if let Some(tls) = &mut self.tls {
+        if let Some(tls) = self.tls.as_mut().filter(|tls| !tls.kernel().receives) {
             return tls.receive(socket, staging);
         }
         let room = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
@@ -75,7 +83,7 @@ impl Stream {
     /// # Errors
     /// The connection is broken.
     pub(crate) fn send(&mut self, outbox: &mut Outbox, staging: &mut [u8]) -> io::Result<bool> {
-        match &mut self.tls {
+        match self.tls.as_mut().filter(|tls| !tls.kernel().sends) {
             None => outbox.send(self.socket.as_fd()),
             Some(tls) => tls.send(self.socket.as_fd(), staging, |room| outbox.read(room)),
         }

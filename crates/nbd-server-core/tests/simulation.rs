@@ -135,6 +135,7 @@ impl World {
             device: dynamic,
             read_only: rng.chance(0.1),
             access: Access::default(),
+            tls_only: false,
         };
         let exports = Exports::new(vec![export], 1 << 20).unwrap();
         let clients = (0..rng.range(1, 5))
@@ -491,7 +492,7 @@ impl Client {
             let mut input = &to_server[..piece];
             if negotiated.is_none()
                 && let nbd_proto::Step::Done(terms) =
-                    handshake.next(&mut input, &exports.seen_by(&peer), &mut to_client).unwrap()
+                    handshake.next(&mut input, &exports.seen_by(&peer, false), &mut to_client).unwrap()
             {
                 negotiated = Some(terms);
             }

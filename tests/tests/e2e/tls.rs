@@ -76,7 +76,7 @@ fn every_client(stand: &Stand) {
         let client = |name| client(dir, name, version);
         let info = client("nbdinfo").args(["--json", uri]).ok().out;
         let info: serde_json::Value = serde_json::from_str(&info).unwrap();
-        assert!(server.log().contains(&format!("is under TLS: {version:?}")), "{}", server.log());
+        assert!(server.log().contains(&format!("opens export \"\": {version:?}")), "{}", server.log());
         assert_eq!((&info["TLS"], &info["exports"][0]["export-size"]), (&true.into(), &(64 * MIB).into()));
         client("nbdcopy").args(["--connections=4", uri, &copy]).ok();
         assert_equal(image.as_ref(), copy.as_ref());
@@ -339,6 +339,105 @@ fn clients_that_vanish_leave_nothing_and_cost_nothing() {
     std::thread::sleep(Duration::from_millis(500));
     let spent = stand.server.cpu_time() - before;
     assert!(spent < Duration::from_millis(250), "idle, and yet it took {spent:?} of the CPU in half a second");
+}
+
+/// The names that LIST gives.
+fn listed(raw: &mut Raw) -> Vec<String> {
+    let replies = raw.ask(opt::LIST, b"");
+    let names = replies.iter().filter(|(kind, _)| *kind == rep::SERVER);
+    names.map(|(_, data)| String::from_utf8(data[4..].split_at(data[3].into()).0.to_vec()).unwrap()).collect()
+}
+
+#[test]
+fn an_export_that_needs_tls_is_not_there_without() {
+    let dir = Dir::new();
+    let pki = Pki::new(&dir, "pki");
+    let args = ["open:memory=1M", "secret:memory=2M", "--tls-only=secret", "--tls-certificates", pki.dir()];
+    let server = Nbdblk::unix(&dir, &args);
+    let mut raw = Raw::greeted(server.address());
+    assert_eq!(listed(&mut raw), ["open"]);
+    // Nobody learns by this whether there is such an export.
+    for (name, option) in [("secret", opt::INFO), ("secret", opt::GO), ("nosuch", opt::INFO), ("nosuch", opt::GO)] {
+        assert_eq!(raw.ask_kind(option, &info_query(name, &[])), rep::ERR_TLS_REQD, "{name}");
+    }
+    let query = meta_query("secret", &["base:allocation"]);
+    assert_eq!(raw.ask_kind(opt::STRUCTURED_REPLY, b""), rep::ACK);
+    assert_eq!(raw.ask_kind(opt::LIST_META_CONTEXT, &query), rep::ERR_POLICY, "TLS_REQD is for INFO and GO");
+    let mut raw = raw.start_tls(&pki, Version::Tls13);
+    assert_eq!(listed(&mut raw), ["open", "secret"]);
+    assert_eq!(raw.ask_kind(opt::INFO, &info_query("nosuch", &[])), rep::ERR_UNKNOWN);
+    assert_eq!(raw.entered(Mode::Structured, "secret").size, 2 * MIB);
+    assert_eq!(Raw::enter(server.address(), Mode::Plain, "open").size, MIB);
+    let mut raw = Raw::greeted(server.address());
+    raw.option(opt::EXPORT_NAME, b"secret");
+    assert_eq!(raw.await_close(), b"");
+    crate::cli::check_refused(&dir, &["memory=1M", "--tls=on", "--tls-certificates=pki", "--tls-only=no"], &["no"]);
+    crate::cli::check_refused(&dir, &["a:memory=1M", "--tls-only=a"], &["--tls-only", "--tls"]);
+}
+
+#[test]
+fn an_export_for_one_certificate_is_open_to_its_owner_only() {
+    let dir = Dir::new();
+    let pki = Pki::new(&dir, "pki");
+    let rules =
+        ["--allow=his:dn=CN=client,O=Example", "--allow=named:san=DNS:client.example", "--allow=hers:dn=CN=other"];
+    let tls = ["--tls-verify-peer", "--tls-certificates", pki.dir()];
+    let exports = ["his:memory=1M", "named:memory=2M", "hers:memory=3M"];
+    let server = Nbdblk::tcp(&dir, &[&exports[..], &rules, &tls].concat());
+    for version in Version::BOTH {
+        let mut raw = Raw::greeted(server.address());
+        assert!(listed(&mut raw).is_empty());
+        let mut raw = raw.start_tls(&pki, version);
+        assert_eq!(listed(&mut raw), ["his", "named"]);
+        assert_eq!(raw.ask_kind(opt::GO, &info_query("hers", &[])), rep::ERR_UNKNOWN);
+        assert_eq!(raw.entered(Mode::Simple, "named").size, 2 * MIB);
+    }
+}
+
+#[test]
+fn pre_shared_keys() {
+    let dir = Dir::new();
+    write_runs(&dir.at("disk.raw"), 64 * MIB, [(0, 20 * MIB)]);
+    // qemu looks for keys.psk in a directory, and for a user in it.
+    let keys = dir.text("keys.psk");
+    for user in ["alice", "qemu"] {
+        tool("psktool").args(["-u", user, "-p", &keys]).ok();
+    }
+    let others = dir.text("others.psk");
+    tool("psktool").args(["-u", "alice", "-p", &others]).ok();
+    let args = ["-v", "his:io_uring=disk.raw", "hers:memory=1M", "--allow=his:psk=alice", "--allow=his:psk=qemu"];
+    let tls = ["--allow=hers:psk=nobody", "--tls=require", "--tls-psk", &keys];
+    let server = Nbdblk::tcp(&dir, &[&args[..], &tls].concat());
+    let Address::Tcp(address) = server.address() else { unreachable!("it listens on TCP") };
+    let uri = |user: &str, keys: &str, name: &str| {
+        format!("nbds://{user}@localhost:{}/{name}?tls-psk-file={keys}", address.port())
+    };
+    for version in Version::BOTH {
+        nbdsh(&dir, version, &uri("alice", &keys, "his"), ROUND_TRIPS);
+        assert!(server.log().contains(&format!("(\"alice\") opens export \"his\": {version:?}")), "{}", server.log());
+        let object = format!("tls-creds-psk,id=tls,endpoint=client,dir={},username=qemu", dir.path().display());
+        let options = format!("driver=nbd,host=localhost,port={},export=his,tls-creds=tls", address.port());
+        let qemu_io = client(&dir, "qemu-io", version).args(["--object", &object, "--image-opts", &options]);
+        let said = qemu_io.args(["-c", "write -P 7 8k 1M", "-c", "read -P 7 8k 1M"]).ok().out;
+        assert!(!said.contains("failed"), "{said}");
+        let nbdkit = ["-U", "-", "nbd", "hostname=localhost", "export=his", "tls=require", "tls-username=alice"];
+        let more = [format!("port={}", address.port()), format!("tls-psk={keys}")];
+        let run = ["--run", "nbdinfo --size \"$uri\""];
+        assert_eq!(client(&dir, "nbdkit", version).args(nbdkit).args(more).args(run).ok().out.trim(), "67108864");
+        for refused in [
+            uri("alice", &others, "his"),
+            uri("mallory", &keys, "his"),
+            uri("alice", &keys, "hers"),
+            format!("nbd://{address}/his"),
+        ] {
+            let output = client(&dir, "nbdinfo", version).args(["--size", &refused]).run();
+            assert!(!output.status.success(), "{refused} {version:?}: {output:?}");
+        }
+    }
+    assert!(server.terminate().success());
+    std::fs::write(dir.at("bad.psk"), "alice:xyz").unwrap();
+    crate::cli::check_refused(&dir, &["memory=1M", "--tls-psk=bad.psk"], &["bad.psk", "line 1"]);
+    crate::cli::check_refused(&dir, &["memory=1M", "--tls-psk=nosuch.psk"], &["nosuch.psk"]);
 }
 
 #[test]

@@ -4,6 +4,9 @@
 //! does not have (feature `tls-psk`). What it agrees on is secrets; the records are then our own business, or the kernel's.
 
 mod certificate;
+mod kernel;
+#[cfg(feature = "tls-psk")]
+mod psk;
 mod records;
 mod secure;
 mod x509;
@@ -31,6 +34,8 @@ pub struct Tls {
 #[derive(Clone)]
 enum Credentials {
     Certificates(Arc<rustls::ServerConfig>),
+    #[cfg(feature = "tls-psk")]
+    Keys(psk::Offer),
 }
 
 /// The files that a server with certificates reads, in PEM.
@@ -68,6 +73,16 @@ impl Tls {
         Ok(Self { credentials: Credentials::Certificates(x509::config(files)?), required: false })
     }
 
+    /// TLS 1.2 and 1.3 with pre-shared keys: a user and its key, `USER:HEX`, in each line of `file`, as GnuTLS' psktool
+    /// writes them. The file is read now, and not again.
+    ///
+    /// # Errors
+    /// What is wrong with the file, and where.
+    #[cfg(feature = "tls-psk")]
+    pub fn with_keys(file: &Path) -> io::Result<Self> {
+        Ok(Self { credentials: Credentials::Keys(psk::Offer::new(file)?), required: false })
+    }
+
     /// Whether clients must use it for every export, and not only for those that ask for it.
     #[must_use]
     pub fn required(self, required: bool) -> Self {
@@ -80,7 +95,9 @@ impl Tls {
 
     pub(crate) fn begin(&self) -> io::Result<Shaking> {
         let engine = match &self.credentials {
-            Credentials::Certificates(config) => Engine::Certificates(x509::Engine::new(config)?),
+            Credentials::Certificates(config) => Engine::Certificates(x509::Engine::new(config)?.into()),
+            #[cfg(feature = "tls-psk")]
+            Credentials::Keys(offer) => Engine::Keys(psk::Engine::new(offer)?),
         };
         Ok(Shaking { engine, input: Vec::new(), out: Vec::new() })
     }
@@ -102,7 +119,9 @@ pub(crate) struct Shaking {
 }
 
 enum Engine {
-    Certificates(x509::Engine),
+    Certificates(Box<x509::Engine>),
+    #[cfg(feature = "tls-psk")]
+    Keys(psk::Engine),
 }
 
 /// More than any handshake has under way at a time: rustls takes messages of up to 64 KiB.
@@ -117,6 +136,8 @@ impl Shaking {
         loop {
             let done = match &mut self.engine {
                 Engine::Certificates(engine) => engine.go(&mut self.input, &mut self.out),
+                #[cfg(feature = "tls-psk")]
+                Engine::Keys(engine) => engine.go(&mut self.input, &mut self.out),
             };
             let sent = self.flush(socket)?;
             if done? {
@@ -146,6 +167,8 @@ impl Shaking {
     pub(crate) fn agree(self) -> io::Result<(Secure, Option<Identity>)> {
         let (agreed, identity) = match self.engine {
             Engine::Certificates(engine) => engine.agreed()?,
+            #[cfg(feature = "tls-psk")]
+            Engine::Keys(engine) => engine.agreed()?,
         };
         Ok((Secure::new(Records::new(agreed)?, self.input), identity))
     }

@@ -111,13 +111,19 @@ pub(crate) struct Opened {
 impl Records {
     pub(crate) fn new(agreed: Agreed) -> io::Result<Self> {
         let Agreed { version, receive, send, next } = agreed;
-        let (receive, send) = (Half::new(version, &receive)?, Half::new(version, &send)?);
+        let (receive, send) = (Half::new(version, receive)?, Half::new(version, send)?);
         Ok(Self { receive, send, next, update_due: false, ended: false })
     }
 
     /// Whether the client has said that nothing more comes.
     pub(crate) fn ended(&self) -> bool {
         self.ended
+    }
+
+    /// What protects either way from the next record on; `None` when the client awaits another secret.
+    pub(crate) fn secrets(&self) -> Option<(Version, &Secret, &Secret)> {
+        let Self { receive, send, .. } = self;
+        (!self.update_due && !self.ended).then_some((send.version, &receive.secret, &send.secret))
     }
 
     /// Opens all whole records in `bytes` where they are, and moves their plain text together at the front.
@@ -146,7 +152,7 @@ impl Records {
     fn post_handshake(&mut self, message: &[u8]) -> io::Result<()> {
         match message.split_last() {
             Some((&wanted @ 0..=1, rest)) if rest == KEY_UPDATE && self.receive.version == Version::Tls13 => {
-                self.receive = Half::new(Version::Tls13, &(self.next)(Way::In)?)?;
+                self.receive = Half::new(Version::Tls13, (self.next)(Way::In)?)?;
                 self.update_due |= wanted == 1;
                 Ok(())
             }
@@ -165,7 +171,7 @@ impl Records {
                     room[..message.len()].copy_from_slice(&message);
                     message.len()
                 })?;
-                self.send = Half::new(Version::Tls13, &(self.next)(Way::Out)?)?;
+                self.send = Half::new(Version::Tls13, (self.next)(Way::Out)?)?;
                 self.update_due = false;
                 continue;
             }
@@ -189,7 +195,7 @@ impl Records {
 
 impl fmt::Debug for Records {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} with {:?}", self.send.version, self.send.cipher)
+        write!(f, "{:?} with {:?}", self.send.version, self.send.secret.cipher)
     }
 }
 
@@ -206,33 +212,34 @@ pub(crate) fn record_len(bytes: &[u8]) -> io::Result<Option<usize>> {
 /// One direction.
 struct Half {
     version: Version,
-    cipher: Cipher,
+    /// Its number is that of the next record.
+    secret: Secret,
     key: LessSafeKey,
-    iv: [u8; NONCE_LEN],
-    seq: u64,
 }
 
 impl Half {
-    fn new(version: Version, secret: &Secret) -> io::Result<Self> {
-        let Secret { cipher, ref key, iv, seq } = *secret;
-        let key = UnboundKey::new(cipher.algorithm(), key).map_err(|_| broken("a key of the wrong length"))?;
-        Ok(Self { version, cipher, key: LessSafeKey::new(key), iv, seq })
+    fn new(version: Version, secret: Secret) -> io::Result<Self> {
+        let key = UnboundKey::new(secret.cipher.algorithm(), &secret.key);
+        let key = LessSafeKey::new(key.map_err(|_| broken("a key of the wrong length"))?);
+        Ok(Self { version, secret, key })
     }
 
     fn has_explicit_nonce(&self) -> bool {
-        self.version == Version::Tls12 && self.cipher != Cipher::Chacha20Poly1305
+        self.version == Version::Tls12 && self.secret.cipher != Cipher::Chacha20Poly1305
     }
 
     /// Whether the key was used as often as it should be.
     fn is_worn(&self) -> bool {
-        self.version == Version::Tls13 && self.cipher != Cipher::Chacha20Poly1305 && self.seq >= KEY_RECORDS
+        self.version == Version::Tls13
+            && self.secret.cipher != Cipher::Chacha20Poly1305
+            && self.secret.seq >= KEY_RECORDS
     }
 
     /// The nonce of the next record, and the number of it.
     fn step(&mut self) -> io::Result<([u8; NONCE_LEN], [u8; 8])> {
-        let seq = self.seq.to_be_bytes();
-        self.seq = self.seq.checked_add(1).ok_or_else(|| broken("no more record numbers"))?;
-        let mut nonce = self.iv;
+        let seq = self.secret.seq.to_be_bytes();
+        self.secret.seq = self.secret.seq.checked_add(1).ok_or_else(|| broken("no more record numbers"))?;
+        let mut nonce = self.secret.iv;
         nonce[NONCE_LEN - 8..].iter_mut().zip(seq).for_each(|(byte, s)| *byte ^= s);
         Ok((nonce, seq))
     }
@@ -411,23 +418,23 @@ mod tests {
     #[test]
     fn keys_change_when_they_are_worn_and_when_the_client_asks() {
         let [mut ours, mut theirs] = pair(Version::Tls13, Cipher::Aes256Gcm);
-        (theirs.send.seq, ours.receive.seq) = (KEY_RECORDS - 1, KEY_RECORDS - 1);
+        (theirs.send.secret.seq, ours.receive.secret.seq) = (KEY_RECORDS - 1, KEY_RECORDS - 1);
         for text in [b"last", b"next", b"more"] {
             let mut sealed = seal(&mut theirs, text);
             assert_eq!(ours.open(&mut sealed).unwrap().plain, 4);
             assert_eq!(sealed[..4], *text);
         }
-        assert_eq!(theirs.send.seq, 2, "two records under the new key");
+        assert_eq!(theirs.send.secret.seq, 2, "two records under the new key");
 
         let mut out = vec![0; SEALED_MAX];
         let asked = [24, 0, 0, 1, 1];
         let fill = |room: &mut [u8]| io::Read::read(&mut &asked[..], room).unwrap();
         let len = theirs.send.seal(HANDSHAKE, &mut out, fill).unwrap();
-        theirs.send = Half::new(Version::Tls13, &(theirs.next)(Way::Out).unwrap()).unwrap();
+        theirs.send = Half::new(Version::Tls13, (theirs.next)(Way::Out).unwrap()).unwrap();
         assert_eq!(ours.open(&mut out[..len]).unwrap(), Opened { plain: 0, used: len });
         let mut answer = seal(&mut ours, b"here");
         assert_eq!(theirs.open(&mut answer).unwrap().plain, 4);
-        assert_eq!(ours.send.seq, 1, "one record under the new key");
+        assert_eq!(ours.send.secret.seq, 1, "one record under the new key");
         let mut sealed = seal(&mut theirs, b"there");
         assert_eq!(ours.open(&mut sealed).unwrap().plain, 5);
     }

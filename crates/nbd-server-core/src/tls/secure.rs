@@ -4,7 +4,10 @@ use std::{fmt, io, mem, os::fd::BorrowedFd};
 
 use blkdev::socket;
 
-use super::records::{Opened, RECORD_MAX, Records, SEALED_MAX};
+use super::{
+    kernel,
+    records::{Opened, RECORD_MAX, Records, SEALED_MAX, Version},
+};
 use crate::stream::{Received, STAGING_MIN, push};
 
 /// Sealed at a time: enough for few system calls, little enough to stay in the cache, and to be kept for a client whose
@@ -19,11 +22,47 @@ pub(crate) struct Secure {
     fresh: bool,
     /// Sealed, and not taken by the socket yet.
     unsent: Vec<u8>,
+    /// What the kernel does in our place.
+    kernel: Kernel,
+}
+
+/// Which ways of a connection the kernel has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kernel {
+    pub(crate) receives: bool,
+    pub(crate) sends: bool,
 }
 
 impl Secure {
     pub(super) fn new(records: Records, part: Vec<u8>) -> Self {
-        Self { records, fresh: !part.is_empty(), part, unsent: Vec::new() }
+        Self { records, fresh: !part.is_empty(), part, unsent: Vec::new(), kernel: Kernel::default() }
+    }
+
+    /// Which ways the kernel has: there the socket's bytes are plain text.
+    pub(crate) fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// Gives the kernel what it can do as well; from where things stand now.
+    ///
+    /// # Errors
+    /// The kernel began, and did not go through with it.
+    pub(crate) fn offload(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let Some((version, receive, send)) = self.records.secrets() else { return Ok(()) };
+        if !self.unsent.is_empty() || !kernel::is_ready(socket) {
+            return Ok(());
+        }
+        // Under TLS 1.3 the client may change its key, as GnuTLS does after 2^24 records, and kernels before 6.14 cannot
+        // follow. So there the way in stays with us.
+        if version == Version::Tls12 && self.part.is_empty() {
+            self.kernel.receives = kernel::receive(socket, version, receive).is_ok();
+        }
+        self.kernel.sends = match kernel::send(socket, version, send) {
+            Ok(()) => true,
+            Err(_) if !self.kernel.receives => false,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(())
     }
 
     /// As [`Stream::receive`](crate::stream::Stream::receive).
@@ -75,6 +114,7 @@ impl Secure {
     /// takes it.
     pub(crate) fn close(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) {
         if self.unsent.is_empty()
+            && !self.kernel.sends
             && let Ok(len) = self.records.close(staging)
         {
             let _ = push(socket, &staging[..len]);
@@ -84,7 +124,13 @@ impl Secure {
 
 impl fmt::Debug for Secure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.records.fmt(f)
+        self.records.fmt(f)?;
+        match self.kernel {
+            Kernel { receives: true, sends: true } => f.write_str(", both ways in the kernel"),
+            Kernel { receives: false, sends: true } => f.write_str(", sent by the kernel"),
+            Kernel { receives: true, sends: false } => f.write_str(", received by the kernel"),
+            Kernel { receives: false, sends: false } => Ok(()),
+        }
     }
 }
 

@@ -349,7 +349,7 @@ fn start(
 
 fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
     let access = Access(rules.iter().map(|rule| rule.parse().unwrap()).collect());
-    Export { name: name.into(), description: String::new(), device, read_only: false, access }
+    Export { name: name.into(), description: String::new(), device, read_only: false, access, tls_only: false }
 }
 
 /// A client that waits for its answers.
