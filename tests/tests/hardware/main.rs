@@ -12,6 +12,7 @@ mod info;
 mod machine;
 mod removal;
 mod target;
+mod tls;
 
 use target::{Other, Target};
 
