@@ -120,6 +120,12 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "TIME", aliases = ["timeout", "time-out"], value_parser = timeout)]
     pub(crate) handshake_timeout: Option<Duration>,
 
+    /// Refuse clients that do not ask for block sizes, where blocks are larger than a byte
+    ///
+    /// Without it they are served: a part of a block is read, merged and written back. The Linux kernel never asks.
+    #[arg(long)]
+    pub(crate) block_size_required: bool,
+
     #[command(flatten)]
     pub(crate) tls: Tls,
 

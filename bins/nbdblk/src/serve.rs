@@ -49,6 +49,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         workers: args.threads.map_or(defaults.workers, |threads| threads.get()),
         memory: args.memory.unwrap_or(defaults.memory),
         connections: args.connections.map_or(defaults.connections, |connections| connections.get()),
+        block_size_required: args.block_size_required,
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
         poll: Duration::from_micros(args.poll.into()),
         ..defaults

@@ -111,8 +111,8 @@ pub struct Offer {
     pub extended: bool,
     /// TLS.
     pub tls: Tls,
-    /// Refuse clients that do not ask for the block sizes. Only for servers that cannot serve unaligned requests: a
-    /// server that can SHOULD NOT.
+    /// Refuse clients that do not ask for the block sizes of an export whose smallest is more than a byte. A server that
+    /// can serve unaligned requests SHOULD NOT, unless it is told to.
     pub block_size_required: bool,
     /// Refuse unaligned requests with EINVAL instead of handing them out.
     pub enforce_alignment: bool,

@@ -184,7 +184,10 @@ impl Door {
         }
         let mut out = Vec::new();
         let tls = lock(&self.view).tls.clone();
-        let handshake = Handshake::new(Offer { tls: policy(tls.as_ref()), ..OFFER }, &mut out);
+        let handshake = Handshake::new(
+            Offer { tls: policy(tls.as_ref()), block_size_required: self.limits.block_size_required, ..OFFER },
+            &mut out,
+        );
         let deadline = Instant::now() + self.limits.handshake_timeout;
         self.poll.add_edge(&socket, number as u64, Interest::Both)?;
         let (stream, sent) = (socket.into(), Vec::new());

@@ -40,6 +40,9 @@ pub struct Limits {
     pub handshakes: usize,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
+    /// Refuse clients that do not ask for block sizes, such as the Linux kernel, where blocks are larger than a byte. They
+    /// are served otherwise, but each write of a part of a block stops the other writes of the device for a moment.
+    pub block_size_required: bool,
     /// How long a client may hold memory without a byte moving, while others wait for it.
     pub stall_timeout: Duration,
     /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
@@ -57,6 +60,7 @@ impl Default for Limits {
             depth: 256,
             connections: 4096,
             handshakes: 1024,
+            block_size_required: false,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
             farewell: Duration::from_secs(10),

@@ -355,7 +355,7 @@ impl Handshake {
         let mut negotiated = self.find(request.name, opt, catalog)?;
         negotiated.block_size_asked |= request.asks(InfoKind::BLOCK_SIZE);
         let Negotiated { export, terms, .. } = &negotiated;
-        if self.offer.block_size_required && !negotiated.block_size_asked {
+        if self.must_ask(&negotiated) {
             replies.block_size(export.block);
             return Err(Refusal::new(Rep::ERR_BLOCK_SIZE_REQD, "the block sizes must be asked for"));
         }
@@ -370,6 +370,12 @@ impl Handshake {
             replies.block_size(export.block);
         }
         Ok(negotiated)
+    }
+
+    /// Whether the client is refused because it did not ask for the block sizes. Where each byte can be written there is
+    /// nothing that it must know.
+    fn must_ask(&self, negotiated: &Negotiated) -> bool {
+        self.offer.block_size_required && negotiated.export.block.min > 1 && !negotiated.block_size_asked
     }
 
     /// The export of that name, on the terms that were negotiated so far.
@@ -434,7 +440,7 @@ impl Handshake {
         let name = string(data).ok_or(Fatal::ExportName(Rep::ERR_INVALID))?;
         let negotiated =
             self.find(name, Opt::EXPORT_NAME, catalog).map_err(|refusal| Fatal::ExportName(refusal.code))?;
-        if self.offer.block_size_required && !negotiated.block_size_asked {
+        if self.must_ask(&negotiated) {
             return Err(Fatal::ExportName(Rep::ERR_BLOCK_SIZE_REQD));
         }
         out.extend_from_slice(&negotiated.terms.size.to_be_bytes());

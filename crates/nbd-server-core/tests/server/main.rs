@@ -104,6 +104,35 @@ fn a_handshake_has_a_deadline_and_room_for_so_many() {
 }
 
 #[test]
+fn who_does_not_ask_for_block_sizes_is_refused_only_when_told_to() {
+    // The export with blocks, and one that takes every byte.
+    for (required, name, refused) in [(false, "blocks", false), (true, "blocks", true), (true, "bytes", false)] {
+        let blocks = Memory::new(1 << 20).with(|info| (info.block_size, info.preferred_block_size) = (4096, 4096));
+        let devices = vec![("blocks", Arc::new(blocks) as Arc<dyn Device>), ("bytes", Arc::new(Memory::new(1 << 20)))];
+        let server = Running::start(devices, |limits| limits.block_size_required = required);
+        let mut socket = server.connect();
+        let data = [&(name.len() as u32).to_be_bytes(), name.as_bytes(), b"\0\0"].concat();
+        let go = [b"\0\0\0\x03IHAVEOPT\0\0\0\x07", &(data.len() as u32).to_be_bytes()[..], &data].concat();
+        socket.write_all(&go).unwrap();
+        // The greeting, then INFO (BLOCK_SIZE before a refusal, EXPORT otherwise), then the last reply.
+        let info = if refused { 14 } else { 12 };
+        let mut answers = vec![0; 18 + 20 + info + 20];
+        socket.read_exact(&mut answers).unwrap();
+        let last = &answers[18 + 20 + info + 12..][..4];
+        assert_eq!(last, if refused { [0x80, 0, 0, 8] } else { [0, 0, 0, 1] }, "{name}, required: {required}");
+        // Who asks is served in any case, and so is a part of a block.
+        let mut client = server.client(name);
+        client.encoder.write_head(&mut client.out, Cookie(1), 7, 3, false);
+        client.out.extend_from_slice(b"abc");
+        client.send();
+        client.reply(1).unwrap();
+        client.encoder.read(&mut client.out, Cookie(2), 6, 5);
+        client.send();
+        assert_eq!(client.reply(2).unwrap(), b"\0abc\0");
+    }
+}
+
+#[test]
 fn nothing_reaches_the_device_before_a_client_is_served() {
     let device = Arc::new(Fault::new(Memory::new(1 << 20), Faults::new(1)));
     let server = Running::start(vec![("disk", Arc::<Fault<Memory>>::clone(&device) as Arc<dyn Device>)], |_| {});
