@@ -98,7 +98,9 @@ pub(crate) fn test(words: &[&str]) -> Result<()> {
             let skipped = if options.all { &[][..] } else { program.slow };
             let skipped: String = skipped.iter().map(|name| format!(" --skip {name}")).collect();
             let Program { package, threads, only, .. } = program;
-            let line = format!("--test-threads={threads}{skipped} {only} {}", words.join(" "));
+            // Filters add up, so what is asked for stands alone.
+            let filters = if words.is_empty() { only.to_owned() } else { words.join(" ") };
+            let line = format!("--test-threads={threads}{skipped} {filters}");
             script += &format!("run {package} {} {line} &\n", path(&program.binary)?);
         }
         script += "wait\n";
