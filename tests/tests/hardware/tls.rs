@@ -2,10 +2,16 @@
 
 use nbdblk_tests::{Dir, Nbdblk, Version, assert_equal, tool, write_runs};
 
+use crate::target::check;
+
 const SIZE: u64 = 24 << 20;
 
 #[test]
 fn in_the_kernel() {
+    check("tls", exchange);
+}
+
+fn exchange() {
     let dir = Dir::new();
     let keys = dir.text("keys.psk");
     std::fs::write(&keys, "alice:00112233445566778899aabbccddeeff\n").unwrap();
