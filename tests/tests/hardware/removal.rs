@@ -1,8 +1,14 @@
 //! The device goes while clients use it.
 
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nbdblk_tests::{Dir, Nbdblk, eventually, nbdsh, tool};
+use nix::fcntl::OFlag;
+use serde_json::{Value, json};
 
 use crate::target::{await_disk, bind, check, expand};
 
@@ -83,8 +89,9 @@ except nbd.Error as error:
         assert!(server.is_alive(), "{}", server.log());
         assert!(server.terminate().success());
 
+        // The kernel lets go of the device first and switches the slot off then, which is when QEMU lets go of it too.
         let device = Path::new("/sys/bus/pci/devices").join(&address);
-        eventually("that the device has gone", || !device.exists());
+        eventually("that the device has gone", || !device.exists() && !is_occupied(&address));
         // QEMU lets go of a drive with its device, but not at once: each has a name of its own.
         let drive = format!("new-{}", std::process::id()) + &dir.path().display().to_string().replace('/', "-");
         let id = self.id;
@@ -127,7 +134,40 @@ except nbd.Error as error:
     });
 }
 
-/// Types a command at QEMU's monitor.
+/// Whether something is in the slot of a PCI address.
+fn is_occupied(address: &str) -> bool {
+    let (slot, _function) = address.rsplit_once('.').expect("an address ends with a function");
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let slots = std::fs::read_dir("/sys/bus/pci/slots").expect("sysfs is mounted").flatten();
+    let mut slots = slots.map(|entry| entry.path()).filter(|path| read(path.join("address")).trim() == slot);
+    slots.any(|path| read(path.join("adapter")).trim() != "0")
+}
+
+/// Has QEMU's monitor do a command.
+///
+/// # Panics
+/// If QEMU refuses it, or says nothing.
 pub(crate) fn monitor(command: &str) {
-    std::fs::write(expand("$NBDBLK_MONITOR"), format!("{command}\n")).expect("QEMU listens");
+    // The port opens once only, so one command at a time.
+    static COMMANDS: Mutex<u32> = Mutex::new(0);
+    let mut count = COMMANDS.lock().unwrap_or_else(PoisonError::into_inner);
+    *count += 1;
+    let mut options = OpenOptions::new();
+    let port = options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(expand("$NBDBLK_MONITOR"));
+    let mut port = port.expect("QEMU listens");
+    // The first is for a monitor that nobody has talked to, and refused by another.
+    let arguments = json!({ "command-line": command });
+    let line = json!({ "execute": "human-monitor-command", "arguments": arguments, "id": *count });
+    write!(port, "{}\n{line}\n", json!({ "execute": "qmp_capabilities" })).expect("QEMU listens");
+    let (mut text, mut answer) = (Vec::new(), None);
+    eventually(&format!("an answer to {command}"), || {
+        let mut bytes = [0; 4096];
+        let len = port.read(&mut bytes).unwrap_or(0);
+        text.extend_from_slice(&bytes[..len]);
+        let mut lines = text.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+        answer = lines.find(|line| line["id"] == *count);
+        answer.is_some()
+    });
+    let answer = answer.expect("it was awaited");
+    assert!(matches!(answer["return"].as_str(), Some("" | "OK\r\n")), "{command}: {answer}");
 }

@@ -254,10 +254,10 @@ impl Machine<'_> {
 
     fn add_ports(&self, qemu: &mut Command, dir: &Path) {
         qemu.args(["-device", "virtio-serial-pci,addr=0xb,max_ports=8"]);
-        // The guest's way to QEMU's monitor: QEMU calls itself.
+        // The guest's way to QEMU's monitor (QMP): QEMU calls itself.
         let monitor = dir.join("monitor");
         qemu.arg("-chardev").arg(option("socket,id=monitor,server=on,wait=off,path=", &monitor));
-        qemu.args(["-mon", "chardev=monitor,mode=readline", "-chardev"])
+        qemu.args(["-mon", "chardev=monitor,mode=control", "-chardev"])
             .arg(option("socket,id=to-monitor,path=", &monitor));
         qemu.args(["-device", "virtserialport,chardev=to-monitor,name=monitor"]);
         for port in PORTS {
