@@ -77,14 +77,9 @@ static DRIVERS: &[Driver] = &[
             Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
                 .checked(num_entries),
             Property::constant("driver", Kind::Str, "io_uring", DRIVER_ABOUT),
-            Property::constant("can-add-queues", Kind::Bool, "true", "queues can be opened one by one"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "false",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "false", "payload memory may be pinned"),
+            can_add_queues("true"),
+            needs_mem_regions("false"),
+            may_pin_mem_regions("false"),
         ],
         open: |settings| {
             let source = match (settings.str("path"), settings.i32("fd")) {
@@ -126,20 +121,10 @@ static DRIVERS: &[Driver] = &[
             .checked(some_time),
             REQUEST_TIMEOUT,
             Property::constant("driver", Kind::Str, "virtio-blk-vhost-user", DRIVER_ABOUT),
-            Property::told(
-                "max-queue-size",
-                Kind::I32,
-                |device| Value::I32(device.info().depth_max.into()),
-                "the largest queue-size",
-            ),
-            Property::constant("can-add-queues", Kind::Bool, "false", "queues can be added to an open device"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "true",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+            MAX_QUEUE_SIZE,
+            can_add_queues("false"),
+            needs_mem_regions("true"),
+            may_pin_mem_regions("true"),
         ],
         open: |settings| {
             let options = vhost_user::Options {
@@ -187,14 +172,9 @@ static DRIVERS: &[Driver] = &[
                 |device| Value::I32(i32::from(device.info().depth_max) + 1),
                 "the largest queue-size",
             ),
-            Property::constant("can-add-queues", Kind::Bool, "true", "queues can be opened one by one"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "true",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+            can_add_queues("true"),
+            needs_mem_regions("true"),
+            may_pin_mem_regions("true"),
         ],
         open: |settings| {
             let target = settings.needed("path")?.parse()?;
@@ -231,14 +211,9 @@ static DRIVERS: &[Driver] = &[
             ),
             REQUEST_TIMEOUT,
             Property::constant("driver", Kind::Str, "nvme-io_uring", DRIVER_ABOUT),
-            Property::constant("can-add-queues", Kind::Bool, "true", "queues can be opened one by one"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "false",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "false", "payload memory may be pinned"),
+            can_add_queues("true"),
+            needs_mem_regions("false"),
+            may_pin_mem_regions("false"),
         ],
         open: |settings| {
             let source = match (settings.str("path"), settings.i32("fd")) {
@@ -276,20 +251,10 @@ static DRIVERS: &[Driver] = &[
             WRITE_CACHE,
             REQUEST_TIMEOUT,
             Property::constant("driver", Kind::Str, "virtio-blk-vhost-vdpa", DRIVER_ABOUT),
-            Property::told(
-                "max-queue-size",
-                Kind::I32,
-                |device| Value::I32(device.info().depth_max.into()),
-                "the largest queue-size",
-            ),
-            Property::constant("can-add-queues", Kind::Bool, "false", "queues can be added to an open device"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "true",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+            MAX_QUEUE_SIZE,
+            can_add_queues("false"),
+            needs_mem_regions("true"),
+            may_pin_mem_regions("true"),
         ],
         open: |settings| {
             let source = match (settings.str("path"), settings.i32("fd")) {
@@ -334,20 +299,10 @@ static DRIVERS: &[Driver] = &[
             )
             .checked(num_vectors),
             Property::constant("driver", Kind::Str, "virtio-blk-vfio-pci", DRIVER_ABOUT),
-            Property::told(
-                "max-queue-size",
-                Kind::I32,
-                |device| Value::I32(device.info().depth_max.into()),
-                "the largest queue-size",
-            ),
-            Property::constant("can-add-queues", Kind::Bool, "false", "queues can be added to an open device"),
-            Property::constant(
-                "needs-mem-regions",
-                Kind::Bool,
-                "true",
-                "the device must know payload memory beforehand",
-            ),
-            Property::constant("may-pin-mem-regions", Kind::Bool, "true", "payload memory may be pinned"),
+            MAX_QUEUE_SIZE,
+            can_add_queues("false"),
+            needs_mem_regions("true"),
+            may_pin_mem_regions("true"),
         ],
         open: |settings| {
             let options = virtio_pci::Options {
@@ -444,6 +399,13 @@ const QUEUE_SIZE: Property =
     Property::connected("queue-size", Kind::I32, Some("256"), "descriptors of one queue: a power of two")
         .checked(queue_size);
 
+const MAX_QUEUE_SIZE: Property = Property::told(
+    "max-queue-size",
+    Kind::I32,
+    |device| Value::I32(device.info().depth_max.into()),
+    "the largest queue-size",
+);
+
 const RING: Property = Property::created(
     "ring",
     Kind::Str,
@@ -459,6 +421,18 @@ const WRITE_CACHE: Property = Property::created(
     "switches the device's write cache: writeback or writethrough; unchanged: left as it is",
 )
 .checked(|value| one_of(value, &["unchanged", "writeback", "writethrough"]));
+
+const fn can_add_queues(answer: &'static str) -> Property {
+    Property::constant("can-add-queues", Kind::Bool, answer, "queues can be added to an open device")
+}
+
+const fn needs_mem_regions(answer: &'static str) -> Property {
+    Property::constant("needs-mem-regions", Kind::Bool, answer, "the device must know payload memory beforehand")
+}
+
+const fn may_pin_mem_regions(answer: &'static str) -> Property {
+    Property::constant("may-pin-mem-regions", Kind::Bool, answer, "payload memory may be pinned")
+}
 
 const DRIVER_ABOUT: &str = "libblkio's name of the driver";
 
