@@ -33,6 +33,8 @@ pub(crate) struct Admin {
     answer: Option<Completion>,
     /// Events that came and were not dealt with yet: word 0 of their completions.
     pub(crate) events: Vec<u32>,
+    /// A command was not answered in time. Nothing is asked any more until the controller has been reset.
+    pub(crate) is_late: bool,
 }
 
 /// What a command was for.
@@ -49,6 +51,8 @@ pub(crate) enum Asked {
 pub(crate) enum Failure {
     /// The controller refused it.
     Refused(Status),
+    /// It was not answered in time, or an earlier one was not.
+    Late,
     /// There is nobody to ask any more.
     Dead,
 }
@@ -60,6 +64,7 @@ impl Failure {
                 let kind = status.result().err().map_or(io::ErrorKind::Other, |e| io::Error::from(e).kind());
                 io::Error::new(kind, format!("{what}: {status}"))
             }
+            Self::Late => io::Error::new(io::ErrorKind::TimedOut, format!("{what}: the controller does not answer")),
             Self::Dead => io::Error::new(io::ErrorKind::NotConnected, format!("{what}: the device is gone")),
         }
     }
@@ -67,17 +72,29 @@ impl Failure {
 
 impl Admin {
     pub(crate) fn new(pair: Pair<Asked>, wake: Arc<EventFd>, life: Arc<Life>, timeout: Duration) -> Self {
-        Self { pair, wake, life, timeout, answer: None, events: Vec::new() }
+        Self { pair, wake, life, timeout, answer: None, events: Vec::new(), is_late: false }
     }
 
-    /// Sends a command and waits for its answer. One that takes too long ends the device.
+    /// Begins anew, as a controller that was reset does.
+    pub(crate) fn restart(&mut self) {
+        self.pair.restart(0);
+        (self.answer, self.is_late) = (None, false);
+        self.events.clear();
+    }
+
+    /// Sends a command and waits for its answer.
     pub(crate) fn ask(&mut self, command: Command) -> Result<Completion, Failure> {
-        self.ask_for(|_| command)
+        self.ask_for(self.timeout, |_| command)
+    }
+
+    /// As [`ask`](Self::ask), for less time.
+    pub(crate) fn ask_within(&mut self, time: Duration, command: Command) -> Result<Completion, Failure> {
+        self.ask_for(time, |_| command)
     }
 
     /// As [`ask`](Self::ask), for a command with an answer of `N` bytes at most, in one memory page.
     pub(crate) fn ask_bytes<const N: usize>(&mut self, command: Command) -> Result<[u8; N], Failure> {
-        let answer = self.ask_for(|address| command.prps(address, 0))?;
+        let answer = self.ask_for(self.timeout, |address| command.prps(address, 0))?;
         Ok(self.pair.answer(answer.id))
     }
 
@@ -85,9 +102,12 @@ impl Admin {
         self.ask_bytes(Command::identify(cns, nsid))
     }
 
-    fn ask_for(&mut self, command: impl FnOnce(u64) -> Command) -> Result<Completion, Failure> {
+    fn ask_for(&mut self, time: Duration, command: impl FnOnce(u64) -> Command) -> Result<Completion, Failure> {
         if self.life.is_dead() {
             return Err(Failure::Dead);
+        }
+        if self.is_late {
+            return Err(Failure::Late);
         }
         let pushed = self.pair.push(Asked::Now, |_, list| {
             // What an earlier command got here is not an answer to this one.
@@ -98,7 +118,7 @@ impl Admin {
         });
         pushed.expect("the admin queue has room: one command is asked at a time");
         self.pair.publish();
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + time;
         loop {
             let _ = self.wake.read();
             self.collect();
@@ -114,8 +134,10 @@ impl Admin {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.life.end("an admin command was not answered in time");
-                return Err(Failure::Dead);
+                self.is_late = true;
+                // For the thread that resets the controller.
+                let _ = self.wake.write(1);
+                return Err(Failure::Late);
             }
             // In steps, to see in time that the device has died, and to do without an interrupt if need be.
             wait(&self.wake, left.min(Duration::from_millis(100)));

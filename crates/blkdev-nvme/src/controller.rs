@@ -20,7 +20,7 @@ use crate::{
     admin::{self, Admin, Failure},
     life::Life,
     limits::{Disk, Found, Shape, check, invalid, unusable},
-    pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX},
+    pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX, Stage},
     queue::IoQueue,
     spec::{self, Command, Controller, Limits, Namespace, RANGE_LEN, cns},
     watch::Watch,
@@ -37,7 +37,8 @@ pub struct Options {
     pub queues: Option<u16>,
     /// Places in each I/O queue, 2 to 1024; the controller may have fewer. One less can be in use.
     pub queue_size: u16,
-    /// How long a request may take before the device is given up; `None`: for ever.
+    /// How long a request may take before the device is given up; `None`: for ever. Before that it is aborted, and then the
+    /// controller is reset.
     pub timeout: Option<Duration>,
 }
 
@@ -85,6 +86,9 @@ pub(crate) struct Core {
     pub(crate) disk: Disk,
     /// Contiguous memory can be described by one descriptor.
     pub(crate) sgl: bool,
+    /// It can be asked to tell of changes.
+    tells: bool,
+    page_shift: u32,
     addresses: Addresses,
     queue_layout: Layout,
     /// One for each vector; the first is the admin queue's.
@@ -101,7 +105,16 @@ pub(crate) enum Place {
     Free,
     /// Being opened or closed, or its memory may still be written to.
     Taken,
-    Open(Arc<Flights>),
+    Open(Open),
+}
+
+/// An open queue, as others than its owner know it.
+#[derive(Clone, Debug)]
+pub(crate) struct Open {
+    pub(crate) flights: Arc<Flights>,
+    size: u16,
+    submission: u64,
+    completion: u64,
 }
 
 impl Nvme {
@@ -187,6 +200,9 @@ const CSTS_FATAL: u32 = 2;
 const CSTS_SHUTDOWN: u32 = 3 << 2;
 const CSTS_SHUTDOWN_DONE: u32 = 2 << 2;
 
+/// Trouble that no reset helps against.
+pub(crate) const TAKEN_AWAY: &str = "its registers read as all ones: it was taken away";
+
 /// What a device that is not there reads as.
 const NOTHING: u32 = u32::MAX;
 
@@ -231,10 +247,15 @@ impl Registers {
     /// Why the controller cannot work any more; `None`: it says nothing of the kind.
     pub(crate) fn trouble(&self) -> Option<&'static str> {
         match self.bar.read32(CSTS) {
-            NOTHING => Some("its registers read as all ones: it was taken away"),
+            NOTHING => Some(TAKEN_AWAY),
             status if status & CSTS_FATAL != 0 => Some("it reports a fatal error (CSTS.CFS)"),
             _ => None,
         }
+    }
+
+    /// Whether it was enabled and is so no more.
+    pub(crate) fn has_stopped(&self) -> bool {
+        self.bar.read32(CSTS) & CSTS_READY == 0
     }
 
     /// Waits until `good` holds of the status.
@@ -301,10 +322,7 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
         return Err(unusable("it does not have the NVM command set (CAP.CSS)"));
     }
     // Left running by whoever had it before, or in trouble.
-    if registers.disable().is_err() || registers.trouble().is_some() {
-        pci.reset()?;
-        registers.disable()?;
-    }
+    stop(&*pci, &registers)?;
 
     let vectors = pci.vectors();
     if vectors < 2 {
@@ -340,12 +358,7 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), timeout);
     let found = find(&mut admin, &registers, options)?;
 
-    let granted = {
-        let count = u32::from(wanted - 1);
-        let answer = admin.ask(Command::set_features(0x07, count | count << 16));
-        let result = answer.map_err(|e| e.explain("asking for I/O queues"))?.result;
-        (result as u16).min((result >> 16) as u16).saturating_add(1)
-    };
+    let granted = ask_for_queues(&mut admin, wanted)?;
     if options.queues.is_some_and(|queues| queues > granted) {
         return Err(invalid(format!("{wanted} queues asked for, the device has {granted}")));
     }
@@ -370,11 +383,8 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     };
     let (info, disk) = found.describe(shape);
     let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
-    if found.controller.oaes & 1 << 8 != 0 {
-        // Changes of namespaces, and what a drive says of its health. Without it there are no events, which is no error.
-        let _ = admin.ask(Command::set_features(0x0b, 1 << 8 | 0x1f));
-    }
-    admin.expect_event();
+    let tells = found.controller.oaes & 1 << 8 != 0;
+    ask_for_events(&mut admin, tells);
     let told = Duration::from_micros(found.controller.shutdown_us.into());
     Ok(Core {
         capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
@@ -389,9 +399,36 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
         info,
         disk,
         sgl,
+        tells,
+        page_shift,
         addresses,
         clock,
     })
+}
+
+/// Stops a controller, whoever had it before, by a reset of the function if need be.
+fn stop(pci: &dyn PciDevice, registers: &Registers) -> io::Result<()> {
+    if registers.disable().is_err() || registers.trouble().is_some() {
+        pci.reset()?;
+        registers.disable()?;
+    }
+    Ok(())
+}
+
+/// Asks for I/O queues, and tells how many there are to be had.
+fn ask_for_queues(admin: &mut Admin, wanted: u16) -> io::Result<u16> {
+    let count = u32::from(wanted - 1);
+    let answer = admin.ask(Command::set_features(0x07, count | count << 16));
+    let result = answer.map_err(|e| e.explain("asking for I/O queues"))?.result;
+    Ok((result as u16).min((result >> 16) as u16).saturating_add(1))
+}
+
+fn ask_for_events(admin: &mut Admin, tells: bool) {
+    if tells {
+        // Changes of namespaces, and what a drive says of its health. Without it there are no events, which is no error.
+        let _ = admin.ask(Command::set_features(0x0b, 1 << 8 | 0x1f));
+    }
+    admin.expect_event();
 }
 
 fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
@@ -403,7 +440,7 @@ fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Resu
         match admin.identify(cns::CONTROLLER_OF_COMMAND_SET, 0) {
             Ok(bytes) => Limits::parse(&bytes),
             Err(Failure::Refused(_)) => Limits::default(),
-            Err(dead) => return Err(dead.explain("identifying the controller")),
+            Err(silent) => return Err(silent.explain("identifying the controller")),
         }
     } else {
         Limits::default()
@@ -451,11 +488,9 @@ impl Core {
             free
         };
         let opened = self.create(index as u16 + 1, depth);
-        lock(&self.queues)[index] = match &opened {
-            Ok((pair, _)) => Place::Open(Arc::clone(pair.flights())),
-            Err(_) if self.life.is_dead() => Place::Taken,
-            Err(_) => Place::Free,
-        };
+        if opened.is_err() && !self.life.is_dead() {
+            lock(&self.queues)[index] = Place::Free;
+        }
         opened.map_err(|e| io::Error::new(e.kind(), format!("{}: queue {}: {e}", self.info.target, index + 1)))
     }
 
@@ -467,40 +502,104 @@ impl Core {
         let bells = Bells::new(&self.registers.bar, id, self.registers.stride());
         let pair = Pair::new(id, layout, &memory, &self.addresses, bells, &self.clock);
         let (submission, completion) = pair.addresses();
+        let open = Open { flights: Arc::clone(pair.flights()), size, submission, completion };
         let mut admin = lock(&self.admin);
-        let created = admin
-            .ask(Command::create_cq(id, size, id, completion))
-            .map_err(|e| e.explain("creating the completion queue"))
-            .and_then(|_| {
-                admin.ask(Command::create_sq(id, size, submission)).map_err(|e| {
-                    let _ = admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id));
-                    e.explain("creating the submission queue")
-                })
-            });
-        if let Err(e) = created {
-            if !self.life.is_dead() {
+        if let Err(e) = self.announce(&mut admin, id, &open) {
+            // One that does not answer may have taken it, and forgets it only when it is reset.
+            if !self.life.is_dead() && !admin.is_late {
                 let _ = self.pci.dma_unmap(&memory);
             }
             return Err(e);
         }
+        // Before the lock is given up: who resets the controller has to know of the queue.
+        lock(&self.queues)[usize::from(id) - 1] = Place::Open(open);
         let wake = Arc::clone(&self.wakes[usize::from(id)]);
         self.life.watch(&wake);
         Ok((pair, wake))
+    }
+
+    /// Tells the controller of a queue.
+    fn announce(&self, admin: &mut Admin, id: u16, open: &Open) -> io::Result<()> {
+        admin
+            .ask(Command::create_cq(id, open.size, id, open.completion))
+            .map_err(|e| e.explain("creating the completion queue"))?;
+        admin.ask(Command::create_sq(id, open.size, open.submission)).map(drop).map_err(|e| {
+            let _ = admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id));
+            e.explain("creating the submission queue")
+        })
+    }
+
+    /// Stops the controller and brings it up again. No queue's owner touches it meanwhile; afterwards they restart their
+    /// queues, and [`resume`](Self::resume) tells the controller of them.
+    ///
+    /// # Errors
+    /// It does not come up, or not as it was.
+    pub(crate) fn reset(&self, admin: &mut Admin) -> io::Result<()> {
+        let queues = lock(&self.queues).clone();
+        let all =
+            || queues.iter().filter_map(|place| if let Place::Open(open) = place { Some(&open.flights) } else { None });
+        // Those that were restarted already, and never ran, can wait as they are.
+        all().filter(|flights| flights.stage() == Stage::Running).for_each(|flights| flights.reach(Stage::Stopped));
+        stop(&*self.pci, &self.registers)?;
+        admin.restart();
+        let (submission, completion) = admin.pair.addresses();
+        // A reset of the function has switched it off.
+        self.pci.set_bus_master(true)?;
+        self.registers.enable(self.page_shift, admin::SIZE, submission, completion)?;
+        let granted = ask_for_queues(admin, self.info.queues_max)?;
+        if granted < self.info.queues_max {
+            return Err(io::Error::other(format!("it has {granted} I/O queues now, not {}", self.info.queues_max)));
+        }
+        ask_for_events(admin, self.tells);
+        all().filter(|flights| flights.stage() == Stage::Stopped).for_each(|flights| flights.reach(Stage::Cleared));
+        self.wake_owners();
+        Ok(())
+    }
+
+    /// Lets queues run whose owners have restarted them after a reset.
+    pub(crate) fn resume(&self, admin: &mut Admin) -> io::Result<()> {
+        let queues = lock(&self.queues).clone();
+        for (place, id) in queues.iter().zip(1..) {
+            if let Place::Open(open) = place
+                && open.flights.stage() == Stage::Ready
+            {
+                self.announce(admin, id, open)?;
+                open.flights.reach(Stage::Running);
+                let _ = self.wakes[usize::from(id)].write(1);
+            }
+        }
+        Ok(())
+    }
+
+    fn wake_owners(&self) {
+        for wake in &self.wakes[1..] {
+            // A full counter is readable, too.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// For the owner of a queue that was restarted.
+    pub(crate) fn wake_guard(&self) {
+        let _ = self.wakes[0].write(1);
     }
 
     /// Takes a queue with nothing in flight away from the controller.
     pub(crate) fn close_queue(&self, id: u16, memory: &Arc<Mapping>, wake: &Arc<EventFd>) {
         self.life.unwatch(wake);
         let index = usize::from(id) - 1;
-        lock(&self.queues)[index] = Place::Taken;
         let deleted = {
             let mut admin = lock(&self.admin);
-            admin
-                .ask(Command::delete_queue(spec::admin::DELETE_SQ, id))
-                .and_then(|_| admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id)))
+            // The lock is held: the controller is not being reset, and has been if the queue does not run.
+            match std::mem::replace(&mut lock(&self.queues)[index], Place::Taken) {
+                Place::Open(open) if open.flights.stage() != Stage::Running && !self.life.is_dead() => Ok(()),
+                _ => admin
+                    .ask(Command::delete_queue(spec::admin::DELETE_SQ, id))
+                    .and_then(|_| admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id)))
+                    .map(drop),
+            }
         };
         match deleted {
-            Ok(_) => {
+            Ok(()) => {
                 if let Err(e) = self.pci.dma_unmap(memory) {
                     log::warn!("nvme {}: {e}", self.info.target);
                 }

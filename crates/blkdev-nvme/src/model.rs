@@ -96,13 +96,19 @@ impl Spec {
 pub enum Fault {
     /// One command is never answered, until it is aborted.
     Lost,
-    /// No command is answered any more, and none can be aborted.
+    /// No I/O command is answered any more, and none can be aborted, until the controller is reset.
+    Hung,
+    /// As [`Hung`](Self::Hung), and no admin command is answered either.
+    Deaf,
+    /// No I/O command is answered any more, none can be aborted, and the controller cannot be reset.
     Silent,
     /// Each completion comes twice.
     Doubled,
     /// Completions name commands that were not sent.
     WrongId,
-    /// The controller fails: `CSTS.CFS`.
+    /// The controller fails, until it is reset: `CSTS.CFS`.
+    FatalOnce,
+    /// It fails with each command.
     Fatal,
     /// The device is not there any more: all registers read as ones.
     Removed,
@@ -151,6 +157,8 @@ struct State {
     /// I/O commands so far.
     count: u64,
     removed: bool,
+    /// Resets with a fault that they help against, or would.
+    resets: u32,
     stopping: bool,
     shut_down: bool,
     rng: Rng,
@@ -211,6 +219,7 @@ impl Model {
             events: Vec::new(),
             count: 0,
             removed: false,
+            resets: 0,
             stopping: false,
             shut_down: false,
             rng: Rng::new(1),
@@ -261,6 +270,11 @@ impl Model {
     /// Mappings that it can reach.
     pub fn mappings(&self) -> usize {
         self.shared.lock().memory.len()
+    }
+
+    /// How often it was reset after it had begun to do wrong.
+    pub fn resets(&self) -> u32 {
+        self.shared.lock().resets
     }
 
     /// I/O commands so far.
@@ -344,7 +358,7 @@ impl PciDevice for Model {
     }
 
     fn reset(&self) -> io::Result<()> {
-        self.shared.lock().disable();
+        self.shared.lock().disable(&self.shared.spec);
         Ok(())
     }
 }
@@ -405,7 +419,7 @@ impl Bar for Shared {
         let low = |old: u64| old >> 32 << 32 | u64::from(value);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match at {
-            0x14 => state.configure(value, self.spec.page_shift),
+            0x14 => state.configure(value, &self.spec),
             0x24 => state.aqa = value,
             0x28 => state.asq = low(state.asq),
             0x2c => state.asq = high(state.asq),
@@ -439,16 +453,16 @@ impl Bar for Shared {
 }
 
 impl State {
-    fn configure(&mut self, value: u32, page_shift: u8) {
+    fn configure(&mut self, value: u32, spec: &Spec) {
         let before = std::mem::replace(&mut self.config, value);
         if value & 1 == 0 {
-            return self.disable();
+            return self.disable(spec);
         }
         if before & 1 == 0 {
             assert!(!self.vectors.is_empty(), "vectors are set before the controller is enabled");
             assert!(self.command & BUS_MASTER != 0, "it can reach memory when it is enabled");
             assert_eq!(value >> 16 & 0xff, 0x46, "entries of 64 and 16 bytes");
-            assert_eq!(value >> 7 & 0xf, u32::from(page_shift) - 12, "pages of a size that it has");
+            assert_eq!(value >> 7 & 0xf, u32::from(spec.page_shift) - 12, "pages of a size that it has");
             let (submission, completion) = ((self.aqa & 0xfff) as u16 + 1, (self.aqa >> 16) as u16 + 1);
             self.submission.insert(0, Submission { address: self.asq, size: submission, ..Submission::default() });
             self.completion.insert(0, CompletionQueue::new(self.acq, completion, 0));
@@ -460,7 +474,13 @@ impl State {
         }
     }
 
-    fn disable(&mut self) {
+    fn disable(&mut self, spec: &Spec) {
+        if spec.fault.is_some() && self.count > spec.after && self.status & 1 != 0 {
+            self.resets += 1;
+            if spec.fault == Some(Fault::Silent) {
+                return;
+            }
+        }
         (self.config, self.status) = (0, 0);
         self.submission.clear();
         self.completion.clear();
@@ -592,6 +612,10 @@ impl Shared {
             taken.push(Sent { words: std::array::from_fn(word) });
         }
         while !taken.is_empty() && !state.removed && state.status & 2 == 0 && state.status & 1 != 0 {
+            if sq == 0 && self.spec.fault == Some(Fault::Deaf) && state.count > self.spec.after && state.resets == 0 {
+                taken.clear();
+                break;
+            }
             let chosen = if sq == 0 { 0 } else { state.rng.below(taken.len() as u64) as usize };
             let command = taken.remove(chosen);
             if sq == 0 {
@@ -612,7 +636,9 @@ impl Shared {
         let id = command.id();
         match fault {
             Some(Fault::Lost) if first => return state.held.push((sq, id)),
+            Some(Fault::Hung | Fault::Deaf) if state.resets == 0 => return state.held.push((sq, id)),
             Some(Fault::Silent) => return state.held.push((sq, id)),
+            Some(Fault::FatalOnce) if state.resets == 0 => return state.status |= 2,
             Some(Fault::Fatal) => return state.status |= 2,
             Some(Fault::Removed) => return state.removed = true,
             Some(Fault::Status(status)) => return state.complete(sq, sq, id, status, 0),

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
 };
 
@@ -44,6 +44,8 @@ pub(crate) struct Pair<T> {
 struct Slot<T> {
     /// Counts the commands that this slot has had.
     sequence: u16,
+    /// What it holds was sent before the controller was reset, too.
+    again: bool,
     owner: Option<T>,
 }
 
@@ -129,9 +131,39 @@ pub(crate) struct Flights {
     /// Ticks; its owner counts them.
     pub(crate) now: Arc<AtomicU32>,
     slots: Box<[AtomicU32]>,
+    stage: AtomicU8,
+}
+
+/// What a pair's owner may do with it, while the controller is reset and afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// All is well.
+    Running,
+    /// Nothing: the controller is being reset. So says whoever resets it.
+    Stopped,
+    /// The controller is up again, and knows of no pair: its owner has to [restart](Pair::restart) it.
+    Cleared,
+    /// So its owner has, and the controller is to be told of it; then it runs.
+    Ready,
 }
 
 impl Flights {
+    #[inline]
+    pub(crate) fn stage(&self) -> Stage {
+        // Acquire: what was done before the stage was reached can be relied upon.
+        match self.stage.load(Ordering::Acquire) {
+            0 => Stage::Running,
+            1 => Stage::Stopped,
+            2 => Stage::Cleared,
+            _ => Stage::Ready,
+        }
+    }
+
+    pub(crate) fn reach(&self, stage: Stage) {
+        // SeqCst: a queue that goes to sleep first empties its eventfd and then looks at the stage.
+        self.stage.store(stage as u8, Ordering::SeqCst);
+    }
+
     /// Commands that were pushed at least `age` ticks ago: identifiers.
     pub(crate) fn older(&self, age: u16) -> impl Iterator<Item = u16> {
         let now = self.now.load(Ordering::Relaxed) as u16;
@@ -184,9 +216,13 @@ impl<T> Pair<T> {
             head: 0,
             acknowledged: 0,
             phase: true,
-            slots: (0..slots).map(|_| Slot { sequence: 0, owner: None }).collect(),
+            slots: (0..slots).map(|_| Slot { sequence: 0, again: false, owner: None }).collect(),
             free: (0..slots).rev().collect(),
-            flights: Arc::new(Flights { now: Arc::clone(now), slots: (0..slots).map(|_| AtomicU32::new(0)).collect() }),
+            flights: Arc::new(Flights {
+                now: Arc::clone(now),
+                slots: (0..slots).map(|_| AtomicU32::new(0)).collect(),
+                stage: AtomicU8::new(Stage::Running as u8),
+            }),
         }
     }
 
@@ -229,8 +265,9 @@ impl<T> Pair<T> {
                 page: self.layout.page,
             },
         );
-        let Slot { sequence, owner: place } = &mut self.slots[usize::from(slot)];
+        let Slot { sequence, again, owner: place } = &mut self.slots[usize::from(slot)];
         *sequence = sequence.wrapping_add(1);
+        *again = false;
         *place = Some(owner);
         let id = slot | *sequence << SLOT_BITS;
         let now = self.flights.now.load(Ordering::Relaxed) as u16;
@@ -278,7 +315,7 @@ impl<T> Pair<T> {
         let completion = Completion::parse(self.window.load64(at, Ordering::Relaxed), high);
         let slot = completion.id & (SIZE_MAX - 1);
         let owner = match self.slots.get_mut(usize::from(slot)) {
-            Some(Slot { sequence, owner })
+            Some(Slot { sequence, owner, .. })
                 if slot | *sequence << SLOT_BITS == completion.id
                     && completion.sq == self.id
                     && completion.sq_head < self.layout.size =>
@@ -313,6 +350,26 @@ impl<T> Pair<T> {
         }
         self.free = (0..self.layout.slots()).rev().collect();
         self.slots.iter_mut().filter_map(|slot| slot.owner.take())
+    }
+
+    /// Begins anew, as a controller that was reset does. What was in flight comes back, and whether it is worth being sent
+    /// once more: not when it has taken `old` ticks or has been sent twice.
+    pub(crate) fn restart(&mut self, old: u16) -> Vec<(T, bool)> {
+        (self.tail, self.rung, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, true);
+        for at in (self.layout.completions()..self.layout.lists()).step_by(8) {
+            self.window.store64(at, 0);
+        }
+        let old: Vec<u16> = self.flights.older(old).map(|id| id & (SIZE_MAX - 1)).collect();
+        let slots = self.slots.iter_mut().zip(0..);
+        let back = slots.filter_map(|(slot, n)| Some((slot.owner.take()?, !slot.again && !old.contains(&n)))).collect();
+        self.take_all().for_each(drop);
+        back
+    }
+
+    /// As [`push`](Self::push), for what [`restart`](Self::restart) gave back.
+    pub(crate) fn push_again(&mut self, owner: T, describe: impl FnOnce(&T, List<'_>) -> Command) {
+        let Ok(id) = self.push(owner, describe) else { unreachable!("there is room for what was in flight before") };
+        self.slots[usize::from(id & (SIZE_MAX - 1))].again = true;
     }
 
     fn list(&self, slot: u16) -> usize {

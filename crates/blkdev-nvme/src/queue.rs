@@ -16,8 +16,9 @@ use crate::{
     admin::wait,
     controller::Owner,
     limits::{self, Disk},
-    pair::{List, Pair},
+    pair::{List, Pair, Stage},
     spec::Command,
+    watch::OLD,
 };
 
 /// How long a queue that is dropped waits for what is in flight.
@@ -31,16 +32,64 @@ pub(crate) struct IoQueue {
     wake: Arc<EventFd>,
     /// What ended when it was pushed.
     ended: Vec<Completion>,
+    /// What was in flight when the controller was reset waits for the doorbell.
+    again: bool,
 }
 
 impl IoQueue {
     pub(crate) fn new(owner: &Arc<Owner>, pair: Pair<Request>, wake: Arc<EventFd>) -> Self {
-        Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new() }
+        Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new(), again: false }
     }
 
     #[inline]
     fn is_dead(&self) -> bool {
         self.owner.core.life.is_dead()
+    }
+
+    /// Whether the controller takes commands: it is not being reset.
+    #[inline]
+    fn is_running(&self) -> bool {
+        self.pair.flights().stage() == Stage::Running
+    }
+
+    /// The controller is being reset. When it has been, it touches no memory of what was in flight, and has forgotten the
+    /// queue. What was in flight is laid out once more, or ends.
+    #[cold]
+    fn stand_by(&mut self, done: &mut Vec<Completion>) {
+        if self.pair.flights().stage() != Stage::Cleared {
+            return;
+        }
+        self.pop(done);
+        if self.is_dead() {
+            return self.finish(done);
+        }
+        let core = &*self.owner.core;
+        for (request, again) in self.pair.restart(OLD) {
+            if again {
+                self.pair.push_again(request, |request, list| describe(&core.disk, core.sgl, &request.op, &list));
+            } else {
+                let Request { tag, op } = request;
+                done.push(Completion { tag, op, result: Err(Error::Io) });
+            }
+        }
+        self.again = true;
+        self.pair.flights().reach(Stage::Ready);
+        core.wake_guard();
+    }
+
+    /// Takes what has finished out of the ring.
+    #[inline]
+    fn pop(&mut self, done: &mut Vec<Completion>) {
+        loop {
+            match self.pair.pop() {
+                Ok(Some((Request { tag, op }, completion))) => {
+                    let result = limits::settle(&op, completion.status);
+                    done.push(Completion { tag, op, result });
+                }
+                Ok(None) => return,
+                Err(nonsense) => return self.owner.core.life.end(&format!("queue {}: {nonsense}", self.id)),
+            }
+        }
     }
 
     /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
@@ -70,6 +119,10 @@ impl Queue for IoQueue {
         if self.is_dead() {
             return self.refuse(request, Error::Gone);
         }
+        if !self.is_running() {
+            // Later: the owner is woken.
+            return Err(request);
+        }
         // The last two are not among this device's Caps, so never asked for.
         if let Op::Status { .. } | Op::Prefetch { .. } = &request.op {
             return self.refuse(request, Error::NotSupported);
@@ -80,7 +133,9 @@ impl Queue for IoQueue {
 
     #[inline]
     fn kick(&mut self) {
-        self.pair.publish();
+        if self.is_running() {
+            self.pair.publish();
+        }
     }
 
     #[inline]
@@ -89,18 +144,16 @@ impl Queue for IoQueue {
         if self.is_dead() {
             return self.finish(done);
         }
-        loop {
-            match self.pair.pop() {
-                Ok(Some((Request { tag, op }, completion))) => {
-                    let result = limits::settle(&op, completion.status);
-                    done.push(Completion { tag, op, result });
-                }
-                Ok(None) => break,
-                Err(nonsense) => {
-                    self.owner.core.life.end(&format!("queue {}: {nonsense}", self.id));
-                    return self.finish(done);
-                }
-            }
+        if !self.is_running() {
+            return self.stand_by(done);
+        }
+        if self.again {
+            self.again = false;
+            self.pair.publish();
+        }
+        self.pop(done);
+        if self.is_dead() {
+            return self.finish(done);
         }
         self.pair.acknowledge();
     }
@@ -116,6 +169,12 @@ impl Queue for IoQueue {
         fence(Ordering::SeqCst);
         if self.is_dead() {
             return self.pair.in_flight() == 0 && self.ended.is_empty();
+        }
+        match self.pair.flights().stage() {
+            Stage::Running if self.again => return false,
+            Stage::Running => {}
+            Stage::Stopped | Stage::Ready => return self.ended.is_empty(),
+            Stage::Cleared => return false,
         }
         // What came before the eventfd was emptied raises no interrupt again.
         self.ended.is_empty() && !self.pair.has_completion()

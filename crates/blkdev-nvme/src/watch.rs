@@ -18,8 +18,9 @@ use nix::{
 
 use crate::{
     admin::Failure,
-    controller::{Core, Place, lock},
+    controller::{Core, Place, TAKEN_AWAY, lock},
     limits::check,
+    pair::Stage,
     spec::{Command, Namespace, cns},
 };
 
@@ -46,6 +47,8 @@ impl Watch {
             removal,
             stopping: Arc::clone(&stopping),
             aborted: Vec::new(),
+            resets: 0,
+            last_reset: None,
         };
         let thread = thread::Builder::new().name("nvme-watch".to_owned()).spawn(move || guard.run())?;
         Ok(Self { bell, stopping, thread: Some(thread) })
@@ -69,21 +72,36 @@ struct Guard {
     stopping: Arc<AtomicBool>,
     /// Commands that are being aborted: queue and identifier.
     aborted: Vec<(u16, u16)>,
+    /// Resets, one soon after the other.
+    resets: u32,
+    last_reset: Option<Instant>,
 }
 
 /// How often the status register is looked at, at least: a device that was taken away tells in no other way.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A command that has taken this many ticks is aborted; the owner of the queue gives the device up after 8 and a bit.
-const OLD: u16 = 4;
+/// A command that has taken this many ticks is aborted.
+pub(crate) const OLD: u16 = 4;
+
+/// After so many the controller is reset; the owner of the queue gives the device up after 8 and a bit.
+const TOO_OLD: u16 = 6;
+
+/// How often a controller is reset in a time-out before it is given up.
+const RESETS_MAX: u32 = 3;
+
+/// The time-out in that, where requests may take for ever.
+const AGAIN: Duration = Duration::from_secs(30);
 
 impl Guard {
     fn run(mut self) {
         let tick = self.core.info.timeout.map(|timeout| (timeout / 8).max(Duration::from_millis(1)));
         let mut next = Instant::now();
         while !self.stopping.load(Ordering::Acquire) {
-            if let Some(why) = self.core.registers.trouble() {
-                self.core.life.end(why);
+            match self.core.registers.trouble() {
+                Some(TAKEN_AWAY) => self.core.life.end(TAKEN_AWAY),
+                Some(why) => self.reset(why),
+                None if self.core.registers.has_stopped() => self.reset("it has stopped by itself (CSTS.RDY)"),
+                None => {}
             }
             if self.core.life.is_dead() {
                 self.core.cut_off();
@@ -103,8 +121,9 @@ impl Guard {
                 let clock = &self.core.clock;
                 let time = clock.load(Ordering::Relaxed) as u16;
                 clock.store(u32::from(time.checked_add(1).unwrap_or(1)), Ordering::Relaxed);
-                self.abort_old();
+                self.abort_old(tick);
             }
+            self.resume();
             self.sleep(Some(tick.map_or(LOOK, |tick| next.saturating_duration_since(now).min(LOOK).min(tick))));
         }
     }
@@ -141,7 +160,7 @@ impl Guard {
             // To read the page is what lets the event come again.
             let len = if page == 4 { 4096 } else { 512 };
             let read = admin.ask_bytes::<4096>(Command::log_page(page as u8, len));
-            if let Err(Failure::Dead) = read {
+            if let Err(Failure::Dead | Failure::Late) = read {
                 return;
             }
             if (kind, about) == (2, 0) {
@@ -176,13 +195,54 @@ impl Guard {
         }
     }
 
-    /// Aborts what is overdue, each command once.
-    fn abort_old(&mut self) {
-        let mut old = Vec::new();
-        for (index, place) in lock(&self.core.queues).iter().enumerate() {
-            if let Place::Open(flights) = place {
-                old.extend(flights.older(OLD).map(|id| (index as u16 + 1, id)));
+    /// Starts a controller anew that has failed or does not answer.
+    fn reset(&mut self, why: &str) {
+        let core = &self.core;
+        let again = |at: Instant| at.elapsed() < core.info.timeout.unwrap_or(AGAIN);
+        self.resets = if self.last_reset.is_some_and(again) { self.resets + 1 } else { 1 };
+        self.last_reset = Some(Instant::now());
+        if self.resets > RESETS_MAX {
+            return core.life.end(&format!("{why}, after {RESETS_MAX} resets"));
+        }
+        log::warn!("nvme {}: {why}: the controller is reset", core.info.target);
+        let mut admin = lock(&core.admin);
+        if let Err(e) = core.reset(&mut admin) {
+            return core.life.end(&format!("{why}, and is not to be reset: {e}"));
+        }
+        self.aborted.clear();
+        // It may be another firmware that answers now.
+        match admin.identify(cns::NAMESPACE, core.disk.nsid) {
+            Ok(bytes) => self.changed(&Namespace::parse(&bytes)),
+            Err(e) => core.life.end(&e.explain("after a reset").to_string()),
+        }
+    }
+
+    /// Goes on with queues that are ready after a reset, or resets a controller whose admin queue is stuck.
+    fn resume(&mut self) {
+        let mut admin = lock(&self.core.admin);
+        let resumed = self.core.resume(&mut admin);
+        if admin.is_late {
+            drop(admin);
+            return self.reset("an admin command was not answered in time");
+        }
+        if let Err(e) = resumed {
+            self.core.life.end(&format!("after a reset: {e}"));
+        }
+    }
+
+    /// Aborts what is overdue, each command once, and resets the controller when that does not help.
+    fn abort_old(&mut self, tick: Duration) {
+        let (mut old, mut too_old) = (Vec::new(), None);
+        for (place, id) in lock(&self.core.queues).iter().zip(1..) {
+            if let Place::Open(open) = place
+                && open.flights.stage() == Stage::Running
+            {
+                old.extend(open.flights.older(OLD).map(|command| (id, command)));
+                too_old = too_old.or(open.flights.older(TOO_OLD).next().map(|command| (id, command)));
             }
+        }
+        if let Some((queue, id)) = too_old {
+            return self.reset(&format!("queue {queue}: command {id:#06x} is not answered"));
         }
         self.aborted.retain(|known| old.contains(known));
         for (queue, id) in old {
@@ -191,7 +251,7 @@ impl Guard {
             }
             self.aborted.push((queue, id));
             // One that has ended meanwhile, or whose owner has not looked, is not found, and nothing happens.
-            match lock(&self.core.admin).ask(Command::abort(queue, id)) {
+            match lock(&self.core.admin).ask_within(tick * u32::from(TOO_OLD - OLD), Command::abort(queue, id)) {
                 Ok(answer) if answer.result & 1 == 0 => {
                     log::warn!(
                         "nvme {}: queue {queue}: command {id:#06x} took too long: aborted",
@@ -201,7 +261,7 @@ impl Guard {
                 Ok(_) | Err(Failure::Refused(_)) => {
                     log::debug!("nvme {}: queue {queue}: command {id:#06x} cannot be aborted", self.core.info.target);
                 }
-                Err(Failure::Dead) => return,
+                Err(Failure::Dead | Failure::Late) => return,
             }
         }
     }

@@ -57,6 +57,13 @@ fn conforms_with_no_optional_command_and_no_cache() {
 }
 
 #[test]
+fn conforms_with_a_reset_in_between() {
+    let (model, device) = open(Spec::new(32 * MIB).fault(Fault::FatalOnce, 300), &Options::default());
+    conformance::check(&device);
+    assert_eq!(model.resets(), 1);
+}
+
+#[test]
 fn conforms_read_only() {
     let (_, device) = open(Spec { write_protected: true, ..Spec::new(32 * MIB) }, &Options::default());
     conformance::check_read_only(&device);
@@ -114,6 +121,47 @@ fn rig(spec: Spec, options: &Options) -> Rig {
 }
 
 impl Rig {
+    /// Pushes, when the controller is not being reset any more.
+    fn push(&mut self, mut request: Request) {
+        let end = Instant::now() + Duration::from_secs(5);
+        while let Err(back) = self.queue.push(request) {
+            assert!(Instant::now() < end, "a queue with few requests is full for a moment only");
+            self.queue.reap(&mut Vec::new());
+            request = back;
+        }
+    }
+
+    /// Another queue of the device, with memory of its own.
+    fn beside(&self) -> Self {
+        let memory = Mapping::new(MIB as usize).unwrap();
+        self.device.register(&memory).unwrap();
+        let (model, device) = (Arc::clone(&self.model), Arc::clone(&self.device));
+        let queue = device.open_queue(8).unwrap();
+        Self { model, device, arena: memory.arenas(1).remove(0), queue }
+    }
+
+    /// 40 writes, at once.
+    fn writes(&mut self) {
+        for tag in 0..40 {
+            let mut buf = self.arena.alloc(4096).unwrap();
+            buf.copy_from(0, &[tag as u8 + 1; 4096]);
+            self.push(Request { tag, op: Op::Write { at: tag * 4096, buf, fua: false } });
+        }
+        self.queue.kick();
+    }
+
+    /// Reads what [`writes`](Self::writes) wrote.
+    fn is_written(&mut self) {
+        for tag in 0..40 {
+            let buf = self.arena.alloc(4096).unwrap();
+            self.push(Request { tag, op: Op::Read { at: tag * 4096, buf } });
+            self.queue.kick();
+            let done = self.collect(1).remove(0);
+            let Op::Read { buf, .. } = &done.op else { panic!("a read completes as a read") };
+            assert_eq!((done.result, buf.to_vec()), (Ok(()), vec![tag as u8 + 1; 4096]));
+        }
+    }
+
     /// 40 reads, at once.
     fn reads(&mut self) {
         for tag in 0..40 {
@@ -180,15 +228,80 @@ fn nonsense_ends_the_device() {
 }
 
 #[test]
-fn a_device_that_fails_or_is_removed_ends_in_bounded_time() {
-    for fault in [Fault::Fatal, Fault::Removed] {
-        let mut rig = rig(Spec::new(MIB).fault(fault, 10), &Options::default());
+fn a_device_that_is_removed_ends_in_bounded_time() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Removed, 10), &Options::default());
+    let started = Instant::now();
+    rig.reads();
+    let done = rig.collect(40);
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    rig.is_over(&done);
+}
+
+#[test]
+fn a_controller_that_fails_is_reset_and_nothing_is_lost() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::FatalOnce, 10), &Options::default());
+    let mut other = rig.beside();
+    let mappings = rig.model.mappings();
+    rig.writes();
+    assert!(rig.collect(40).iter().all(|done| done.result == Ok(())), "what was in flight was sent again");
+    other.is_written();
+    rig.is_written();
+    assert_eq!((rig.model.resets(), rig.model.mappings()), (1, mappings));
+    // A queue that was closed, and one that was opened later.
+    drop(other);
+    other = rig.beside();
+    other.is_written();
+}
+
+#[test]
+fn a_controller_that_hangs_is_reset_and_works_again() {
+    for fault in [Fault::Hung, Fault::Deaf] {
+        let mut rig = rig(Spec::new(MIB).fault(fault, 10), &quick());
+        let mut other = rig.beside();
         let started = Instant::now();
-        rig.reads();
+        rig.writes();
         let done = rig.collect(40);
-        assert!(started.elapsed() < Duration::from_secs(3), "{fault:?}: {:?}", started.elapsed());
-        rig.is_over(&done);
+        assert!(
+            started.elapsed() >= Duration::from_millis(500),
+            "{fault:?}: not before three quarters of the time-out"
+        );
+        let failed: Vec<_> = done.iter().filter(|done| done.result.is_err()).collect();
+        assert!(failed.len() == 30 && failed.iter().all(|done| done.result == Err(Error::Io)), "{fault:?}: {failed:?}");
+        drop(done);
+        assert_eq!(rig.arena.free(), rig.arena.capacity(), "{fault:?}: all memory is back");
+        rig.writes();
+        assert!(rig.collect(40).iter().all(|done| done.result == Ok(())), "{fault:?}");
+        other.is_written();
+        assert_eq!(rig.model.resets(), 1, "{fault:?}");
     }
+}
+
+#[test]
+fn a_queue_is_closed_while_the_controller_is_reset() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Hung, 0), &quick());
+    let before = rig.model.mappings();
+    rig.writes();
+    until(|| rig.model.resets() > 0);
+    drop(rig.queue);
+    rig.queue = rig.device.open_queue(64).unwrap();
+    assert_eq!(rig.model.mappings(), before);
+    rig.writes();
+    assert!(rig.collect(40).iter().all(|done| done.result == Ok(())));
+}
+
+#[test]
+fn a_controller_that_fails_again_and_again_is_given_up() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Fatal, 10), &Options::default());
+    let started = Instant::now();
+    while rig.device.open_queue(1).is_ok() {
+        rig.reads();
+        for done in rig.collect(40) {
+            assert!(matches!(done.result, Ok(()) | Err(Error::Io | Error::Gone)), "{done:?}");
+        }
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
+    assert_eq!(rig.model.resets(), 4, "the last one for good");
 }
 
 #[test]
@@ -238,6 +351,15 @@ fn what_cannot_be_aborted_is_given_up() {
     assert_eq!(done.len(), 10, "it is the owner of the queue who gives it up");
     rig.queue.give_up();
     done.extend(rig.collect(30));
+    rig.is_over(&done);
+    until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
+}
+
+#[test]
+fn what_cannot_be_reset_is_given_up() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Silent, 10), &quick());
+    rig.reads();
+    let done = rig.collect(40);
     rig.is_over(&done);
     until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
 }
