@@ -11,6 +11,7 @@ use std::{
 
 use blkdev::{Arena, Device, Error, Mapping, Op, Queue, Request, conformance};
 use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target, VfioOptions};
+use blkdev_vfio::{PciDevice, Vfio};
 
 /// A controller has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
@@ -156,6 +157,48 @@ fn a_device_that_is_taken_away_under_load_is_let_go() {
     println!("{address}: taken away under load: requests failed after {told:?}, gone after {:?}", started.elapsed());
     fs::write(driver.join("bind"), &address).unwrap();
     works(&*open(&address, None, &Options::default()));
+}
+
+/// Disabled by its register, and by a reset of its function, while it works.
+#[test]
+fn a_controller_that_stops_is_reset_and_nothing_is_lost() {
+    let Some((address, _one)) = controller() else { return };
+    let pci = Arc::new(Vfio::open(&address, &how()).unwrap());
+    let device = Nvme::open(Arc::clone(&pci) as _, &Options::default()).unwrap();
+    let (mut queue, mut arena) = queue(&device);
+    let disable = || pci.bar(0).unwrap().write32(0x14, 0);
+    let acts: [&dyn Fn(); 2] = [&disable, &|| pci.reset().unwrap()];
+    for (round, act) in acts.into_iter().enumerate() {
+        for write in [true, false] {
+            let (mut sent, mut done) = (0, Vec::new());
+            let started = Instant::now();
+            while done.len() < 256 {
+                if sent < 256
+                    && let Some(mut buf) = arena.alloc(4096)
+                {
+                    let at = sent * 4096;
+                    buf.copy_from(0, &[round as u8 ^ sent as u8; 4096]);
+                    let op = if write { Op::Write { at, buf, fua: false } } else { Op::Read { at, buf } };
+                    if queue.push(Request { tag: sent, op }).is_ok() {
+                        sent += 1;
+                    }
+                    if write && sent == 100 {
+                        queue.kick();
+                        act();
+                    }
+                }
+                queue.kick();
+                queue.reap(&mut done);
+                assert!(started.elapsed() < Duration::from_secs(60), "round {round}: {} requests end", done.len());
+            }
+            for done in done {
+                assert_eq!(done.result, Ok(()), "round {round}: {done:?}");
+                if let Op::Read { buf, .. } = &done.op {
+                    assert_eq!(buf.to_vec(), [round as u8 ^ done.tag as u8; 4096], "round {round}");
+                }
+            }
+        }
+    }
 }
 
 fn namespaces_of_the_kernel() -> Vec<String> {
