@@ -120,6 +120,15 @@ pub fn unread(socket: BorrowedFd<'_>) -> usize {
     if result < 0 { 0 } else { bytes.max(0) as usize }
 }
 
+/// Has nobody woken before so many bytes are there to be received, or the peer has closed. So they must be sure to come. A
+/// socket that knows no such thing (a unix one) goes on to wake for every byte.
+pub fn wake_at(socket: BorrowedFd<'_>, bytes: usize) {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    let (value, len) = ((&raw const bytes).cast(), size_of_val(&bytes) as libc::socklen_t);
+    // SAFETY: the value is one int, a local one, which is only read. That it cannot be set changes nothing.
+    unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, len) };
+}
+
 fn empty_message() -> libc::msghdr {
     // SAFETY: all fields are integers or pointers, for which zero is a value: no name, no pieces, no control data.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };

@@ -18,11 +18,18 @@ use crate::{
 /// Staging that a stream needs at least, bytes.
 pub(crate) const STAGING_MIN: usize = 64 << 10;
 
+/// Bytes not worth a system call so that we are woken but once for them.
+const FEW: usize = 32 << 10;
+/// Bytes to be woken at, at most. Together with what comes until then they should fit into the staging buffer.
+const MANY: usize = 192 << 10;
+
 /// A connected socket, and what its bytes go through.
 pub(crate) struct Stream {
     socket: OwnedFd,
     /// `None`: plain text.
     tls: Option<Box<Secure>>,
+    /// Bytes that the socket wakes us at.
+    wakes_at: usize,
 }
 
 /// What was received.
@@ -77,6 +84,22 @@ impl Stream {
         Ok((got > 0).then_some(Received { landed, staged: got - landed, more }))
     }
 
+    /// Tells that the socket is empty, and that the client is sure to send so many bytes more, since they are the rest of a
+    /// payload: if they are many, nobody need be woken for each packet of them.
+    pub(crate) fn expect(&mut self, due: usize) {
+        let due = match &self.tls {
+            None => due,
+            Some(tls) if tls.kernel().receives => 0,
+            // A record is longer than what is in it; but of one the beginning may be here.
+            Some(tls) => due.saturating_sub(tls.part()),
+        };
+        let at = if due < FEW { 1 } else { due.min(MANY) };
+        if at != self.wakes_at {
+            self.wakes_at = at;
+            socket::wake_at(self.socket.as_fd(), at);
+        }
+    }
+
     /// Sends until all is out (`true`) or the socket is full (`false`); then something may be on its way although `outbox`
     /// is empty. `staging` may be overwritten.
     ///
@@ -125,7 +148,7 @@ impl fmt::Debug for Stream {
 
 impl From<OwnedFd> for Stream {
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, tls: None }
+        Self { socket, tls: None, wakes_at: 1 }
     }
 }
 
@@ -149,4 +172,46 @@ pub(crate) fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
         }
     }
     Ok(sent)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Write,
+        net::{TcpListener, TcpStream},
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::poll::{Interest, Poll};
+
+    #[test]
+    fn wakes_when_what_is_due_has_come_or_the_peer_has_gone() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stream = Stream::from(OwnedFd::from(listener.accept().unwrap().0));
+        let mut poll = Poll::new().unwrap();
+        poll.add_edge(&stream, 0, Interest::Read).unwrap();
+        let mut wakes = |ms| poll.wait(Some(Duration::from_millis(ms))).unwrap().count() == 1;
+        let mut staging = vec![0; 256 << 10];
+        let mut receive = |stream: &mut Stream| stream.receive(None, &mut staging).unwrap().map(|got| got.staged);
+
+        stream.expect(100_000);
+        client.write_all(&[1; 99_999]).unwrap();
+        assert!(!wakes(50), "one byte is missing");
+        client.write_all(&[1]).unwrap();
+        assert!(wakes(5000), "all is there");
+        assert_eq!(receive(&mut stream), Some(100_000));
+
+        stream.expect(0);
+        client.write_all(&[1]).unwrap();
+        assert!(wakes(5000), "nothing is due: every byte counts");
+        assert_eq!(receive(&mut stream), Some(1));
+
+        stream.expect(1 << 30);
+        client.write_all(&[1]).unwrap();
+        drop(client);
+        assert!(wakes(5000), "no more will come");
+        assert_eq!((receive(&mut stream), receive(&mut stream)), (Some(1), None));
+    }
 }

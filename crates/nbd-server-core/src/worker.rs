@@ -184,7 +184,7 @@ struct Conn {
     active: bool,
     /// When bytes last moved.
     moved: Instant,
-    /// Of a unix socket, which tells what its peer has not read.
+    /// Only of a unix socket, which tells what its peer has not read.
     lull: Option<Lull>,
     /// Whoever waits for its end sees that this is dropped.
     _over: Option<mpsc::Sender<()>>,
@@ -688,6 +688,15 @@ fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
 impl Conn {
     /// Receives once, and takes it. `false`: the connection is at its end.
     fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
+        let alive = self.receive_once(staging, channel, now);
+        // Not of a unix socket, which wakes for everything.
+        if let (false, None, Some(stream)) = (self.readable, &self.lull, &mut self.stream) {
+            stream.expect(self.session.landing().map_or(0, |(buf, at)| buf.len() - at));
+        }
+        alive
+    }
+
+    fn receive_once(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
         let Some(stream) = &mut self.stream else { return false };
         let Received { landed, staged, more } = match stream.receive(self.session.landing(), staging) {
             Ok(Some(received)) => received,

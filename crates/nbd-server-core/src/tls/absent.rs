@@ -51,6 +51,10 @@ impl Secure {
         match *self {}
     }
 
+    pub(crate) fn part(&self) -> usize {
+        match *self {}
+    }
+
     pub(crate) fn offload(&mut self, _: BorrowedFd<'_>) -> io::Result<()> {
         match *self {}
     }

@@ -43,6 +43,11 @@ impl Secure {
         self.kernel
     }
 
+    /// How many bytes are here that could not be opened yet.
+    pub(crate) fn part(&self) -> usize {
+        self.part.len()
+    }
+
     /// Gives the kernel what it can do as well; from where things stand now.
     ///
     /// # Errors
