@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Dir, Nbdblk, Output, Pki, Version, eventually, nbdblk, nbdinfo, nbdsh, tool};
@@ -62,7 +63,9 @@ impl Fleet {
 
 fn write(dir: &Dir, exports: &str) {
     let stays = "[[export]]\nname = \"stays\"\ndevice = \"io_uring=disk.raw\"\n";
-    std::fs::write(dir.at("nbdblk.toml"), format!("control = \"control.sock\"\n{stays}{exports}")).unwrap();
+    std::fs::write(dir.at("new.toml"), format!("control = \"control.sock\"\n{stays}{exports}")).unwrap();
+    // At once, so that nobody reads half of it.
+    std::fs::rename(dir.at("new.toml"), dir.at("nbdblk.toml")).unwrap();
 }
 
 fn export(name: &str, device: &str, more: &str) -> String {
@@ -203,6 +206,42 @@ fn renewed_certificates_are_taken() {
     assert_eq!(Raw::enter(server.address(), Mode::Structured, "").read(0, 7), b"goes on");
     first.write(0, b"still");
     drop((new, server));
+}
+
+#[test]
+fn a_storm_of_reloads_disturbs_nobody_and_leaves_nothing() {
+    let fleet = Fleet::start("");
+    let hang_up = |exports: &str| {
+        write(&fleet.dir, exports);
+        kill(Pid::from_raw(fleet.server.pid() as i32), Signal::SIGHUP).unwrap();
+    };
+    let storm = |reloads: usize| {
+        for n in 0..reloads {
+            hang_up(&export("x", ["memory=1M", "memory=2M", "null=1M"][n % 3], ""));
+            std::thread::sleep(Duration::from_millis(15));
+        }
+        hang_up(&export("last", "null=1M", ""));
+        eventually("the last reload is done", || fleet.has("last"));
+        hang_up("");
+        eventually("the last export has gone", || !fleet.has("last"));
+    };
+    let fio = tool("fio")
+        .args(["--name=busy", "--ioengine=nbd", "--thread", "--rw=randrw", "--bsrange=4k-64k", "--size=16m"])
+        .args(["--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--loops=1000"])
+        .args(["--time_based", "--runtime=5", &format!("--uri={}", fleet.server.uri_of("stays"))]);
+    let mut fio = fio.within(fleet.dir.path()).spawn(fleet.dir.at("fio.log"));
+    storm(20);
+    let (fds, memory) = (fleet.server.fds(), fleet.server.resident_private());
+    storm(60);
+    assert!(fio.is_alive(), "it is over too soon");
+    eventually("all descriptors of what has gone are closed", || fleet.server.fds() <= fds);
+    let grown = fleet.server.resident_private().saturating_sub(memory);
+    assert!(grown < MIB, "{grown} bytes more than before");
+    let (status, log) = fio.await_end();
+    assert!(status.success(), "{log}");
+    let reloads = fleet.server.log().matches("reloaded: reopened: \"x\"").count();
+    assert!(reloads >= 40, "{reloads} reloads");
+    assert!(fleet.server.terminate().success());
 }
 
 #[test]
