@@ -28,6 +28,10 @@ use crate::{
 const NOT_IN_FILES: &[&str] =
     &["config", "exit-with-parent", "foreground", "help", "print-uri", "ready-fd", "run", "single", "verbose"];
 
+/// What can be said of an export.
+const EXPORT_WORDS: [&str; 8] =
+    ["name", "description", "device", "read-only", "tls-only", "block-size-required", "allow", "on-remove"];
+
 /// What a file says.
 #[derive(Debug)]
 pub(crate) struct File {
@@ -187,7 +191,8 @@ impl Source {
 
     fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<Wanted> {
         let mut device = None;
-        let (mut name, mut description, mut read_only, mut tls_only) = (String::new(), None, false, false);
+        let (mut name, mut description) = (String::new(), None);
+        let (mut read_only, mut tls_only, mut block_size_required) = (false, false, false);
         let (mut rules, mut on_remove) = (Vec::new(), Removal::default());
         for (key, value) in in_order(table) {
             match key.get_ref().as_ref() {
@@ -196,6 +201,7 @@ impl Source {
                 "device" => device = Some((self.device(value)?, value.span().start)),
                 "read-only" => read_only = self.boolean(value)?,
                 "tls-only" => tls_only = self.boolean(value)?,
+                "block-size-required" => block_size_required = self.boolean(value)?,
                 "allow" => {
                     let list = match value.get_ref() {
                         DeValue::Array(list) => list.iter().collect(),
@@ -207,13 +213,12 @@ impl Source {
                 }
                 "on-remove" => on_remove = self.parsed(value)?,
                 other => {
-                    let known = ["name", "description", "device", "read-only", "tls-only", "allow", "on-remove"];
-                    return Err(self.wrong(key.span().start, unknown("word of an export", other, known)));
+                    return Err(self.wrong(key.span().start, unknown("word of an export", other, EXPORT_WORDS)));
                 }
             }
         }
         let Some((settings, at)) = device else { return Err(self.wrong(at, "the export has no device")) };
-        Ok(Wanted { name, description, settings, read_only, rules, tls_only, on_remove, at })
+        Ok(Wanted { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
     }
 
     fn boolean(&self, value: &Value<'_>) -> anyhow::Result<bool> {
@@ -332,6 +337,7 @@ mod tests {
             device = "io_uring=/srv/a,,b.img,direct=true"
             [[export]]
             name = "b/c: d"
+            block-size-required = true
             description = "Größe"
             device = { driver = "io-uring", path = "/srv/a,b.img", direct = true, num_entries = 64 }
             read-only = true
@@ -351,6 +357,7 @@ mod tests {
         assert_eq!(a.settings.get("path").as_deref(), Ok("/srv/a,b.img"));
         assert_eq!((b.name.as_str(), b.description.as_deref()), ("b/c: d", Some("Größe")));
         assert_eq!((b.read_only, b.on_remove, b.rules.len()), (true, Removal::Soft, 2));
+        assert!(b.block_size_required && !a.block_size_required);
         assert_eq!(b.settings.get("path"), a.settings.get("path"));
         assert_eq!(b.settings.get("num-entries").as_deref(), Ok("64"));
         assert_eq!((e.settings.get("size").as_deref(), e.on_remove), (Ok("1073741824"), Removal::Hard));

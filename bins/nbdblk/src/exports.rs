@@ -25,6 +25,7 @@ pub(crate) struct Wanted {
     pub(crate) read_only: bool,
     pub(crate) rules: Vec<Rule>,
     pub(crate) tls_only: bool,
+    pub(crate) block_size_required: bool,
     /// What is done to its clients when it is not wanted any more.
     pub(crate) on_remove: Removal,
     /// Where in the file its device stands.
@@ -42,8 +43,19 @@ pub(crate) fn from_words(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
         }
         ensure!(all.iter().all(|other| other.name != name), "there are two exports with the name \"{name}\"");
         let (rules, on_remove) = (Vec::new(), Removal::default());
-        let (read_only, tls_only) = (false, false);
-        all.push(Wanted { name, description: None, settings, read_only, rules, tls_only, on_remove, at: 0 });
+        let (read_only, tls_only, block_size_required) = (false, false, false);
+        let description = None;
+        all.push(Wanted {
+            name,
+            description,
+            settings,
+            read_only,
+            rules,
+            tls_only,
+            block_size_required,
+            on_remove,
+            at: 0,
+        });
     }
     Ok(all)
 }
@@ -77,7 +89,8 @@ impl Wanted {
 
     /// Whether clients are told the same.
     pub(crate) fn has_words_of(&self, other: &Self) -> bool {
-        self.description == other.description && self.rules == other.rules && self.tls_only == other.tls_only
+        let told = |wanted: &Self| (wanted.description.clone(), wanted.tls_only, wanted.block_size_required);
+        self.rules == other.rules && told(self) == told(other)
     }
 
     /// Opens the device.
@@ -100,6 +113,7 @@ impl Wanted {
             read_only: self.read_only || info.caps.read_only,
             access: Access(self.rules.clone()),
             tls_only: self.tls_only,
+            block_size_required: self.block_size_required,
             device,
         }
     }

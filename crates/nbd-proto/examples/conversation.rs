@@ -29,6 +29,7 @@ impl Catalog for OneDisk {
             flags: TransmissionFlags::SEND_FLUSH.with(TransmissionFlags::SEND_DF),
             block: BlockSizes::default(),
             contexts: vec![BASE_ALLOCATION.into()],
+            block_size_required: false,
         })
     }
 }

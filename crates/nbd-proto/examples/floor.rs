@@ -44,6 +44,7 @@ impl Catalog for OneDisk {
             flags: TransmissionFlags::SEND_FLUSH.with(TransmissionFlags::CAN_MULTI_CONN),
             block: BlockSizes::default(),
             contexts: Vec::new(),
+            block_size_required: false,
         })
     }
 }

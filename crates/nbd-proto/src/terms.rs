@@ -55,6 +55,8 @@ pub struct Export {
     /// Metadata contexts, such as `base:allocation`; the place in this list is the context's id on the wire. Only the
     /// first [`CONTEXTS_MAX`] are offered.
     pub contexts: Vec<String>,
+    /// As [`Offer::block_size_required`], for this export.
+    pub block_size_required: bool,
 }
 
 /// What the handshake asks the server's owner. It is asked anew for every option, so it may change in between; and the

@@ -15,6 +15,7 @@ fn main() -> std::io::Result<()> {
         read_only: false,
         access: Access::default(),
         tls_only: false,
+        block_size_required: false,
     };
     let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], None, Limits::default())?;
     println!("nbd+unix:///?socket={path}");

@@ -24,6 +24,9 @@ pub struct Export {
     pub access: Access,
     /// Serve it under TLS only, on a server where other exports can do without.
     pub tls_only: bool,
+    /// Refuse clients that do not ask for block sizes, if the smallest is more than a byte: as
+    /// [`Limits::block_size_required`](crate::Limits::block_size_required), for this export.
+    pub block_size_required: bool,
 }
 
 impl Export {
@@ -48,6 +51,7 @@ impl Export {
             flags,
             block: BlockSizes::nearest(info.block_size, info.preferred_block_size, payload_max),
             contexts: vec![BASE_ALLOCATION.to_owned()],
+            block_size_required: self.block_size_required,
         }
     }
 }

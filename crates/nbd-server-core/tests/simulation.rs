@@ -136,6 +136,7 @@ impl World {
             read_only: rng.chance(0.1),
             access: Access::default(),
             tls_only: false,
+            block_size_required: false,
         };
         let exports = Exports::new(vec![export], 1 << 20).unwrap();
         let clients = (0..rng.range(1, 5))

@@ -375,7 +375,8 @@ impl Handshake {
     /// Whether the client is refused because it did not ask for the block sizes. Where each byte can be written there is
     /// nothing that it must know.
     fn must_ask(&self, negotiated: &Negotiated) -> bool {
-        self.offer.block_size_required && negotiated.export.block.min > 1 && !negotiated.block_size_asked
+        let Negotiated { export, block_size_asked, .. } = negotiated;
+        (self.offer.block_size_required || export.block_size_required) && export.block.min > 1 && !block_size_asked
     }
 
     /// The export of that name, on the terms that were negotiated so far.

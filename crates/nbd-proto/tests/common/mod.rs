@@ -39,6 +39,7 @@ impl Catalog for Exports {
             flags: ALL,
             block: BlockSizes { min: 512, preferred: 4096, payload_max: 1 << 16 },
             contexts,
+            block_size_required: false,
         };
         match name {
             "" | "disk" => Ok(disk),

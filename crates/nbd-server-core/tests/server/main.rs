@@ -378,7 +378,15 @@ fn start(
 
 fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
     let access = Access(rules.iter().map(|rule| rule.parse().unwrap()).collect());
-    Export { name: name.into(), description: String::new(), device, read_only: false, access, tls_only: false }
+    Export {
+        name: name.into(),
+        description: String::new(),
+        device,
+        read_only: false,
+        access,
+        tls_only: false,
+        block_size_required: false,
+    }
 }
 
 /// A client that waits for its answers.
