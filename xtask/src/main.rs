@@ -25,7 +25,7 @@ usage: cargo xtask TASK
   bench [OPTIONS]  measure nbdblk and its plugin beside other NBD servers; `bench --help` tells more
   fuzz [TARGET] [SECONDS]
                    fuzz one target for some seconds (60); without a target: list them
-  trixie           make a root directory of Debian trixie, for its nbdkit; needs root (test does it where it can)
+  trixie           make a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it where it can)
   vm TASK          a virtual machine with the hardware that nbdblk drives: prepare, run, test, shell; `vm help` tells more
 
 demo and test run setup by themselves. Nothing is mounted, and only setup may need root.";

@@ -32,14 +32,17 @@ pub(crate) fn run() -> Result<()> {
         tests.args(["test", "--workspace", "--all-features", "--no-fail-fast", "--all-targets"]);
     }
     step(tests.env("NBDBLK_BIN", &nbdblk).env("NBDBLK_PLUGIN", &plugin).stdin(Stdio::null()))?;
-    match trixie::root() {
+    match trixie::with(&["libnbd-bin", "python3-libnbd"]) {
         Ok(root) => {
-            println!("\n    and once more with the nbdkit in {}", root.display());
+            println!("\n    and once more with the nbdkit and the clients in {}", root.display());
             let mut tests = shell::cargo();
             tests.args(["test", "-p", "nbdblk-tests", "--all-features", "--test", "plugin"]);
             step(tests.env("NBDBLK_PLUGIN", &plugin).env("NBDBLK_NBDKIT_ROOT", &root).stdin(Stdio::null()))?;
+            let mut tests = shell::cargo();
+            tests.args(["test", "-p", "nbdblk-tests", "--all-features", "--test", "e2e", "trixie"]);
+            step(tests.env("NBDBLK_BIN", &nbdblk).env("NBDBLK_NBDKIT_ROOT", &root).stdin(Stdio::null()))?;
         }
-        Err(error) => println!("\n!!! SKIPPED: the plugin under Debian trixie's nbdkit: {error:#}"),
+        Err(error) => println!("\n!!! SKIPPED: Debian trixie's nbdkit and libnbd: {error:#}"),
     }
     step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
     announce("cargo xtask vm test");

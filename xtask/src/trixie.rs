@@ -1,4 +1,4 @@
-//! `cargo xtask trixie`: a root directory of Debian trixie, so that the plugin is tested with its nbdkit, too.
+//! `cargo xtask trixie`: a root directory of Debian trixie, so that its nbdkit and libnbd are tested with, too.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
