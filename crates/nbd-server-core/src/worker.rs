@@ -186,6 +186,7 @@ struct Conn {
     moved: Instant,
     /// Only of a unix socket, which tells what its peer has not read.
     lull: Option<Lull>,
+    is_tcp: bool,
     /// Whoever waits for its end sees that this is dropped.
     _over: Option<mpsc::Sender<()>>,
 }
@@ -459,8 +460,9 @@ impl Worker {
         if let Some(leaving) = &mut lane.leaving {
             leaving.deadline = None;
         }
-        let is_unix =
-            getsockname::<SockaddrStorage>(stream.as_fd().as_raw_fd()).is_ok_and(|a| a.as_unix_addr().is_some());
+        let name = getsockname::<SockaddrStorage>(stream.as_fd().as_raw_fd()).ok();
+        let is_unix = name.is_some_and(|name| name.as_unix_addr().is_some());
+        let is_tcp = name.is_some_and(|name| name.as_sockaddr_in().is_some() || name.as_sockaddr_in6().is_some());
         let lull = is_unix.then(Lull::default);
         let conn = self.conns[number as usize].insert(Conn {
             stream: Some(stream),
@@ -475,6 +477,7 @@ impl Worker {
             active: false,
             moved: self.now,
             lull,
+            is_tcp,
             _over: over,
         });
         activate(&mut self.active, number, conn);
@@ -689,8 +692,8 @@ impl Conn {
     /// Receives once, and takes it. `false`: the connection is at its end.
     fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
         let alive = self.receive_once(staging, channel, now);
-        // Not of a unix socket, which wakes for everything.
-        if let (false, None, Some(stream)) = (self.readable, &self.lull, &mut self.stream) {
+        // A unix socket wakes for everything, and on vsock a client may be told too late that there is room for what is due.
+        if let (true, false, Some(stream)) = (self.is_tcp, self.readable, &mut self.stream) {
             stream.expect(self.session.landing().map_or(0, |(buf, at)| buf.len() - at));
         }
         alive
