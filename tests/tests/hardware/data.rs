@@ -2,7 +2,7 @@
 
 use nbdblk_tests::{Dir, Nbdkit, Rng, assert_equal, tool, write_runs};
 
-use crate::target::Target;
+use crate::target::{Other, Target, expand};
 
 const MIB: u64 = 1 << 20;
 
@@ -244,4 +244,21 @@ for n in range(200):
 ";
     script(&uri, text);
     assert!(server.terminate().success());
+}
+
+/// What nbdblk writes is what QEMU's own driver of NVMe reads, and the other way round.
+#[test]
+fn qemu_and_nvme() {
+    let target = Target { spec: "nvme=$NBDBLK_NVME/1", block: 512, other: Other::Nvme("$NBDBLK_NVME", 1) };
+    target.check(|target| {
+        let dir = Dir::new();
+        let server = target.serve(&dir);
+        script(&server.uri(), "fill(3 * MIB, 5 * MIB, 0x5a); h.flush()");
+        assert!(server.terminate().success());
+        let uri = expand("nvme://$NBDBLK_NVME/1");
+        tool("qemu-io").args(["-f", "raw", "-c", "read -P 0x5a 3M 2M", "-c", "write -P 0xa5 4M 1M", &uri]).ok();
+        let server = target.serve(&dir);
+        script(&server.uri(), "expect(3 * MIB, 4 * MIB, 0x5a); expect(4 * MIB, 5 * MIB, 0xa5)");
+        assert!(server.terminate().success());
+    });
 }
