@@ -35,7 +35,7 @@ while read -r dir; do
 done < /run/nbdblk/shares
 step shares
 
-modprobe -a nvme vfio_iommu_type1 vfio_pci vduse vhost_vdpa ublk_drv tls
+modprobe -a nvme vfio_iommu_type1 vfio_pci vduse vhost_vdpa ublk_drv tls vsock_loopback
 modprobe nbd nbds_max=8
 for device in /sys/bus/pci/devices/*; do
     [ -e "$device/driver" ] || echo "${device##*/}" > /sys/bus/pci/drivers_probe

@@ -13,6 +13,7 @@ mod machine;
 mod removal;
 mod target;
 mod tls;
+mod vsock;
 
 use target::{Other, Target};
 

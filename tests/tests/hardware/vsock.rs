@@ -1,0 +1,36 @@
+//! Clients on vsock, to which the machine's kernel has a way from itself: CID 1.
+
+use nbdblk_tests::{Dir, Nbdblk, assert_equal, nbdsh, tool, write_runs};
+
+use crate::target::check;
+
+const SIZE: u64 = 24 << 20;
+const PORT: u32 = 20809;
+
+#[test]
+fn vsock() {
+    check("vsock", exchange);
+}
+
+fn exchange() {
+    let dir = Dir::new();
+    let (image, copy) = (dir.text("image.raw"), dir.text("copy.raw"));
+    write_runs(image.as_ref(), SIZE, [(0, SIZE - 4096)]);
+    let exports = [format!("memory={SIZE}"), "mine:memory=1M".into(), "others:memory=2M".into()];
+    let options = [&format!("--vsock={PORT}"), "--allow=mine:cid=1", "--allow=others:cid=2"];
+    let server = Nbdblk::unix(&dir, &[&exports.each_ref().map(String::as_str)[..], &options].concat());
+    let uri = format!("nbd+vsock://1:{PORT}");
+    assert!(server.log().contains(&format!("\n{uri}\n")), "{}", server.log());
+    // Requests of 4 MiB need many turns of the socket's buffer, whose size is 256 KiB.
+    for size in ["--request-size=4096", "--request-size=4194304"] {
+        tool("nbdcopy").args([size, &image, &uri]).ok();
+        tool("nbdcopy").args([size, &uri, &copy]).ok();
+        assert_equal(image.as_ref(), copy.as_ref());
+    }
+    assert_eq!(nbdsh(&format!("{uri}/mine"), "print(h.get_size())").trim(), "1048576");
+    for refused in [format!("{uri}/others"), server.uri_of("mine")] {
+        let output = tool("nbdinfo").args(["--size", &refused]).run();
+        assert!(!output.status.success(), "{refused}: {output:?}");
+    }
+    assert!(server.terminate().success());
+}
