@@ -102,7 +102,7 @@ pub enum Fault {
     Deaf,
     /// No I/O command is answered any more, none can be aborted, and the controller cannot be reset.
     Silent,
-    /// Each completion comes twice.
+    /// One completion comes twice.
     Doubled,
     /// Completions name commands that were not sent.
     WrongId,
@@ -646,7 +646,8 @@ impl Shared {
         }
         let (status, result) = self.execute(state, command).expect("an I/O command is answered at once");
         match fault {
-            Some(Fault::Doubled) => {
+            // Once: the queue has room for no more completions than there are commands.
+            Some(Fault::Doubled) if first => {
                 state.complete(sq, sq, id, status, result);
                 state.complete(sq, sq, id, status, result);
             }
