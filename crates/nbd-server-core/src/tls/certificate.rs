@@ -155,16 +155,16 @@ fn alternative_names(mut list: Der<'_>) -> Option<Vec<String>> {
     Some(names)
 }
 
-/// An ECPrivateKey (RFC 5915, 3) without the zero before its key, if there is one.
-pub(super) fn without_zero(key: &[u8]) -> Option<Vec<u8>> {
+/// An ECPrivateKey (RFC 5915, 3) whose key has the length that its curve asks for; `None`: it has already, or is none.
+pub(super) fn of_whole_length(key: &[u8]) -> Option<Vec<u8>> {
     let mut whole = Der(key).within(SEQUENCE)?;
     let ((version_tag, version), octets) = (whole.next()?, whole.content(OCTETS)?);
-    // P-256, P-384 and P-521.
-    let (&0, key) = octets.split_first()? else { return None };
-    if ![32, 48, 66].contains(&key.len()) {
-        return None;
-    }
-    Some(element(SEQUENCE, &[&element(version_tag, version), &element(OCTETS, key), whole.0].concat()))
+    let number = &octets[octets.iter().take_while(|byte| **byte == 0).count()..];
+    // P-256, P-384 and P-521: no key of the longer ones has so many zeroes in front.
+    let len = [32, 48, 66].into_iter().find(|len| number.len() <= *len)?;
+    let key = [&vec![0; len - number.len()][..], number].concat();
+    let right = || element(SEQUENCE, &[&element(version_tag, version), &element(OCTETS, &key), whole.0].concat());
+    (key != octets).then(right)
 }
 
 fn element(tag: u8, content: &[u8]) -> Vec<u8> {
@@ -270,16 +270,21 @@ mod tests {
     }
 
     #[test]
-    fn a_key_loses_its_zero_and_no_other_byte() {
+    fn a_key_gets_the_zeroes_of_its_curve() {
         for (len, rest) in [(32, 20), (48, 110), (66, 300)] {
             let key = |key: &[u8]| {
                 element(SEQUENCE, &[element(2, &[1]), element(OCTETS, key), element(0xa1, &vec![9; rest])].concat())
             };
-            let right = [&[0], &vec![7; len - 1][..]].concat();
-            assert_eq!(without_zero(&key(&[&[0], &right[..]].concat())), Some(key(&right)));
-            assert_eq!(without_zero(&key(&right)), None);
-            assert_eq!(without_zero(&key(&[&[1], &right[..]].concat())), None);
+            for zeroes in 0..4 {
+                let right = [&vec![0; zeroes][..], &vec![7; len - zeroes]].concat();
+                assert_eq!(of_whole_length(&key(&right)), None);
+                assert_eq!(of_whole_length(&key(&[&[0], &right[..]].concat())), Some(key(&right)));
+                let short = of_whole_length(&key(&right[zeroes..]));
+                assert_eq!(short, (zeroes > 0).then(|| key(&right)));
+            }
+            assert_eq!(of_whole_length(&key(&[1; 67])), None);
         }
+        assert_eq!(of_whole_length(b"no key"), None);
     }
 
     #[test]

@@ -61,11 +61,11 @@ pub(super) fn config(files: &Certificates) -> io::Result<Arc<ServerConfig>> {
     Ok(config.into())
 }
 
-/// The key as it should be. GnuTLS 3.7's certtool puts a zero before half of all keys on curves, whose length is fixed
-/// (RFC 5915, 3), so that nobody else can read them.
+/// The key as it should be. GnuTLS 3.7's certtool writes keys on curves as signed numbers, half of them with a zero in front
+/// and one in 512 too short, where the length is fixed (RFC 5915, 3), so that nobody else can read them.
 fn repaired(key: PrivateKeyDer<'static>) -> PrivateKeyDer<'static> {
     let PrivateKeyDer::Sec1(sec1) = &key else { return key };
-    match certificate::without_zero(sec1.secret_sec1_der()) {
+    match certificate::of_whole_length(sec1.secret_sec1_der()) {
         Some(der) => PrivateKeyDer::Sec1(der.into()),
         None => key,
     }
