@@ -97,7 +97,14 @@ except nbd.Error as error:
         let id = self.id;
         monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M"));
         monitor(&format!("device_add {},id={id},serial={id},drive={drive}", self.next));
-        eventually("a new device with a driver", || device.join("driver").exists());
+        eventually("a new device with a driver", || {
+            // The kernel forgets what happens within a second after it has switched a slot off: so it is asked to look.
+            // It refuses where it is looking already.
+            for slot in slots(&address).filter(|_| !device.exists()) {
+                let _ = std::fs::write(slot.join("power"), "1");
+            }
+            device.join("driver").exists()
+        });
         bind("vfio-pci", &address).expect("vfio-pci takes the new device");
     }
 }
@@ -136,11 +143,18 @@ except nbd.Error as error:
 
 /// Whether something is in the slot of a PCI address.
 fn is_occupied(address: &str) -> bool {
-    let (slot, _function) = address.rsplit_once('.').expect("an address ends with a function");
-    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-    let slots = std::fs::read_dir("/sys/bus/pci/slots").expect("sysfs is mounted").flatten();
-    let mut slots = slots.map(|entry| entry.path()).filter(|path| read(path.join("address")).trim() == slot);
-    slots.any(|path| read(path.join("adapter")).trim() != "0")
+    slots(address).any(|slot| read(slot.join("adapter")).trim() != "0")
+}
+
+/// The slot of a PCI address, in sysfs.
+fn slots(address: &str) -> impl Iterator<Item = PathBuf> {
+    let (place, _function) = address.rsplit_once('.').expect("an address ends with a function");
+    let entries = std::fs::read_dir("/sys/bus/pci/slots").expect("sysfs is mounted").flatten();
+    entries.map(|entry| entry.path()).filter(move |path| read(path.join("address")).trim() == place)
+}
+
+fn read(path: PathBuf) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
 }
 
 /// Has QEMU's monitor do a command.
