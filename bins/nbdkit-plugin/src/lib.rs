@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   nbdkit's threads, blocking          callbacks.rs   C to Rust and back; a panic ends one request
-//!        │ pread, pwrite, …                 │
+//!        │ pread, pwrite, …              home.rs        the threads of a busy connection keep to one processor
 //!      Pool, its Lanes                  pool.rs        callers share Channels; one of them waits for all
 //!        │ Io / Done
 //!      Channel                          blkdev
@@ -15,6 +15,7 @@
 mod abi;
 mod callbacks;
 mod config;
+mod home;
 mod host;
 mod options;
 mod plugin;

@@ -13,6 +13,7 @@ use blkdev_drivers::{Settings, properties};
 
 use crate::{
     config::{Choice, Fault, Words, is_named, restrict, unreadable},
+    home::Home,
     host,
     pool::Pool,
 };
@@ -94,7 +95,7 @@ pub(crate) fn open() -> Result<Connection, Fault> {
     let plugin = Arc::clone(plugin);
     plugin.tell()?;
     let lane = plugin.pool.pick();
-    Ok(Connection { plugin, lane })
+    Ok(Connection { plugin, lane, home: Home::new() })
 }
 
 /// The last connection has gone: the device is closed, within the time that a request may take.
@@ -143,6 +144,7 @@ impl Plugin {
 pub(crate) struct Connection {
     plugin: Arc<Plugin>,
     lane: usize,
+    home: Home,
 }
 
 impl Connection {
@@ -159,19 +161,23 @@ impl Connection {
     }
 
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let _request = self.home.enter();
         self.plugin.pool.read(self.lane, at, bytes)
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
+        let _request = self.home.enter();
         self.plugin.pool.write(self.lane, at, bytes, fua)
     }
 
     /// A request without payload.
     pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
+        let _request = self.home.enter();
         self.plugin.pool.run(self.lane, io)
     }
 
     pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
+        let _request = self.home.enter();
         self.plugin.pool.status(self.lane, at, len)
     }
 
