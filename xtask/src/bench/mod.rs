@@ -54,8 +54,19 @@ const DEFAULT: &str = "randread-4k-1,randread-4k-64,randwrite-4k-64,read-256k-16
 /// What docs/performance.md shows.
 const DOCS: &str = "randread-4k-1,randread-4k-64,randwrite-4k-64,randread-4k-64x2,randread-4k-64@tcp,randread-4k-64@tls,read-256k-16,write-256k-16";
 
-/// The same number of requests in flight over more and more connections.
-const CONNECTIONS: &str = "randread-4k-256,randread-4k-64x4,randread-4k-16x16,randread-4k-4x64,randread-4k-1x256";
+/// More and more connections: with as many requests in flight on each, or all together. Name of the picture, title, workloads.
+const CONNECTIONS: [(&str, &str, &str); 2] = [
+    (
+        "connections",
+        "64 in flight on each connection",
+        "randread-4k-64,randread-4k-64x4,randread-4k-64x16,randread-4k-64x64,randread-4k-64x256",
+    ),
+    (
+        "connections-256",
+        "256 in flight over all connections",
+        "randread-4k-256,randread-4k-64x4,randread-4k-16x16,randread-4k-4x64,randread-4k-1x256",
+    ),
+];
 
 /// Where the figures of the documentation are kept, and what is made of them.
 const DOCS_JSON: &str = "docs/performance/figures.json";
@@ -206,7 +217,11 @@ impl Options {
         }
         if self.wants("--connections") {
             let servers: Vec<_> = servers.iter().copied().filter(|server| server.device == "null").collect();
-            results.connections = self.rounds(&stage, &servers, &works(CONNECTIONS)?);
+            let mut list = Vec::new();
+            for (_, _, words) in CONNECTIONS {
+                list.extend(works(words)?.into_iter().filter(|work| !list.contains(work)).collect::<Vec<_>>());
+            }
+            results.connections = self.rounds(&stage, &servers, &list);
             self.keep(results)?;
         }
         if self.wants("--memory") {

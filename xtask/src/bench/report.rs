@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::memory::IDLE;
 use super::servers::{Program, SERVERS};
 use super::svg::{self, Bar, Group, Kind, number};
-use super::{Results, Row};
+use super::{CONNECTIONS, Results, Row};
 
 /// What a row is measured against: the servers with the same device under the same workload.
 struct Rivals {
@@ -159,21 +159,22 @@ fn memory(results: &Results) -> Table {
 }
 
 /// Servers against numbers of connections, processor time for each I/O.
-fn connections(results: &Results) -> Table {
-    let works = distinct(&results.connections, |row| &row.work);
-    let connections = |work: &&str| work.rsplit_once('x').map_or("1", |(_, count)| count).to_owned();
-    let heads: Vec<String> = works.iter().map(connections).collect();
-    let mut heads: Vec<&str> = heads.iter().map(String::as_str).collect();
-    heads.insert(0, "CPU µs for each I/O, at connections:");
-    let mut table = Table::new(&heads);
+fn connections(results: &Results, title: &str, works: &str) -> Table {
+    let heads: Vec<&str> = works.split(',').map(connections_of).collect();
+    let title = format!("{title}; connections:");
+    let mut table = Table::new(&[&[&*title][..], &heads].concat());
     for server in distinct(&results.connections, |row| &row.server) {
-        let cell = |work: &&str| {
-            let row = results.connections.iter().find(|row| row.server == server && row.work == **work);
+        let cell = |work: &str| {
+            let row = results.connections.iter().find(|row| row.server == server && row.work == work);
             row.map_or_else(|| "-".into(), |row| number(row.figures.cpu_us))
         };
-        table.0.push(std::iter::once(server.to_owned()).chain(works.iter().map(cell)).collect());
+        table.0.push(std::iter::once(server.to_owned()).chain(works.split(',').map(cell)).collect());
     }
     table
+}
+
+fn connections_of(work: &str) -> &str {
+    work.rsplit_once('x').map_or("1", |(_, count)| count)
 }
 
 fn micro(results: &Results) -> Table {
@@ -187,8 +188,9 @@ fn micro(results: &Results) -> Table {
 /// Everything, for the terminal.
 pub(crate) fn text(results: &Results) -> String {
     let tables = distinct(&results.rows, |row| &row.work).into_iter().map(|work| servers(&results.rows, work));
-    let others = [raw(results), memory(results), connections(results), micro(results)];
-    let tables = tables.chain(others).filter(|table| table.0.len() > 1);
+    let others = [raw(results), memory(results), micro(results)];
+    let connections = CONNECTIONS.into_iter().map(|(_, title, works)| connections(results, title, works));
+    let tables = tables.chain(others).chain(connections).filter(|table| table.0.len() > 1);
     tables.map(|table| table.text() + "\n").collect()
 }
 
@@ -226,19 +228,19 @@ fn pictures(results: &Results) -> Vec<(String, String)> {
         }
         all.push(("raw.svg".into(), svg::bars("drivers without NBD: random 4 KiB, 64 in flight", heads, &groups)));
     }
-    if !results.connections.is_empty() {
+    for (name, title, works) in CONNECTIONS.into_iter().filter(|_| !results.connections.is_empty()) {
         let group = |server: &str| -> Group {
-            let rows = results.connections.iter().filter(|row| row.server == server);
+            let row = |work| results.connections.iter().find(|row| row.server == server && row.work == work);
             let bar = |row: &Row| Bar {
-                label: row.work.rsplit_once('x').map_or("1", |(_, count)| count).into(),
+                label: connections_of(&row.work).into(),
                 kind: kind(server),
                 values: [row.figures.cpu_us, row.figures.iops],
             };
-            (server.into(), rows.map(bar).collect())
+            (server.into(), works.split(',').filter_map(row).map(bar).collect())
         };
         let groups: Vec<Group> = distinct(&results.connections, |row| &row.server).into_iter().map(group).collect();
-        let title = "random 4 KiB reads, 256 in flight over 1 to 256 connections";
-        all.push(("connections.svg".into(), svg::bars(title, heads, &groups)));
+        let title = format!("random 4 KiB reads over 1 to 256 connections, {title}");
+        all.push((format!("{name}.svg"), svg::bars(&title, heads, &groups)));
     }
     all
 }
@@ -272,7 +274,10 @@ fn section(name: &str, results: &Results) -> Option<String> {
         "connections" if results.connections.is_empty() => String::new(),
         "raw" => picture("raw") + "\n" + &raw(results).markdown(),
         "memory" => memory(results).markdown(),
-        "connections" => picture("connections") + "\n" + &connections(results).markdown(),
+        "connections" => {
+            let one = |(name, title, works)| picture(name) + "\n" + &connections(results, title, works).markdown();
+            CONNECTIONS.into_iter().map(one).collect::<Vec<_>>().join("\n")
+        }
         "micro" => micro(results).markdown(),
         "socket" => socket(rows).markdown(),
         _ => return None,
