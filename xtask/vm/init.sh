@@ -35,7 +35,7 @@ while read -r dir; do
 done < /run/nbdblk/shares
 step shares
 
-modprobe -a nvme vfio_iommu_type1 vfio_pci vduse vhost_vdpa ublk_drv tls vsock_loopback
+modprobe -a nvme vfio_iommu_type1 vfio_pci vduse vp_vdpa vhost_vdpa ublk_drv tls vsock_loopback
 modprobe nbd nbds_max=8
 for device in /sys/bus/pci/devices/*; do
     [ -e "$device/driver" ] || echo "${device##*/}" > /sys/bus/pci/drivers_probe
@@ -57,6 +57,9 @@ for n in 0 1; do
     await vdpa dev add name vduse$n mgmtdev vduse && await [ -e /dev/vhost-vdpa-$n ] || cat /run/nbdblk/qsd.log > /dev/console
 done
 await [ -e /run/nbdblk/vhost-user.sock ]
+# The last of them, so that the numbers of the others stay: it comes and goes with its driver.
+await vdpa dev add name pci mgmtdev pci/0000:00:0a.0
+for node in /sys/bus/vdpa/devices/pci/vhost-vdpa-*; do ln -s "/dev/${node##*/}" /run/nbdblk/vdpa-pci; done
 
 # The kernel numbers namespaces as it finds them: n1 may be the one with nsid 2.
 for n in 1 2 3; do await [ -e /dev/ng0n$n ]; done
@@ -76,7 +79,7 @@ export NBDBLK_NVME_KERNEL=/dev/nvme$nsid1 NBDBLK_NVME_KERNEL4K=/dev/nvme$nsid2
 export NBDBLK_NG=/dev/ng$nsid1 NBDBLK_NG4K=/dev/ng$nsid2 NBDBLK_NG_TWIN=/dev/ng$nsid3
 export NBDBLK_NVME=0000:00:06.0 NBDBLK_NVME_MDTS=$mdts
 export NBDBLK_VBLK=0000:00:07.0 NBDBLK_VBLK4K=0000:00:08.0 NBDBLK_VBLK_PACKED=0000:00:09.0
-export NBDBLK_VBLK_SOCKET=$vblk
+export NBDBLK_VBLK_SOCKET=$vblk NBDBLK_VBLK_VDPA=0000:00:0a.0 NBDBLK_VDPA_PCI=/run/nbdblk/vdpa-pci
 export NBDBLK_VDPA=/dev/vhost-vdpa-0 NBDBLK_VDPA_TWIN=/dev/vhost-vdpa-1 NBDBLK_VHOST_USER=/run/nbdblk/vhost-user.sock
 export NBDBLK_MONITOR=$port_monitor
 export PATH=$BINARIES:$PATH

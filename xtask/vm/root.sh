@@ -45,6 +45,26 @@ for file in $(files $early $guest); do
     esac
 done
 files $early | sed "s|^|$to/|; s/\.\(xz\|zst\)$//" > /boot/early
+
+# The driver that makes a vDPA device of a virtio device on PCI is in the kernel's source only.
+series=$(echo "$version" | cut -d. -f1,2)
+release=${version%-*}
+built=$(dpkg-deb -f "$package"_*.deb Version)
+tools='binutils gcc make'
+apt-get install -qqy --no-install-recommends $tools
+apt-get download -qq -o APT::Sandbox::User=root "linux-source-$series=$built" \
+    "linux-headers-$version=$built" "linux-headers-$release-common=$built" "linux-kbuild-$release=$built"
+for deb in linux-headers-*.deb linux-kbuild-*.deb; do dpkg-deb -x "$deb" /; done
+dpkg-deb --fsys-tarfile linux-source-*.deb | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' |
+    tar -xJ --strip-components=3 --wildcards 'linux-source-*/drivers/vdpa/virtio_pci'
+echo 'obj-m := vp_vdpa.o' > virtio_pci/Makefile
+# Without BTF, the kernel's types, which would need the kernel itself unpacked.
+make -C "/usr/src/linux-headers-$version" M="$work/virtio_pci" CONFIG_DEBUG_INFO_BTF_MODULES= modules
+mkdir "$to/updates"
+cp virtio_pci/vp_vdpa.ko "$to/updates"
+apt-get purge -qqy --autoremove $tools
+rm -rf /usr/src/linux-* /usr/lib/linux-kbuild-* "/lib/modules/$version/build" "/lib/modules/$version/source"
+
 cp "$from"/modules.order "$from"/modules.builtin "$from"/modules.builtin.modinfo "$to"
 depmod "$version"
 

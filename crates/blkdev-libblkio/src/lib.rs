@@ -161,7 +161,7 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     // 0: no limit. Requests are of one segment, so its limit is theirs too.
     let own = match driver {
         "nvme-io_uring" => TRANSFER_MAX_NVME,
-        "virtio-blk-vfio-pci" => TRANSFER_MAX_PCI,
+        "virtio-blk-vfio-pci" | "virtio-blk-vhost-vdpa" => TRANSFER_MAX_PCI,
         _ => TRANSFER_MAX,
     };
     let limits = [number("max-transfer")?, number("max-segment-len")?, own];

@@ -5,12 +5,15 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use blkdev::Mapping;
 use blkdev_virtio::{Doorbell, Format, Life, Ring, Transport};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::{
+    eventfd::{EfdFlags, EventFd},
+    resource::{RLIM_INFINITY, Resource, getrlimit},
+};
 
 use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost};
 
@@ -29,6 +32,8 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 /// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's barriers for devices. On x86 the processor's are the same.
 const ORDER_PLATFORM: u64 = 1 << 36;
 
+/// How long a device may take to reset itself.
+const RESET: Duration = Duration::from_secs(5);
 /// How long requests of a device that was given up have until it is reset.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -65,7 +70,7 @@ impl Control {
             }
             _ => e,
         })?;
-        vhost.set_status(0)?;
+        reset(&vhost)?;
         vhost.set_status(ACKNOWLEDGE)?;
         vhost.set_status(ACKNOWLEDGE | DRIVER)?;
         let features = vhost.get_features()?;
@@ -127,10 +132,45 @@ impl Control {
     }
 }
 
+/// Resets the device, and waits until it is: the kernel's driver of virtio-pci devices (vp-vdpa) does not (virtio 1.2,
+/// 4.1.4.3.2).
+fn reset(vhost: &Vhost) -> io::Result<()> {
+    vhost.set_status(0)?;
+    let end = Instant::now() + RESET;
+    loop {
+        match vhost.get_status()? {
+            0 => return Ok(()),
+            status if Instant::now() >= end => {
+                let why = format!("the device does not reset itself within {RESET:?} (status {status:#x})");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+            _ => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+/// Why `len` bytes more than the `mapped` ones could not be mapped. The kernel says EFAULT, whatever the reason was.
+fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
+    let what = format!("mapping {} MiB of memory for the device: {error}", len >> 20);
+    let why = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((limit, _)) if limit != RLIM_INFINITY => format!(
+            "; RLIMIT_MEMLOCK is {} MiB, this device alone needs {} MiB; raise it (ulimit -l, LimitMEMLOCK= in a systemd \
+             unit), or use less memory",
+            limit >> 20,
+            (mapped + len) >> 20
+        ),
+        _ => String::new(),
+    };
+    io::Error::new(error.kind(), what + &why)
+}
+
 impl Transport for Control {
     type Doorbell = Kick;
 
     const RESTARTS: bool = false;
+
+    // For the same devices as that of virtio-pci, which the kernel's vp-vdpa brings here.
+    const TRANSFER_MAX: u32 = 2 << 20;
 
     fn driver(&self) -> &'static str {
         "vdpa"
@@ -207,11 +247,8 @@ impl Transport for Control {
                 format!("memory at {at:#x}, {len} bytes: the device reaches only {first:#x} to {last:#x}"),
             ));
         }
-        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| {
-            // The kernel says EFAULT whatever the reason was.
-            let hint = "often it is the limit of locked memory (ulimit -l), which the device needs as much of";
-            io::Error::new(e.kind(), format!("mapping {len} bytes at {at:#x} for the device: {e}; {hint}"))
-        })?;
+        let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
+        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(&e, len, mapped))?;
         mappings.push(Arc::clone(mapping));
         Ok(())
     }
@@ -256,7 +293,7 @@ impl Drop for Control {
             thread::sleep(GRACE);
         }
         // Of the device only; the file may be open elsewhere, too. A failure changes nothing: closing it does the same.
-        let _ = self.vhost.set_status(0);
+        let _ = reset(&self.vhost);
         let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = self.iotlb(Iotlb::Invalidate, mappings.iter());
     }

@@ -1,7 +1,7 @@
-//! On a real vhost-vdpa device, which is overwritten: `NBDBLK_VDPA=/dev/vhost-vdpa-0 cargo test --test hardware`.
-//! Without the variable nothing is tested, and that is said aloud.
+//! On real vhost-vdpa devices, which are overwritten: `NBDBLK_VDPA=/dev/vhost-vdpa-0 cargo test --test hardware`, and one that
+//! is behind the IOMMU as `NBDBLK_VDPA_PCI`. Without a variable nothing is tested there, and that is said aloud.
 
-use std::{env, fs::OpenOptions, path::PathBuf, sync::Arc};
+use std::{env, fs::OpenOptions, path::Path, sync::Arc};
 
 use blkdev::{Device, conformance};
 use blkdev_vdpa::{Format, Options, Source, Vdpa};
@@ -9,12 +9,14 @@ use blkdev_vdpa::{Format, Options, Source, Vdpa};
 /// One after the other: a device has one user.
 static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
-fn device(test: &str) -> Option<PathBuf> {
-    let path = env::var_os("NBDBLK_VDPA").map(PathBuf::from);
-    if path.is_none() {
-        eprintln!("SKIPPED: {test}: NBDBLK_VDPA names no vhost-vdpa device");
+fn each(test: &str, check: impl Fn(&Path)) {
+    let _one = ONE.lock();
+    for name in ["NBDBLK_VDPA", "NBDBLK_VDPA_PCI"] {
+        match env::var_os(name) {
+            Some(path) => check(path.as_ref()),
+            None => eprintln!("SKIPPED: {test}: {name} names no vhost-vdpa device"),
+        }
     }
-    path
 }
 
 fn conforms(options: Options) {
@@ -25,33 +27,33 @@ fn conforms(options: Options) {
 
 #[test]
 fn conforms_with_all_queues_and_again_with_one() {
-    let Some(path) = device("conformance") else { return };
-    let _one = ONE.lock();
-    conforms(Options::new(Source::Path(path.clone())));
-    let fd = OpenOptions::new().read(true).write(true).open(path).unwrap();
-    conforms(Options {
-        num_queues: Some(1),
-        queue_size: 64,
-        ring: Some(Format::Split),
-        ..Options::new(Source::Fd(fd.into()))
+    each("conformance", |path| {
+        conforms(Options::new(Source::Path(path.into())));
+        let fd = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        conforms(Options {
+            num_queues: Some(1),
+            queue_size: 64,
+            ring: Some(Format::Split),
+            ..Options::new(Source::Fd(fd.into()))
+        });
     });
 }
 
 #[test]
 fn can_be_given_up_and_opened_again() {
-    let Some(path) = device("giving up") else { return };
-    let _one = ONE.lock();
-    for _ in 0..2 {
-        let device: Arc<dyn Device> = Arc::new(Vdpa::open(Options::new(Source::Path(path.clone()))).unwrap());
-        conformance::check_give_up(&device);
-    }
+    each("giving up", |path| {
+        for _ in 0..2 {
+            let device: Arc<dyn Device> = Arc::new(Vdpa::open(Options::new(Source::Path(path.into()))).unwrap());
+            conformance::check_give_up(&device);
+        }
+    });
 }
 
 #[test]
 fn has_one_user() {
-    let Some(path) = device("a second user") else { return };
-    let _one = ONE.lock();
-    let _first = Vdpa::open(Options::new(Source::Path(path.clone()))).unwrap();
-    let text = Vdpa::open(Options::new(Source::Path(path))).unwrap_err().to_string();
-    assert!(text.contains("fuser -v"), "{text}");
+    each("a second user", |path| {
+        let _first = Vdpa::open(Options::new(Source::Path(path.into()))).unwrap();
+        let text = Vdpa::open(Options::new(Source::Path(path.into()))).unwrap_err().to_string();
+        assert!(text.contains("fuser -v"), "{text}");
+    });
 }

@@ -13,6 +13,11 @@ fn virtio_pci() {
     check("$NBDBLK_VBLK", || changed("vblk-512", &expand("virtio-pci=$NBDBLK_VBLK")));
 }
 
+#[test]
+fn vdpa_pci() {
+    check("$NBDBLK_VBLK_VDPA", || changed("vblk-vdpa", &expand("vdpa=$NBDBLK_VDPA_PCI")));
+}
+
 /// Who connects after the change sees the new size, and the log has both.
 fn changed(disk: &str, spec: &str) {
     let dir = Dir::new();

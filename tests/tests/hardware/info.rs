@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use nbdblk_tests::{Dir, nbdinfo, tool};
+use nbdblk_tests::{Dir, nbdblk, nbdinfo, tool};
 use serde_json::{Value, json};
 
-use crate::target::{Other, Target};
+use crate::target::{Other, Target, check};
 
 /// Size, blocks, and what the device can do; the same to clients.
 pub(crate) fn is_true(target: &Target) {
@@ -56,4 +56,19 @@ pub(crate) fn is_true(target: &Target) {
         assert_eq!(export[flag], true, "{flag}: {export:#}");
     }
     assert!(server.terminate().success());
+}
+
+/// Memory that a vDPA device reaches through the IOMMU is locked, and a limit of that is named.
+#[test]
+fn locked_memory_is_limited() {
+    check("$NBDBLK_VBLK_VDPA", || {
+        let nbdblk = nbdblk();
+        let refused = |kib: u32, word: &str, part: &str| {
+            let command = format!("ulimit -l {kib}; exec \"$0\" {word} vdpa=$NBDBLK_VDPA_PCI");
+            let output = tool("sh").args(["-c", &command]).args([nbdblk.path()]).run();
+            assert!(!output.status.success() && output.err.contains(part), "{command}: {}", output.err);
+        };
+        refused(1024, "info", "RLIMIT_MEMLOCK is 1 MiB, this device alone needs 2 MiB");
+        refused(8192, "serve --run=true", "RLIMIT_MEMLOCK is 8 MiB, this device alone needs ");
+    });
 }

@@ -6,7 +6,7 @@ use nbdblk_tests::tool;
 
 use crate::target::{Other, Target, check, expand};
 
-/// The kernel's drivers see, on each PCI device that vfio-pci has, a disk with the blocks that it is to have.
+/// The kernel's drivers see, on each PCI device that vfio-pci or vp-vdpa has, a disk with the blocks that it is to have.
 #[test]
 fn devices_change_hands() {
     let devices = [
@@ -17,6 +17,7 @@ fn devices_change_hands() {
         (Other::VirtioPci("$NBDBLK_VBLK4K"), 4096),
         (Other::VirtioPci("$NBDBLK_VBLK_PACKED"), 512),
         (Other::VirtioPci("$NBDBLK_VBLK_SOCKET"), 512),
+        (Other::VirtioPci("$NBDBLK_VBLK_VDPA"), 512),
     ];
     for (other, block) in devices {
         Target { spec: "", block, other }.check(|target| {

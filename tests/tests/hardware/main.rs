@@ -26,6 +26,7 @@ macro_rules! targets {
         row! { $test, nvme_4k,           "nvme=$NBDBLK_NVME/2",                        4096, Other::Nvme("$NBDBLK_NVME", 2) }
         row! { $test, nvme_io_uring,     "nvme-io_uring=$NBDBLK_NG",                   512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
         row! { $test, vdpa,              "vdpa=$NBDBLK_VDPA",                          512,  Other::File("/tmp/vduse0.img") }
+        row! { $test, vdpa_pci,          "vdpa=$NBDBLK_VDPA_PCI",                      512,  Other::VirtioPci("$NBDBLK_VBLK_VDPA") }
         row! { $test, virtio_pci,        "virtio-pci=$NBDBLK_VBLK",                    512,  Other::VirtioPci("$NBDBLK_VBLK") }
         row! { $test, virtio_pci_packed, "virtio-pci=$NBDBLK_VBLK_PACKED,ring=packed", 512,  Other::VirtioPci("$NBDBLK_VBLK_PACKED") }
     };
@@ -39,6 +40,7 @@ macro_rules! more_targets {
         row! { $test, io_uring_direct,   "io_uring=$NBDBLK_NVME_KERNEL,direct=true",   512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
         row! { $test, nvme_io_uring_4k,  "nvme-io_uring=$NBDBLK_NG4K",                 4096, Other::Disk("$NBDBLK_NVME_KERNEL4K") }
         row! { $test, nvme_small_mdts,   "nvme=$NBDBLK_NVME_MDTS/1",                   512,  Other::Nvme("$NBDBLK_NVME_MDTS", 1) }
+        row! { $test, vdpa_pci_split,    "vdpa=$NBDBLK_VDPA_PCI,ring=split",           512,  Other::VirtioPci("$NBDBLK_VBLK_VDPA") }
         row! { $test, vhost_user,        "vhost-user=$NBDBLK_VHOST_USER",              512,  Other::File("/tmp/vhost-user.img") }
         row! { $test, virtio_pci_4k,     "virtio-pci=$NBDBLK_VBLK4K",                  4096, Other::VirtioPci("$NBDBLK_VBLK4K") }
     };

@@ -10,7 +10,7 @@ use nbdblk_tests::{Dir, Nbdblk, eventually, nbdsh, tool};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
-use crate::target::{await_disk, bind, check, expand};
+use crate::target::{await_disk, bind, check, expand, vhost_vdpa};
 
 #[test]
 fn io_uring() {
@@ -120,10 +120,8 @@ fn vdpa() {
         let qsd = tool("qemu-storage-daemon").args(["--blockdev", &node, "--export", export]).spawn(dir.at("qsd.log"));
         let add = || tool("vdpa").args(["dev", "add", "name", "gone", "mgmtdev", "vduse"]).run().status.success();
         eventually("a vDPA device", add);
-        let entries = std::fs::read_dir("/sys/bus/vdpa/devices/gone").expect("the device is there").flatten();
-        let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        let node = names.find(|name| name.starts_with("vhost-vdpa-")).expect("vhost-vdpa has the device");
-        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa=/dev/{node},request-timeout=3s")]);
+        let node = vhost_vdpa("gone");
+        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},request-timeout=3s", node.display())]);
         nbdsh(&server.uri(), "h.pwrite(bytes(65536), 0)");
         drop(qsd); // SIGKILL
         for _ in 0..2 {

@@ -28,7 +28,7 @@ pub(crate) enum Other {
     File(&'static str),
     /// An NVMe controller that vfio-pci has: a namespace by its NSID, seen through the kernel's driver for a while.
     Nvme(&'static str, u32),
-    /// A virtio-blk device that vfio-pci has, seen through the kernel's driver for a while.
+    /// A virtio-blk device that vfio-pci or vp-vdpa has, seen through the kernel's driver for a while.
     VirtioPci(&'static str),
 }
 
@@ -141,23 +141,58 @@ pub(crate) fn await_disk(address: &str, nsid: Option<u32>) -> PathBuf {
     disk
 }
 
-/// A PCI device that a driver of the kernel has for a while; vfio-pci has it again when this is dropped.
+/// A PCI device that a driver of the kernel has for a while; the one that it had has it again when this is dropped.
 #[derive(Debug)]
-struct Lent(String);
+struct Lent {
+    address: String,
+    owner: String,
+}
 
 impl Lent {
     fn to(driver: &str, address: &str) -> Self {
+        let owner = driver_of(address);
         bind(driver, address).unwrap_or_else(|error| panic!("giving {address} to {driver}: {error}"));
-        Self(address.into())
+        Self { address: address.into(), owner }
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let result = bind("vfio-pci", &self.0);
+        let Self { address, owner } = self;
+        let result = bind(owner, address).and_then(|()| match owner.as_str() {
+            "vp-vdpa" => add_vdpa(address),
+            _ => Ok(()),
+        });
         // A second panic would hide the first.
-        assert!(result.is_ok() || std::thread::panicking(), "giving {} back to vfio-pci: {result:?}", self.0);
+        assert!(result.is_ok() || std::thread::panicking(), "giving {address} back to {owner}: {result:?}");
     }
+}
+
+/// The name of the driver that has a PCI device.
+fn driver_of(address: &str) -> String {
+    let link = Path::new("/sys/bus/pci/devices").join(address).join("driver");
+    let driver = std::fs::read_link(&link).unwrap_or_else(|error| panic!("{}: {error}", link.display()));
+    driver.file_name().expect("a driver has a name").to_string_lossy().into_owned()
+}
+
+/// Makes the vDPA device of a PCI device that vp-vdpa has, as `xtask/vm/init.sh` does.
+fn add_vdpa(address: &str) -> std::io::Result<()> {
+    let output = tool("vdpa").args(["dev", "add", "name", "pci", "mgmtdev", &format!("pci/{address}")]).run();
+    if !output.status.success() {
+        return Err(std::io::Error::other(output.err));
+    }
+    // Its number may be another one now.
+    let link = expand("$NBDBLK_VDPA_PCI");
+    std::fs::remove_file(&link)?;
+    std::os::unix::fs::symlink(vhost_vdpa("pci"), link)
+}
+
+/// The node, `/dev/vhost-vdpa-N`, of a vDPA device.
+pub(crate) fn vhost_vdpa(name: &str) -> PathBuf {
+    let entries = std::fs::read_dir(Path::new("/sys/bus/vdpa/devices").join(name)).expect("the device is there");
+    let mut names = entries.flatten().map(|entry| entry.file_name());
+    let node = names.find(|name| name.to_string_lossy().starts_with("vhost-vdpa-"));
+    Path::new("/dev").join(node.expect("vhost-vdpa has the device"))
 }
 
 /// Gives a PCI device to a driver of the kernel.

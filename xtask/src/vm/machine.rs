@@ -235,6 +235,7 @@ impl Machine<'_> {
             (Some("vblk-512"), virtio("vblk-512", "addr=0x7", "")),
             (Some("vblk-4k"), virtio("vblk-4k", "addr=0x8", &format!(",vectors=2,{blocks_4k}"))),
             (Some("vblk-packed"), virtio("vblk-packed", "addr=0x9", ",packed=on")),
+            (Some("vblk-vdpa"), virtio("vblk-vdpa", "addr=0xa", ",packed=on")),
             // Behind ports of their own, so that they can be pulled out.
             (None, "pcie-root-port,id=socket,addr=0x1c,chassis=1".into()),
             (None, "pcie-root-port,id=socket2,addr=0x1d,chassis=2".into()),
