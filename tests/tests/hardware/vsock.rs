@@ -23,8 +23,8 @@ fn exchange() {
     assert!(server.log().contains(&format!("\n{uri}\n")), "{}", server.log());
     // Requests of 4 MiB need many turns of the socket's buffer, whose size is 256 KiB.
     for size in ["--request-size=4096", "--request-size=4194304"] {
-        tool("nbdcopy").args([size, &image, &uri]).ok();
-        tool("nbdcopy").args([size, &uri, &copy]).ok();
+        copied(&[size, &image, &uri]);
+        copied(&[size, &uri, &copy]);
         assert_equal(image.as_ref(), copy.as_ref());
     }
     assert_eq!(nbdsh(&format!("{uri}/mine"), "print(h.get_size())").trim(), "1048576");
@@ -33,4 +33,12 @@ fn exchange() {
         assert!(!output.status.success(), "{refused}: {output:?}");
     }
     assert!(server.terminate().success());
+}
+
+/// Copies with nbdcopy, which may find at its very end that the server has hung up sooner than itself: the shutdown() of a
+/// client makes Linux (6.12, `vsock_shutdown`) forget that the other side's end was an orderly one.
+fn copied(args: &[&str]) {
+    let output = tool("nbdcopy").args(args).run();
+    let hung_up = output.err.ends_with("nbd_shutdown: recv: Transport endpoint is not connected\n");
+    assert!(output.status.success() || hung_up, "nbdcopy {args:?}: {}", output.err);
 }
