@@ -1,8 +1,9 @@
-//! [`Mapping`]: one stretch of shared memory, mapped once, that devices are told of once.
+//! [`Mapping`]: one stretch of shared memory, mapped once, that devices are told of once. And [`Pages`], memory that nobody shares.
 #![allow(unsafe_code)]
 
 use std::{
     io,
+    ops::{Deref, DerefMut, Range},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
     sync::{
@@ -173,9 +174,75 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above; all methods that take `&self` only tell addresses, and `divided` is atomic.
 unsafe impl Sync for Mapping {}
 
+/// Private memory that reads as zeroes, of which a page is there only once it has been written to.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Pages {
+    /// # Errors
+    /// No memory, or no address space.
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: an anonymous mapping at an address of the kernel's choice.
+        let base = unsafe { mmap(0, len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)? };
+        Ok(Self { base, len })
+    }
+
+    /// Makes a range read as zeroes, and gives back what of its memory is whole pages.
+    pub(crate) fn give_back(&mut self, range: Range<usize>) {
+        let part = &mut self[range];
+        // SAFETY: private memory that we have alone; what it holds afterwards, the same or zeroes, are bytes.
+        if unsafe { libc::madvise(part.as_mut_ptr().cast(), part.len(), libc::MADV_DONTNEED) } < 0 {
+            // Not whole pages, where those are large.
+            part.fill(0);
+        }
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: mapped for as long as this lives, always initialised, and written only through `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Pages {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed by nobody else.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and no borrow outlives this.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+// SAFETY: memory that this owns, as a `Box<[u8]>` does.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_are_zero_until_written_and_once_given_back() {
+        let mut pages = Pages::new(1 << 20).unwrap();
+        assert!(pages.iter().all(|&byte| byte == 0));
+        pages.fill(7);
+        pages.give_back(64 << 10..192 << 10);
+        for (at, &byte) in pages.iter().enumerate() {
+            assert_eq!(byte == 0, (64 << 10..192 << 10).contains(&at), "{byte} at {at}");
+        }
+    }
 
     #[test]
     fn is_aligned_low_and_rounded() {

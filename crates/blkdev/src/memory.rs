@@ -11,10 +11,12 @@ use std::{
     },
 };
 
-use crate::{Buf, Caps, Completion, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue, Request, extent};
+use crate::{
+    Buf, Caps, Completion, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue, Request, extent, mem::Pages,
+};
 
-/// A RAM disk. Memory is taken in pieces of 64 KiB when they are first written, and given back when they are zeroed with
-/// `unmap` or discarded; what is not allocated is told as a hole.
+/// A RAM disk. Its memory comes with what is written, and is given back in pieces of 64 KiB that are zeroed with `unmap` or
+/// discarded; pieces that were never written are told as holes.
 ///
 /// There is no volatile cache: a write is as durable as it will ever be when it completes. Requests are done by the time
 /// [`Queue::push`] returns, so the queues need no wake-up and have no [`Queue::wake_fd`].
@@ -84,7 +86,7 @@ impl Memory {
     pub fn read(&self, at: u64, bytes: &mut [u8]) {
         for piece in pieces(at, bytes.len() as u64) {
             let part = &mut bytes[piece.within.clone()];
-            match self.disk.chunks.shard(piece.chunk).get(&piece.chunk) {
+            match self.disk.chunks.shard(piece.chunk).chunk(piece.chunk) {
                 Some(chunk) => part.copy_from_slice(&chunk[piece.start..piece.start + part.len()]),
                 None => part.fill(0),
             }
@@ -100,7 +102,7 @@ impl Memory {
         for piece in pieces(at, bytes.len() as u64) {
             let part = &bytes[piece.within.clone()];
             let mut shard = self.disk.chunks.shard_mut(piece.chunk);
-            let chunk = allocated(&mut shard, piece.chunk).expect("there is memory for what is written");
+            let chunk = shard.chunk_mut(piece.chunk).expect("there is memory for what is written");
             chunk[piece.start..piece.start + part.len()].copy_from_slice(part);
         }
     }
@@ -119,7 +121,9 @@ impl Memory {
 
     /// Bytes of memory that hold data at the moment.
     pub fn allocated(&self) -> u64 {
-        self.disk.chunks.shards.iter().map(|s| read(s).len() as u64 * CHUNK as u64).sum()
+        let chunks =
+            |shard: &RwLock<Shard>| read(shard).0.values().map(|region| region.present.count_ones()).sum::<u32>();
+        self.disk.chunks.shards.iter().map(|shard| u64::from(chunks(shard)) * CHUNK as u64).sum()
     }
 }
 
@@ -176,15 +180,29 @@ impl Serve for Disk {
     }
 }
 
-/// Memory is allocated in pieces of this: as large as a request usually is at most, small enough to stay sparse.
+/// What is allocated and what is a hole is told in pieces of this: as large as a request usually is at most, small enough
+/// to stay sparse.
 const CHUNK: usize = 64 << 10;
 
-/// Neighbouring chunks are spread over this many locks, so that queues seldom meet.
-const SHARDS: usize = 256;
+/// Address space is taken in pieces of this many chunks: few enough that one is found at once. Memory comes with the pages
+/// that are written.
+const REGION: u64 = 32;
 
-type Shard = BTreeMap<u64, Box<[u8]>>;
+/// Neighbouring regions are spread over this many locks, so that queues seldom meet.
+const SHARDS: u64 = 256;
 
-/// The content: chunk number to chunk, absent where nothing was ever written.
+/// Region number to region.
+#[derive(Default)]
+struct Shard(BTreeMap<u64, Region>);
+
+/// What is not present was given back, or never written: it is all zeroes.
+struct Region {
+    pages: Pages,
+    /// A bit for each chunk.
+    present: u32,
+}
+
+/// The content, absent where nothing was ever written.
 struct Chunks {
     shards: Box<[RwLock<Shard>]>,
 }
@@ -201,16 +219,16 @@ impl Chunks {
     }
 
     fn shard(&self, chunk: u64) -> RwLockReadGuard<'_, Shard> {
-        read(&self.shards[chunk as usize % SHARDS])
+        read(&self.shards[(chunk / REGION % SHARDS) as usize])
     }
 
     fn shard_mut(&self, chunk: u64) -> RwLockWriteGuard<'_, Shard> {
-        write(&self.shards[chunk as usize % SHARDS])
+        write(&self.shards[(chunk / REGION % SHARDS) as usize])
     }
 
     fn read(&self, at: u64, buf: &mut Buf) {
         for piece in pieces(at, buf.len() as u64) {
-            match self.shard(piece.chunk).get(&piece.chunk) {
+            match self.shard(piece.chunk).chunk(piece.chunk) {
                 Some(chunk) => buf.copy_from(piece.within.start, &chunk[piece.start..piece.start + piece.within.len()]),
                 None => buf.zero(piece.within.start, piece.within.len()),
             }
@@ -220,7 +238,7 @@ impl Chunks {
     fn write(&self, at: u64, buf: &Buf) -> Result<(), Error> {
         for piece in pieces(at, buf.len() as u64) {
             let mut shard = self.shard_mut(piece.chunk);
-            let chunk = allocated(&mut shard, piece.chunk)?;
+            let chunk = shard.chunk_mut(piece.chunk)?;
             buf.copy_to(piece.within.start, &mut chunk[piece.start..piece.start + piece.within.len()]);
         }
         Ok(())
@@ -228,30 +246,43 @@ impl Chunks {
 
     /// Makes a range read as zeroes; with `unmap` its whole chunks are given back, without what is allocated stays so.
     fn clear(&self, at: u64, len: u64, unmap: bool) {
-        let chunks = at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64);
+        let chunks = chunks(at, len);
+        let regions = chunks.start / REGION..chunks.end.div_ceil(REGION);
         // A range may be exabytes, what is allocated never is: look at the shorter of the two.
-        let few = chunks.end - chunks.start < SHARDS as u64;
-        let shards = if few { chunks.clone() } else { 0..SHARDS as u64 };
+        let few = regions.end - regions.start < SHARDS;
+        let shards = if few { regions.clone() } else { 0..SHARDS };
         for shard in shards {
-            let mut shard = self.shard_mut(shard);
-            let keys: Vec<u64> = shard.range(chunks.clone()).map(|(key, _)| *key).collect();
+            let shard = &mut write(&self.shards[(shard % SHARDS) as usize]).0;
+            let keys: Vec<u64> = shard.range(regions.clone()).map(|(key, _)| *key).collect();
             for key in keys {
-                let start = at.saturating_sub(key * CHUNK as u64) as usize;
-                let end = (at + len - key * CHUNK as u64).min(CHUNK as u64) as usize;
-                if unmap && end - start == CHUNK {
+                let Some(region) = shard.get_mut(&key) else { continue };
+                let mut gone = 0;
+                for chunk in region.chunks(key, &chunks) {
+                    let start = at.saturating_sub(chunk * CHUNK as u64) as usize;
+                    let end = (at + len - chunk * CHUNK as u64).min(CHUNK as u64) as usize;
+                    if unmap && end - start == CHUNK {
+                        gone |= bit(chunk);
+                    } else {
+                        region.pages[place(chunk)][start..end].fill(0);
+                    }
+                }
+                region.present &= !gone;
+                if region.present == 0 {
                     shard.remove(&key);
-                } else if let Some(chunk) = shard.get_mut(&key) {
-                    chunk[start..end].fill(0);
+                } else {
+                    (0..REGION).filter(|&n| gone & bit(n) != 0).for_each(|n| region.pages.give_back(place(n)));
                 }
             }
         }
     }
 
     fn status(&self, at: u64, len: u64, extents: &mut Vec<Extent>) {
-        let chunks = at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64);
+        let chunks = chunks(at, len);
         let mut present = Vec::new();
         for shard in &self.shards {
-            present.extend(read(shard).range(chunks.clone()).map(|(key, _)| *key));
+            for (key, region) in read(shard).0.range(chunks.start / REGION..chunks.end.div_ceil(REGION)) {
+                present.extend(region.chunks(*key, &chunks));
+            }
         }
         present.sort_unstable();
         let mut next = at;
@@ -270,17 +301,50 @@ impl Chunks {
     }
 }
 
-fn allocated(shard: &mut Shard, chunk: u64) -> Result<&mut [u8], Error> {
-    use std::collections::btree_map::Entry;
-    Ok(match shard.entry(chunk) {
-        Entry::Occupied(held) => held.into_mut(),
-        Entry::Vacant(room) => {
-            let mut bytes = Vec::new();
-            bytes.try_reserve_exact(CHUNK).map_err(|_| Error::NoSpace)?;
-            bytes.resize(CHUNK, 0);
-            room.insert(bytes.into_boxed_slice())
-        }
-    })
+impl Shard {
+    fn chunk(&self, chunk: u64) -> Option<&[u8]> {
+        let region = self.0.get(&(chunk / REGION)).filter(|region| region.present & bit(chunk) != 0)?;
+        Some(&region.pages[place(chunk)])
+    }
+
+    /// The chunk, taken if it was not there.
+    fn chunk_mut(&mut self, chunk: u64) -> Result<&mut [u8], Error> {
+        use std::collections::btree_map::Entry;
+        let region = match self.0.entry(chunk / REGION) {
+            Entry::Occupied(held) => held.into_mut(),
+            Entry::Vacant(room) => {
+                let pages = Pages::new(REGION as usize * CHUNK).map_err(|_| Error::NoSpace)?;
+                room.insert(Region { pages, present: 0 })
+            }
+        };
+        region.present |= bit(chunk);
+        Ok(&mut region.pages[place(chunk)])
+    }
+}
+
+impl Region {
+    /// Those of `chunks` that are present in this region, which is number `key`.
+    fn chunks(&self, key: u64, chunks: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
+        let present = self.present;
+        let range = chunks.start.max(key * REGION)..chunks.end.min((key + 1) * REGION);
+        range.filter(move |&chunk| present & bit(chunk) != 0)
+    }
+}
+
+/// The chunks that a range touches.
+fn chunks(at: u64, len: u64) -> Range<u64> {
+    at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64)
+}
+
+/// Of a chunk, in its region's set.
+fn bit(chunk: u64) -> u32 {
+    1 << (chunk % REGION)
+}
+
+/// Where a chunk is in its region.
+fn place(chunk: u64) -> Range<usize> {
+    let start = (chunk % REGION) as usize * CHUNK;
+    start..start + CHUNK
 }
 
 /// Nothing in here panics half way through a change, so a poisoned lock says nothing about the content.
