@@ -264,8 +264,8 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
     if no_iommu && !options.no_iommu {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "there is no IOMMU, so the device could write to all of the machine's memory; this has to be asked for \
-             explicitly (no-iommu)",
+            "there is no IOMMU, so the device could write to all of the machine's memory; a driver that can do without \
+             has to be told so (no-iommu)",
         ));
     }
     let container = open(Path::new("/dev/vfio/vfio"))?;

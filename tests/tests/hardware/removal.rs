@@ -95,7 +95,7 @@ except nbd.Error as error:
         // QEMU lets go of a drive with its device, but not at once: each has a name of its own.
         let drive = format!("new-{}", std::process::id()) + &dir.path().display().to_string().replace('/', "-");
         let id = self.id;
-        monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M"));
+        monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M,snapshot=on"));
         monitor(&format!("device_add {},id={id},serial={id},drive={drive}", self.next));
         eventually("a new device with a driver", || {
             // The kernel forgets what happens within a second after it has switched a slot off: so it is asked to look.

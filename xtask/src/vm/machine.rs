@@ -183,7 +183,7 @@ impl Machine<'_> {
         // Without la57 page tables are shorter. Without erms and fsrm the guest does not copy by `rep movsb`, which is
         // emulated byte by byte.
         let cpu = "max,la57=off,erms=off,fsrm=off";
-        qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "2", "-m", "1536"]);
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "2", "-m", "2048"]);
         qemu.arg("-kernel").arg(self.image.kernel()).arg("-initrd").arg(dir.join("initramfs"));
         qemu.arg("-append").arg(self.kernel_args());
         if self.iommu {
