@@ -184,6 +184,5 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(60), "{home:?}");
             drop(home.enter());
         }
-        assert!(home.chosen.load(Relaxed) - chosen > STAY);
     }
 }
