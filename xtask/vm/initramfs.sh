@@ -18,8 +18,8 @@ for try in 1 2 3 4 5 6 7 8 9 10; do
     [ -e /dev/vda ] && break
     $b sleep 0.1
 done
-$b mount -t ext4 -o noatime /dev/vda /root || { echo "no root"; $b poweroff -f; }
-for dir in dev sys proc; do $b mount --move /$dir /root/$dir; done
-$b mount -t tmpfs -o mode=755 run /root/run
-$b cp -r /nbdblk /root/run/nbdblk
-exec $b switch_root /root /bin/sh /run/nbdblk/init.sh
+$b mount -t ext4 -o noatime /dev/vda /disk || { echo "no root"; $b poweroff -f; }
+for dir in dev sys proc; do $b mount --move /$dir /disk/$dir; done
+$b mount -t tmpfs -o mode=755 run /disk/run
+$b cp -r /nbdblk /disk/run/nbdblk
+exec $b switch_root /disk /bin/sh /run/nbdblk/init.sh

@@ -137,7 +137,7 @@ impl Machine<'_> {
     fn initramfs(&self, job: &Job) -> Result<Vec<u8>> {
         let read = |path: PathBuf| std::fs::read(&path).with_context(|| format!("reading {}", path.display()));
         let mut archive = Archive::default();
-        for dir in ["bin", "dev", "proc", "sys", "root", "nbdblk"] {
+        for dir in ["bin", "dev", "proc", "sys", "disk", "nbdblk"] {
             archive.dir(dir);
         }
         archive.file("bin/busybox", &read(self.image.root().join("usr/bin/busybox"))?);
