@@ -172,13 +172,13 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
 
-    /// For how long workers look for more to do before they sleep, in microseconds [default: 0]
+    /// For how long workers look for more to do before they sleep, in microseconds [default: 100]
     ///
-    /// A lone request is then answered without the time that waking up takes, at the price of a processor that is busy for
-    /// so long after each one. For clients with few requests at a time, and processors to spare.
-    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000), default_value_t = 0,
-        hide_default_value = true)]
-    pub(crate) poll: u32,
+    /// At most: they do so while it pays, that is for devices that answer within that time, and for clients which have few
+    /// requests at a time but the next one within it. These are served without the time that waking up takes. An idle server
+    /// sleeps, and other programs come first. 0: never.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    pub(crate) poll: Option<u32>,
 }
 
 impl Serve {

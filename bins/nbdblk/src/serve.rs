@@ -51,7 +51,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         connections: args.connections.map_or(defaults.connections, |connections| connections.get()),
         block_size_required: args.block_size_required,
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
-        poll: Duration::from_micros(args.poll.into()),
+        poll: args.poll.map_or(defaults.poll, |us| Duration::from_micros(us.into())),
         ..defaults
     };
     let server =

@@ -27,6 +27,7 @@ mod poll;
 mod roster;
 mod server;
 mod session;
+mod spin;
 mod stream;
 #[cfg_attr(not(feature = "tls"), path = "tls/absent.rs")]
 pub mod tls;

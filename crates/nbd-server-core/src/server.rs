@@ -47,8 +47,10 @@ pub struct Limits {
     pub stall_timeout: Duration,
     /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
     pub farewell: Duration,
-    /// For how long a worker without anything to do looks again and again before it sleeps. It saves the time that waking
-    /// up takes, tens of microseconds for a lone request, and costs a processor for as long.
+    /// For how long, at most, a worker without anything to do looks again before it sleeps. It does so for devices that
+    /// answer soon, and for clients that have few requests at a time but the next one soon: these are served without the
+    /// time that waking up takes, tens of microseconds for each request. The processor is left to whoever else wants it.
+    /// Zero: never.
     pub poll: Duration,
 }
 
@@ -64,7 +66,7 @@ impl Default for Limits {
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
             farewell: Duration::from_secs(10),
-            poll: Duration::ZERO,
+            poll: Duration::from_micros(100),
         }
     }
 }

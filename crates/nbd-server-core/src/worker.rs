@@ -29,6 +29,7 @@ use crate::{
     lull::Lull,
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
+    spin::Spin,
     stream::{Received, STAGING_MIN, Stream},
 };
 
@@ -128,9 +129,9 @@ struct Worker {
     done: Vec<Done>,
     now: Instant,
     swept: Instant,
-    /// When there was last something to do.
-    busy: Instant,
-    poll_time: Duration,
+    /// Since when there is nothing to do.
+    idle: Option<Instant>,
+    spin: Spin,
     stall_timeout: Duration,
     farewell: Duration,
 }
@@ -235,8 +236,8 @@ pub(crate) fn start(
         done: Vec::new(),
         now,
         swept: now,
-        busy: now,
-        poll_time: limits.poll,
+        idle: None,
+        spin: Spin::new(limits.poll),
         stall_timeout: limits.stall_timeout,
         farewell: limits.farewell,
     };
@@ -267,7 +268,7 @@ impl Worker {
         self.feed_starved();
         let active = std::mem::take(&mut self.active);
         if !active.is_empty() {
-            self.busy = self.now;
+            self.idle = None;
         }
         for &number in &active {
             self.input(number);
@@ -288,7 +289,6 @@ impl Worker {
     fn rest(&mut self) {
         let Some(number) = self.behind.take() else { return };
         if self.active.is_empty()
-            && self.poll_time.is_zero()
             && self.load.load(Ordering::Relaxed) == 1
             && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) = &mut self.conns[number as usize]
             && session.in_flight() == 0
@@ -297,12 +297,23 @@ impl Worker {
         }
     }
 
+    /// Whether to look again rather than to sleep, with nothing to do.
+    fn spins(&mut self) -> bool {
+        let awaits_device = self.lanes.iter().flatten().any(|lane| lane.channel.in_flight() > 0);
+        let idle = *self.idle.get_or_insert_with(Instant::now);
+        self.now.duration_since(idle) < self.spin.time(awaits_device)
+    }
+
     /// Waits until there is something to do, or only looks when there is already.
     fn wait(&mut self) -> io::Result<()> {
         let mut timeout = None;
-        if !self.poll_time.is_zero() && self.now.duration_since(self.busy) < self.poll_time {
+        if !self.active.is_empty() {
             timeout = Some(Duration::ZERO);
-        } else if self.active.is_empty() {
+        } else if self.spins() {
+            // Whoever else wants this processor has it first: the client, or the device.
+            thread::yield_now();
+            timeout = Some(Duration::ZERO);
+        } else {
             for lane in self.lanes.iter_mut().flatten() {
                 if lane.channel.in_flight() > 0 {
                     if !lane.channel.arm() {
@@ -323,8 +334,6 @@ impl Worker {
                     timeout = Some(timeout.map_or(left, |t| t.min(left)));
                 }
             }
-        } else {
-            timeout = Some(Duration::ZERO);
         }
         let mut rung = false;
         for Happened { token, readable, ended } in self.poll.wait(timeout)? {
@@ -339,6 +348,9 @@ impl Worker {
                 conn.writable |= conn.blocked;
                 activate(&mut self.active, token as u32, conn);
             }
+        }
+        if let (Some(idle), true) = (self.idle, timeout != Some(Duration::ZERO)) {
+            self.spin.slept(idle.elapsed());
         }
         if rung {
             let _ = self.bell.read();
@@ -549,13 +561,16 @@ impl Worker {
 
     /// Rings the devices, and turns what they have finished into replies.
     fn reap(&mut self) {
+        let mut in_flight = 0;
         for lane in self.lanes.iter_mut().flatten() {
             lane.channel.kick();
             lane.channel.reap(&mut self.done);
+            in_flight += lane.channel.in_flight();
         }
         let mut done = std::mem::take(&mut self.done);
         if !done.is_empty() {
-            self.busy = self.now;
+            self.idle = None;
+            self.spin.count(done.len() + in_flight);
         }
         for done in done.drain(..) {
             let number = Session::number_of(done.tag);

@@ -82,7 +82,7 @@ pub(crate) const SERVERS: &[Server] = &[
          --export type=nbd,id=e,node-name=disk,name=,writable=on",
     ),
     server("nbdblk-vu", "vu", Program::Nbdblk, "vhost-user=VHOST"),
-    server("nbdblk-vu-poll", "vu", Program::Nbdblk, "--poll=100 vhost-user=VHOST"),
+    server("nbdblk-vu-nopoll", "vu", Program::Nbdblk, "--poll=0 vhost-user=VHOST"),
     server("plugin-vu", "vu", Program::Plugin, "virtio-blk-vhost-user path=VHOST"),
     server("nbdkit-blkio-vu", "vu", Program::Nbdkit, "blkio virtio-blk-vhost-user path=VHOST"),
     server(
