@@ -20,6 +20,8 @@ pub(crate) struct Spin {
 /// With more requests at a time those of clients gather during a sleep, and what that saves is more than what waking up
 /// costs. What a device has finished gathers as well while it is looked at.
 const SHALLOW: u32 = 4 << 10;
+/// A device that has more requests than that finishes one of them soon, or is slow.
+const SOON: Duration = Duration::from_micros(20);
 /// A shorter look finds nothing.
 const MIN: Duration = Duration::from_micros(10);
 
@@ -39,7 +41,11 @@ impl Spin {
     /// How long to look after there was last something to do, for what a device has finished or for clients alone.
     #[inline]
     pub(crate) fn time(&self, awaits_device: bool) -> Duration {
-        if self.peak <= SHALLOW || awaits_device { self.time } else { Duration::ZERO }
+        match awaits_device {
+            _ if self.peak <= SHALLOW => self.time,
+            true => self.time.min(SOON),
+            false => Duration::ZERO,
+        }
     }
 
     /// Learns that there was nothing to do for so long, with a sleep at its end.
@@ -77,7 +83,7 @@ mod tests {
         let mut spin = Spin::new(MAX);
         (0..5).for_each(|_| spin.slept(MAX));
         spin.count(5);
-        assert_eq!((spin.time(false), spin.time(true)), (Duration::ZERO, MAX), "but for devices");
+        assert_eq!((spin.time(false), spin.time(true)), (Duration::ZERO, SOON), "but for devices");
         (0..1000).for_each(|_| spin.count(1));
         assert_eq!(spin.time(false), MAX, "that is long ago");
         spin.count(usize::MAX);
