@@ -22,6 +22,7 @@ mod export;
 mod listener;
 mod lull;
 mod outbox;
+mod peak;
 mod peer;
 mod poll;
 mod roster;

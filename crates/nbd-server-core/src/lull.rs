@@ -9,6 +9,8 @@ use std::{thread, time::Duration};
 
 use blkdev::Io;
 
+use crate::peak::Peak;
+
 /// How one client's requests come, and how long to keep still.
 #[derive(Debug, Default)]
 pub(crate) struct Lull {
@@ -16,15 +18,15 @@ pub(crate) struct Lull {
     batch: u32,
     /// One of them was a read.
     read: bool,
-    /// The largest batch of late, in 1024ths: what this client's depth allows.
-    peak: u32,
+    /// The largest batch of late: what this client's depth allows.
+    peak: Peak,
     time: Duration,
 }
 
 /// A batch of so many needs no help.
 const PLENTY: u32 = 24;
 /// A client that never had so many under way would run out of replies to read: it is answered at once.
-const DEEP: u32 = 32 << 10;
+const DEEP: Peak = Peak::of(32);
 /// A sleep shorter than this costs more than it brings, one longer could be noticed.
 const MIN: Duration = Duration::from_micros(4);
 const MAX: Duration = Duration::from_micros(100);
@@ -43,7 +45,7 @@ impl Lull {
     #[inline]
     pub(crate) fn is_due(&mut self) -> bool {
         let (batch, read) = (std::mem::take(&mut self.batch), std::mem::take(&mut self.read));
-        self.peak = (batch << 10).max(self.peak - (self.peak >> 10));
+        self.peak.count(batch);
         !read && (1..PLENTY).contains(&batch) && self.peak >= DEEP
     }
 

@@ -7,19 +7,21 @@
 
 use std::time::Duration;
 
+use crate::peak::Peak;
+
 /// How long to look, for one worker.
 #[derive(Debug)]
 pub(crate) struct Spin {
     max: Duration,
     /// For now. Zero: not at all.
     time: Duration,
-    /// The most requests at a time of late, in 1024ths.
-    peak: u32,
+    /// The most requests at a time of late.
+    peak: Peak,
 }
 
 /// With more requests at a time those of clients gather during a sleep, and what that saves is more than what waking up
 /// costs. What a device has finished gathers as well while it is looked at.
-const SHALLOW: u32 = 4 << 10;
+const SHALLOW: Peak = Peak::of(4);
 /// A device that has more requests than that finishes one of them soon, or is slow.
 const SOON: Duration = Duration::from_micros(20);
 /// A shorter look finds nothing.
@@ -28,14 +30,13 @@ const MIN: Duration = Duration::from_micros(10);
 impl Spin {
     /// Never longer than `max`.
     pub(crate) fn new(max: Duration) -> Self {
-        Self { max, time: Duration::ZERO, peak: 0 }
+        Self { max, time: Duration::ZERO, peak: Peak::default() }
     }
 
     /// Counts the requests of a turn: those that were under way at once.
     #[inline]
     pub(crate) fn count(&mut self, requests: usize) {
-        let requests = u32::try_from(requests).unwrap_or(u32::MAX).min(u32::MAX >> 10);
-        self.peak = (requests << 10).max(self.peak - (self.peak >> 10));
+        self.peak.count(u32::try_from(requests).unwrap_or(u32::MAX));
     }
 
     /// How long to look after there was last something to do, for what a device has finished or for clients alone.

@@ -349,7 +349,9 @@ impl Worker {
                 activate(&mut self.active, token as u32, conn);
             }
         }
-        if let (Some(idle), true) = (self.idle, timeout != Some(Duration::ZERO)) {
+        if timeout != Some(Duration::ZERO)
+            && let Some(idle) = self.idle
+        {
             self.spin.slept(idle.elapsed());
         }
         if rung {
