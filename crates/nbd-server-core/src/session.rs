@@ -233,6 +233,12 @@ impl Session {
         self.calls.in_use
     }
 
+    /// Bytes of payload memory in requests that are not done.
+    #[inline]
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
     /// Whether the client said goodbye and got every reply.
     #[inline]
     pub fn is_over(&self) -> bool {

@@ -1,7 +1,7 @@
 //! [`Worker`]: one thread that moves bytes between its connections and its channels, in turns.
 //!
-//! A turn takes what all readable clients have sent, rings each device once, takes what the devices have finished and sends
-//! it. So under load everything happens in batches, without a lock, an allocation or another thread.
+//! A turn takes what all readable clients have sent, up to what fits the cache, rings each device once, takes what the devices
+//! have finished and sends it. So under load everything happens in batches, without a lock, an allocation or another thread.
 
 use std::{
     collections::VecDeque,
@@ -121,7 +121,9 @@ struct Worker {
     /// By number; a number stays taken until nothing of its connection is at a device.
     conns: Vec<Option<Conn>>,
     free: Vec<u32>,
-    /// Connections with something to do in this turn.
+    /// Connections with something to do, in the order of their turns.
+    queue: VecDeque<u32>,
+    /// Those of this turn, that replies may have come together for.
     active: Vec<u32>,
     /// A client that had not read its earlier replies when those of this turn were sent.
     behind: Option<u32>,
@@ -181,6 +183,8 @@ struct Conn {
     blocked: bool,
     /// Worth a try to send.
     writable: bool,
+    /// In `queue`.
+    queued: bool,
     /// In `active`.
     active: bool,
     /// When bytes last moved.
@@ -199,6 +203,10 @@ const _: () = assert!(STAGING >= STAGING_MIN);
 
 /// Receives of one connection in a turn, before others have theirs.
 const RECEIVES: usize = 4;
+
+/// Bytes of payload memory that requests may take in a turn, before replies are sent and the next turn gets the same memory
+/// again: more than that would not be in the cache any more when it is sent.
+const TURN: usize = 256 << 10;
 
 const BELL: u64 = u64::MAX;
 /// Tokens of lanes have this bit; those of connections are their numbers.
@@ -230,6 +238,7 @@ pub(crate) fn start(
         closers,
         conns: Vec::new(),
         free: Vec::new(),
+        queue: VecDeque::new(),
         active: Vec::new(),
         behind: None,
         staging: vec![0; STAGING].into_boxed_slice(),
@@ -266,15 +275,15 @@ impl Worker {
             lane.channel.tick(self.now);
         }
         self.feed_starved();
-        let active = std::mem::take(&mut self.active);
-        if !active.is_empty() {
+        if !self.queue.is_empty() {
             self.idle = None;
         }
-        for &number in &active {
-            self.input(number);
+        let mut room = TURN;
+        while room > 0
+            && let Some(number) = self.queue.pop_front()
+        {
+            room = room.saturating_sub(self.input(number));
         }
-        // Back in place, so that the completions of this turn add to it.
-        self.active = active;
         self.reap();
         self.output();
         if self.now.duration_since(self.swept) > Duration::from_secs(1) {
@@ -288,7 +297,7 @@ impl Worker {
     /// Lets a lone client that is behind with reading its replies go on alone for a moment, when all is answered.
     fn rest(&mut self) {
         let Some(number) = self.behind.take() else { return };
-        if self.active.is_empty()
+        if self.queue.is_empty()
             && self.load.load(Ordering::Relaxed) == 1
             && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) = &mut self.conns[number as usize]
             && session.in_flight() == 0
@@ -307,7 +316,7 @@ impl Worker {
     /// Waits until there is something to do, or only looks when there is already.
     fn wait(&mut self) -> io::Result<()> {
         let mut timeout = None;
-        if !self.active.is_empty() {
+        if !self.queue.is_empty() {
             timeout = Some(Duration::ZERO);
         } else if self.spins() {
             // Whoever else wants this processor has it first: the client, or the device.
@@ -346,7 +355,7 @@ impl Worker {
                 conn.ended |= ended;
                 // While it is blocked nothing else is waited for.
                 conn.writable |= conn.blocked;
-                activate(&mut self.active, token as u32, conn);
+                enqueue(&mut self.queue, token as u32, conn);
             }
         }
         if timeout != Some(Duration::ZERO)
@@ -447,8 +456,6 @@ impl Worker {
                 self.bury(number);
             }
         }
-        // Their numbers may be others' before the next turn.
-        self.active.retain(|&n| self.conns[n as usize].as_ref().is_some_and(|conn| conn.stream.is_some()));
     }
 
     fn welcome(&mut self, arrival: Arrival) {
@@ -488,13 +495,14 @@ impl Worker {
             ended: false,
             blocked: false,
             writable: true,
+            queued: false,
             active: false,
             moved: self.now,
             lull,
             is_tcp,
             _over: over,
         });
-        activate(&mut self.active, number, conn);
+        enqueue(&mut self.queue, number, conn);
     }
 
     /// Lets those who wait for memory go on, in order, as far as there is some now.
@@ -516,9 +524,13 @@ impl Worker {
         }
     }
 
-    /// Takes what an active connection has sent.
-    fn input(&mut self, number: u32) {
-        let Some(conn) = &mut self.conns[number as usize] else { return };
+    /// Takes what a connection has sent, now that it is its turn. Tells how many bytes of memory that took.
+    fn input(&mut self, number: u32) -> usize {
+        // What is left of one that has gone, or of one that had this number before.
+        let Some(conn) = self.conns[number as usize].as_mut().filter(|conn| conn.queued) else { return 0 };
+        conn.queued = false;
+        activate(&mut self.active, number, conn);
+        let held = conn.session.held();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let wants = match conn.stall {
             _ if conn.blocked || conn.stream.is_none() => false,
@@ -527,19 +539,20 @@ impl Worker {
             Some(Stall::Memory | Stall::Disconnect) => false,
         };
         if !wants {
-            return;
+            return 0;
         }
         if lane.starved.is_empty() || conn.session.landing().is_some() {
             self.feed(number);
         } else {
             conn.stall = Some(Stall::Memory);
         }
-        if let Some(conn) = &self.conns[number as usize]
-            && conn.stall == Some(Stall::Memory)
+        let Some(conn) = &self.conns[number as usize] else { return 0 };
+        if conn.stall == Some(Stall::Memory)
             && let Some(lane) = &mut self.lanes[conn.lane]
         {
             lane.starved.push_back(number);
         }
+        conn.session.held().saturating_sub(held)
     }
 
     /// Takes what a connection has sent until that is all, it must wait, or others should have their turn. `false`: it was at
@@ -584,6 +597,9 @@ impl Worker {
             conn.session.complete(done);
             if conn.stream.is_some() {
                 activate(&mut self.active, number, conn);
+                if conn.stall == Some(Stall::Calls) {
+                    enqueue(&mut self.queue, number, conn);
+                }
             } else if conn.session.in_flight() == 0 {
                 let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
                 lane.conns -= 1;
@@ -594,16 +610,14 @@ impl Worker {
         self.done = done;
     }
 
-    /// Sends replies, and keeps in `active` who has still something to do.
+    /// Sends replies, and gives another turn to who has still something to do.
     fn output(&mut self) {
         let mut active = std::mem::take(&mut self.active);
-        active.retain(|&number| {
-            let Some(conn) = &mut self.conns[number as usize] else { return false };
-            if conn.stream.is_none() {
-                conn.active = false;
-                return false;
-            }
-            if let (Some(lull), Some(stream)) = (&mut conn.lull, &conn.stream)
+        for number in active.drain(..) {
+            let Some(conn) = &mut self.conns[number as usize] else { continue };
+            conn.active = false;
+            let Some(stream) = &conn.stream else { continue };
+            if let Some(lull) = &mut conn.lull
                 && lull.is_due()
                 && socket::unread(stream.as_fd()) > 0
             {
@@ -614,18 +628,16 @@ impl Worker {
             let more = match conn.stall {
                 _ if conn.blocked => false,
                 None => conn.readable || !conn.backlog.is_empty(),
-                // Each request that ends makes room, and activates.
+                // Each request that ends makes room, and queues it again.
                 Some(Stall::Calls) => conn.session.in_flight() == 0,
                 Some(Stall::Memory | Stall::Disconnect) => false,
             };
-            conn.active = more && alive && !over;
             if !alive || over {
                 self.bury(number);
-                return false;
+            } else if more {
+                enqueue(&mut self.queue, number, conn);
             }
-            more
-        });
-        // `bury` never adds to the list.
+        }
         self.active = active;
     }
 
@@ -697,6 +709,13 @@ const WIND_UP: Duration = Duration::from_secs(2);
 
 /// How often to look whether a client that was let in is still to come.
 const BRIEFLY: Duration = Duration::from_millis(10);
+
+fn enqueue(queue: &mut VecDeque<u32>, number: u32, conn: &mut Conn) {
+    if !conn.queued {
+        conn.queued = true;
+        queue.push_back(number);
+    }
+}
 
 fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
     if !conn.active {
