@@ -171,6 +171,9 @@ pub struct Channel {
     completions: Vec<Completion>,
     ages: Ages,
     pushed: bool,
+    /// Something was submitted since the last `reap`.
+    asked: bool,
+    prompt: bool,
 }
 
 /// Pieces of one job that are under way at a time: enough to keep a device busy, few enough for others to get in between.
@@ -206,6 +209,8 @@ impl Channel {
             completions: Vec::with_capacity(depth.into()),
             ages: Ages::new(info.timeout),
             pushed: false,
+            asked: false,
+            prompt: false,
             info,
         })
     }
@@ -235,6 +240,13 @@ impl Channel {
         self.slots.in_use
     }
 
+    /// Whether everything had ended at the last [`reap`](Self::reap) after a [`submit`](Self::submit): the device does its
+    /// work while it is asked, as a RAM disk does, and a file in the page cache. To ask it for much at a time gains nothing.
+    #[inline]
+    pub fn is_prompt(&self) -> bool {
+        self.prompt
+    }
+
     /// A buffer for a `Read` or `Write` of `len` bytes at `at`, with room around it for the blocks that it covers only in
     /// part. `None`: no memory left now; go on when some request is done and its buffer dropped.
     #[inline]
@@ -246,6 +258,7 @@ impl Channel {
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
+        self.asked = true;
         if let Some(result) = self.verdict(&io) {
             return self.ready.push(Done { tag, io, result });
         }
@@ -294,6 +307,9 @@ impl Channel {
         }
         self.kick();
         done.append(&mut self.ready);
+        if std::mem::take(&mut self.asked) {
+            self.prompt = self.slots.in_use == 0;
+        }
     }
 
     /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: it can only be polled.

@@ -12,6 +12,10 @@ use crate::Outbox;
 /// Requests of one connection that may be under way or unsent at a time. A client that asks for more waits.
 pub(crate) const CALLS_MAX: usize = 1024;
 
+/// Bytes of payload memory that requests may take before the replies are sent, and the next ones get the same memory again,
+/// if the [device has answered](Channel::is_prompt) by then: more than that would not be in the cache any more when it is sent.
+pub(crate) const TURN: usize = 256 << 10;
+
 /// Up to this fraction of a channel's memory nobody asks whether a client has its share: one 64th, 1 MiB of the usual 64.
 const MODEST: usize = 64;
 
@@ -49,6 +53,8 @@ pub enum Stall {
     Calls,
     /// Its client said goodbye: nothing more will be taken.
     Disconnect,
+    /// It has taken as much memory as it should in a turn: try again when the replies are sent.
+    Turn,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -112,9 +118,13 @@ impl Session {
         if self.refusing {
             return self.refuse_all(input, channel);
         }
+        let enough = if channel.is_prompt() { self.held + TURN } else { usize::MAX };
         while let Some(event) = self.receiver.next(input)? {
             let stall = match event {
-                Event::Command(cookie, command) => self.begin(cookie, Asked::Command(command), channel),
+                Event::Command(cookie, command) => {
+                    let stall = self.begin(cookie, Asked::Command(command), channel);
+                    stall.or_else(|| (self.held >= enough && !input.is_empty()).then_some(Stall::Turn))
+                }
                 Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel),
                 Event::Payload(bytes) => {
                     self.fill(bytes, channel);
@@ -452,5 +462,89 @@ impl Calls {
         self.in_use -= 1;
         self.free.push(number);
         self.list[number as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use blkdev::{
+        Device, Plan,
+        fault::{Fault, Faults},
+        null::Null,
+    };
+    use nbd_proto::{
+        BlockSizes, ContextSet, Export,
+        client::Encoder,
+        wire::{CommandFlags, TransmissionFlags},
+    };
+
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn session() -> Session {
+        let (flags, block) = (TransmissionFlags::HAS_FLAGS, BlockSizes::default());
+        let terms = Terms {
+            mode: Mode::Simple,
+            flags,
+            size: SIZE,
+            block,
+            enforce_alignment: false,
+            contexts: ContextSet::EMPTY,
+        };
+        let export = Export {
+            name: String::new(),
+            description: String::new(),
+            size: SIZE,
+            flags,
+            block,
+            contexts: Vec::new(),
+            block_size_required: false,
+        };
+        let contexts = Vec::new();
+        Session::new(
+            &Negotiated { export, name: String::new(), contexts, block_size_asked: false, secure: false, terms },
+            0,
+        )
+    }
+
+    /// How many of ten READs of 100 kB a session takes at a time, three times over.
+    fn turns(device: impl Device + 'static) -> Vec<usize> {
+        const LEN: usize = 100_000;
+        let device: Arc<dyn Device> = Arc::new(device);
+        let mut channel = Plan::default().open(&device, 1).unwrap().remove(0);
+        let (mut session, mut wire, mut done) = (session(), Vec::new(), Vec::new());
+        let mut encoder = Encoder::new(Mode::Simple);
+        for n in 0..10 {
+            encoder.request(&mut wire, Cookie(n), CommandKind::READ, CommandFlags::NONE, 0, LEN as u64);
+        }
+        let mut turns = Vec::new();
+        for _ in 0..3 {
+            let mut input = &wire[..];
+            while {
+                let stall = session.take(&mut input, &mut channel).unwrap();
+                assert_eq!(stall, (!input.is_empty()).then_some(Stall::Turn));
+                turns.push(session.in_flight());
+                channel.kick();
+                channel.reap(&mut done);
+                done.drain(..).for_each(|done| session.complete(done));
+                stall.is_some()
+            } {}
+            while session.in_flight() > 0 {
+                channel.reap(&mut done);
+                done.drain(..).for_each(|done| session.complete(done));
+            }
+            let sent = session.outbox().read(&mut vec![0; 10 * (LEN + 16)]);
+            assert_eq!(sent, 10 * (LEN + 16), "every request is answered");
+        }
+        turns
+    }
+
+    #[test]
+    fn only_a_prompt_device_is_asked_for_as_much_as_fits_the_cache() {
+        assert_eq!(turns(Null::new(SIZE)), [10, 3, 3, 3, 1, 3, 3, 3, 1]);
+        assert_eq!(turns(Fault::new(Null::new(SIZE), Faults { delay_max: 1000, ..Faults::new(1) })), [10, 10, 10]);
     }
 }

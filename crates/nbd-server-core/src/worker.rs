@@ -17,7 +17,7 @@ use std::{
 };
 
 use blkdev::{Channel, Done, socket};
-use nbd_proto::Negotiated;
+use nbd_proto::{Negotiated, wire::REQUEST_LEN};
 use nix::sys::{
     eventfd::EventFd,
     prctl,
@@ -29,6 +29,7 @@ use crate::{
     lull::Lull,
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
+    session::TURN,
     spin::Spin,
     stream::{Received, STAGING_MIN, Stream},
 };
@@ -203,10 +204,6 @@ const _: () = assert!(STAGING >= STAGING_MIN);
 
 /// Receives of one connection in a turn, before others have theirs.
 const RECEIVES: usize = 4;
-
-/// Bytes of payload memory that requests may take in a turn, before replies are sent and the next turn gets the same memory
-/// again: more than that would not be in the cache any more when it is sent.
-const TURN: usize = 256 << 10;
 
 const BELL: u64 = u64::MAX;
 /// Tokens of lanes have this bit; those of connections are their numbers.
@@ -524,7 +521,7 @@ impl Worker {
         }
     }
 
-    /// Takes what a connection has sent, now that it is its turn. Tells how many bytes of memory that took.
+    /// Takes what a connection has sent, now that it is its turn. Tells how many bytes of [`TURN`] that took.
     fn input(&mut self, number: u32) -> usize {
         // What is left of one that has gone, or of one that had this number before.
         let Some(conn) = self.conns[number as usize].as_mut().filter(|conn| conn.queued) else { return 0 };
@@ -535,7 +532,7 @@ impl Worker {
         let wants = match conn.stall {
             _ if conn.blocked || conn.stream.is_none() => false,
             None => conn.readable || !conn.backlog.is_empty(),
-            Some(Stall::Calls) => true,
+            Some(Stall::Calls | Stall::Turn) => true,
             Some(Stall::Memory | Stall::Disconnect) => false,
         };
         if !wants {
@@ -552,7 +549,12 @@ impl Worker {
         {
             lane.starved.push_back(number);
         }
-        conn.session.held().saturating_sub(held)
+        if conn.stall == Some(Stall::Turn) {
+            // Nothing but headers, mostly.
+            self.spin.count(conn.backlog.len() / REQUEST_LEN);
+        }
+        let is_prompt = self.lanes[conn.lane].as_ref().is_some_and(|lane| lane.channel.is_prompt());
+        if is_prompt { conn.session.held().saturating_sub(held) } else { 0 }
     }
 
     /// Takes what a connection has sent until that is all, it must wait, or others should have their turn. `false`: it was at
@@ -630,6 +632,7 @@ impl Worker {
                 None => conn.readable || !conn.backlog.is_empty(),
                 // Each request that ends makes room, and queues it again.
                 Some(Stall::Calls) => conn.session.in_flight() == 0,
+                Some(Stall::Turn) => true,
                 Some(Stall::Memory | Stall::Disconnect) => false,
             };
             if !alive || over {
