@@ -516,7 +516,7 @@ mod tests {
         let device: Arc<dyn Device> = Arc::new(device);
         let mut channel = Plan::default().open(&device, 1).unwrap().remove(0);
         let (mut session, mut wire, mut done) = (session(), Vec::new(), Vec::new());
-        let mut encoder = Encoder::new(Mode::Simple);
+        let encoder = Encoder::new(Mode::Simple);
         for n in 0..10 {
             encoder.request(&mut wire, Cookie(n), CommandKind::READ, CommandFlags::NONE, 0, LEN as u64);
         }
