@@ -530,9 +530,11 @@ impl Worker {
         let held = conn.session.held();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let wants = match conn.stall {
-            _ if conn.blocked || conn.stream.is_none() => false,
+            _ if conn.stream.is_none() => false,
+            Some(Stall::Turn) => conn.is_due(),
+            _ if conn.blocked => false,
             None => conn.readable || !conn.backlog.is_empty(),
-            Some(Stall::Calls | Stall::Turn) => true,
+            Some(Stall::Calls) => true,
             Some(Stall::Memory | Stall::Disconnect) => false,
         };
         if !wants {
@@ -628,11 +630,11 @@ impl Worker {
             let alive = conn.send(&mut self.staging, &self.poll, number, self.now);
             let over = conn.session.is_over() && !conn.blocked;
             let more = match conn.stall {
+                Some(Stall::Turn) => conn.is_due(),
                 _ if conn.blocked => false,
                 None => conn.readable || !conn.backlog.is_empty(),
                 // Each request that ends makes room, and queues it again.
                 Some(Stall::Calls) => conn.session.in_flight() == 0,
-                Some(Stall::Turn) => true,
                 Some(Stall::Memory | Stall::Disconnect) => false,
             };
             if !alive || over {
@@ -766,6 +768,12 @@ impl Conn {
                 false
             }
         }
+    }
+
+    /// Whether it may have another turn with what has been received already: while few replies wait for room in the socket,
+    /// so that there are some to send when there is room again.
+    fn is_due(&mut self) -> bool {
+        self.session.outbox().held() < TURN
     }
 
     /// Takes what had to wait. `false`: the connection is at its end.
