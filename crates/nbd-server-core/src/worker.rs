@@ -567,7 +567,7 @@ impl Worker {
         let waited = conn.stall.take().is_some() || !conn.backlog.is_empty();
         let mut alive = !waited || conn.take_backlog(&mut lane.channel);
         for _ in 0..RECEIVES {
-            if !alive || conn.stall.is_some() || !conn.readable {
+            if !alive || conn.stall.is_some() || conn.blocked || !conn.readable {
                 break;
             }
             alive = conn.receive(&mut self.staging, &mut lane.channel, self.now);

@@ -60,6 +60,41 @@ fn many_who_need_all_memory_get_it_in_turn() {
 }
 
 #[test]
+fn who_asks_for_more_than_fits_a_turn_gets_all_of_it() {
+    const LEN: u32 = 100_000;
+    let disk = Memory::new(16 << 20);
+    let pattern: Vec<u8> = (0..MIB).map(|n| (n / 7) as u8).collect();
+    disk.write(0, &pattern);
+    let server = Running::start(vec![("", Arc::new(disk))], |limits| limits.workers = 1);
+    thread::scope(|scope| {
+        for n in 0..4u8 {
+            let (server, pattern) = (&server, &pattern);
+            scope.spawn(move || {
+                let mut client = server.client("");
+                let mine = u64::from(MIB) * (u64::from(n) + 1);
+                // All at once, twenty times what a turn takes, and some of it before anybody reads a reply.
+                for cookie in 0..60 {
+                    client.encoder.read(&mut client.out, Cookie(2 * cookie), cookie * 1000, LEN);
+                    client.encoder.write_head(&mut client.out, Cookie(2 * cookie + 1), mine + 2 * cookie, 2, false);
+                    client.out.extend_from_slice(&[n, cookie as u8]);
+                }
+                client.send();
+                thread::sleep(Duration::from_millis(20 * u64::from(n)));
+                for cookie in 0..60 {
+                    let at = 1000 * cookie as usize;
+                    assert!(client.reply(2 * cookie).unwrap() == pattern[at..at + LEN as usize]);
+                    client.reply(2 * cookie + 1).unwrap();
+                }
+                client.encoder.read(&mut client.out, Cookie(1000), mine, 120);
+                client.send();
+                let written: Vec<u8> = (0..60).flat_map(|cookie| [n, cookie]).collect();
+                assert_eq!(client.reply(1000).unwrap(), written);
+            });
+        }
+    });
+}
+
+#[test]
 fn who_holds_memory_and_does_nothing_is_cut_off_when_others_wait() {
     let server = Running::start(vec![("", Arc::new(Memory::new(64 << 20)))], |limits| {
         limits.memory = 1 << 20;
