@@ -74,7 +74,29 @@ impl Arena {
 impl Pool {
     /// Claims the lowest run of `want` free pages. Only the `Arena` claims, through `&mut`; others only free, so a bit seen
     /// clear stays clear until it is set here.
+    #[inline]
     fn take(&self, want: usize) -> Option<usize> {
+        if want == 1 { self.take_one() } else { self.take_run(want) }
+    }
+
+    /// What small requests need.
+    #[inline]
+    fn take_one(&self) -> Option<usize> {
+        let (at, word, bits) = self.used.iter().enumerate().find_map(|(at, word)| {
+            let bits = word.load(Ordering::Relaxed);
+            (bits != u64::MAX).then_some((at, word, bits))
+        })?;
+        let free = bits.trailing_ones() as usize;
+        let page = at * 64 + free;
+        if page >= self.pages {
+            return None;
+        }
+        // As in `take_run`.
+        word.fetch_or(1 << free, Ordering::Acquire);
+        Some(page)
+    }
+
+    fn take_run(&self, want: usize) -> Option<usize> {
         let mut page = 0;
         while page + want <= self.pages {
             let word = self.word_from(page);
@@ -116,6 +138,7 @@ impl Pool {
         self.used.get(page / 64).map_or(0, |word| word.load(Ordering::Relaxed) >> (page % 64))
     }
 
+    #[inline]
     fn each_word(&self, run: Range<usize>, mut act: impl FnMut(&AtomicU64, u64)) {
         let mut page = run.start;
         while page < run.end {
