@@ -199,9 +199,10 @@ impl<T> Split<T> {
         }
     }
 
-    /// Puts `used_event` just behind what was seen, the place that is the longest way off.
+    /// Puts `used_event` where the device does not come past: behind what was seen, and behind what it has used since it last
+    /// looked whether to notify, which is at most a ring; that we may have seen in part.
     fn park(&mut self) {
-        self.parked = self.seen.wrapping_sub(1);
+        self.parked = self.seen.wrapping_sub(self.slots.layout.size.min(1 << 14) + 1);
         self.slots.memory.store16(self.used_event(), self.parked, Ordering::Relaxed);
     }
 
