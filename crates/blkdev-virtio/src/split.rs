@@ -200,7 +200,8 @@ impl<T> Split<T> {
     }
 
     /// Puts `used_event` where the device does not come past: behind what was seen, and behind what it has used since it last
-    /// looked whether to notify, which is at most a ring; that we may have seen in part.
+    /// looked whether to notify, which is at most a ring; that we may have seen in part. Of the largest rings only half, as
+    /// indices count to 2^16: there it may be reached, which costs one wake-up too many.
     fn park(&mut self) {
         self.parked = self.seen.wrapping_sub(self.slots.layout.size.min(1 << 14) + 1);
         self.slots.memory.store16(self.used_event(), self.parked, Ordering::Relaxed);

@@ -1,7 +1,8 @@
 //! [`Worker`]: one thread that moves bytes between its connections and its channels, in turns.
 //!
-//! A turn takes what all readable clients have sent, up to what fits the cache, rings each device once, takes what the devices
-//! have finished and sends it. So under load everything happens in batches, without a lock, an allocation or another thread.
+//! A turn takes what all readable clients have sent, where that helps only as much as fits the cache, rings each device once,
+//! takes what the devices have finished and sends it. So under load everything happens in batches, without a lock, an
+//! allocation or another thread.
 
 use std::{
     collections::VecDeque,
@@ -529,15 +530,7 @@ impl Worker {
         activate(&mut self.active, number, conn);
         let held = conn.session.held();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
-        let wants = match conn.stall {
-            _ if conn.stream.is_none() => false,
-            Some(Stall::Turn) => conn.is_due(),
-            _ if conn.blocked => false,
-            None => conn.readable || !conn.backlog.is_empty(),
-            Some(Stall::Calls) => true,
-            Some(Stall::Memory | Stall::Disconnect) => false,
-        };
-        if !wants {
+        if !conn.wants_turn(true) {
             return 0;
         }
         if lane.starved.is_empty() || conn.session.landing().is_some() {
@@ -546,17 +539,14 @@ impl Worker {
             conn.stall = Some(Stall::Memory);
         }
         let Some(conn) = &self.conns[number as usize] else { return 0 };
-        if conn.stall == Some(Stall::Memory)
-            && let Some(lane) = &mut self.lanes[conn.lane]
-        {
-            lane.starved.push_back(number);
-        }
-        if conn.stall == Some(Stall::Turn) {
+        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
+        match conn.stall {
+            Some(Stall::Memory) => lane.starved.push_back(number),
             // Nothing but headers, mostly.
-            self.spin.count(conn.backlog.len() / REQUEST_LEN);
+            Some(Stall::Turn) => self.spin.count(conn.backlog.len() / REQUEST_LEN),
+            _ => {}
         }
-        let is_prompt = self.lanes[conn.lane].as_ref().is_some_and(|lane| lane.channel.is_prompt());
-        if is_prompt { conn.session.held().saturating_sub(held) } else { 0 }
+        if lane.channel.is_prompt() { conn.session.held().saturating_sub(held) } else { 0 }
     }
 
     /// Takes what a connection has sent until that is all, it must wait, or others should have their turn. `false`: it was at
@@ -629,17 +619,11 @@ impl Worker {
             }
             let alive = conn.send(&mut self.staging, &self.poll, number, self.now);
             let over = conn.session.is_over() && !conn.blocked;
-            let more = match conn.stall {
-                Some(Stall::Turn) => conn.is_due(),
-                _ if conn.blocked => false,
-                None => conn.readable || !conn.backlog.is_empty(),
-                // Each request that ends makes room, and queues it again.
-                Some(Stall::Calls) => conn.session.in_flight() == 0,
-                Some(Stall::Memory | Stall::Disconnect) => false,
-            };
+            // Each request that ends makes room, and queues it again.
+            let has_room = conn.session.in_flight() == 0;
             if !alive || over {
                 self.bury(number);
-            } else if more {
+            } else if conn.wants_turn(has_room) {
                 enqueue(&mut self.queue, number, conn);
             }
         }
@@ -770,10 +754,17 @@ impl Conn {
         }
     }
 
-    /// Whether it may have another turn with what has been received already: while few replies wait for room in the socket,
-    /// so that there are some to send when there is room again.
-    fn is_due(&mut self) -> bool {
-        self.session.outbox().held() < TURN
+    /// Whether it has something to do in a turn. `has_room`: for one more of its requests, if that is what it waits for.
+    fn wants_turn(&mut self, has_room: bool) -> bool {
+        match self.stall {
+            _ if self.stream.is_none() => false,
+            // Blocked or not, so that there are replies to send when there is room for them again, but not too many.
+            Some(Stall::Turn) => self.session.outbox().held() < TURN,
+            _ if self.blocked => false,
+            None => self.readable || !self.backlog.is_empty(),
+            Some(Stall::Calls) => has_room,
+            Some(Stall::Memory | Stall::Disconnect) => false,
+        }
     }
 
     /// Takes what had to wait. `false`: the connection is at its end.
