@@ -19,6 +19,28 @@ pub trait Device: Send + Sync {
     /// What the kernel or the peer refused, and what to do about it.
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
+    /// Undoes [`register`](Self::register): the device forgets the mapping and frees what it took to know it. Called when
+    /// every queue that used the memory is closed. Memory that was never registered is ignored.
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        let _ = mapping;
+    }
+
+    /// Whether the device, or the process behind it, may hold on to the physical pages of registered memory, as an IOMMU
+    /// does. If so, a page that is free must stay where it is; otherwise idle pages can be returned to the system.
+    fn pins_memory(&self) -> bool {
+        true
+    }
+
+    /// Asks the device for its size again, for devices that do not report a change on their own. Returns within a fraction
+    /// of a second, whatever the device does.
+    fn refresh(&self) {}
+
+    /// Whether the name that the device was opened by now stands for another device, so that opening it again would open
+    /// something else.
+    fn is_replaced(&self) -> bool {
+        false
+    }
+
     /// Opens one of the device's queues with room for `depth` requests (the driver may offer less; see
     /// [`Info::depth_max`]). At most [`Info::queues_max`] can be open at a time.
     ///
@@ -62,6 +84,11 @@ pub trait Queue: Send {
     /// device may still touch is [abandoned](Buf::abandon), never reused: what it may write to, and what it may read, since
     /// a write that comes late must not put another request's data on the disk.
     fn give_up(&mut self);
+
+    /// Whether the device is dead for good: whatever is pushed ends with [`Error::Gone`].
+    fn is_dead(&self) -> bool {
+        false
+    }
 }
 
 /// A request to a queue. The tag is its owner's, and comes back in the [`Completion`].

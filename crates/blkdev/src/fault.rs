@@ -116,6 +116,22 @@ impl<D: Device> Device for Fault<D> {
         self.device.register(mapping)
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        self.device.unregister(mapping);
+    }
+
+    fn pins_memory(&self) -> bool {
+        self.device.pins_memory()
+    }
+
+    fn refresh(&self) {
+        self.device.refresh();
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.device.is_replaced()
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let within = self.device.open_queue(depth)?;
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
@@ -341,6 +357,10 @@ impl Queue for FaultQueue {
 
     fn give_up(&mut self) {
         self.die();
+    }
+
+    fn is_dead(&self) -> bool {
+        self.dead || self.device_is_dead()
     }
 }
 

@@ -136,6 +136,10 @@ impl Device for Memory {
         self.disk.capacity.load(Ordering::Relaxed)
     }
 
+    fn pins_memory(&self) -> bool {
+        false
+    }
+
     fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
         Ok(())
     }
@@ -468,6 +472,10 @@ impl<S: Serve> Queue for AtOnce<S> {
 
     fn give_up(&mut self) {
         self.given_up = true;
+    }
+
+    fn is_dead(&self) -> bool {
+        self.given_up
     }
 }
 

@@ -57,6 +57,10 @@ impl Device for Null {
         self.size
     }
 
+    fn pins_memory(&self) -> bool {
+        false
+    }
+
     fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
         Ok(())
     }
