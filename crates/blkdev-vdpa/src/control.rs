@@ -152,6 +152,8 @@ fn reset(vhost: &Vhost) -> io::Result<()> {
 /// Why `len` bytes more than the `mapped` ones could not be mapped. The kernel says EFAULT, whatever the reason was.
 fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
     let what = format!("mapping {} MiB of memory for the device: {error}", len >> 20);
+    let pieces = "; if physical memory is fragmented, this takes more entries than the IOTLB of vhost has: set aside huge \
+                  pages (vm.nr_hugepages), raise the parameter max_iotlb_entries of the module vhost, or use less memory";
     let why = match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((limit, _)) if limit != RLIM_INFINITY => format!(
             "; RLIMIT_MEMLOCK is {} MiB, this device alone needs {} MiB; raise it (ulimit -l, LimitMEMLOCK= in a systemd \
@@ -159,7 +161,7 @@ fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
             limit >> 20,
             (mapped + len) >> 20
         ),
-        _ => String::new(),
+        _ => pieces.to_owned(),
     };
     io::Error::new(error.kind(), what + &why)
 }
@@ -247,6 +249,8 @@ impl Transport for Control {
                 format!("memory at {at:#x}, {len} bytes: the device reaches only {first:#x} to {last:#x}"),
             ));
         }
+        // Drivers of hardware pin the memory, and vhost's table has room for few pieces of it.
+        mapping.consolidate();
         let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
         self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(&e, len, mapped))?;
         mappings.push(Arc::clone(mapping));

@@ -64,6 +64,8 @@ impl Dma {
         let (start, len) = (mapping.iova().get(), mapping.len() as u64);
         reachable(&self.ranges, start, len)?;
         let locked = mapped.iter().map(|known| known.len() as u64).sum::<u64>();
+        // It is pinned in any case; large pieces take fewer entries of the IOMMU and of its TLB.
+        mapping.consolidate();
         match &self.way {
             Way::Container { container, .. } => {
                 let mut packet = Packet::new(32);
