@@ -71,15 +71,18 @@ impl Qemu {
     }
 
     fn start(dir: Dir, node: &str, export: &str) -> Self {
-        let socket = dir.join("socket");
+        let (socket, pid_file) = (dir.join("socket"), dir.join("pid"));
         let child = Command::new("qemu-storage-daemon")
+            .arg("--pidfile")
+            .arg(&pid_file)
             .args(["--object", "iothread,id=io0", "--blockdev", node, "--export"])
             .arg(format!("type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},{export}", socket.display()))
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon is installed");
         let end = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
+        // The socket is there a little before anything listens; the pid file comes after both.
+        while !pid_file.exists() {
             assert!(Instant::now() < end, "qemu-storage-daemon listens");
             thread::sleep(Duration::from_millis(5));
         }
