@@ -72,6 +72,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-vhost-user/src/control.rs", "memory regions told to the back end"),
     ("crates/blkdev-vhost-user/tests/common/mod.rs", "a back end that maps what it is told of"),
     ("crates/blkdev-virtio/src/model.rs", "a device that reads the rings, for tests"),
+    ("crates/blkdev-virtio/src/notifier.rs", "preadv2, which reads an eventfd without blocking"),
     ("crates/blkdev-virtio/src/shared.rs", "ring memory shared with the device"),
     ("crates/blkdev/src/arena.rs", "pieces of a mapping"),
     ("crates/blkdev/src/mem.rs", "the mapping"),

@@ -257,6 +257,18 @@ impl Transport for Control {
         Ok(())
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        if self.life.is_dead() {
+            // It may still be in use: until the device is reset, when this is dropped.
+            return Ok(());
+        }
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(at) = mappings.iter().position(|known| Arc::ptr_eq(known, mapping)) else { return Ok(()) };
+        self.iotlb(Iotlb::Invalidate, [mapping])?;
+        mappings.swap_remove(at);
+        Ok(())
+    }
+
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
         let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let set_up = || {

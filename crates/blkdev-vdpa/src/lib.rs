@@ -148,6 +148,22 @@ impl Device for Vdpa {
         self.device.register(mapping)
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        self.device.unregister(mapping);
+    }
+
+    fn pins_memory(&self) -> bool {
+        self.device.pins_memory()
+    }
+
+    fn refresh(&self) {
+        self.device.refresh();
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.device.is_replaced()
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         self.device.open_queue(depth)
     }

@@ -1,13 +1,18 @@
-//! Connects to a Unix socket, in bounded time and with an error that says what is wrong with it.
+//! Connects to a Unix socket and finds out whether a vhost-user back end is behind it, in bounded time and with an error that
+//! says what is wrong.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{fs::FileTypeExt, net::UnixStream},
+        unix::{
+            fs::{FileTypeExt, MetadataExt},
+            net::UnixStream,
+        },
     },
-    path::Path,
-    time::Duration,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -37,18 +42,90 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
         _ => {}
     }
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    // connect(2) waits while the listener's backlog is full, and honours this. 0 would mean to wait for ever.
-    let micros = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX).max(1);
-    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(micros))?;
-    match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
-        Ok(()) => Ok(UnixStream::from(fd)),
-        Err(Errno::EAGAIN) => fail(
-            io::ErrorKind::TimedOut,
-            &format!("not accepted within {timeout:?}; is the back end busy with another front end?"),
-        ),
-        Err(Errno::ECONNREFUSED) => {
-            fail(io::ErrorKind::ConnectionRefused, "nobody listens at this socket; is the back end running?")
+    let deadline = Instant::now() + timeout;
+    loop {
+        // connect(2) waits while the listener's backlog is full, and honours this. 0 would mean to wait for ever.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
+        setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(micros))?;
+        match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
+            Ok(()) => return Ok(UnixStream::from(fd)),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let why = format!("not accepted within {timeout:?}; is the back end busy with another front end?");
+                return fail(io::ErrorKind::TimedOut, &why);
+            }
+            Err(Errno::ECONNREFUSED) => {
+                let why = "nobody listens at this socket; is the back end running?";
+                return fail(io::ErrorKind::ConnectionRefused, why);
+            }
+            Err(e) => return Err(e.into()),
         }
-        Err(e) => Err(e.into()),
     }
+}
+
+/// Numbers of messages.
+const GET_FEATURES: u32 = 1;
+const SET_OWNER: u32 = 3;
+
+/// The first words, and whether the answer is one. `vhost`'s front end would wait for the rest of an answer that is none.
+pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
+    let stranger =
+        |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a vhost-user back end: {what}"));
+    let closed = || stranger("it closed the connection without an answer");
+    let reset = |e: io::Error| match e.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => closed(),
+        _ => e,
+    };
+    let words = [SET_OWNER, 1, 0, GET_FEATURES, 1, 0].map(u32::to_ne_bytes).concat();
+    let sent = stream.write_all(&words);
+    // Number, flags, length; then the features, 64 bits.
+    let mut answer = [0; 20];
+    let mut have = 0;
+    while have < answer.len() {
+        match stream.read(&mut answer[have..]) {
+            Ok(0) if have == 0 => return Err(closed()),
+            Ok(0) => return Err(stranger("it closed the connection in the middle of its first answer")),
+            Ok(more) => have += more,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(reset(e)),
+        }
+        let word =
+            |n: usize| u32::from_ne_bytes([answer[4 * n], answer[4 * n + 1], answer[4 * n + 2], answer[4 * n + 3]]);
+        if answer.starts_with(b"NBDMAGIC") {
+            return Err(stranger("it is an NBD server"));
+        }
+        if have >= 4 && word(0) != GET_FEATURES || have >= 12 && (word(1) & 0b111 != 0b101 || word(2) != 8) {
+            return Err(stranger(&format!("it says \"{}\"", answer[..have].escape_ascii())));
+        }
+    }
+    sent.map_err(reset)
+}
+
+/// A socket's name, and which socket it stood for when it was connected to.
+#[derive(Debug)]
+pub(crate) struct Name {
+    path: PathBuf,
+    was: Option<Identity>,
+}
+
+/// File system, file, and when it was made, since the number of a removed file is given to the next one.
+type Identity = (u64, u64, i64, i64);
+
+impl Name {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), was: identity(path) }
+    }
+
+    /// Whether the name stands for another socket now: its back end was started again. A name that is gone stands for none.
+    pub(crate) fn is_of_another(&self) -> bool {
+        identity(&self.path).zip(self.was).is_some_and(|(now, was)| now != was)
+    }
+}
+
+fn identity(path: &Path) -> Option<Identity> {
+    let file = fs::metadata(path).ok()?;
+    // Only what was made later has another time of birth; the time of change moves with each chmod(2).
+    let born = file.created().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
+    Some((file.dev(), file.ino(), born.as_secs() as i64, i64::from(born.subsec_nanos())))
 }

@@ -13,7 +13,8 @@ use std::{
 };
 
 use blkdev::Mapping;
-use blkdev_virtio::{Doorbell, Format, Life, Ring, Transport};
+use blkdev_virtio::{Doorbell, Format, Life, Notifier, Ring, Transport};
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
@@ -21,9 +22,13 @@ use vhost::{
         message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
     },
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::{requests::Requests, watch::Watch};
+use crate::{
+    connect::{Name, greet},
+    requests::Requests,
+    watch::{GONE, LATE, Watch},
+};
 
 /// Memory regions in one SET_MEM_TABLE that every back end takes (the specification's VHOST_MEMORY_BASELINE_NREGIONS).
 const REGIONS_MAX: usize = 8;
@@ -44,6 +49,7 @@ const MESSAGE_MAX: usize = 4096;
 /// A control socket whose protocol features have been negotiated.
 pub(crate) struct Control {
     target: String,
+    name: Name,
     life: Arc<Life>,
     timeout: Duration,
     features: u64,
@@ -70,16 +76,27 @@ struct Running {
     config: VringConfigData,
     kick: EventFd,
     call: EventFd,
+    /// The queue's owner kicks with this one,
+    bell: Arc<Notifier>,
+    /// and who starts the queue again with this.
+    nudge: Arc<Notifier>,
 }
 
 impl Control {
     /// `left` of the time for connecting; `timeout` for every exchange after it.
-    pub(crate) fn negotiate(stream: UnixStream, target: String, left: Duration, timeout: Duration) -> io::Result<Self> {
-        let life = Life::new(format!("vhost-user {target}"));
+    pub(crate) fn negotiate(
+        stream: UnixStream,
+        target: String,
+        name: Name,
+        left: Duration,
+        timeout: Duration,
+    ) -> io::Result<Self> {
+        let life = Life::in_another_process(format!("vhost-user {target}"));
         let (ours, requests) = UnixStream::pair()?;
         let watch = Watch::new(stream.try_clone()?, Requests::new(ours)?, Arc::clone(&life))?;
         let mut control = Self {
             target,
+            name,
             life,
             timeout: left,
             features: 0,
@@ -94,9 +111,12 @@ impl Control {
             }),
             watch,
         };
+        control.watch.within(left, || greet(&control.stream)).map_err(|e| match control.watch.was_late() {
+            true => control.explain("greeting", &e),
+            false => e,
+        })?;
         let (features, protocol, queues, slots) = control.exchange("greeting", |state| {
             let frontend = &mut state.frontend;
-            frontend.set_owner()?;
             let features = frontend.get_features()?;
             let mut protocol = VhostUserProtocolFeatures::empty();
             if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
@@ -145,10 +165,34 @@ impl Control {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Talks to the back end, in bounded time.
+    /// Talks to the back end, in bounded time. An error that is not a refusal leaves the stream out of step, and so ends the
+    /// device.
     fn exchange<R>(&self, what: &str, talk: impl FnOnce(&mut State) -> vhost::Result<R>) -> io::Result<R> {
         let mut state = self.state();
-        self.watch.within(self.timeout, || talk(&mut state)).map_err(|e| self.explain(what, &e))
+        self.in_step().map_err(|e| self.fatal(what, &e))?;
+        let result = self.watch.within(self.timeout, || talk(&mut state));
+        result.map_err(|e| if is_refusal(&e) { self.explain(what, &e) } else { self.fatal(what, &e) })
+    }
+
+    /// Bytes that wait now answer no message: taken for the next message's answer, they would be one behind for good.
+    fn in_step(&self) -> io::Result<()> {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.stream.as_raw_fd(), &mut [0; 1], peek) {
+            Ok(1..) => Err(io::Error::new(io::ErrorKind::InvalidData, "the back end answers what it was not asked")),
+            // Its end shows in the exchange.
+            _ => Ok(()),
+        }
+    }
+
+    /// The error of an exchange after which no other one is possible.
+    fn fatal(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
+        let error = self.explain(what, error);
+        match error.kind() {
+            io::ErrorKind::TimedOut => self.watch.end(LATE),
+            io::ErrorKind::ConnectionReset => self.watch.end(GONE),
+            _ => self.watch.end(&format!("{error}; the device is not used any more")),
+        }
+        error
     }
 
     fn explain(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
@@ -157,13 +201,18 @@ impl Control {
             let why = format!("{what}: no answer within {:?}{busy}", self.timeout);
             return io::Error::new(io::ErrorKind::TimedOut, why);
         }
-        if self.life.is_dead() {
+        if self.life.is_dead() || self.is_closed() {
             return io::Error::new(
                 io::ErrorKind::ConnectionReset,
                 format!("{what}: the back end closed the connection ({error})"),
             );
         }
         io::Error::other(format!("{what}: {error}"))
+    }
+
+    fn is_closed(&self) -> bool {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        !matches!(recv(self.stream.as_raw_fd(), &mut [0; 1], peek), Ok(1..) | Err(nix::errno::Errno::EAGAIN))
     }
 
     /// One GET_CONFIG. `Ok(0)`: the back end refused the size.
@@ -191,7 +240,12 @@ impl Control {
         let mut payload = vec![0; len];
         stream.read_exact(&mut payload)?;
         let Some(body) = payload.get(CONFIG_HEADER..) else { return Ok(0) };
-        let size = u32::from_ne_bytes([payload[4], payload[5], payload[6], payload[7]]) as usize;
+        let word = |at: usize| u32::from_ne_bytes([payload[at], payload[at + 1], payload[at + 2], payload[at + 3]]);
+        if word(0) != 0 {
+            let why = format!("the configuration from byte {} on, where it was asked for from the first", word(0));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        let size = word(4) as usize;
         let count = body.len().min(size).min(config.len());
         config[..count].copy_from_slice(&body[..count]);
         Ok(count)
@@ -209,6 +263,39 @@ impl Control {
         let message = fields.map(u32::to_ne_bytes).concat();
         let sent = (&self.stream).write_all(&message);
         sent.map_err(|e| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::SocketError(e)))
+    }
+
+    /// Gives the back end the table of all `regions`. It takes the place of the old one, under requests that use it. So the
+    /// queues stop meanwhile, which waits for what the back end has taken up; what it has not is still in the ring when they
+    /// go on. After an error queues may stand still, and the device is dead.
+    fn replace_table(&self, state: &mut State) -> vhost::Result<()> {
+        let State { frontend, regions, running } = state;
+        let mut replace = || {
+            let mut stopped = Vec::new();
+            for index in running.keys() {
+                stopped.push((*index, Self::stop(frontend, *index)?));
+            }
+            let table: Vec<_> = regions.iter().map(region).collect();
+            frontend.set_mem_table(&table)?;
+            for (index, base) in stopped {
+                let ring = &running[&index];
+                self.start(frontend, index, base, ring)?;
+                // For what was made available while the queue stood still.
+                ring.nudge.ring();
+            }
+            Ok(())
+        };
+        let replaced = replace();
+        if let Err(e) = &replaced
+            && !running.is_empty()
+        {
+            // One that is no refusal is told by `fatal`.
+            if is_refusal(e) {
+                let why = format!("the back end refuses another memory table ({e}); the device is not used any more");
+                self.watch.end(&why);
+            }
+        }
+        replaced
     }
 
     fn start(&self, frontend: &mut Frontend, index: u16, base: u32, ring: &Running) -> vhost::Result<()> {
@@ -274,8 +361,8 @@ impl Transport for Control {
             if want > bytes.len() || want <= best {
                 continue;
             }
-            let count = self.watch.within(self.timeout, || self.ask_config(want, bytes));
-            best = best.max(count.map_err(|e| self.explain("reading the configuration", &e))?);
+            let count = self.in_step().and_then(|()| self.watch.within(self.timeout, || self.ask_config(want, bytes)));
+            best = best.max(count.map_err(|e| self.fatal("reading the configuration", &e))?);
             if best >= needed {
                 break;
             }
@@ -306,7 +393,7 @@ impl Transport for Control {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         self.exchange("adding memory", |state| {
-            let State { frontend, regions, running } = state;
+            let State { frontend, regions, .. } = state;
             if regions.iter().any(|known| Arc::ptr_eq(known, mapping)) {
                 return Ok(Ok(()));
             }
@@ -321,28 +408,41 @@ impl Transport for Control {
                 regions.push(Arc::clone(mapping));
                 return Ok(Ok(()));
             }
-            // A new table takes the place of the old one, under requests that use it. So the queues stop meanwhile, which waits
-            // for what the back end has taken up; what it has not is still in the ring when they go on.
-            let mut stopped = Vec::new();
-            for index in running.keys() {
-                stopped.push((*index, Self::stop(frontend, *index)?));
-            }
             regions.push(Arc::clone(mapping));
-            let table: Vec<_> = regions.iter().map(region).collect();
-            frontend.set_mem_table(&table)?;
-            for (index, base) in stopped {
-                let ring = &running[&index];
-                self.start(frontend, index, base, ring)?;
-                // For what was made available while the queue stood still.
-                let _ = ring.kick.write(1);
+            let replaced = self.replace_table(state);
+            if replaced.is_err() {
+                state.regions.pop();
             }
-            Ok(Ok(()))
+            replaced.map(Ok)
         })?
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let is_it = |known: &Arc<Mapping>| Arc::ptr_eq(known, mapping);
+        if self.life.is_dead() {
+            self.state().regions.retain(|known| !is_it(known));
+            return Ok(());
+        }
+        self.exchange("removing memory", |state| {
+            let Some(at) = state.regions.iter().position(is_it) else { return Ok(()) };
+            if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+                // Refused, the slot stays taken.
+                state.frontend.remove_mem_region(&region(mapping))?;
+                state.regions.remove(at);
+                return Ok(());
+            }
+            state.regions.remove(at);
+            self.replace_table(state)
+        })
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.name.is_of_another()
+    }
+
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
-        let kick = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let bell = Kick(Arc::new(kick.try_clone()?));
+        let bell = Arc::new(Notifier::new()?);
+        let nudge = Arc::new(bell.duplicate()?);
         let running = Running {
             format: ring.format,
             config: VringConfigData {
@@ -354,17 +454,24 @@ impl Transport for Control {
                 avail_ring_addr: ring.driver.get(),
                 log_addr: None,
             },
-            kick,
+            kick: duplicate(bell.as_fd())?,
             call: duplicate(ring.call)?,
+            bell: Arc::clone(&bell),
+            nudge,
         };
         self.exchange("starting a queue", |state| {
             // At index 0; of a packed ring both wrap counters are 1.
             let base = if running.format == Format::Packed { 0x8000_8000 } else { 0 };
-            self.start(&mut state.frontend, index, base, &running)?;
+            if let Err(e) = self.start(&mut state.frontend, index, base, &running) {
+                // It may have begun to work on memory that the next queue is going to have.
+                Self::stop(&state.frontend, index)?;
+                return Err(e);
+            }
+            self.watch.guard([&running.bell, &running.nudge]);
             state.running.insert(index, running);
             Ok(())
         })?;
-        Ok(bell)
+        Ok(Kick(bell))
     }
 
     fn run(&self) -> io::Result<()> {
@@ -373,7 +480,9 @@ impl Transport for Control {
 
     fn stop_queue(&self, index: u16) -> io::Result<()> {
         self.exchange("stopping a queue", |state| {
-            state.running.remove(&index);
+            if let Some(Running { bell, nudge, .. }) = state.running.remove(&index) {
+                self.watch.unguard([&bell, &nudge]);
+            }
             Self::stop(&state.frontend, index).map(drop)
         })
     }
@@ -394,22 +503,29 @@ fn region(mapping: &Arc<Mapping>) -> VhostUserMemoryRegionInfo {
     }
 }
 
+/// Whether the back end has answered, by saying no, or was not asked at all. Any other error leaves an answer, or a part of
+/// one, that would be taken for the next message's.
+fn is_refusal(error: &vhost::Error) -> bool {
+    use vhost::vhost_user::Error::{BackendInternalError, InactiveFeature, InactiveOperation, InvalidParam};
+    let vhost::Error::VhostUserProtocol(error) = error else { return false };
+    matches!(error, BackendInternalError | InactiveFeature(_) | InactiveOperation(_) | InvalidParam)
+}
+
 /// The eventfd, in the type that `vhost` takes.
-fn duplicate(call: BorrowedFd<'_>) -> io::Result<EventFd> {
-    let fd = call.try_clone_to_owned()?.into_raw_fd();
+fn duplicate(eventfd: BorrowedFd<'_>) -> io::Result<EventFd> {
+    let fd = eventfd.try_clone_to_owned()?.into_raw_fd();
     // SAFETY: a descriptor that was duplicated just now belongs to nobody else; `EventFd` closes it.
     Ok(unsafe { EventFd::from_raw_fd(fd) })
 }
 
 /// The eventfd that tells the back end to look at a queue.
 #[derive(Clone, Debug)]
-pub(crate) struct Kick(Arc<EventFd>);
+pub(crate) struct Kick(Arc<Notifier>);
 
 impl Doorbell for Kick {
     #[inline]
     fn ring(&self) {
-        // EAGAIN: the counter is full, so the back end will not sleep either.
-        let _ = self.0.write(1);
+        self.0.ring();
     }
 }
 

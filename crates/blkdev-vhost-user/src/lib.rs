@@ -86,9 +86,11 @@ impl VhostUser {
         let begin = Instant::now();
         let target = options.path.display().to_string();
         let named = |e: io::Error| io::Error::new(e.kind(), format!("vhost-user {target}: {e}"));
+        let name = connect::Name::new(&options.path);
         let stream = connect::connect(&options.path, options.connect_timeout).map_err(named)?;
         let left = options.connect_timeout.saturating_sub(begin.elapsed());
-        let control = Control::negotiate(stream, target.clone(), left, options.connect_timeout).map_err(named)?;
+        let control = Control::negotiate(stream, target.clone(), name, left, options.connect_timeout);
+        let control = control.map_err(named)?;
         let device = VirtioBlk::open(
             control,
             &blkdev_virtio::Options {
@@ -116,6 +118,22 @@ impl Device for VhostUser {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         self.device.register(mapping)
+    }
+
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        self.device.unregister(mapping);
+    }
+
+    fn pins_memory(&self) -> bool {
+        self.device.pins_memory()
+    }
+
+    fn refresh(&self) {
+        self.device.refresh();
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.device.is_replaced()
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {

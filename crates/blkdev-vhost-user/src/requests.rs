@@ -20,6 +20,18 @@ const NEED_REPLY: u32 = 1 << 3;
 const HEADER: usize = 12;
 const PAYLOAD_MAX: usize = 4096;
 
+/// Reads of [`Requests::take`] at most, each of 1 KiB.
+const READS: usize = 4;
+
+/// What [`Requests::take`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Taken {
+    /// The configuration has changed.
+    pub(crate) changed: bool,
+    /// There is more to take.
+    pub(crate) more: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct Requests {
     stream: UnixStream,
@@ -40,16 +52,19 @@ impl Requests {
         (!self.over).then(|| self.stream.as_fd())
     }
 
-    /// Takes what has come in, without waiting. Tells whether the configuration has changed.
-    pub(crate) fn take(&mut self) -> bool {
-        let mut changed = false;
+    /// Takes what has come in, without waiting, and of a flood only a part.
+    pub(crate) fn take(&mut self) -> Taken {
+        let mut taken = Taken { changed: false, more: true };
         let mut bytes = [0; 1024];
-        loop {
+        for _ in 0..READS {
             match self.stream.read(&mut bytes) {
                 Ok(0) => self.over = true,
                 Ok(len) => self.received.extend_from_slice(&bytes[..len]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return changed,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    taken.more = false;
+                    return taken;
+                }
                 Err(_) => self.over = true,
             }
             while let Some((request, flags, len)) = self.header() {
@@ -61,7 +76,7 @@ impl Requests {
                     break;
                 }
                 self.received.drain(..HEADER + len);
-                changed |= request == CONFIG_CHANGE;
+                taken.changed |= request == CONFIG_CHANGE;
                 if flags & NEED_REPLY != 0 {
                     // Zero stands for success, and this is the one request that means anything here.
                     let words = [request, VERSION | REPLY, 8, u32::from(request != CONFIG_CHANGE), 0];
@@ -69,9 +84,11 @@ impl Requests {
                 }
             }
             if self.over {
-                return changed;
+                taken.more = false;
+                break;
             }
         }
+        taken
     }
 
     /// Number, flags and length of the payload of the message that has begun.
@@ -99,12 +116,27 @@ mod tests {
             theirs.write_all(&all[..cut]).unwrap();
             let first = requests.take();
             theirs.write_all(&all[cut..]).unwrap();
-            assert!(first | requests.take(), "cut at {cut}");
+            assert!(first.changed | requests.take().changed, "cut at {cut}");
             assert!(requests.incoming().is_some());
             let mut answers = [0; 40];
             theirs.read_exact(&mut answers).unwrap();
             assert_eq!(answers[..], message(&[99, 5, 8, 1, 0, CONFIG_CHANGE, 5, 8, 0, 0]));
         }
+    }
+
+    #[test]
+    fn a_flood_is_taken_in_parts() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut requests = Requests::new(ours).unwrap();
+        let flood = message(&[CONFIG_CHANGE, 1, 0]).repeat(1000);
+        theirs.write_all(&flood).unwrap();
+        assert_eq!(requests.take(), Taken { changed: true, more: true });
+        let mut parts = 2;
+        while requests.take().more {
+            parts += 1;
+        }
+        assert!(parts >= flood.len() / (READS * 1024), "{parts}");
+        assert!(requests.incoming().is_some());
     }
 
     #[test]
@@ -115,7 +147,7 @@ mod tests {
             theirs.write_all(&bytes).unwrap();
             let keep = (!close).then(|| theirs.try_clone().unwrap());
             drop(theirs);
-            assert!(!requests.take());
+            assert!(!requests.take().changed);
             assert!(requests.incoming().is_none());
             drop(keep);
         }

@@ -1,4 +1,5 @@
-//! A thread that watches the control socket: it notices that the back end has gone, and that it is late with an answer.
+//! A thread that watches the control socket: it notices that the back end has gone, that it is late with an answer, and that
+//! it has made a thread of ours block.
 //!
 //! Receive time-outs on the socket would not do: `vhost`'s front end takes EAGAIN for "try again", for ever.
 
@@ -14,13 +15,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev_virtio::Life;
+use blkdev_virtio::{Life, Notifier};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
 
 use crate::requests::Requests;
+
+/// How often it looks for threads that the back end has made block.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// After a part of a flood of requests, the channel is left alone for so long.
+const REST: Duration = Duration::from_millis(20);
+
+/// Why a device ends.
+pub(crate) const GONE: &str = "the back end closed the connection; the device is not used any more";
+pub(crate) const LATE: &str = "the back end did not answer a control message in time; the device is not used any more";
+const BLOCKS: &str = "the back end made the eventfd of a kick block; the device is not used any more";
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -48,6 +60,8 @@ struct State {
     /// Connecting has succeeded: from here on the log is told when the back end goes.
     established: bool,
     stop: bool,
+    /// The eventfds of kicks, and what [`Notifier::is_stuck`] saw last.
+    kicks: Vec<(Arc<Notifier>, u64)>,
 }
 
 impl Watch {
@@ -77,6 +91,21 @@ impl Watch {
         self.shared.state().established = true;
     }
 
+    /// Has an eye on the eventfds, in which a kick must not block.
+    pub(crate) fn guard(&self, kicks: [&Arc<Notifier>; 2]) {
+        self.shared.change(|state| state.kicks.extend(kicks.map(|kick| (Arc::clone(kick), 0))));
+    }
+
+    pub(crate) fn unguard(&self, kicks: [&Arc<Notifier>; 2]) {
+        self.shared.state().kicks.retain(|(known, _)| !kicks.iter().any(|kick| Arc::ptr_eq(kick, known)));
+    }
+
+    /// Ends the device and the connection.
+    pub(crate) fn end(&self, why: &str) {
+        let established = self.shared.state().established;
+        self.shared.end(established, why);
+    }
+
     /// Readable when the back end has said that its configuration has changed.
     pub(crate) fn config_changes(&self) -> BorrowedFd<'_> {
         self.shared.config_changes.as_fd()
@@ -98,55 +127,87 @@ impl Shared {
         let _ = self.wake.write(1);
     }
 
+    fn end(&self, established: bool, why: &str) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+        if established {
+            self.life.end(why);
+        } else {
+            // The thread that connects reports the reason.
+            self.life.end_quietly();
+        }
+    }
+
     fn run(&self, mut requests: Requests) {
+        // The connection has ended. The thread goes on: what blocks must be freed then, too.
+        let mut over = false;
+        let mut rest: Option<Instant> = None;
         loop {
-            let timeout = match self.state().deadline {
-                None => PollTimeout::NONE,
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
-                    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-                }
+            let now = Instant::now();
+            rest = rest.filter(|end| *end > now);
+            let (deadline, looks) = {
+                let state = self.state();
+                (state.deadline.filter(|_| !over), over || !state.kicks.is_empty())
             };
-            let incoming = requests.incoming();
-            let mut fds = [
-                PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)),
-                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
-                PollFd::new(incoming.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN),
-            ];
+            let ends = [deadline, rest, looks.then(|| now + LOOK)];
+            let timeout = ends.into_iter().flatten().min().map_or(PollTimeout::NONE, |end| {
+                let left = end.saturating_duration_since(now) + Duration::from_micros(999);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            });
+            let incoming = requests.incoming().filter(|_| !over && rest.is_none());
+            let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
+            let stream = PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
+            let incoming_fd = PollFd::new(incoming.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN);
+            let mut fds = [wake, incoming_fd, stream];
+            let watched = if over { 1 } else { 3 };
             // EINTR is as good as nothing having happened.
-            let _ = poll(&mut fds, timeout);
+            let _ = poll(&mut fds[..watched], timeout);
             // `None`: flags that nix has no name for, such as the one asked for.
-            let gone = fds[0].any() != Some(false);
-            if incoming.is_some() && fds[2].any() != Some(false) && requests.take() {
-                // Not read from here, but by whoever wants to know: this thread sees to it that reading ends.
-                let _ = self.config_changes.write(1);
+            let gone = !over && fds[2].any() != Some(false);
+            if incoming.is_some() && fds[1].any() != Some(false) {
+                let taken = requests.take();
+                if taken.changed {
+                    // Not read from here, but by the thread that wants to know: this one sees to it that reading ends.
+                    let _ = self.config_changes.write(1);
+                }
+                if taken.more {
+                    rest = Some(Instant::now() + REST);
+                }
             }
             let _ = self.wake.read();
 
             let mut state = self.state();
             if state.stop {
+                drop(state);
+                self.life.unblock(true);
                 return;
             }
-            let late = !gone && state.deadline.is_some_and(|deadline| deadline <= Instant::now());
-            if !gone && !late {
-                continue;
-            }
-            state.late = late;
+            let stuck: Vec<_> = state
+                .kicks
+                .iter_mut()
+                .filter_map(|(kick, seen)| kick.is_stuck(seen).then(|| Arc::clone(kick)))
+                .collect();
+            let late = !over && !gone && state.deadline.is_some_and(|deadline| deadline <= Instant::now());
+            state.late |= late;
             let established = state.established;
             drop(state);
-            let _ = self.stream.shutdown(Shutdown::Both);
-            let why = if late {
-                "the back end did not answer a control message in time; the device is not used any more"
-            } else {
-                "the back end closed the connection; the device is not used any more"
-            };
-            if established {
-                self.life.end(why);
-            } else {
-                // Whoever is connecting reports the reason.
-                self.life.end_quietly();
+            if gone || late || !stuck.is_empty() {
+                over = true;
+                self.end(
+                    established,
+                    if late {
+                        LATE
+                    } else if gone {
+                        GONE
+                    } else {
+                        BLOCKS
+                    },
+                );
             }
-            return;
+            // Freed only when the device is dead, so that no other kick follows.
+            for kick in stuck {
+                kick.unblock();
+            }
+            self.life.unblock(false);
         }
     }
 }

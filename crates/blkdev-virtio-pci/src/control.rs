@@ -286,6 +286,10 @@ impl Transport for Control {
         self.pci.dma_map(mapping)
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.pci.dma_unmap(mapping)
+    }
+
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Bell> {
         let fail = |why: &str| Err(io::Error::other(format!("queue {index}: {why}")));
         let _one = self.select.lock().unwrap_or_else(PoisonError::into_inner);

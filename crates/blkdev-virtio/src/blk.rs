@@ -5,16 +5,13 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering, fence},
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
     },
     time::{Duration, Instant},
 };
 
 use blkdev::{Caps, Completion, Device, Error, Info, Mapping, Op, Request};
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::{EfdFlags, EventFd},
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
@@ -26,7 +23,7 @@ use virtio_bindings::{
 };
 
 use crate::{
-    Doorbell, Format, Life, Ring, Transport,
+    Doorbell, Format, Life, Notifier, Ring, Transport,
     config::{self, Config, SECTOR, WRITEBACK, has},
     packed::Packed,
     ring::{Chain, Data, Layout, Place, Used, Virtqueue},
@@ -47,6 +44,9 @@ const PROBE: usize = 65536;
 
 /// How long a queue that is dropped waits for what is in flight.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How often a thread that waits for the device looks whether it is dead.
+const GLANCE: Duration = Duration::from_millis(200);
 
 /// What the user can choose.
 #[derive(Clone, Debug)]
@@ -93,8 +93,8 @@ pub enum WriteCache {
 #[derive(Debug)]
 pub struct VirtioBlk<T: Transport> {
     core: Arc<Core<T>>,
-    /// Where the device tells of changes.
-    _watch: Option<Watch>,
+    /// Reads the configuration again when it may have changed.
+    watch: Watch,
 }
 
 /// What the device and its queues share.
@@ -106,6 +106,8 @@ pub(crate) struct Core<T: Transport> {
     config: Config,
     /// Bytes, a multiple of the block size.
     capacity: AtomicU64,
+    /// What the device said last.
+    block_size: AtomicU32,
     format: Format,
     indirect: bool,
     event_idx: bool,
@@ -130,7 +132,7 @@ struct Station<D> {
 #[derive(Clone, Debug)]
 struct Fixed<D> {
     bell: D,
-    call: Arc<EventFd>,
+    call: Arc<Notifier>,
     /// How far it had got when it was closed.
     place: Place,
 }
@@ -223,6 +225,7 @@ impl<T: Transport> VirtioBlk<T> {
             life,
             info,
             capacity: AtomicU64::new(config.capacity),
+            block_size: AtomicU32::new(config.block_size),
             config,
             format,
             indirect,
@@ -255,8 +258,8 @@ impl<T: Transport> VirtioBlk<T> {
             );
         }
         let core = Arc::new(core);
-        let _watch = Watch::new(&core)?;
-        Ok(Self { core, _watch })
+        let watch = Watch::new(&core)?;
+        Ok(Self { core, watch })
     }
 
     /// The way to the device.
@@ -278,6 +281,29 @@ impl<T: Transport> Device for VirtioBlk<T> {
         self.core.transport.register(mapping)
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        if let Err(e) = self.core.transport.unregister(mapping) {
+            let (driver, target) = (self.core.info.driver, &self.core.info.target);
+            log::warn!("{driver} {target}: cannot remove {} MiB of memory: {e}", mapping.len() >> 20);
+        }
+    }
+
+    /// An IOMMU holds on to the pages; so does a back end in another process that maps them for hardware of its own, as SPDK
+    /// does. It would go on with the old pages where we see new ones.
+    fn pins_memory(&self) -> bool {
+        true
+    }
+
+    fn refresh(&self) {
+        if self.core.transport.config_changes().is_none() && !self.core.life.is_dead() {
+            self.watch.refresh();
+        }
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.core.transport.is_replaced()
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
         match self.core.format {
             Format::Split => Queue::<T, Split<Request>>::open(&self.core, depth),
@@ -287,7 +313,7 @@ impl<T: Transport> Device for VirtioBlk<T> {
 }
 
 /// A started queue: its ring, its doorbell, and the eventfd that the device writes to.
-type Started<T, V> = (V, <T as Transport>::Doorbell, Arc<EventFd>);
+type Started<T, V> = (V, <T as Transport>::Doorbell, Arc<Notifier>);
 
 /// What the requests that are sent at open told.
 struct Probe {
@@ -331,8 +357,8 @@ impl<T: Transport> Core<T> {
     }
 
     /// Makes the device begin to work on new rings.
-    fn begin(&self, index: u16, layout: &Layout) -> io::Result<(T::Doorbell, Arc<EventFd>)> {
-        let call = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+    fn begin(&self, index: u16, layout: &Layout) -> io::Result<(T::Doorbell, Arc<Notifier>)> {
+        let call = Arc::new(Notifier::new()?);
         let [descriptors, driver, device] = layout.addresses(&self.rings, self.ring_at(index));
         let ring = Ring { format: self.format, size: layout.size, descriptors, driver, device, call: call.as_fd() };
         let bell = self.transport.start_queue(index, &ring)?;
@@ -385,7 +411,10 @@ impl<T: Transport> Core<T> {
         let name = format_args!("{} {}", self.info.driver, self.info.target);
         let mut bytes = [0; config::LEN];
         let now = match self.transport.read_config(&mut bytes, 8) {
-            Ok(len) => config::capacity(&bytes[..len], self.config.block_size),
+            Ok(len) => {
+                self.compare_blocks(&bytes[..len]);
+                config::capacity(&bytes[..len], self.config.block_size)
+            }
             Err(e) => {
                 return self.end(&format!("after a change of configuration: {e}; the device is not used any more"));
             }
@@ -398,6 +427,19 @@ impl<T: Transport> Core<T> {
                 }
             }
             Err(e) => log::warn!("{name}: a change of configuration is left alone: {e}"),
+        }
+    }
+
+    /// Whoever uses the device relies on the block size, so a new one counts only for those who open it from now on.
+    fn compare_blocks(&self, bytes: &[u8]) {
+        let Some(now) = config::block_size(bytes).filter(|_| self.config.tells_block_size) else { return };
+        if self.block_size.swap(now, Ordering::Relaxed) != now && now != self.config.block_size {
+            log::warn!(
+                "{} {}: the block size has changed from {} to {now} bytes; open the device again to use it",
+                self.info.driver,
+                self.info.target,
+                self.config.block_size
+            );
         }
     }
 
@@ -443,8 +485,8 @@ impl<T: Transport> Core<T> {
                     }
                     Ok(None) => {}
                 }
-                let _ = call.read();
-                if ring.arm() && !self.life.is_dead() && !wait(&call, deadline) {
+                call.drain();
+                if ring.arm() && !self.life.is_dead() && !wait(&call, &self.life, deadline) {
                     let why = "the device does not answer a request for its serial number or its first block";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
@@ -479,13 +521,15 @@ fn text(memory: &Shared, len: usize) -> String {
     String::from_utf8_lossy(&bytes).trim().chars().filter(|c| !c.is_control()).collect()
 }
 
-/// Waits until `call` is readable. `false`: it was not in time.
-fn wait(call: &EventFd, deadline: Instant) -> bool {
+/// Waits until `call` is readable or the device has died. `false`: neither was so in time.
+fn wait(call: &Notifier, life: &Life, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up: a wait of 0 ms just before the deadline would spin.
-        let timeout = PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
+        // A peer that shares the eventfd can take the wake-up away, so `life` is looked at now and then. Rounded up: a wait of
+        // 0 ms just before the deadline would spin.
+        let timeout = PollTimeout::try_from(left.min(GLANCE) + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(call.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) if life.is_dead() => return true,
             Ok(0) if left.is_zero() => return false,
             Ok(0) | Err(nix::errno::Errno::EINTR) => {}
             Ok(_) => return true,
@@ -506,7 +550,7 @@ struct Queue<T: Transport, V: Virtqueue<Request>> {
     index: u16,
     ring: V,
     bell: T::Doorbell,
-    call: Arc<EventFd>,
+    call: Arc<Notifier>,
     /// The eventfd may have been written to: since it was last emptied, the queue has been armed.
     drain_call: bool,
     /// What ended when it was pushed.
@@ -602,8 +646,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
 
     fn arm(&mut self) -> bool {
         if self.drain_call {
-            // EAGAIN: nobody had written.
-            let _ = self.call.read();
+            self.call.drain();
             self.drain_call = false;
         }
         // After the eventfd was emptied: `Life::end` marks first and writes then.
@@ -622,6 +665,10 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
             self.index,
             self.ring.in_flight()
         ));
+    }
+
+    fn is_dead(&self) -> bool {
+        self.core.life.is_dead()
     }
 }
 
@@ -658,7 +705,7 @@ impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
             if self.ring.in_flight() == 0 || self.core.life.is_dead() {
                 break;
             }
-            if blkdev::Queue::arm(self) && !wait(&self.call, deadline) {
+            if blkdev::Queue::arm(self) && !wait(&self.call, &self.core.life, deadline) {
                 blkdev::Queue::give_up(self);
             }
         }

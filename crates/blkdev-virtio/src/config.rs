@@ -57,6 +57,8 @@ pub(crate) struct Config {
     /// Bytes, a multiple of `block_size`.
     pub(crate) capacity: u64,
     pub(crate) block_size: u32,
+    /// The block size stands in the configuration.
+    pub(crate) tells_block_size: bool,
     pub(crate) preferred_block_size: u32,
     /// The longest piece that one descriptor may describe, in bytes.
     pub(crate) segment_max: u32,
@@ -132,6 +134,7 @@ impl Config {
         Ok(Self {
             capacity,
             block_size,
+            tells_block_size: has(VIRTIO_BLK_F_BLK_SIZE),
             // Below a page no device is faster, and most back ends have a page cache.
             preferred_block_size: preferred_block_size.max(PAGE as u32),
             segment_max: segment_max as u32,
@@ -160,6 +163,11 @@ pub(crate) fn capacity(bytes: &[u8], block_size: u32) -> io::Result<u64> {
     let capacity = sectors.checked_mul(SECTOR).filter(|bytes| i64::try_from(*bytes).is_ok());
     let capacity = capacity.ok_or_else(|| invalid(format!("a capacity of {sectors} sectors, more than 2^63 bytes")))?;
     Ok(capacity / u64::from(block_size) * u64::from(block_size))
+}
+
+/// The block size, where the configuration is long enough to have one.
+pub(crate) fn block_size(bytes: &[u8]) -> Option<u32> {
+    (bytes.len() >= 24).then(|| number(bytes, 20, 4) as u32)
 }
 
 /// The little-endian number in `len` bytes from `at` on; bytes that are not there count as zero.

@@ -12,6 +12,7 @@ mod config;
 mod life;
 #[cfg(feature = "model")]
 pub mod model;
+mod notifier;
 mod packed;
 mod ring;
 mod shared;
@@ -22,4 +23,5 @@ mod watch;
 
 pub use blk::{Options, VirtioBlk, WriteCache};
 pub use life::Life;
+pub use notifier::Notifier;
 pub use transport::{Doorbell, Format, Ring, Transport};

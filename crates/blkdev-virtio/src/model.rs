@@ -299,6 +299,25 @@ impl Model {
         Ok(())
     }
 
+    /// Forgets the memory at an address. Returns whether there was any.
+    ///
+    /// # Panics
+    /// When another thread has panicked.
+    pub fn unmap(&self, iova: u64) -> bool {
+        let mut memory = self.memory.write().unwrap();
+        let before = memory.len();
+        memory.retain(|region| region.iova != iova);
+        memory.len() < before
+    }
+
+    /// How many stretches of the driver's memory it knows.
+    ///
+    /// # Panics
+    /// When another thread has panicked.
+    pub fn regions(&self) -> usize {
+        self.memory.read().unwrap().len()
+    }
+
     /// Forgets all memory.
     pub fn unmap_all(&self) {
         self.memory.write().unwrap().clear();
@@ -958,6 +977,15 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         self.model.map(mapping.iova().get(), mapping.len(), mapping.as_fd(), 0)?;
         self.memory.lock().unwrap().push(Arc::clone(mapping));
+        Ok(())
+    }
+
+    fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let mut memory = self.memory.lock().unwrap();
+        if let Some(at) = memory.iter().position(|known| Arc::ptr_eq(known, mapping)) {
+            memory.swap_remove(at);
+            self.model.unmap(mapping.iova().get());
+        }
         Ok(())
     }
 

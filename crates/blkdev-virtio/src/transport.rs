@@ -68,6 +68,17 @@ pub trait Transport: Send + Sync + 'static {
     /// What the kernel or the peer refused.
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
+    /// Undoes [`register`](Self::register), when no queue uses the memory any more. Memory that is not registered is ignored.
+    ///
+    /// # Errors
+    /// What the kernel or the peer refused. The memory then stays registered.
+    fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
+
+    /// Whether the name that the device was opened by now stands for another device.
+    fn is_replaced(&self) -> bool {
+        false
+    }
+
     /// Starts queue `index`: the device works on the ring from the return on, or from [`run`](Self::run) on where queues
     /// cannot be [restarted](Self::RESTARTS).
     ///
