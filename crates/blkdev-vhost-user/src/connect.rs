@@ -72,9 +72,12 @@ const SET_OWNER: u32 = 3;
 pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
     let stranger =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a vhost-user back end: {what}"));
-    let closed = || stranger("it closed the connection without an answer");
-    let reset = |e: io::Error| match e.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => closed(),
+    let closed = |have: usize| {
+        let when = if have == 0 { "without an answer" } else { "in the middle of its first answer" };
+        stranger(&format!("it closed the connection {when}"))
+    };
+    let reset = |e: io::Error, have: usize| match e.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => closed(have),
         _ => e,
     };
     let words = [SET_OWNER, 1, 0, GET_FEATURES, 1, 0].map(u32::to_ne_bytes).concat();
@@ -84,11 +87,10 @@ pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
     let mut have = 0;
     while have < answer.len() {
         match stream.read(&mut answer[have..]) {
-            Ok(0) if have == 0 => return Err(closed()),
-            Ok(0) => return Err(stranger("it closed the connection in the middle of its first answer")),
+            Ok(0) => return Err(closed(have)),
             Ok(more) => have += more,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(reset(e)),
+            Err(e) => return Err(reset(e, have)),
         }
         let word =
             |n: usize| u32::from_ne_bytes([answer[4 * n], answer[4 * n + 1], answer[4 * n + 2], answer[4 * n + 3]]);
@@ -99,7 +101,7 @@ pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
             return Err(stranger(&format!("it says \"{}\"", answer[..have].escape_ascii())));
         }
     }
-    sent.map_err(reset)
+    sent.map_err(|e| reset(e, have))
 }
 
 /// A socket's name, and which socket it stood for when it was connected to.

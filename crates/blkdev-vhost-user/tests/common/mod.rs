@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
-    io::{self, IoSliceMut, Read, Write},
+    io::{self, IoSlice, IoSliceMut, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
@@ -24,7 +24,10 @@ use blkdev_virtio::model::{Addresses, Model, Running};
 use nix::{
     cmsg_space,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+    },
 };
 
 /// A directory that goes with the test.
@@ -141,6 +144,10 @@ pub enum Answer {
     Always(usize),
     /// With nothing to whoever asks for more than so many.
     AtMost(usize),
+    /// With this for an offset and this for a length, and so many bytes.
+    Nonsense(u32, u32, usize),
+    /// With the start of a header only.
+    Short,
 }
 
 #[derive(Clone)]
@@ -149,11 +156,39 @@ pub struct Quirks {
     pub config: Answer,
     /// Messages that are never answered.
     pub mute: Vec<u32>,
+    /// Messages that are answered with an error, where they have an acknowledgement.
+    pub refuse: Vec<u32>,
+    /// Messages that are answered twice.
+    pub twice: Vec<u32>,
+    /// The message at which the connection is closed.
+    pub hang_up_at: Option<u32>,
+    /// How long each answer takes.
+    pub delay: Duration,
+    /// Memory slots.
+    pub slots: u64,
+    /// So many duplicates of a descriptor come along with the answers to these messages.
+    pub attach: Option<(Arc<OwnedFd>, usize, Vec<u32>)>,
+    /// The started rings, counted from 0, from which on kicks are not heard.
+    pub deaf_from: usize,
+    /// The started rings from which on the eventfds are made to block, and full.
+    pub block_from: usize,
 }
 
 impl Default for Quirks {
     fn default() -> Self {
-        Self { protocol: ALL, config: Answer::Asked, mute: Vec::new() }
+        Self {
+            protocol: ALL,
+            config: Answer::Asked,
+            mute: Vec::new(),
+            refuse: Vec::new(),
+            twice: Vec::new(),
+            hang_up_at: None,
+            delay: Duration::ZERO,
+            slots: 32,
+            attach: None,
+            deaf_from: usize::MAX,
+            block_from: usize::MAX,
+        }
     }
 }
 
@@ -162,12 +197,37 @@ pub struct Backend {
     pub socket: PathBuf,
     pub model: Arc<Model>,
     pub seen: Arc<Mutex<BTreeSet<u32>>>,
+    /// Can be changed at any time.
+    pub quirks: Arc<Mutex<Quirks>>,
+    /// What a hostile back end keeps of what it was given.
+    pub loot: Arc<Mutex<Loot>>,
     /// The channel for requests of the back end's own.
     requests: Arc<Mutex<Option<UnixStream>>>,
     stop: Arc<AtomicBool>,
     client: Arc<Mutex<Option<UnixStream>>>,
     thread: Option<JoinHandle<()>>,
     _dir: Dir,
+}
+
+/// Descriptors that the front end shares.
+#[derive(Default)]
+pub struct Loot {
+    pub memory: Vec<OwnedFd>,
+    pub kicks: Vec<OwnedFd>,
+    pub calls: Vec<OwnedFd>,
+    /// Rings started, and requests for the configuration.
+    pub rings: usize,
+    pub configs: usize,
+}
+
+/// Makes an eventfd block, and full.
+pub fn attack(eventfd: &OwnedFd) {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(eventfd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    // Nothing to read, or that much less to fill.
+    let _ = nix::unistd::read(eventfd, &mut [0; 8]);
+    let _ = nix::unistd::write(eventfd, &(u64::MAX - 1).to_ne_bytes());
+    fcntl(eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
 }
 
 impl Backend {
@@ -178,9 +238,10 @@ impl Backend {
         let (stop, client) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
         let seen = Arc::<Mutex<BTreeSet<u32>>>::default();
         let requests = Arc::<Mutex<Option<UnixStream>>>::default();
+        let (quirks, loot) = (Arc::new(Mutex::new(quirks)), Arc::<Mutex<Loot>>::default());
         let thread = {
             let (model, stop, client, seen) = (model.clone(), stop.clone(), client.clone(), seen.clone());
-            let requests = requests.clone();
+            let (requests, quirks, loot) = (requests.clone(), quirks.clone(), loot.clone());
             thread::spawn(move || {
                 while let Ok((stream, _)) = listener.accept() {
                     if stop.load(Ordering::Relaxed) {
@@ -194,6 +255,7 @@ impl Backend {
                         ack: false,
                         rings: BTreeMap::new(),
                         seen: &seen,
+                        loot: &loot,
                         requests: &requests,
                     };
                     while session.message().is_ok() {}
@@ -202,7 +264,7 @@ impl Backend {
                 }
             })
         };
-        Self { socket, model, seen, requests, stop, client, thread: Some(thread), _dir: dir }
+        Self { socket, model, seen, quirks, loot, requests, stop, client, thread: Some(thread), _dir: dir }
     }
 
     /// Gives the disk another size, and says so.
@@ -215,6 +277,12 @@ impl Backend {
         let mut answer = [0; 20];
         requests.read_exact(&mut answer).unwrap();
         assert_eq!(answer[12..], [0; 8], "it was understood");
+    }
+
+    /// The channel for requests of its own.
+    pub fn requests(&self) -> UnixStream {
+        let requests = self.requests.lock().unwrap();
+        requests.as_ref().expect("the front end has given us a channel").try_clone().unwrap()
     }
 
     /// Closes the connection, and lives on.
@@ -241,10 +309,11 @@ impl Drop for Backend {
 struct Session<'a> {
     stream: UnixStream,
     model: &'a Arc<Model>,
-    quirks: &'a Quirks,
+    quirks: &'a Mutex<Quirks>,
     ack: bool,
     rings: BTreeMap<u32, Vring>,
     seen: &'a Mutex<BTreeSet<u32>>,
+    loot: &'a Mutex<Loot>,
     requests: &'a Mutex<Option<UnixStream>>,
 }
 
@@ -281,14 +350,24 @@ impl Session<'_> {
         let mut payload = vec![0; word(8) as usize];
         self.stream.read_exact(&mut payload)?;
         self.seen.lock().unwrap().insert(request);
-        if self.quirks.mute.contains(&request) {
+        let quirks = self.quirks.lock().unwrap().clone();
+        if quirks.hang_up_at == Some(request) {
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        if quirks.mute.contains(&request) {
             return Ok(());
+        }
+        let ack = self.ack && flags & 8 != 0;
+        if quirks.refuse.contains(&request) {
+            assert!(ack, "message {request} can be refused");
+            return self.answer(&quirks, request, 1_u64.to_ne_bytes().to_vec());
         }
 
         let number = |at: usize| u64::from_ne_bytes(payload[at..at + 8].try_into().unwrap());
         let half = |at: usize| u32::from_ne_bytes(payload[at..at + 4].try_into().unwrap());
         let mut answer: Option<Vec<u8>> = None;
-        let protocol = self.quirks.protocol;
+        let protocol = quirks.protocol;
         match request {
             1 => answer = Some((self.model.spec().features | 1 << 30 | 1 << 26).to_ne_bytes().to_vec()),
             2 => {
@@ -300,6 +379,7 @@ impl Session<'_> {
                 assert_eq!(protocol & MEM_SLOTS, 0, "a back end with slots is given slots");
                 assert!(self.rings.values().all(|r| r.running.is_none()), "the table changes while nothing uses it");
                 self.model.unmap_all();
+                self.loot.lock().unwrap().memory.extend(fds.iter().map(|fd| fd.try_clone().unwrap()));
                 assert_eq!(half(0) as usize, fds.len());
                 for (n, fd) in fds.iter().enumerate() {
                     self.map(&payload[8 + 32 * n..], fd)?;
@@ -328,36 +408,80 @@ impl Session<'_> {
             18 => {
                 let model = Arc::clone(self.model);
                 let ring = self.ring(half(0));
-                ring.running =
-                    Some(model.start(ring.addresses, ring.kick.take().unwrap(), ring.call.take().unwrap())?);
+                let (addresses, kick, call) = (ring.addresses, ring.kick.take().unwrap(), ring.call.take().unwrap());
+                let mut loot = self.loot.lock().unwrap();
+                loot.rings += 1;
+                loot.kicks.push(kick.try_clone()?);
+                loot.calls.push(call.try_clone()?);
+                let deaf = loot.rings > quirks.deaf_from;
+                let heard = if deaf { EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?.into() } else { kick.try_clone()? };
+                let running = model.start(addresses, heard, call.try_clone()?)?;
+                if loot.rings > quirks.block_from {
+                    attack(&kick);
+                    attack(&call);
+                }
+                drop(loot);
+                self.ring(half(0)).running = Some(running);
             }
             21 => *self.requests.lock().unwrap() = fds.pop().map(UnixStream::from),
             24 => {
                 let config = self.model.config();
                 let asked = half(4) as usize;
-                let len = match self.quirks.config {
+                self.loot.lock().unwrap().configs += 1;
+                let len = match quirks.config {
                     Answer::Asked => asked,
                     Answer::Always(len) => len,
                     Answer::AtMost(most) if asked > most => 0,
                     Answer::AtMost(_) => asked,
+                    Answer::Nonsense(_, _, len) => len,
+                    Answer::Short => 0,
+                };
+                let (offset, size) = match quirks.config {
+                    Answer::Nonsense(offset, size, _) => (offset, size),
+                    _ => (0, len as u32),
                 };
                 let mut reply = Vec::new();
                 if len > 0 {
-                    reply.extend([0u32, len as u32, 0].iter().flat_map(|w| w.to_ne_bytes()));
+                    reply.extend([offset, size, 0].iter().flat_map(|w| w.to_ne_bytes()));
                     reply.extend((0..len).map(|at| config.get(at).copied().unwrap_or(0)));
+                } else if matches!(quirks.config, Answer::Short) {
+                    reply.extend([0; 5]);
                 }
                 answer = Some(reply);
             }
             25 => self.model.write_config(half(0) as usize, &payload[12..]),
-            36 => answer = Some(32u64.to_ne_bytes().to_vec()),
-            37 => self.map(&payload[8..], &fds[0])?,
+            36 => answer = Some(quirks.slots.to_ne_bytes().to_vec()),
+            37 => {
+                self.loot.lock().unwrap().memory.push(fds[0].try_clone()?);
+                self.map(&payload[8..], &fds[0])?;
+            }
+            38 => assert!(self.model.unmap(number(8)), "what is removed was added"),
             _ => panic!("message {request} is one that this back end offers"),
         }
-        let ack = self.ack && flags & 8 != 0;
-        if let Some(body) = answer.or(ack.then(|| vec![0; 8])) {
-            let header = [request, 1 | 4, body.len() as u32].map(u32::to_ne_bytes).concat();
-            self.stream.write_all(&[header, body].concat())?;
+        match answer.or(ack.then(|| vec![0; 8])) {
+            Some(body) => self.answer(&quirks, request, body),
+            None => Ok(()),
         }
+    }
+
+    fn answer(&mut self, quirks: &Quirks, request: u32, body: Vec<u8>) -> io::Result<()> {
+        thread::sleep(quirks.delay);
+        let header = [request, 1 | 4, body.len() as u32].map(u32::to_ne_bytes).concat();
+        let mut message = [header, body].concat();
+        if quirks.twice.contains(&request) {
+            message = message.repeat(2);
+        }
+        let mut fds = Vec::new();
+        if let Some((fd, count, messages)) = &quirks.attach
+            && messages.contains(&request)
+        {
+            fds = vec![fd.as_raw_fd(); *count];
+        }
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let rights = if fds.is_empty() { &[] } else { &rights[..] };
+        let sent =
+            sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(&message)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        assert_eq!(sent, message.len(), "a short message is sent as a whole");
         Ok(())
     }
 
