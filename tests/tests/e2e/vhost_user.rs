@@ -1,7 +1,8 @@
 //! What only a device in another process can do: be read-only, have many queues, hang, and die under load.
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
-use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, nbdblk, nbdinfo, tool, write_runs};
+use nbdblk_tests::{Address, Daemon, Dir, Export, Nbdblk, Qsd, eventually, nbdblk, nbdinfo, tool, write_runs};
+use nix::sys::signal::Signal;
 
 use crate::requests::check_refuses_changes;
 use crate::{Behind, MIB};
@@ -197,5 +198,180 @@ fn a_device_with_blocks_of_4096_bytes_takes_any_byte() {
         assert_eq!(raw.call(0, cmd::WRITE_ZEROES, at as u64 + 3, len as u32, b"").error, 0);
         expected[at + 3..at + 3 + len].fill(0);
         assert!(raw.read(0, 16384) == expected, "{len}@{at}");
+    }
+}
+
+/// Passes a conversation on, and keeps the descriptors that the front end shares. On SIGUSR1, or when a call eventfd first comes
+/// by, it does what a hostile back end could do with them.
+const MEDDLER: &str = r#"
+import fcntl, os, signal, socket, struct, sys, threading
+
+listen, back_end, attack = sys.argv[1:]
+kept = {"memory": [], "kick": [], "call": []}
+kinds = {5: "memory", 37: "memory", 12: "kick", 13: "call"}
+
+def block_and_fill(fd):
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
+    for act in (lambda: os.read(fd, 8), lambda: os.write(fd, struct.pack("Q", 2**64 - 2))):
+        try: act()
+        except BlockingIOError: pass
+    fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+
+def meddle(*_):
+    if attack == "truncate":
+        for fd in kept["memory"]:
+            try: os.ftruncate(fd, 0)
+            except PermissionError: print("refused", flush=True)
+    for kind in ("kick", "call"):
+        if kind in attack:
+            for fd in kept[kind]: block_and_fill(fd)
+    print("done", flush=True)
+    if "leave" in attack: os._exit(0)
+
+signal.signal(signal.SIGUSR1, meddle)
+server = socket.socket(socket.AF_UNIX)
+server.bind(listen)
+server.listen()
+print("listening", flush=True)
+
+def answers(front, back):
+    while data := back.recv(65536): front.sendall(data)
+    os._exit(0)
+
+front, _ = server.accept()
+back = socket.socket(socket.AF_UNIX)
+back.connect(back_end)
+threading.Thread(target=answers, args=(front, back), daemon=True).start()
+while True:
+    # A message at a time, so that descriptors stay with theirs.
+    header, fds, _, _ = socket.recv_fds(front, 12, 32)
+    if len(header) < 12: os._exit(0)
+    kind, _, length = struct.unpack("III", header)
+    payload = front.recv(length, socket.MSG_WAITALL) if length else b""
+    socket.send_fds(back, [header + payload], fds)
+    kept.setdefault(kinds.get(kind), []).extend(fds)
+    if "open" in attack and kept["call"]: meddle()
+"#;
+
+/// Starts the [`MEDDLER`] between a front end and the back end behind `qsd`. Its socket is `meddler.sock`.
+fn meddler(dir: &Dir, attack: &str) -> (Daemon, String) {
+    let socket = dir.text("meddler.sock");
+    let args = ["-c", MEDDLER, &socket, &dir.text("vhost.sock"), attack];
+    let mut meddler = tool("python3").args(args).spawn(dir.at("meddler.log"));
+    meddler.await_text("listening");
+    (meddler, format!("vhost-user={socket}"))
+}
+
+#[test]
+fn a_back_end_that_truncates_the_memory_is_refused() {
+    let dir = Dir::new();
+    let image = dir.at("disk.raw");
+    write_runs(&image, 8 * MIB, [(0, 8 * MIB)]);
+    let _qsd = Qsd::start(&dir, &image, Export::default());
+    let (mut meddler, spec) = meddler(&dir, "truncate");
+    let mut server = Nbdblk::unix(&dir, &[&spec]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    let before = raw.read(0, MIB as u32);
+    meddler.signal(Signal::SIGUSR1);
+    meddler.await_text("done");
+    assert!(meddler.log().matches("refused").count() >= 2, "{}", meddler.log());
+    assert!(raw.read(0, MIB as u32) == before);
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn a_back_end_that_makes_a_kick_block_costs_only_its_export() {
+    let dir = Dir::new();
+    let image = dir.at("disk.raw");
+    write_runs(&image, 8 * MIB, [(0, 8 * MIB)]);
+    let qsd = Qsd::start(&dir, &image, Export::default());
+    let (mut meddler, spec) = meddler(&dir, "kick call");
+    // On one worker, so that the other export shares it.
+    let other = format!("other:io_uring={}", image.display());
+    let mut server = Nbdblk::unix(&dir, &[&format!("bad:{spec}"), &other, "--threads", "1"]);
+    let mut bad = Raw::enter(server.address(), Mode::Structured, "bad");
+    let mut good = Raw::enter(server.address(), Mode::Structured, "other");
+    bad.read(0, 4096);
+    // It would empty the eventfds.
+    qsd.freeze();
+    meddler.signal(Signal::SIGUSR1);
+    meddler.await_text("done");
+    bad.request_reads(&[(0, 4096); 16]);
+    for _ in 0..16 {
+        assert_eq!(bad.answer().error, errno::EIO);
+    }
+    assert!(good.read(0, 4096).iter().any(|byte| *byte != 0));
+    assert!(server.log().contains("block"), "{}", server.log());
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
+    qsd.thaw();
+}
+
+#[test]
+fn a_back_end_that_fills_its_calls_and_leaves_is_noticed() {
+    let dir = Dir::new();
+    let image = dir.sparse("disk.raw", 8 * MIB);
+    let qsd = Qsd::start(&dir, &image, Export::default());
+    let (meddler, spec) = meddler(&dir, "call leave");
+    let mut server = Nbdblk::unix(&dir, &[&spec]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    raw.read(0, 4096);
+    qsd.freeze();
+    meddler.signal(Signal::SIGUSR1);
+    eventually("the server says that the back end has gone", || server.log().contains("closed the connection"));
+    assert_eq!(raw.call(0, cmd::READ, 0, 4096, b"").error, errno::EIO);
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
+    qsd.thaw();
+}
+
+#[test]
+fn a_back_end_that_attacks_while_it_is_opened_cannot_hang_anything() {
+    for attack in ["call kick open", "call kick open leave"] {
+        let dir = Dir::new();
+        let image = dir.sparse("disk.raw", 8 * MIB);
+        let _qsd = Qsd::start(&dir, &image, Export::default());
+        let (_meddler, spec) = meddler(&dir, attack);
+        // With qemu alive it may succeed; with the connection closed it cannot. Either way it ends, by its own time limits.
+        let output = nbdblk().args(["info", &format!("{spec},request-timeout=2s,connect-timeout=2s")]).run();
+        assert!(!attack.contains("leave") || output.status.code() == Some(1), "{output:?}");
+    }
+}
+
+#[test]
+fn another_servers_socket_is_no_back_end() {
+    let dir = Dir::new();
+    let server = Nbdblk::unix(&dir, &["memory=1M"]);
+    let Address::Unix(path) = server.address() else { unreachable!("it was asked for a unix socket") };
+    let output = nbdblk().args(["info", &format!("vhost-user={}", path.display())]).run();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.err.contains("not a vhost-user back end"), "{output:?}");
+}
+
+/// SIGTERM ends the server while a device is opened that does not let itself be.
+#[test]
+fn a_signal_ends_the_opening_of_a_device() {
+    let dir = Dir::new();
+    let path = dir.at("hung.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    // Full backlog: connect(2) waits. Otherwise: no answer to the first message.
+    for full in [false, true] {
+        let mut waiting = Vec::new();
+        if full {
+            nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).expect("0 fits")).expect("a backlog");
+            waiting.push(std::os::unix::net::UnixStream::connect(&path).expect("room for one"));
+        }
+        let spec = format!("vhost-user={},connect-timeout=100s", path.display());
+        let mut server = nbdblk().args(["serve", &spec, "--port", "0"]).spawn(dir.at(&format!("hung{full}.log")));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(server.is_alive(), "{}", server.log());
+        let begin = std::time::Instant::now();
+        server.signal(Signal::SIGTERM);
+        server.await_end();
+        assert!(begin.elapsed() < std::time::Duration::from_secs(60), "long before the time limit");
+        while !full && waiting.is_empty() {
+            waiting.push(listener.accept().expect("the connection of the server that has ended").0);
+        }
     }
 }
