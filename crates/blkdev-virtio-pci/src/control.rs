@@ -314,7 +314,8 @@ impl Transport for Control {
         self.write64(QUEUE_DRIVER, ring.driver.get());
         self.write64(QUEUE_DEVICE, ring.device.get());
         let off = usize::from(self.read16(QUEUE_NOTIFY_OFF)).checked_mul(self.layout.multiplier);
-        let Some(off) = off.filter(|off| off.is_multiple_of(2) && off + 2 <= self.layout.notify.len) else {
+        // The place of the structure is aligned and has room for at least one.
+        let Some(off) = off.filter(|off| off.is_multiple_of(2) && *off <= self.layout.notify.len - 2) else {
             return fail("its doorbell is not where doorbells are");
         };
         self.write16(QUEUE_ENABLE, 1);

@@ -78,15 +78,20 @@ impl Layout {
                 _ => {}
             }
         }
-        let there = |place: Option<Place>, what: &str, least: usize| {
+        let there = |place: Option<Place>, what: &str, least: usize, alignment: usize| {
             let place = place.filter(|place| place.len >= least);
-            place.ok_or_else(|| unsupported(format!("the device is not of virtio 1.0: no capability for {what}")))
+            let place = place
+                .ok_or_else(|| unsupported(format!("the device is not of virtio 1.0: no capability for {what}")))?;
+            if !place.at.is_multiple_of(alignment) {
+                return Err(unsupported(format!("the capability for {what} is at {:#x}, not aligned", place.at)));
+            }
+            Ok(place)
         };
         Ok(Self {
-            common: there(common, "the common configuration", 56)?,
-            notify: there(notify, "notifications", 2)?,
+            common: there(common, "the common configuration", 56, 4)?,
+            notify: there(notify, "notifications", 2, 2)?,
             multiplier,
-            device: there(device, "the device's configuration", 8)?,
+            device: there(device, "the device's configuration", 8, 1)?,
         })
     }
 }

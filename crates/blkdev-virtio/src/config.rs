@@ -247,6 +247,46 @@ mod tests {
         );
     }
 
+    /// Whatever a device says, the limits keep what [`blkdev::Info`] promises, and nothing overflows.
+    #[test]
+    fn extremes_are_refused_or_keep_the_promises() {
+        let mut random = 1_u64;
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random
+        };
+        let words =
+            [0, 1, 2, 3, 511, 512, 513, 4096, 65535, 65536, 131_072, 1 << 31, (1 << 31) - 1, u32::MAX - 1, u32::MAX];
+        let mut good = 0;
+        for _ in 0..200_000 {
+            let mut bytes = [0; LEN];
+            for word in bytes.chunks_exact_mut(4) {
+                word.copy_from_slice(&words[(next() % words.len() as u64) as usize].to_le_bytes());
+            }
+            bytes[7] &= next() as u8;
+            let chain_max = words[(next() % words.len() as u64) as usize] as u16;
+            let (features, len) = (next() & next(), (next() % (LEN as u64 + 1)) as usize);
+            let Ok(mut c) = Config::parse(&bytes[..len.max(8)], usable(features, len.max(8)), chain_max) else {
+                continue;
+            };
+            good += 1;
+            c.limit(2 << 20);
+            let block = u64::from(c.block_size);
+            assert!(c.block_size.is_power_of_two() && c.preferred_block_size.is_power_of_two(), "{c:?}");
+            assert!(c.capacity.is_multiple_of(block) && i64::try_from(c.capacity).is_ok(), "{c:?}");
+            assert!(c.transfer_max >= PAGE as u32 && u64::from(c.transfer_max).is_multiple_of(block), "{c:?}");
+            assert!(c.segments >= 1 && c.segments + 2 <= chain_max && c.queues >= 1, "{c:?} in {chain_max}");
+            assert!(u64::from(c.segments) * u64::from(c.segment_max) >= u64::from(c.transfer_max), "{c:?}");
+            assert!(c.zero_max.is_none_or(|max| max > 0 && max.is_multiple_of(block)), "{c:?}");
+            let alignment = u64::from(c.discard_alignment);
+            assert!(alignment.is_multiple_of(block), "{c:?}");
+            assert!(c.discard_max.is_none_or(|max| max > 0 && max.is_multiple_of(alignment)), "{c:?}");
+        }
+        assert!(good > 1000, "{good}");
+    }
+
     #[test]
     fn a_short_configuration_costs_only_the_features_it_lacks() {
         assert_eq!(needed(ALL), 57);

@@ -122,6 +122,50 @@ fn a_device_that_changes_its_size_is_believed() {
     assert_eq!(collect(&mut *queue, 1)[0].result, Ok(()));
 }
 
+/// The block size is what callers rely on: it stays, and so does the size, in whole blocks of it.
+#[test]
+fn a_device_that_changes_its_block_size_goes_on() {
+    let (model, device) = open(Spec::new(MIB).field(20, 4096), &Options::default());
+    for (block, sectors) in [(512, 8 * 100 + 3), (65536, 8 * 90 + 1), (0, 8 * 80), (u32::MAX, 8 * 70)] {
+        model.reconfigure(20, block);
+        model.reconfigure(0, sectors);
+        let end = Instant::now() + Duration::from_secs(10);
+        while device.capacity() != u64::from(sectors / 8 * 4096) {
+            assert!(Instant::now() < end, "the capacity is {}, not {sectors} sectors", device.capacity());
+            std::thread::yield_now();
+        }
+        assert_eq!(device.info().block_size, 4096);
+    }
+    // A size that cannot be leaves the last one.
+    model.reconfigure(4, u32::MAX);
+    let mut queue = device.open_queue(1).unwrap();
+    queue.push(Request { tag: 1, op: Op::Flush }).unwrap();
+    queue.kick();
+    assert_eq!(collect(&mut *queue, 1)[0].result, Ok(()));
+    assert_eq!(device.capacity(), 70 * 4096);
+}
+
+#[test]
+fn memory_is_forgotten_when_it_is_unregistered() {
+    let (model, device) = open(Spec::new(MIB), &Options::default());
+    let before = model.regions();
+    for _ in 0..3 {
+        let memory = Mapping::new(1).unwrap();
+        device.unregister(&memory);
+        device.register(&memory).unwrap();
+        assert_eq!(model.regions(), before + 1);
+        device.unregister(&memory);
+        assert_eq!((model.regions(), Arc::strong_count(&memory)), (before, 1));
+    }
+    assert!(device.pins_memory() && !device.is_replaced());
+    device.refresh();
+    let mut queue = device.open_queue(1).unwrap();
+    assert!(!queue.is_dead());
+    queue.give_up();
+    assert!(queue.is_dead());
+    device.refresh();
+}
+
 #[test]
 fn the_write_cache_can_be_switched() {
     let mode = |model: &Model| model.config()[32];
