@@ -19,9 +19,12 @@ mod control;
 mod sys;
 
 use std::{
-    fs::OpenOptions,
+    fs::{self, File, Metadata, OpenOptions},
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -80,6 +83,15 @@ impl Options {
 #[derive(Debug)]
 pub struct Vdpa {
     device: VirtioBlk<Control>,
+    /// Where it was opened by its name.
+    name: Option<(PathBuf, Identity)>,
+}
+
+/// File system, file and device number of a character device.
+type Identity = (u64, u64, u64);
+
+fn identity(file: &Metadata) -> Identity {
+    (file.dev(), file.ino(), file.rdev())
 }
 
 impl Vdpa {
@@ -94,9 +106,13 @@ impl Vdpa {
             Source::Fd(fd) => format!("fd {}", fd.as_raw_fd()),
         };
         let named = |e: io::Error| io::Error::new(e.kind(), format!("vdpa {target}: {e}"));
-        let fd = match options.source {
-            Source::Path(path) => open(&path).map_err(named)?,
-            Source::Fd(fd) => fd,
+        let (fd, name) = match options.source {
+            Source::Path(path) => {
+                let file = open(&path).map_err(named)?;
+                let is = identity(&file.metadata().map_err(named)?);
+                (OwnedFd::from(file), Some((path, is)))
+            }
+            Source::Fd(fd) => (fd, None),
         };
         let control = Control::open(fd, target.clone()).map_err(named)?;
         let device = VirtioBlk::open(
@@ -110,14 +126,14 @@ impl Vdpa {
                 timeout: Some(options.request_timeout),
             },
         )?;
-        Ok(Self { device })
+        Ok(Self { device, name })
     }
 }
 
 const EIO: i32 = nix::errno::Errno::EIO as i32;
 
-fn open(path: &Path) -> io::Result<OwnedFd> {
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
         let hint = match e.kind() {
             io::ErrorKind::ResourceBusy => format!("somebody else has it open; fuser -v {} tells who", path.display()),
             io::ErrorKind::NotFound => {
@@ -131,8 +147,7 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
             _ => return e,
         };
         io::Error::new(e.kind(), format!("{e}; {hint}"))
-    })?;
-    Ok(file.into())
+    })
 }
 
 impl Device for Vdpa {
@@ -161,7 +176,8 @@ impl Device for Vdpa {
     }
 
     fn is_replaced(&self) -> bool {
-        self.device.is_replaced()
+        let named = |(path, was): &(PathBuf, Identity)| fs::metadata(path).is_ok_and(|now| identity(&now) != *was);
+        self.name.as_ref().is_some_and(named)
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {

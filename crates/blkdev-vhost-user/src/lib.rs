@@ -14,6 +14,8 @@
 //! The back end needs virtio 1.0 and the protocol feature CONFIG, without which nobody knows the capacity. MQ, REPLY_ACK,
 //! CONFIGURE_MEM_SLOTS and BACKEND_REQ, by which the back end tells that its size has changed, are used where offered. Nothing here waits without an end: a back end that does not answer, is busy
 //! with another front end, or dies is an error in bounded time, on the control socket as on every queue.
+//!
+//! The back end is not trusted, though it shares the memory and the eventfds: whatever it does with them costs only this device.
 
 mod connect;
 mod control;

@@ -46,7 +46,7 @@ fn backend(quirks: Quirks) -> Backend {
 }
 
 fn short(backend: &Backend) -> Options {
-    let connect_timeout = Duration::from_secs(1);
+    let connect_timeout = Duration::from_secs(3);
     Options { connect_timeout, request_timeout: Duration::from_secs(2), ..Options::new(&backend.socket) }
 }
 
@@ -316,7 +316,7 @@ fn an_answer_that_comes_too_late_is_not_taken_for_another_one() {
     let backend = backend(Quirks::default());
     let device = VhostUser::connect(&short(&backend)).unwrap();
     let mut queue = device.open_queue(1).unwrap();
-    backend.quirks.lock().unwrap().delay = Duration::from_secs(2);
+    backend.quirks.lock().unwrap().delay = Duration::from_secs(6);
     let e = device.register(&Mapping::new(1).unwrap()).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::TimedOut, "{e}");
     assert!(dies(&mut *queue));
@@ -445,7 +445,7 @@ fn what_is_no_vhost_user_back_end() {
         (&[1, 0, 0, 0, 5, 0, 0, 0, 255, 255, 255, 255], "it says"),
         (&[0; 64], "it says"),
     ] {
-        // An NBD server and a mute one stay; the others go.
+        // An NBD server waits for an answer; the others go.
         let stays = words == nbd;
         let listener = listener.try_clone().unwrap();
         let server = thread::spawn(move || {
