@@ -70,12 +70,17 @@ pub enum Command<'a> {
         /// Length.
         len: u64,
     },
+    /// Waits until another descriptor is readable, and moves nothing: with it, other threads wake the ring's owner.
+    Poll(BorrowedFd<'a>),
 }
 
-/// How long [`Ring`]'s `drop` waits for the kernel: longer than a disk that retries takes for one request.
-const DRAIN_MAX: Duration = Duration::from_secs(30);
+/// How long [`Ring`]'s `drop` waits for the kernel. A request that takes longer belongs to a disk or file system that hangs.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// An io_uring for one file, with the operations that are in it.
+///
+/// The ring holds a reference to the file. A ring that is dropped with nothing in flight gives it back at once; otherwise
+/// the kernel gives it back some time after the last operation has ended.
 pub struct Ring<T: Operation> {
     ring: IoUring,
     slots: Box<[Option<T>]>,
@@ -111,6 +116,7 @@ impl<T: Operation> Ring<T> {
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
             opcode::Fadvise::CODE,
+            opcode::PollAdd::CODE,
         ];
         if !ring.params().is_feature_nodrop() || needed.iter().any(|&code| !probe.is_supported(code)) {
             let why = "the kernel's io_uring is too old: Linux 5.6 or later is needed";
@@ -281,12 +287,22 @@ impl<T: Operation> fmt::Debug for Ring<T> {
     }
 }
 
-/// Waits for what is in flight, at most 30 seconds; what is left then is [given up](Ring::give_up).
+/// Waits for what is in flight, at most 10 seconds; what is left then is [given up](Ring::give_up).
 impl<T: Operation> Drop for Ring<T> {
     fn drop(&mut self) {
-        if !self.drain(Instant::now() + DRAIN_MAX) {
-            self.give_up(drop);
+        if self.state == State::GivenUp {
+            return;
         }
+        if !self.drain(Instant::now() + DRAIN_MAX) {
+            return self.give_up(drop);
+        }
+        // The kernel takes a closed ring apart later, on a thread of its own, and until then the ring's file stays open: its
+        // file system is busy, and a program cannot be executed ("text file busy"). So the file leaves the ring first. Only
+        // here, where nothing is in flight: kernels before 6.13 wait for operations that use the file.
+        let submitter = self.ring.submitter();
+        // An operation that a worker thread of the kernel's has completed lets go of the file in the task that submitted it.
+        fetch(&submitter);
+        let _ = submitter.unregister_files();
     }
 }
 
@@ -346,6 +362,7 @@ fn entry<T: Operation>(op: &T, mappings: &mut Vec<Arc<Mapping>>) -> squeue::Entr
             let flags = if durable { libc::RWF_DSYNC } else { 0 };
             opcode::Write::new(FILE, ptr, len).offset(at + u64::from(skip)).rw_flags(flags).build()
         }
+        Command::Poll(fd) => opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32).build(),
         Command::Sync => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
         Command::Allocate { mode, at, len } => opcode::Fallocate::new(FILE, len).offset(at).mode(mode).build(),
         Command::Prefetch { at, len } => {

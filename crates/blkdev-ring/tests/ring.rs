@@ -11,6 +11,7 @@ use std::{
 
 use blkdev::{Arena, Buf, Mapping, PAGE};
 use blkdev_ring::{Command, Operation, Ring};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// A transfer that knows how far it has come.
@@ -166,6 +167,56 @@ fn dropped_it_waits_for_what_is_in_flight() {
             assert_eq!(page, [n as u8 + u8::from(kicked); PAGE]);
         }
     }
+}
+
+#[test]
+fn dropped_it_has_closed_its_file() {
+    let mut arena = arena();
+    for round in 0..50 {
+        let (mut end, pipe) = io::pipe().unwrap();
+        fcntl(&end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let mut ring = Ring::new(8, pipe.as_fd()).unwrap();
+        drop(pipe);
+        for _ in 0..round % 8 {
+            ring.push(write(&mut arena, 0, 1)).unwrap();
+        }
+        drop(ring);
+        // The end of the file, and not WouldBlock, as it would be with the other end still open.
+        let mut bytes = Vec::new();
+        end.read_to_end(&mut bytes).unwrap_or_else(|e| panic!("round {round}: {e}"));
+    }
+}
+
+#[test]
+fn a_poll_ends_when_the_other_descriptor_is_readable() {
+    struct Wait(io::PipeReader);
+    impl Operation for Wait {
+        fn command(&self) -> Command<'_> {
+            Command::Poll(self.0.as_fd())
+        }
+        fn buf_mut(&mut self) -> Option<&mut Buf> {
+            None
+        }
+    }
+    let Scratch(_, file) = &Scratch::new("poll");
+    let (reader, mut writer) = io::pipe().unwrap();
+    let mut ring = Ring::new(1, file.as_fd()).unwrap();
+    assert!(ring.push(Wait(reader)).is_ok());
+    ring.kick();
+    ring.reap(|_, result| panic!("nothing was written, and it ended with {result:?}"));
+    writer.write_all(b"x").unwrap();
+    let (mut ended, deadline) = (None, Instant::now() + Duration::from_secs(60));
+    while ended.is_none() {
+        assert!(Instant::now() < deadline, "a poll ends within a minute");
+        if ring.arm() {
+            let _ = poll(&mut [PollFd::new(ring.as_fd(), PollFlags::POLLIN)], PollTimeout::from(1000u16));
+        }
+        ring.reap(|_, result| {
+            ended = Some(result);
+            None
+        });
+    }
+    assert!(matches!(ended, Some(Ok(events)) if events & 1 != 0), "{ended:?}");
 }
 
 #[test]
