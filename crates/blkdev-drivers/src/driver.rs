@@ -72,6 +72,12 @@ static DRIVERS: &[Driver] = &[
             Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
             READ_ONLY,
             Property::created("direct", Kind::Bool, Some("false"), "past the page cache (O_DIRECT)"),
+            Property::created(
+                "force-share",
+                Kind::Bool,
+                Some("false"),
+                "opens an image that another program writes to, or a block device that is mounted",
+            ),
             NUM_QUEUES,
             NUM_POLL_QUEUES,
             Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
@@ -94,6 +100,7 @@ static DRIVERS: &[Driver] = &[
                 direct: settings.bool("direct"),
                 read_only: settings.bool("read-only"),
                 entries: u16_of(settings, "num-entries").expect("num-entries has a default"),
+                force_share: settings.bool("force-share"),
             };
             narrow(Arc::new(io_uring::IoUring::open(options)?), u16_of(settings, "num-queues"))
         },

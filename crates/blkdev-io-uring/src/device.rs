@@ -2,24 +2,29 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Seek, SeekFrom},
+    io,
     os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
 };
 
 use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue};
+use blkdev_ring::Ring;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::{
+    failures::Failures,
     file::{self, Target},
+    handle::{Bounded, Handle, Identity},
+    lock::{self, Kin},
     queue::{FileQueue, Flight},
+    status::Helper,
 };
 
 /// Where the file comes from.
@@ -43,6 +48,9 @@ pub struct Options {
     pub read_only: bool,
     /// The deepest queue that can be opened, in requests, 1 to 32768. Default: 128.
     pub entries: u16,
+    /// Open it although others have it open for writing, or do not want it written to. Default: false. Then an image that
+    /// QEMU has open is refused, and so is writing to a block device that is mounted; and QEMU refuses what is open here.
+    pub force_share: bool,
 }
 
 impl Options {
@@ -59,7 +67,7 @@ impl Options {
 
 impl From<Source> for Options {
     fn from(source: Source) -> Self {
-        Self { source, direct: false, read_only: false, entries: 128 }
+        Self { source, direct: false, read_only: false, entries: 128, force_share: false }
     }
 }
 
@@ -78,7 +86,7 @@ pub struct IoUring {
 /// What the device and its queues have in common.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) file: File,
+    pub(crate) handle: Handle,
     pub(crate) info: Info,
     pub(crate) target: Target,
     /// Discards go through `BLOCK_URING_CMD_DISCARD`.
@@ -86,8 +94,15 @@ pub(crate) struct Shared {
     /// `FALLOC_FL_ZERO_RANGE` was refused once.
     pub(crate) zero_range_fails: AtomicBool,
     pub(crate) queues: AtomicU16,
+    pub(crate) failures: Failures,
+    pub(crate) helper: Helper,
+    /// What the file was opened by, if by a path.
+    identity: Option<Identity>,
+    size_question: Bounded,
+    identity_question: Bounded,
     capacity: AtomicU64,
     mappings: Mutex<Vec<Arc<Mapping>>>,
+    _kin: Option<Kin>,
 }
 
 impl IoUring {
@@ -95,20 +110,37 @@ impl IoUring {
     ///
     /// # Errors
     /// It cannot be opened, is neither a regular file nor a block device, cannot be written though
-    /// [`Options::read_only`] is not set, or cannot do what [`Options::direct`] asks for; or there is no io_uring. The
-    /// text says which and what to do.
+    /// [`Options::read_only`] is not set, is in use though [`Options::force_share`] is not set, or cannot do what
+    /// [`Options::direct`] asks for; or there is no io_uring. The text says which and what to do.
     pub fn open(options: Options) -> io::Result<Self> {
-        let Options { source, direct, read_only, entries } = options;
-        let (file, name, direct) = match source {
-            Source::Path(path) => (open(&path, direct, read_only)?, path.display().to_string(), direct),
-            Source::Fd(fd) => adopt(fd, direct, read_only)?,
+        let Options { source, direct, read_only, entries, force_share } = options;
+        let Opened { file, name, path, direct, kin } = match source {
+            Source::Path(path) => open(path, direct, read_only, force_share)?,
+            Source::Fd(fd) => adopt(fd, direct, read_only, force_share)?,
         };
         let mut target = Target::new(&file, &name, direct, read_only)?;
-        let discard_command = target.is_disk && target.discard && Flight::probe_discard(&file)?;
+        if !force_share {
+            lock::acquire(&file, &name, read_only, kin.as_ref())?;
+        }
+        // A queue needs one like it. Where io_uring is forbidden, that is to be known now.
+        let mut keeper = Ring::new(1, file.as_fd())?;
+        let discard_command = target.is_disk && target.discard && Flight::probe_discard(&mut keeper);
         if target.is_disk && !discard_command {
             // What is left is PUNCH_HOLE, which needs hardware for zeroes.
             target.discard &= target.zero_mode == file::PUNCH;
         }
+        let identity = path.map(|path| Identity::new(path, &file)).transpose()?;
+        let handle = match identity {
+            Some(_) => {
+                let (access, direct_flag) = (
+                    if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR },
+                    if direct { OFlag::O_DIRECT } else { OFlag::empty() },
+                );
+                Handle::new(file, access | direct_flag, keeper)
+            }
+            // Whoever passed the descriptor on holds it too.
+            None => Handle::shared(file),
+        };
         let info = Info {
             driver: "io_uring",
             target: name,
@@ -134,30 +166,31 @@ impl IoUring {
             },
         };
         let shared = Shared {
-            file,
+            handle,
             info,
             target,
             discard_command,
             zero_range_fails: AtomicBool::new(false),
             queues: AtomicU16::new(0),
+            failures: Failures::default(),
+            helper: Helper::default(),
+            identity,
+            size_question: Bounded::default(),
+            identity_question: Bounded::default(),
             capacity: AtomicU64::new(0),
             mappings: Mutex::new(Vec::new()),
+            _kin: kin,
         };
-        let size = shared.refresh()?;
-        let capacity = shared.capacity.load(Ordering::Relaxed);
-        if size != capacity {
-            let Info { target, block_size, .. } = &shared.info;
-            log::warn!("{target}: the last {} of {size} bytes are no block of {block_size}: left out", size - capacity);
+        let size = shared.measure()?;
+        let Info { target, block_size, .. } = &shared.info;
+        if !size.is_multiple_of((*block_size).into()) {
+            let text = format!(
+                "{target} has {size} bytes, and direct transfers have units of {block_size}: its end cannot be reached; leave \
+                 out direct=true, or make the size a multiple of {block_size} (truncate --size=%{block_size})"
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         Ok(Self { shared: Arc::new(shared) })
-    }
-
-    /// Asks for the file's size anew; [`capacity`](Device::capacity) tells it from now on. Opening a queue does so too.
-    ///
-    /// # Errors
-    /// What the kernel said.
-    pub fn refresh(&self) -> io::Result<()> {
-        self.shared.refresh().map(drop)
     }
 }
 
@@ -166,32 +199,83 @@ impl Device for IoUring {
         &self.shared.info
     }
 
-    /// The size when the device was opened, or at the last [`refresh`](IoUring::refresh); whole blocks.
+    /// The size when the device was opened, or at the last [`refresh`](Device::refresh); whole blocks.
     fn capacity(&self) -> u64 {
-        self.shared.capacity.load(Ordering::Relaxed)
+        self.shared.capacity()
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-        self.shared.mappings.lock().unwrap_or_else(|e| e.into_inner()).push(Arc::clone(mapping));
+        self.shared.mappings().push(Arc::clone(mapping));
         Ok(())
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        self.shared.mappings().retain(|known| !Arc::ptr_eq(known, mapping));
+    }
+
+    /// The kernel pins no page longer than a request takes.
+    fn pins_memory(&self) -> bool {
+        false
+    }
+
+    fn refresh(&self) {
+        let shared = Arc::clone(&self.shared);
+        let ask = move || {
+            if let Err(e) = shared.measure() {
+                shared.failures.report(&shared.info.target, "stat", 0, 0, e.raw_os_error().unwrap_or(libc::EIO));
+            }
+        };
+        if self.shared.handle.is_far() {
+            // Should the answer come later, it counts from then on.
+            let _ = self.shared.size_question.ask(ask);
+        } else {
+            ask();
+        }
+    }
+
+    fn is_replaced(&self) -> bool {
+        let Some(identity) = &self.shared.identity else { return false };
+        if !self.shared.handle.is_far() {
+            return identity.is_replaced();
+        }
+        let identity = identity.clone();
+        self.shared.identity_question.ask(move || identity.is_replaced()).unwrap_or(false)
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        self.refresh()?;
+        self.refresh();
         FileQueue::open(&self.shared, depth).map(|queue| Box::new(queue) as Box<dyn Queue>)
     }
 }
 
 impl Shared {
     /// The size in bytes, all of them; the capacity is set to the whole blocks of it.
-    fn refresh(&self) -> io::Result<u64> {
-        // The end, since a block device's metadata has no size. Every transfer names its offset, so it harms nobody.
-        let size = (&self.file)
-            .seek(SeekFrom::End(0))
+    fn measure(&self) -> io::Result<u64> {
+        let size = self
+            .handle
+            .size(self.target.is_disk)
             .map_err(|e| annotate(&e, "asking for the size of", &self.info.target))?;
         let block = u64::from(self.info.block_size);
-        self.capacity.store(size / block * block, Ordering::Relaxed);
+        let whole = size / block * block;
+        let before = self.capacity.swap(whole, Ordering::Relaxed);
+        if before != whole && before != 0 {
+            let end = if size == whole { String::new() } else { format!(", of which {whole} can be reached directly") };
+            log::info!("{}: the size is {size} bytes now{end}", self.info.target);
+        }
         Ok(size)
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    /// Whether this is a disk that was taken away.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.target.is_disk && self.handle.size(true).unwrap_or(0) == 0
+    }
+
+    fn mappings(&self) -> MutexGuard<'_, Vec<Arc<Mapping>>> {
+        self.mappings.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -199,26 +283,59 @@ fn annotate(error: &io::Error, doing: &str, name: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{doing} {name}: {error}"))
 }
 
-fn open(path: &Path, direct: bool, read_only: bool) -> io::Result<File> {
+/// A file that was just opened, or passed.
+struct Opened {
+    file: File,
+    name: String,
+    /// What it was opened by.
+    path: Option<PathBuf>,
+    direct: bool,
+    /// Another opening of it by this process.
+    kin: Option<Kin>,
+}
+
+fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = path.display().to_string();
-    let opening = |e: &io::Error| annotate(e, "opening", &name);
-    // Looked at first: to open a pipe may block, and to open a tape winds it.
-    file::check_type(&fs::metadata(path).map_err(|e| opening(&e))?, &name)?;
-    let flags = if direct { libc::O_DIRECT } else { 0 };
-    OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path).map_err(|e| {
+    // Looked at first: to open a tape winds it.
+    let meta = fs::metadata(&path).map_err(|e| annotate(&e, "opening", &name))?;
+    file::check_type(&meta, &name)?;
+    let kin = if force_share { None } else { lock::kin(meta.dev(), meta.ino()) };
+    let is_disk = meta.file_type().is_block_device();
+    // Claims a block device, so that it is not mounted at the same time.
+    let claim = is_disk && !read_only && !force_share;
+    let flags = [
+        (direct, libc::O_DIRECT),
+        (claim, libc::O_EXCL),
+        // Should there be a pipe in its place by now, it is not waited for.
+        (!is_disk, libc::O_NONBLOCK),
+    ];
+    let flags = flags.into_iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
+    let attempt = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
+    let file = match attempt(flags) {
+        // This process holds the claim, and goes on holding it.
+        Err(e) if claim && kin.is_some() && e.raw_os_error() == Some(libc::EBUSY) => attempt(flags & !libc::O_EXCL),
+        Err(e) if claim && e.raw_os_error() == Some(libc::EBUSY) => return Err(lock::claimed(&name)),
+        result => result,
+    };
+    let file = file.map_err(|e| {
         let remedy = match e.raw_os_error() {
             Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
                 "it cannot be written; change that, or give read-only=true"
             }
             Some(libc::EINVAL) if direct => "it cannot be accessed past the page cache; leave out direct=true",
-            _ => return opening(&e),
+            Some(libc::ETXTBSY) => "it is a program that runs; end that, or give read-only=true",
+            _ => return annotate(&e, "opening", &name),
         };
         io::Error::new(e.kind(), format!("opening {name}: {e}: {remedy}"))
-    })
+    })?;
+    // io_uring would take it to mean that requests fail instead of waiting.
+    let set = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(set - OFlag::O_NONBLOCK))?;
+    Ok(Opened { file, name, path: Some(path), direct, kin })
 }
 
 /// A descriptor from elsewhere: its mode must allow what is asked.
-fn adopt(fd: OwnedFd, direct: bool, read_only: bool) -> io::Result<(File, String, bool)> {
+fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .map_or_else(|_| format!("fd {}", fd.as_raw_fd()), |path| path.display().to_string());
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
@@ -236,7 +353,15 @@ fn adopt(fd: OwnedFd, direct: bool, read_only: bool) -> io::Result<(File, String
     if direct && !is_direct {
         return refuse("is not open for direct access; open it with O_DIRECT, or leave out direct=true");
     }
-    Ok((File::from(fd), name, is_direct))
+    if flags.contains(OFlag::O_NONBLOCK) {
+        return refuse("does not wait (O_NONBLOCK); open it without");
+    }
+    let file = File::from(fd);
+    let kin = match file.metadata() {
+        Ok(meta) if !force_share => lock::kin(meta.dev(), meta.ino()),
+        _ => None,
+    };
+    Ok(Opened { file, name, path: None, direct: is_direct, kin })
 }
 
 const _: () = assert!(TRANSFER_MAX.is_multiple_of(65536) && TRANSFER_MAX as usize >= PAGE);

@@ -79,8 +79,13 @@ impl Target {
         let magic = fstatfs(file).map(|fs| fs.filesystem_type()).ok();
         let preferred = u32::try_from(meta.blksize()).ok().filter(|n| n.is_power_of_two()).unwrap_or(0);
         // Past the end and with KEEP_SIZE: whether holes can be punched, without punching one.
-        let end = meta.len().next_multiple_of(1 << 20).try_into().unwrap_or(i64::MAX);
-        let punch = !read_only && fallocate(file, FallocateFlags::from_bits_retain(PUNCH), end, 4096).is_ok();
+        let end = meta.len().checked_next_multiple_of(1 << 20).and_then(|end| end.try_into().ok()).unwrap_or(i64::MAX);
+        let punch = !read_only
+            && match fallocate(file, FallocateFlags::from_bits_retain(PUNCH), end, 4096) {
+                // No room, or no offset: not a word about holes.
+                Ok(()) | Err(Errno::EFBIG | Errno::ENOSPC | Errno::EDQUOT | Errno::EINTR) => true,
+                Err(_) => false,
+            };
         Ok(Self {
             is_disk: false,
             block_size,

@@ -35,8 +35,12 @@
 //! of a file that has shrunk since fails with [`Io`](blkdev::Error::Io).
 
 mod device;
+mod failures;
 mod file;
+mod handle;
+mod lock;
 mod queue;
+mod status;
 mod sys;
 
 pub use device::{IoUring, Options, Source};

@@ -1,22 +1,20 @@
 //! [`FileQueue`]: requests to a ring, or done on the spot where that is cheaper.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use blkdev::{Buf, Completion, Error, Extent, ExtentKind, Op, PAGE, Queue, Request};
+use blkdev::{Buf, Completion, Error, Extent, Op, PAGE, Queue, Request};
 use blkdev_ring::{Command, Operation, Ring};
-use nix::{
-    errno::Errno,
-    unistd::{Whence, lseek},
-};
 
 use crate::{
     device::Shared,
     file::{FILL, PUNCH, ZERO},
+    status::{Answer, Helper, Mailbox, Question, all_data},
     sys,
 };
 
@@ -33,9 +31,6 @@ const SLOW: Duration = Duration::from_millis(10);
 const DETOUR_MIN: Duration = Duration::from_millis(100);
 const DETOUR_MAX: Duration = Duration::from_secs(5);
 
-/// How many extents one `Status` is answered with at most: each costs a system call or two, about a microsecond.
-const EXTENTS_MAX: usize = 64;
-
 /// How often a request is tried again that the kernel gave back undone.
 const TRIES_MAX: u8 = 100;
 
@@ -47,16 +42,50 @@ pub(crate) struct FileQueue {
     /// What has ended without the ring.
     done: Vec<Completion>,
     depth: usize,
+    /// The file, where transfers can be done on the spot.
+    spot: Option<Arc<File>>,
     /// Writes are not done on the spot before this.
     detour_until: Option<Instant>,
     /// For how long, should the next one be slow.
     detour: Duration,
+    /// Where the answers about `asked` come to, once there was a `Status`.
+    mailbox: Option<Arc<Mailbox>>,
+    /// Every `Status` that is not answered yet. While there is one, the ring polls the mailbox.
+    asked: Vec<Asked>,
+    /// How many there were.
+    questions: u64,
     gone: bool,
+}
+
+/// A `Status` at the device's helper.
+#[derive(Debug)]
+struct Asked {
+    number: u64,
+    tag: u64,
+    at: u64,
+    len: u64,
+    extents: Vec<Extent>,
+}
+
+impl Asked {
+    fn end(mut self, result: Result<Vec<Extent>, Error>) -> Completion {
+        let result = result.map(|found| self.extents = found);
+        let Self { tag, at, len, extents, .. } = self;
+        Completion { tag, op: Op::Status { at, len, extents }, result }
+    }
+}
+
+/// What is in the ring.
+#[derive(Debug)]
+pub(crate) enum Flight {
+    Request(Moving),
+    /// Waits for answers.
+    Poll(Arc<Mailbox>),
 }
 
 /// A request in the ring.
 #[derive(Debug)]
-pub(crate) struct Flight {
+pub(crate) struct Moving {
     request: Request,
     /// Bytes that were transferred already.
     moved: u32,
@@ -68,38 +97,39 @@ pub(crate) struct Flight {
 impl Operation for Flight {
     #[inline]
     fn command(&self) -> Command<'_> {
-        match &self.request.op {
-            Op::Read { at, buf } => Command::Read { at: *at, buf, skip: self.moved },
-            Op::Write { at, buf, fua } => Command::Write { at: *at, buf, skip: self.moved, durable: *fua },
-            &(Op::Zero { at, len, .. } | Op::Discard { at, len }) => match self.mode {
+        let flight = match self {
+            Self::Request(flight) => flight,
+            Self::Poll(mailbox) => return Command::Poll(mailbox.as_fd()),
+        };
+        match &flight.request.op {
+            Op::Read { at, buf } => Command::Read { at: *at, buf, skip: flight.moved },
+            Op::Write { at, buf, fua } => Command::Write { at: *at, buf, skip: flight.moved, durable: *fua },
+            &(Op::Zero { at, len, .. } | Op::Discard { at, len }) => match flight.mode {
                 0 => Command::Discard { at, len },
                 mode => Command::Allocate { mode, at, len },
             },
             Op::Flush => Command::Sync,
             &Op::Prefetch { at, len } => Command::Prefetch { at, len: len.try_into().unwrap_or(u32::MAX) },
-            Op::Status { .. } => unreachable!("a status is answered on the spot"),
+            Op::Status { .. } => unreachable!("a status goes to the helper"),
         }
     }
 
     fn buf_mut(&mut self) -> Option<&mut Buf> {
-        match &mut self.request.op {
-            Op::Read { buf, .. } | Op::Write { buf, .. } => Some(buf),
+        match self {
+            Self::Request(Moving {
+                request: Request { op: Op::Read { buf, .. } | Op::Write { buf, .. }, .. }, ..
+            }) => Some(buf),
             _ => None,
         }
     }
 }
 
 impl Flight {
-    fn new(request: Request, mode: i32) -> Self {
-        Self { request, moved: 0, tries: 0, mode }
-    }
-
-    /// Whether the kernel has discards for the block device `file` that need no worker thread: one of length 0 is
+    /// Whether the kernel has discards for the ring's block device that need no worker thread: one of length 0 is
     /// refused for its length, once everything else about it was found good.
-    pub(crate) fn probe_discard(file: &std::fs::File) -> io::Result<bool> {
-        let mut ring = Ring::new(1, file.as_fd())?;
-        let probe = Self::new(Request { tag: 0, op: Op::Discard { at: 0, len: 0 } }, 0);
-        assert!(ring.push(probe).is_ok(), "a new ring has room");
+    pub(crate) fn probe_discard(ring: &mut Ring<Self>) -> bool {
+        let probe = Moving::new(Request { tag: 0, op: Op::Discard { at: 0, len: 0 } }, 0);
+        assert!(ring.push(Self::Request(probe)).is_ok(), "a new ring has room");
         ring.kick();
         let mut known = false;
         // It is refused before anything could wait, so the answer is there; where not, there is fallocate.
@@ -107,7 +137,13 @@ impl Flight {
             known = result == Err(libc::EINVAL);
             None
         });
-        Ok(known)
+        known
+    }
+}
+
+impl Moving {
+    fn new(request: Request, mode: i32) -> Self {
+        Self { request, moved: 0, tries: 0, mode }
     }
 
     /// What the kernel's answer means. `Err`: there is more to do, so once more.
@@ -115,21 +151,22 @@ impl Flight {
     fn settle(mut self, result: Result<u32, i32>, shared: &Shared) -> Result<Completion, Self> {
         let end = match (&self.request.op, result) {
             (Op::Read { buf, .. } | Op::Write { buf, .. }, Ok(count)) => {
-                self.moved += count;
+                self.moved = self.moved.saturating_add(count).min(buf.len() as u32);
                 match buf.len() - self.moved as usize {
                     0 => Ok(()),
                     // The file has shrunk, or the disk is smaller than it said.
-                    _ if count == 0 => Err(Error::Io),
+                    _ if count == 0 => Err(self.failed(0, shared)),
                     _ => return Err(self),
                 }
             }
             // The rest of a direct transfer that ended amid a block: the file has shrunk.
-            (_, Err(libc::EINVAL)) if self.moved > 0 => Err(Error::Io),
+            (_, Err(libc::EINVAL)) if self.moved > 0 => Err(self.failed(0, shared)),
             (_, Err(errno)) if is_undone(errno) => {
                 if self.tries < TRIES_MAX {
                     self.tries += 1;
                     return Err(self);
                 }
+                self.failed(errno, shared);
                 Err(Error::Io)
             }
             // A file system without ZERO_RANGE (tmpfs): a hole, which is then filled where the space must be kept. That
@@ -144,10 +181,30 @@ impl Flight {
                 return Err(self);
             }
             (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == FILL => Ok(()),
-            (_, Err(errno)) => Err(failure(errno, shared)),
+            (_, Err(errno)) => Err(self.failed(errno, shared)),
             (_, Ok(_)) => Ok(()),
         };
         Ok(Completion { tag: self.request.tag, op: self.request.op, result: end })
+    }
+
+    /// What an errno means, which the log is told of. 0: the file has ended.
+    #[cold]
+    fn failed(&self, errno: i32, shared: &Shared) -> Error {
+        let (operation, at, len) = match &self.request.op {
+            Op::Read { at, buf } => ("read", *at, buf.len() as u64),
+            Op::Write { at, buf, .. } => ("write", *at, buf.len() as u64),
+            Op::Zero { at, len, .. } => ("write zeroes", *at, *len),
+            Op::Discard { at, len } => ("discard", *at, *len),
+            Op::Prefetch { at, len } => ("prefetch", *at, *len),
+            Op::Flush | Op::Status { .. } => ("flush", 0, shared.capacity()),
+        };
+        // A disk that was taken away has the size 0, and to a write past the end the kernel says ENOSPC.
+        let errno = if errno == libc::ENOSPC && shared.has_vanished() { libc::EIO } else { errno };
+        let error = if errno == 0 { Error::Io } else { Error::from_errno(errno) };
+        if error != Error::NotSupported {
+            shared.failures.report(&shared.info.target, operation, at, len, errno);
+        }
+        error
     }
 }
 
@@ -160,12 +217,31 @@ impl FileQueue {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         }
         let depth = depth.clamp(1, shared.info.depth_max);
-        let ring = Ring::new(depth, shared.file.as_fd()).inspect_err(|_| {
+        let ring = shared.handle.open().and_then(|file| Ring::new(depth, file.as_fd())).inspect_err(|_| {
             shared.queues.fetch_sub(1, Ordering::Relaxed);
         })?;
         let depth = usize::from(depth);
-        let done = Vec::with_capacity(depth);
-        Ok(Self { shared: Arc::clone(shared), ring, done, depth, detour_until: None, detour: DETOUR_MIN, gone: false })
+        let has_spot = (shared.target.in_memory || shared.target.inline_writes) && !shared.handle.is_far();
+        let spot = if has_spot { shared.handle.open().ok() } else { None };
+        Ok(Self {
+            shared: Arc::clone(shared),
+            ring,
+            done: Vec::with_capacity(depth),
+            depth,
+            spot,
+            detour_until: None,
+            detour: DETOUR_MIN,
+            mailbox: None,
+            asked: Vec::new(),
+            questions: 0,
+            gone: false,
+        })
+    }
+
+    /// Requests that are pushed and not reaped. The poll, which is in the ring while anything is asked, is none.
+    #[inline]
+    fn pushed(&self) -> usize {
+        self.ring.in_flight() - usize::from(!self.asked.is_empty()) + self.asked.len() + self.done.len()
     }
 
     fn finish(&mut self, request: Request, result: Result<(), Error>) {
@@ -184,6 +260,7 @@ impl FileQueue {
             Op::Write { at, buf, fua: false } => {
                 self.shared.target.inline_writes
                     && short(*at, buf)
+                    && !self.shared.helper.is_busy()
                     && self.detour_until.is_none_or(|until| {
                         let over = Instant::now() >= until;
                         if over {
@@ -196,39 +273,73 @@ impl FileQueue {
         }
     }
 
-    /// Does a transfer on the spot.
-    fn transfer(&mut self, mut flight: Flight) -> Completion {
-        let file = &self.shared.file;
+    /// Does a transfer on the spot. `Err`: part of it is left to do.
+    fn transfer(&mut self, file: &File, mut flight: Moving) -> Result<Completion, Moving> {
         let started = Instant::now();
-        loop {
-            let skip = flight.moved as usize;
-            let result = match &mut flight.request.op {
-                Op::Read { at, buf } => sys::read(file, *at, buf, skip),
-                Op::Write { at, buf, .. } => sys::write(file, *at, buf, skip),
-                _ => unreachable!("only transfers are done on the spot"),
-            };
-            let result = result.map(|n| n as u32).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-            match flight.settle(result, &self.shared) {
-                Ok(completion) => {
-                    let ended = Instant::now();
-                    if ended - started > SLOW && !self.shared.target.in_memory {
-                        self.detour_until = Some(ended + self.detour);
-                        self.detour = (self.detour * 2).min(DETOUR_MAX);
-                    } else {
-                        self.detour = DETOUR_MIN;
-                    }
-                    return completion;
+        let result = match &mut flight.request.op {
+            Op::Read { at, buf } => sys::read(file, *at, buf),
+            Op::Write { at, buf, .. } => sys::write(file, *at, buf),
+            _ => unreachable!("only transfers are done on the spot"),
+        };
+        let ended = Instant::now();
+        if ended - started > SLOW && !self.shared.target.in_memory {
+            self.detour_until = Some(ended + self.detour);
+            self.detour = (self.detour * 2).min(DETOUR_MAX);
+        } else {
+            self.detour = DETOUR_MIN;
+        }
+        let result = result.map(|n| n as u32).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        flight.settle(result, &self.shared)
+    }
+
+    /// Has the helper answer a `Status`; where there is none, everything is data.
+    fn ask(&mut self, tag: u64, at: u64, len: u64, extents: Vec<Extent>) {
+        let asked = Asked { number: self.questions, tag, at, len, extents };
+        self.questions += 1;
+        let mailbox = match &self.mailbox {
+            Some(mailbox) => Ok(Arc::clone(mailbox)),
+            None => Mailbox::new(),
+        };
+        let sent = mailbox.and_then(|mailbox| {
+            let (shared, number) = (Arc::clone(&self.shared), asked.number);
+            Helper::ask(Question { shared, number, at, len, mailbox: Arc::clone(&mailbox) })?;
+            Ok(mailbox)
+        });
+        match sent {
+            Ok(mailbox) => {
+                if self.asked.is_empty() {
+                    let poll = self.ring.push(Flight::Poll(Arc::clone(&mailbox)));
+                    assert!(poll.is_ok(), "the question that nobody asks the ring has left it a slot");
                 }
-                Err(again) => flight = again,
+                self.mailbox = Some(mailbox);
+                self.asked.push(asked);
+            }
+            Err(e) => {
+                log::debug!("{}: no thread for block status, so all is data: {e}", self.shared.info.target);
+                self.done.push(asked.end(Ok(vec![all_data(at, len)])));
             }
         }
+    }
+}
+
+/// Hands out the answers in `mailbox`. What they are not the answer to was given up.
+#[cold]
+fn collect(mailbox: &Mailbox, asked: &mut Vec<Asked>, done: &mut Vec<Completion>, shared: &Shared) {
+    for Answer { number, result } in mailbox.take() {
+        let Some(place) = asked.iter().position(|asked| asked.number == number) else { continue };
+        let asked = asked.swap_remove(place);
+        let result = result.map_err(|errno| {
+            shared.failures.report(&shared.info.target, "block status", asked.at, asked.len, errno);
+            Error::from_errno(errno)
+        });
+        done.push(asked.end(result));
     }
 }
 
 impl Queue for FileQueue {
     #[inline]
     fn push(&mut self, mut request: Request) -> Result<(), Request> {
-        if self.ring.in_flight() + self.done.len() >= self.depth {
+        if self.pushed() >= self.depth {
             return Err(request);
         }
         if self.gone {
@@ -243,20 +354,31 @@ impl Queue for FileQueue {
             Op::Discard { .. } if shared.discard_command => 0,
             Op::Discard { .. } => PUNCH,
             Op::Status { at, len, extents } => {
-                let result = status(shared, *at, *len, extents);
-                self.finish(request, result);
+                let (at, len, extents) = (*at, *len, std::mem::take(extents));
+                self.ask(request.tag, at, len, extents);
                 return Ok(());
             }
             _ => 0,
         };
         let inline = self.is_inline(&request.op);
-        let flight = Flight::new(request, mode);
-        if inline {
-            let completion = self.transfer(flight);
-            self.done.push(completion);
-            return Ok(());
+        let mut flight = Moving::new(request, mode);
+        if inline && let Some(file) = self.spot.take() {
+            let result = self.transfer(&file, flight);
+            self.spot = Some(file);
+            match result {
+                Ok(completion) => {
+                    self.done.push(completion);
+                    return Ok(());
+                }
+                // The rest may have to wait, so it is for the kernel's threads.
+                Err(rest) => flight = rest,
+            }
         }
-        self.ring.push(flight).map_err(|flight| flight.request)
+        match self.ring.push(Flight::Request(flight)) {
+            Ok(()) => Ok(()),
+            Err(Flight::Request(flight)) => Err(flight.request),
+            Err(Flight::Poll(_)) => unreachable!("what comes back is what was pushed"),
+        }
     }
 
     #[inline]
@@ -270,13 +392,19 @@ impl Queue for FileQueue {
             self.give_up();
         }
         done.append(&mut self.done);
-        let shared = &*self.shared;
-        self.ring.reap(|flight, result| match flight.settle(result, shared) {
-            Ok(completion) => {
-                done.push(completion);
-                None
+        let Self { shared, ring, asked, .. } = self;
+        ring.reap(|flight, result| match flight {
+            Flight::Request(flight) => match flight.settle(result, shared) {
+                Ok(completion) => {
+                    done.push(completion);
+                    None
+                }
+                Err(flight) => Some(Flight::Request(flight)),
+            },
+            Flight::Poll(mailbox) => {
+                collect(&mailbox, asked, done, shared);
+                (!asked.is_empty()).then_some(Flight::Poll(mailbox))
             }
-            Err(flight) => Some(flight),
         });
     }
 
@@ -292,25 +420,28 @@ impl Queue for FileQueue {
         self.gone = true;
         let done = &mut self.done;
         self.ring.give_up(|flight| {
-            let Request { tag, op } = flight.request;
-            done.push(Completion { tag, op, result: Err(Error::Gone) });
+            if let Flight::Request(Moving { request: Request { tag, op }, .. }) = flight {
+                done.push(Completion { tag, op, result: Err(Error::Gone) });
+            }
         });
+        // Answers that come late find nobody who asked.
+        done.extend(self.asked.drain(..).map(|asked| asked.end(Err(Error::Gone))));
+    }
+
+    fn is_dead(&self) -> bool {
+        self.gone || self.ring.is_broken()
     }
 }
 
 impl Drop for FileQueue {
     fn drop(&mut self) {
+        // The ring waits for the poll too.
+        if let Some(mailbox) = &self.mailbox {
+            self.asked.clear();
+            mailbox.ring();
+        }
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-/// What an errno means. A disk that was taken away has the size 0, and to a write past the end the kernel says ENOSPC.
-#[cold]
-fn failure(errno: i32, shared: &Shared) -> Error {
-    if errno == libc::ENOSPC && shared.target.is_disk && sys::disk_size(&shared.file).unwrap_or(0) == 0 {
-        return Error::Io;
-    }
-    Error::from_errno(errno)
 }
 
 /// Whether the kernel gave a request back before it did anything. The last two are what becomes of requests whose
@@ -318,36 +449,6 @@ fn failure(errno: i32, shared: &Shared) -> Error {
 /// worker thread (older ones). A real EFAULT cannot be, since the memory belongs to a mapping of ours.
 fn is_undone(errno: i32) -> bool {
     [libc::EINTR, libc::EAGAIN, libc::EFAULT, libc::ECANCELED].contains(&errno)
-}
-
-/// Where the range is allocated, for at most [`EXTENTS_MAX`] extents of it.
-fn status(shared: &Shared, at: u64, len: u64, extents: &mut Vec<Extent>) -> Result<(), Error> {
-    let end = at + len;
-    let mut here = at;
-    extents.clear();
-    while here < end && extents.len() < EXTENTS_MAX {
-        let data = seek(shared, here, Whence::SeekData, end)?;
-        if data > here {
-            extents.push(Extent { at: here, len: data - here, kind: ExtentKind::Hole });
-            here = data;
-        } else {
-            // Never empty, even should the file change in between: what is data once is data enough.
-            let hole = seek(shared, here, Whence::SeekHole, end)?.max((here + 1).next_multiple_of(512)).min(end);
-            extents.push(Extent { at: here, len: hole - here, kind: ExtentKind::Data });
-            here = hole;
-        }
-    }
-    Ok(())
-}
-
-/// The next byte from `at` on that is data or hole, at most `end`.
-fn seek(shared: &Shared, at: u64, what: Whence, end: u64) -> Result<u64, Error> {
-    match lseek(&shared.file, at as i64, what) {
-        Ok(found) => Ok((found as u64).clamp(at, end)),
-        // No data any more up to the end of the file.
-        Err(Errno::ENXIO) => Ok(end),
-        Err(errno) => Err(Error::from_errno(errno as i32)),
-    }
 }
 
 const _: () = assert!(size_of::<Flight>() <= 128);

@@ -1,26 +1,32 @@
 //! The system calls that std and nix have no safe form of.
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, mem::MaybeUninit, os::fd::AsRawFd};
+use std::{
+    fs::File,
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+};
 
 use blkdev::Buf;
 
-/// `preadv` and `pwritev` of `buf` from its byte `skip` on; `at` is where the buffer's first byte is in the file.
-pub(crate) fn read(file: &File, at: u64, buf: &mut Buf, skip: usize) -> io::Result<usize> {
-    let len = buf.len() - skip;
-    // SAFETY: `skip` and `len` stay within the Buf (the subtraction is checked), whose memory is borrowed for the call.
-    count(unsafe { libc::pread64(file.as_raw_fd(), buf.as_ptr().add(skip).cast(), len, offset(at, skip)) })
+/// `pread` of the whole buffer, whose first byte is at `at` in the file.
+pub(crate) fn read(file: &File, at: u64, buf: &mut Buf) -> io::Result<usize> {
+    // SAFETY: the Buf's memory is borrowed for the call. An offset past i64::MAX is negative, which the kernel refuses.
+    count(unsafe { libc::pread64(file.as_raw_fd(), buf.as_ptr().cast(), buf.len(), at as i64) })
 }
 
-/// As [`read`].
-pub(crate) fn write(file: &File, at: u64, buf: &Buf, skip: usize) -> io::Result<usize> {
-    let len = buf.len() - skip;
+/// `pwrite`, as [`read`].
+pub(crate) fn write(file: &File, at: u64, buf: &Buf) -> io::Result<usize> {
     // SAFETY: as in `read`.
-    count(unsafe { libc::pwrite64(file.as_raw_fd(), buf.as_ptr().add(skip).cast(), len, offset(at, skip)) })
+    count(unsafe { libc::pwrite64(file.as_raw_fd(), buf.as_ptr().cast(), buf.len(), at as i64) })
 }
 
-fn offset(at: u64, skip: usize) -> i64 {
-    (at + skip as u64) as i64
+/// Another descriptor of the open file that this process has as number `fd` at the moment, if it has.
+pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: borrowed for this one call, which only duplicates it. A number that was closed meanwhile is an error, and
+    // one that was reused is another file of this process: the caller looks at what it got.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
 }
 
 fn count(result: isize) -> io::Result<usize> {

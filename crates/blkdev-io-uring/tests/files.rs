@@ -9,6 +9,8 @@ use std::{
         unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::Path,
+    process::Command,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -181,7 +183,7 @@ fn a_file_that_grew_is_seen_when_asked() {
     let mut rig = Rig::path(file.path());
     file.open().set_len(2 * MIB).unwrap();
     assert_eq!(rig.device.capacity(), MIB);
-    rig.device.refresh().unwrap();
+    rig.device.refresh();
     assert_eq!(rig.device.capacity(), 2 * MIB);
     rig.write(2 * MIB - 4096, 3, 4096).unwrap();
     assert_eq!(rig.read(2 * MIB - 4096, 4096).unwrap(), [3; 4096]);
@@ -201,14 +203,137 @@ fn a_file_that_shrank_fails_reads_and_goes_on() {
 }
 
 #[test]
-fn direct_access_leaves_an_odd_end_out() {
+fn a_smaller_size_is_seen_when_asked() {
+    let file = Scratch::on_disk(2 * MIB);
+    let rig = Rig::path(file.path());
+    file.open().set_len(MIB + 7).unwrap();
+    rig.device.refresh();
+    assert_eq!(rig.device.capacity(), MIB + 7);
+    // Whole blocks only, where there are blocks.
+    let file = Scratch::on_disk(2 * MIB);
+    let rig = Rig::new(Options { direct: true, ..Options::path(file.path()) });
+    file.open().set_len(MIB + 7).unwrap();
+    rig.device.refresh();
+    assert_eq!(rig.device.capacity(), MIB);
+}
+
+#[test]
+fn a_disk_that_grew_is_seen_when_asked() {
+    let Some(disk) = Loop::new(MIB, 512) else { return };
+    let mut rig = Rig::path(disk.path());
+    disk.file.open().set_len(2 * MIB).unwrap();
+    assert!(Command::new("losetup").arg("--set-capacity").arg(disk.path()).status().unwrap().success());
+    rig.device.refresh();
+    assert_eq!(rig.device.capacity(), 2 * MIB);
+    rig.write(2 * MIB - 4096, 3, 4096).unwrap();
+}
+
+#[test]
+fn another_file_of_the_same_name_is_noticed() {
+    let (file, other) = (Scratch::on_disk(MIB), Scratch::on_disk(MIB));
+    let (by_path, by_fd) = (IoUring::open(Options::path(file.path())), IoUring::open(Options::fd(file.open().into())));
+    let (by_path, by_fd) = (by_path.unwrap(), by_fd.unwrap());
+    assert!(!by_path.is_replaced());
+    file.open().set_len(2 * MIB).unwrap();
+    assert!(!by_path.is_replaced(), "it is the same file, grown");
+    fs::rename(other.path(), file.path()).unwrap();
+    assert!(by_path.is_replaced() && !by_fd.is_replaced());
+    fs::remove_file(file.path()).unwrap();
+    assert!(!by_path.is_replaced(), "there is nothing to open instead");
+}
+
+#[test]
+fn direct_access_refuses_an_end_that_it_cannot_reach() {
     let file = Scratch::on_disk(MIB + 100);
-    let device = IoUring::open(Options { direct: true, ..Options::path(file.path()) }).unwrap();
+    let direct = || Options { direct: true, ..Options::path(file.path()) };
+    refused(
+        direct(),
+        &[&file.path().display().to_string(), "1048676 bytes", "leave out direct=true", "truncate --size=%"],
+    );
+    let device = IoUring::open(Options::path(file.path())).unwrap();
+    assert_eq!((device.info().block_size, device.capacity()), (1, MIB + 100));
+    drop(device);
+    file.open().set_len(MIB).unwrap();
+    let device = IoUring::open(direct()).unwrap();
     let info = device.info();
     assert!(info.block_size >= 512 && info.preferred_block_size >= 4096 && !info.caps.prefetch);
     assert_eq!(device.capacity(), MIB);
+}
+
+#[test]
+fn memory_is_forgotten_when_asked() {
+    let file = Scratch::on_disk(MIB);
     let device = IoUring::open(Options::path(file.path())).unwrap();
-    assert_eq!((device.info().block_size, device.capacity()), (1, MIB + 100));
+    assert!(!device.pins_memory());
+    let (one, two) = (Mapping::new(4096).unwrap(), Mapping::new(4096).unwrap());
+    device.register(&one).unwrap();
+    device.register(&two).unwrap();
+    assert_eq!((Arc::strong_count(&one), Arc::strong_count(&two)), (2, 2));
+    device.unregister(&one);
+    device.unregister(&one);
+    assert_eq!((Arc::strong_count(&one), Arc::strong_count(&two)), (1, 2));
+}
+
+#[test]
+fn status_requests_take_places_in_the_queue_and_come_back() {
+    let file = Scratch::in_memory(16 * MIB);
+    fill(file.path(), 0, 8 * MIB);
+    let device = IoUring::open(Options::path(file.path())).unwrap();
+    for depth in [1, 3] {
+        let mut queue = device.open_queue(depth).unwrap();
+        for round in 0..50 {
+            for tag in 0..depth.into() {
+                // What is answered elsewhere, and what goes through the ring.
+                let op = match (tag + round) % 3 {
+                    0 => Op::Flush,
+                    _ => Op::Status { at: 4 * MIB, len: 8 * MIB, extents: Vec::new() },
+                };
+                queue.push(Request { tag, op }).unwrap();
+            }
+            assert_eq!(queue.push(Request { tag: 99, op: Op::Flush }).unwrap_err().tag, 99);
+            queue.kick();
+            let mut done = wait(&mut *queue, depth.into());
+            done.sort_by_key(|done| done.tag);
+            for (tag, done) in done.into_iter().enumerate() {
+                assert_eq!((done.tag, done.result), (tag as u64, Ok(())));
+                if let Op::Status { extents, .. } = done.op {
+                    let (data, hole) = (ExtentKind::Data, ExtentKind::Hole);
+                    let expected =
+                        [(4 * MIB, data), (8 * MIB, hole)].map(|(at, kind)| Extent { at, len: 4 * MIB, kind });
+                    assert_eq!(extents, expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn status_requests_do_not_hold_up_the_end() {
+    // Long enough to be at work when the queue ends.
+    let file = Scratch::in_memory(256 * MIB);
+    fill(file.path(), 0, 256 * MIB);
+    for give_up in [false, true] {
+        let device = IoUring::open(Options::path(file.path())).unwrap();
+        let mut queue = device.open_queue(16).unwrap();
+        for tag in 0..16 {
+            queue.push(Request { tag, op: Op::Status { at: 0, len: 256 * MIB, extents: Vec::new() } }).unwrap();
+        }
+        queue.kick();
+        if give_up {
+            queue.give_up();
+            assert!(queue.is_dead());
+            let done = wait(&mut *queue, 16);
+            assert!(done.iter().all(|done| matches!(done.result, Ok(()) | Err(Error::Gone))), "{done:?}");
+            // Late answers are nobody's.
+            thread::sleep(Duration::from_millis(300));
+            let mut more = Vec::new();
+            queue.reap(&mut more);
+            assert!(more.is_empty() && queue.arm(), "{more:?}");
+        }
+        let started = Instant::now();
+        drop((queue, device));
+        assert!(started.elapsed() < Duration::from_secs(8), "the ring waited for the poll");
+    }
 }
 
 #[test]
@@ -293,20 +418,21 @@ fn reads_outlive_the_thread_that_submitted_them() {
 
 #[test]
 fn a_full_queue_gives_the_request_back() {
-    let file = Scratch::on_disk(MIB);
-    let device = IoUring::open(Options { entries: 3, ..Options::path(file.path()) }).unwrap();
+    let file = Scratch::in_memory(MIB);
+    let Rig { device, queue, mut arena } = Rig::new(Options { entries: 3, ..Options::path(file.path()) });
     assert_eq!(device.info().depth_max, 3);
+    drop(queue);
     let mut queue = device.open_queue(1000).unwrap();
+    let mut read = |tag| Request { tag, op: Op::Read { at: 0, buf: arena.alloc(4096).unwrap() } };
     for tag in 0..3 {
         queue.push(Request { tag, op: Op::Flush }).unwrap();
     }
     // What has ended on the spot takes a place too, until it was reaped.
-    let status = || Op::Status { at: 0, len: 4096, extents: Vec::new() };
-    assert_eq!(queue.push(Request { tag: 3, op: status() }).unwrap_err().tag, 3);
+    assert_eq!(queue.push(read(3)).unwrap_err().tag, 3);
     queue.kick();
     wait(&mut *queue, 3);
     for tag in 0..3 {
-        queue.push(Request { tag, op: status() }).unwrap();
+        queue.push(read(tag)).unwrap();
     }
     assert_eq!(queue.push(Request { tag: 3, op: Op::Flush }).unwrap_err().tag, 3);
     assert!(!queue.arm());

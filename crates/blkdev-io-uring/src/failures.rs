@@ -1,0 +1,73 @@
+//! [`Failures`]: one line in the log for each kind of error, not for each request.
+
+use std::{
+    io,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+/// How long errors of a kind are only counted after one was logged.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// The errors of one device.
+#[derive(Debug, Default)]
+pub(crate) struct Failures {
+    kinds: Mutex<Vec<Kind>>,
+}
+
+/// Errors of one operation with one errno.
+#[derive(Debug)]
+struct Kind {
+    operation: &'static str,
+    errno: i32,
+    logged: Instant,
+    hidden: u64,
+}
+
+impl Failures {
+    /// Logs that an operation on `target` failed, unless the log has this kind of error already. `errno` 0: the file ended.
+    #[cold]
+    pub(crate) fn report(&self, target: &str, operation: &'static str, at: u64, len: u64, errno: i32) {
+        let Some(hidden) = self.count(operation, errno, Instant::now()) else { return };
+        let why = match errno {
+            0 => "the file or disk has become shorter".into(),
+            errno => io::Error::from_raw_os_error(errno).to_string(),
+        };
+        let more = if hidden > 0 { format!("; {hidden} more like it since the last message") } else { String::new() };
+        log::error!("{target}: {operation} of {len} bytes at offset {at} failed: {why}{more}");
+    }
+
+    /// Counts an error. `Some`: it is to be logged, and so many were not.
+    fn count(&self, operation: &'static str, errno: i32, now: Instant) -> Option<u64> {
+        let mut kinds = self.kinds.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(kind) = kinds.iter_mut().find(|kind| kind.operation == operation && kind.errno == errno) else {
+            kinds.push(Kind { operation, errno, logged: now, hidden: 0 });
+            return Some(0);
+        };
+        if now.saturating_duration_since(kind.logged) < QUIET {
+            kind.hidden += 1;
+            return None;
+        }
+        kind.logged = now;
+        Some(std::mem::take(&mut kind.hidden))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_is_logged_once_a_minute() {
+        let (failures, start) = (Failures::default(), Instant::now());
+        let count = |operation, errno, seconds| failures.count(operation, errno, start + Duration::from_secs(seconds));
+        assert_eq!(count("read", libc::EIO, 0), Some(0));
+        assert_eq!(count("read", libc::EIO, 1), None);
+        assert_eq!(count("read", libc::EIO, 59), None);
+        assert_eq!(count("read", libc::ENOSPC, 59), Some(0));
+        assert_eq!(count("write", libc::EIO, 59), Some(0));
+        assert_eq!(count("read", libc::EIO, 60), Some(2));
+        assert_eq!(count("read", libc::EIO, 61), None);
+        assert_eq!(count("read", libc::EIO, 200), Some(1));
+    }
+}

@@ -1,0 +1,201 @@
+//! Locks on images, as QEMU's file driver takes them (block/file-posix.c), so that each respects the other.
+//!
+//! For each permission that an opener uses it holds a shared lock on the byte 100 + n, and for each permission that it does not
+//! allow others on the byte 200 + n. All locks are shared and belong to the open file (`F_OFD_SETLK`), so they never wait, and
+//! end with the last descriptor. After taking its own, an opener looks for those of others that exclude it.
+//!
+//! Openings by the same process do not exclude each other: the operator who exports a file twice, or reloads it with other
+//! properties, means it. Such an opening takes its locks on the first one's open file, of which it holds a descriptor. That one
+//! is found among the process's descriptors, since `/proc/self/fdinfo` lists the locks of each.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, fcntl},
+};
+
+use crate::sys;
+
+/// First byte for permissions in use, and for those that are not shared.
+const USED: i64 = 100;
+const UNSHARED: i64 = 200;
+
+/// QEMU's permissions, by bit.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// Nobody else may do this, whether the image is written here or only read.
+const EXCLUDED: [i64; 2] = [WRITE, RESIZE];
+
+/// Another opening by this process, kept open with the locks, and the claim to a block device, that it has.
+#[derive(Debug)]
+pub(crate) struct Kin(OwnedFd);
+
+/// Takes the locks for `file`. `kin`: the locks go there instead, and are checked from there.
+///
+/// # Errors
+/// Another process excludes this opening. No locks are left then that were not there before.
+pub(crate) fn acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> io::Result<()> {
+    let holder = kin.map_or(file.as_fd(), |kin| kin.0.as_fd());
+    let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+    let wanted = used.iter().map(|p| USED + p).chain(EXCLUDED.map(|p| UNSHARED + p));
+    let excluding = used.iter().map(|p| UNSHARED + p).chain(EXCLUDED.map(|p| USED + p));
+    let had: Vec<i64> = if kin.is_some() { locks(holder) } else { Vec::new() };
+    let mut taken = Vec::new();
+    let result = wanted.filter(|byte| !had.contains(byte)).try_for_each(|byte| {
+        set(holder, byte, libc::F_RDLCK)?;
+        taken.push(byte);
+        Ok(())
+    });
+    let result = result.and_then(|()| {
+        for byte in excluding {
+            if let Some(pid) = conflict(holder, byte)? {
+                return Err(Failure::Held(byte, pid));
+            }
+        }
+        Ok(())
+    });
+    let refusal = match result {
+        Ok(()) => return Ok(()),
+        Err(Failure::Held(byte, pid)) if !is_kindred(file) => in_use(name, byte, pid),
+        Err(Failure::Held(..)) => return Ok(()),
+        // As QEMU does.
+        Err(Failure::NoLocks(errno)) => {
+            log::debug!("{name}: the file system has no locks ({errno}): nothing keeps others from writing");
+            return Ok(());
+        }
+    };
+    taken.into_iter().for_each(|byte| drop(set(holder, byte, libc::F_UNLCK)));
+    Err(refusal)
+}
+
+enum Failure {
+    /// Somebody holds the byte: the process, if it is known.
+    Held(i64, i32),
+    NoLocks(Errno),
+}
+
+fn in_use(name: &str, byte: i64, pid: i32) -> io::Error {
+    let who = match pid {
+        1.. => format!("process {pid}"),
+        _ => "a virtual machine, qemu-storage-daemon or another server".into(),
+    };
+    let what = match byte {
+        UNSHARED.. => "does not share it",
+        _ => "may write to it",
+    };
+    let text = format!(
+        "{name} is in use: {who} has it open and {what}; end that program, or give force-share=true to open the image anyway"
+    );
+    io::Error::new(io::ErrorKind::ResourceBusy, text)
+}
+
+/// What is wrong with a block device that cannot be claimed.
+pub(crate) fn claimed(name: &str) -> io::Error {
+    let text = format!(
+        "{name} is in use: it is mounted, part of a volume, or claimed by another program; unmount it, give read-only=true, \
+         or give force-share=true to write to it anyway"
+    );
+    io::Error::new(io::ErrorKind::ResourceBusy, text)
+}
+
+fn flock(byte: i64, kind: libc::c_int) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
+}
+
+fn set(holder: BorrowedFd<'_>, byte: i64, kind: libc::c_int) -> Result<(), Failure> {
+    match fcntl(holder, FcntlArg::F_OFD_SETLK(&flock(byte, kind))) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(Failure::Held(byte, 0)),
+        Err(errno) => Err(Failure::NoLocks(errno)),
+    }
+}
+
+/// The process (0 or less: unknown) that holds a lock on `byte`, other than through `holder`.
+fn conflict(holder: BorrowedFd<'_>, byte: i64) -> Result<Option<i32>, Failure> {
+    let mut lock = flock(byte, libc::F_WRLCK);
+    fcntl(holder, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(Failure::NoLocks)?;
+    Ok((libc::c_int::from(lock.l_type) != libc::F_UNLCK).then_some(lock.l_pid))
+}
+
+/// The descriptor through which this process holds locks on the file with these numbers already, if there is one.
+pub(crate) fn kin(dev: u64, ino: u64) -> Option<Kin> {
+    descriptors().find_map(|(fd, info)| {
+        if !bytes(&info, ino).contains(&USED) {
+            return None;
+        }
+        let fd = File::from(sys::duplicate(fd).ok()?);
+        let meta = fd.metadata().ok()?;
+        ((meta.dev(), meta.ino()) == (dev, ino)).then(|| Kin(fd.into()))
+    })
+}
+
+/// Whether this process serves the file already from a file system that may hang, where it holds no descriptor with locks, but
+/// one with `O_PATH`.
+fn is_kindred(file: &File) -> bool {
+    let place = |info: &str| Some((field(info, "mnt_id:")?.to_owned(), field(info, "ino:")?.to_owned()));
+    let own = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok();
+    let Some(own) = own.and_then(|info| place(&info)) else { return false };
+    descriptors().any(|(_, info)| {
+        let flags = field(&info, "flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        flags.is_some_and(|flags| flags & libc::O_PATH != 0) && place(&info).is_some_and(|place| place == own)
+    })
+}
+
+/// Every descriptor of this process, with what the kernel says of it. That asks no file system.
+fn descriptors() -> impl Iterator<Item = (i32, String)> {
+    fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten().filter_map(|entry| {
+        let fd = entry.file_name().to_str()?.parse().ok()?;
+        Some((fd, fs::read_to_string(entry.path()).ok()?))
+    })
+}
+
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+}
+
+/// The bytes from [`USED`] on that are locked through `holder`.
+fn locks(holder: BorrowedFd<'_>) -> Vec<i64> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", holder.as_raw_fd())).unwrap_or_default();
+    let ino = field(&info, "ino:").and_then(|ino| ino.parse().ok()).unwrap_or(0);
+    bytes(&info, ino)
+}
+
+/// The bytes from [`USED`] on that an open file holds locked: `lock: 1: OFDLCK ADVISORY READ -1 08:01:12345 100 101`.
+fn bytes(info: &str, ino: u64) -> Vec<i64> {
+    let parse = |line: &str| {
+        let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+        let [_, "OFDLCK", _, _, _, place, start, end] = words[..] else { return None };
+        let number = place.rsplit(':').next()?.parse::<u64>().ok()?;
+        let range: (i64, i64) = (start.parse().ok()?, end.parse().ok()?);
+        (number == ino && range.1 < UNSHARED + USED).then_some(range.0.max(USED)..=range.1)
+    };
+    info.lines().filter_map(parse).flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locks_are_read_from_what_the_kernel_lists() {
+        let info = "pos:\t0\nflags:\t02100002\nmnt_id:\t28\nino:\t12345\n\
+                    lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:12345 100 101\n\
+                    lock:\t2: OFDLCK ADVISORY  READ -1 fe:00:12345 203 203\n\
+                    lock:\t3: POSIX  ADVISORY  READ 7 fe:00:12345 201 201\n\
+                    lock:\t4: OFDLCK ADVISORY  READ -1 fe:00:12345 0 EOF\n\
+                    lock:\t5: OFDLCK ADVISORY  READ -1 fe:00:99 202 202\n";
+        assert_eq!(bytes(info, 12345), [100, 101, 203]);
+        assert_eq!(bytes(info, 99), [202]);
+        assert_eq!(field(info, "ino:"), Some("12345"));
+    }
+}
