@@ -14,7 +14,7 @@ use std::{
 
 use blkdev::{Channel, Device, Plan};
 
-use crate::{Export, Exports, tls::Tls, worker::Handle};
+use crate::{Export, Exports, server::await_end, tls::Tls, worker::Handle};
 
 /// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
 /// finds it in any case.
@@ -299,9 +299,7 @@ impl Roster {
     pub(crate) fn await_closed(&self) {
         let mut state = lock(&self.state);
         state.tidy();
-        for thread in state.closing.drain(..) {
-            let _ = thread.join();
-        }
+        state.closing.drain(..).for_each(|thread| await_end(&thread));
     }
 }
 

@@ -160,9 +160,17 @@ impl Drop for Server {
         for worker in &*self.workers {
             worker.ring();
         }
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.threads.drain(..).for_each(|thread| await_end(&thread));
         self.roster.await_closed();
+    }
+}
+
+/// Waits until a thread has done its work. Not until it is gone: the kernel keeps a thread until the requests are over that it
+/// handed to an io_uring, and a file system that hangs does not end them. The end of the process does.
+pub(crate) fn await_end(thread: &JoinHandle<()>) {
+    let mut pause = Duration::from_micros(10);
+    while !thread.is_finished() {
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
     }
 }
