@@ -123,7 +123,7 @@ impl IoUring {
             lock::acquire(&file, &name, read_only, kin.as_ref())?;
         }
         // A queue needs one like it. Where io_uring is forbidden, that is to be known now.
-        let mut keeper = Ring::new(1, file.as_fd())?;
+        let mut keeper = Ring::new(1, file.as_fd()).map_err(|e| annotate(&e, "opening", &name))?;
         let discard_command = target.is_disk && target.discard && Flight::probe_discard(&mut keeper);
         if target.is_disk && !discard_command {
             // What is left is PUNCH_HOLE, which needs hardware for zeroes.
@@ -311,10 +311,14 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
     ];
     let flags = flags.into_iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
     let attempt = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
+    let is_busy = |e: &io::Error| claim && e.raw_os_error() == Some(libc::EBUSY);
     let file = match attempt(flags) {
         // This process holds the claim, and goes on holding it.
-        Err(e) if claim && kin.is_some() && e.raw_os_error() == Some(libc::EBUSY) => attempt(flags & !libc::O_EXCL),
-        Err(e) if claim && e.raw_os_error() == Some(libc::EBUSY) => return Err(lock::claimed(&name)),
+        Err(e) if is_busy(&e) && kin.is_some() => attempt(flags & !libc::O_EXCL),
+        Err(e) if is_busy(&e) => match lock::retry(is_busy, || attempt(flags)) {
+            Err(e) if is_busy(&e) => return Err(lock::claimed(&name)),
+            result => result,
+        },
         result => result,
     };
     let file = file.map_err(|e| {

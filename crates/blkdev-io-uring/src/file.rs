@@ -10,7 +10,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
-    sys::statfs::{EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs},
+    sys::statfs::{EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FUSE_SUPER_MAGIC, TMPFS_MAGIC, fstatfs},
     unistd::{Whence, lseek},
 };
 
@@ -97,7 +97,9 @@ impl Target {
             zero: punch,
             zero_mode: PUNCH,
             discard: punch,
-            status: !matches!(lseek(file, 0, Whence::SeekData), Err(e) if e != Errno::ENXIO),
+            // Not of FUSE: to ask takes a descriptor, and this process could not end while its server does not answer.
+            status: magic != Some(FUSE_SUPER_MAGIC)
+                && !matches!(lseek(file, 0, Whence::SeekData), Err(e) if e != Errno::ENXIO),
             in_memory: !direct && magic == Some(TMPFS_MAGIC),
             inline_writes: !direct
                 && [EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC].into_iter().any(|m| magic == Some(m)),

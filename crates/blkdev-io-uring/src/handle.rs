@@ -77,6 +77,14 @@ impl Handle {
         }
     }
 
+    /// As [`open`](Self::open), for asking only. To close it, NFS and others write nothing back, so they do not wait.
+    pub(crate) fn open_to_ask(&self) -> io::Result<Arc<File>> {
+        match self {
+            Self::Near(file) => Ok(Arc::clone(file)),
+            Self::Far { path, .. } => reopen(path, OFlag::O_RDONLY).map(Arc::new),
+        }
+    }
+
     pub(crate) fn is_far(&self) -> bool {
         matches!(self, Self::Far { .. })
     }

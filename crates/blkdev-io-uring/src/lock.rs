@@ -15,6 +15,8 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -40,11 +42,33 @@ const EXCLUDED: [i64; 2] = [WRITE, RESIZE];
 #[derive(Debug)]
 pub(crate) struct Kin(OwnedFd);
 
+/// How long an opening waits for others to go. The kernel closes the files of a process that was killed some time after its
+/// end, when the last of its requests is over; a server that is started again at once must not fail for that.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Tries again for [`PATIENCE`], while `is_busy` says so of the error.
+pub(crate) fn retry<T>(
+    is_busy: impl Fn(&io::Error) -> bool,
+    mut attempt: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    let started = Instant::now();
+    loop {
+        match attempt() {
+            Err(e) if is_busy(&e) && started.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(10)),
+            result => return result,
+        }
+    }
+}
+
 /// Takes the locks for `file`. `kin`: the locks go there instead, and are checked from there.
 ///
 /// # Errors
 /// Another process excludes this opening. No locks are left then that were not there before.
 pub(crate) fn acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> io::Result<()> {
+    retry(|e| e.kind() == io::ErrorKind::ResourceBusy, || try_acquire(file, name, read_only, kin))
+}
+
+fn try_acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> io::Result<()> {
     let holder = kin.map_or(file.as_fd(), |kin| kin.0.as_fd());
     let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
     let wanted = used.iter().map(|p| USED + p).chain(EXCLUDED.map(|p| UNSHARED + p));

@@ -37,13 +37,14 @@ const TRIES_MAX: u8 = 100;
 /// One of the device's queues: a ring.
 #[derive(Debug)]
 pub(crate) struct FileQueue {
-    shared: Arc<Shared>,
+    /// Before the device, so that who finds the device's descriptor closed finds the file closed.
     ring: Ring<Flight>,
     /// What has ended without the ring.
     done: Vec<Completion>,
     depth: usize,
     /// The file, where transfers can be done on the spot.
     spot: Option<Arc<File>>,
+    shared: Arc<Shared>,
     /// Writes are not done on the spot before this.
     detour_until: Option<Instant>,
     /// For how long, should the next one be slow.

@@ -130,7 +130,7 @@ fn answer(question: Question) {
     let Question { shared, number, at, len, mailbox } = question;
     // Otherwise the queue is gone.
     let result = (Arc::strong_count(&mailbox) > 1).then(|| {
-        let file = shared.handle.open().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let file = shared.handle.open_to_ask().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
         file.and_then(|file| extents(&file, at, len))
     });
     shared.helper.open.fetch_sub(1, Ordering::Relaxed);

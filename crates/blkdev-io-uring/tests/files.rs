@@ -308,6 +308,25 @@ fn status_requests_take_places_in_the_queue_and_come_back() {
 }
 
 #[test]
+fn status_requests_have_a_thread_that_ends_with_the_device() {
+    let threads = || {
+        let names = fs::read_dir("/proc/self/task").unwrap().flatten().map(|task| task.path().join("comm"));
+        names.filter(|comm| fs::read_to_string(comm).is_ok_and(|name| name.trim() == "block status")).count()
+    };
+    // Tests that run at the same time may have such threads too, but in the end all are gone.
+    let file = Scratch::in_memory(MIB);
+    let mut rig = Rig::path(file.path());
+    rig.status(0, MIB);
+    assert!(threads() > 0);
+    drop(rig);
+    let started = Instant::now();
+    while threads() > 0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "the thread has ended");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn status_requests_do_not_hold_up_the_end() {
     // Long enough to be at work when the queue ends.
     let file = Scratch::in_memory(256 * MIB);
