@@ -5,6 +5,7 @@ mod cli;
 mod clients;
 mod conformance;
 mod copy;
+mod files;
 mod handshake;
 mod hostile;
 mod listen;

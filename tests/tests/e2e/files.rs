@@ -1,0 +1,477 @@
+//! What the server owes the files and disks that it serves, and those who share them: it closes them, waits for none of them for
+//! ever, and respects the locks of others.
+
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use nbdblk_tests::raw::{Mode, Raw, cmd};
+use nbdblk_tests::{Cmd, Daemon, Dir, Nbdblk, Output, deadline, eventually, nbdblk, nbdsh, tool};
+use nix::sys::signal::Signal;
+
+use crate::MIB;
+
+/// Something mounted, unmounted when dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    /// A file system in memory, on the directory `m`. `None`, and a loud word about it: there is no right to mount here.
+    fn tmpfs(dir: &Dir) -> Option<Self> {
+        let path = dir.at("m");
+        let _ = fs::create_dir(&path);
+        let made = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64M", "tmpfs"]).arg(&path).output();
+        match made {
+            Ok(made) if made.status.success() => Some(Self(path)),
+            refused => {
+                eprintln!("SKIPPED: nothing can be mounted here (it takes root): {refused:?}");
+                None
+            }
+        }
+    }
+
+    /// Unmounts it, which must succeed at once.
+    #[track_caller]
+    fn unmount(self) {
+        let told = Command::new("umount").arg(&self.0).output().unwrap();
+        assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy", "--quiet"]).arg(&self.0).output();
+    }
+}
+
+/// A loop device, detached when dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    /// `None`, and a loud word about it: there is no right to make one here.
+    fn new(file: &Path) -> Option<Self> {
+        match Command::new("losetup").args(["--find", "--show"]).arg(file).output() {
+            Ok(made) if made.status.success() => Some(Self(String::from_utf8(made.stdout).unwrap().trim().into())),
+            refused => {
+                eprintln!("SKIPPED: no loop device to be had here (it takes root and losetup): {refused:?}");
+                None
+            }
+        }
+    }
+
+    fn spec(&self, more: &str) -> String {
+        format!("io_uring={}{more}", self.0.display())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+/// An image on a FUSE file system: the file `fuse.img` in `dir`, served by qemu-storage-daemon, which can stop.
+struct Fuse {
+    daemon: Daemon,
+    mount: Mount,
+}
+
+impl Fuse {
+    /// `None`, and a loud word about it: there is no FUSE here.
+    fn new(dir: &Dir) -> Option<Self> {
+        if !Path::new("/dev/fuse").exists() {
+            eprintln!("SKIPPED: there is no /dev/fuse here");
+            return None;
+        }
+        let (image, at) = (dir.sparse("behind.img", 16 * MIB), dir.sparse("fuse.img", 0));
+        // As the server's locks are not asked for through FUSE, they are not what this is about.
+        let node = format!("driver=file,node-name=f,locking=off,filename={}", image.display());
+        let export = format!("type=fuse,id=e,node-name=f,writable=on,mountpoint={}", at.display());
+        let daemon = tool("qemu-storage-daemon").args(["--blockdev", &node, "--export", &export]);
+        let mut daemon = daemon.spawn(dir.at("fuse.log"));
+        let start = Instant::now();
+        while fs::metadata(&at).map_or(0, |meta| meta.len()) != 16 * MIB {
+            if !daemon.is_alive() {
+                eprintln!("SKIPPED: no FUSE export can be made here: {}", daemon.log());
+                return None;
+            }
+            assert!(start.elapsed() < deadline(), "the FUSE export appears: {}", daemon.log());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        Some(Self { daemon, mount: Mount(at) })
+    }
+
+    fn freeze(&self) {
+        self.daemon.signal(Signal::SIGSTOP);
+    }
+
+    fn spec(&self) -> String {
+        format!("io_uring={}", self.mount.0.display())
+    }
+}
+
+/// Serves with these arguments while `true` runs, which ends at once.
+fn serve_briefly(dir: &Dir, args: &[&str]) -> Output {
+    nbdblk().args(["serve"]).args(args).args(["--run", "true"]).within(dir.path()).run()
+}
+
+/// It starts, and ends well.
+#[track_caller]
+fn accepted(dir: &Dir, args: &[&str]) {
+    let Output { status, err, .. } = serve_briefly(dir, args);
+    assert!(status.success(), "{args:?}: {err}");
+}
+
+/// It is refused with these words, in one line.
+#[track_caller]
+fn refused(dir: &Dir, args: &[&str], words: &[&str]) {
+    let Output { status, err, .. } = serve_briefly(dir, args);
+    assert!(!status.success() && err.lines().count() == 1, "{args:?}: {err}");
+    for word in words {
+        assert!(err.contains(word), "{word} in {err}");
+    }
+}
+
+#[test]
+fn its_file_system_can_be_unmounted_when_the_server_has_ended() {
+    let dir = Dir::new();
+    for round in 0..12 {
+        let Some(mount) = Mount::tmpfs(&dir) else { return };
+        dir.sparse("m/d.img", 16 * MIB);
+        let work =
+            r#"nbdsh -u "$uri" -c "h.pwrite(b'x' * 100000, 7); h.flush(); h.zero(1 << 20, 0); h.trim(1 << 20, 0)""#;
+        let command = if round % 3 == 0 { work } else { "true" };
+        nbdblk().args(["serve", "io_uring=m/d.img", "--run", command]).within(dir.path()).ok();
+        mount.unmount();
+    }
+}
+
+#[test]
+fn its_file_system_can_be_unmounted_when_the_export_is_gone() {
+    let dir = Dir::new();
+    let configure = |exports: &str| {
+        fs::write(dir.at("nbdblk.toml"), format!("control = \"c\"\n[[export]]\ndevice = \"null=1M\"\n{exports}"))
+            .unwrap();
+    };
+    configure("");
+    let server = Nbdblk::unix(&dir, &["--config", "nbdblk.toml"]);
+    let reload = |exports: &str| {
+        configure(exports);
+        nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).ok();
+    };
+    for round in 0..12 {
+        let Some(mount) = Mount::tmpfs(&dir) else { return };
+        let image = dir.sparse("m/d.img", 16 * MIB);
+        reload("[[export]]\nname = \"x\"\ndevice = \"io_uring=m/d.img\"\n");
+        if round % 3 == 0 {
+            nbdsh(&server.uri_of("x"), "h.pwrite(b'x' * 100000, 7); h.flush(); h.zero(1 << 20, 0)");
+        }
+        reload("");
+        let fds = PathBuf::from(format!("/proc/{}/fd", server.pid()));
+        let is_open =
+            || fs::read_dir(&fds).unwrap().flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|f| f == image));
+        eventually("the server has closed the file", || !is_open());
+        mount.unmount();
+    }
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn a_program_that_was_served_can_be_executed() {
+    let dir = Dir::new();
+    for _ in 0..20 {
+        fs::copy("/bin/true", dir.at("program")).unwrap();
+        accepted(&dir, &["io_uring=program"]);
+        // Not "text file busy".
+        Cmd::new(dir.at("program")).ok();
+        fs::remove_file(dir.at("program")).unwrap();
+    }
+}
+
+#[test]
+fn a_file_system_that_hangs_holds_up_neither_other_exports_nor_the_end() {
+    let dir = Dir::new();
+    let Some(fuse) = Fuse::new(&dir) else { return };
+    dir.sparse("near.img", 16 * MIB);
+    let far = format!("far:{}", fuse.spec());
+    let server = Nbdblk::unix(&dir, &[&far, "near:io_uring=near.img", "--threads", "1"]);
+    let mut clients: Vec<Raw> = (0..6).map(|_| Raw::enter(server.address(), Mode::Structured, "far")).collect();
+    clients[0].write(0, &[7; 100_000]);
+    assert_eq!(clients[0].read(0, 100_000), [7; 100_000]);
+    let mut near = Raw::enter(server.address(), Mode::Structured, "near");
+    fuse.freeze();
+    for (client, command) in clients.iter_mut().zip([cmd::READ, cmd::WRITE, cmd::FLUSH, cmd::TRIM, cmd::WRITE_ZEROES]) {
+        let payload = if command == cmd::WRITE { vec![1; 4096] } else { Vec::new() };
+        let (at, len) = if command == cmd::FLUSH { (0, 0) } else { (8192, 4096) };
+        client.request(0, command, at, len, &payload);
+    }
+    for n in 0..50 {
+        near.write(n * 4096, &[n as u8; 4096]);
+        assert_eq!(near.read(n * 4096, 4096), [n as u8; 4096]);
+    }
+    // A new client does not wait for the size either.
+    let _ = Raw::enter(server.address(), Mode::Structured, "near");
+    let _ = Raw::enter(server.address(), Mode::Structured, "far");
+    // `terminate` has a deadline, and the kernel must let the process go.
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn block_status_does_not_wait_for_a_file_system_that_hangs() {
+    let dir = Dir::new();
+    let Some(fuse) = Fuse::new(&dir) else { return };
+    let server = Nbdblk::unix(&dir, &[&fuse.spec(), "--threads", "1"]);
+    let mut client = Raw::greeted(server.address());
+    client.negotiate_structured();
+    client.negotiate_context("");
+    client.go("");
+    fuse.freeze();
+    let reply = client.call(0, cmd::BLOCK_STATUS, 0, 1 << 20, b"");
+    assert_eq!(reply.error, 0);
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn an_image_that_qemu_has_open_is_refused() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    let image = dir.text("d.img");
+    let open = |mode: &[&str]| {
+        let mut qemu = tool("qemu-io").args(mode).args(["-f", "raw", &image]).spawn(dir.at("qemu.log"));
+        qemu.type_line("read 0 512");
+        qemu.await_text("read 512/512");
+        qemu
+    };
+    let close = |mut qemu: Daemon| {
+        qemu.type_line("quit");
+        qemu.await_end();
+    };
+    let words = ["d.img is in use", "may write to it", "force-share=true"];
+    let writer = open(&[]);
+    refused(&dir, &["io_uring=d.img"], &words);
+    refused(&dir, &["io_uring=d.img,read-only=true"], &words);
+    accepted(&dir, &["io_uring=d.img,force-share=true"]);
+    close(writer);
+    let reader = open(&["-r"]);
+    accepted(&dir, &["io_uring=d.img"]);
+    close(reader);
+    // A guest's disk: qemu-storage-daemon shares reading only.
+    let node = format!("driver=file,node-name=f,filename={image}");
+    let socket =
+        format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={}", dir.text("v.sock"));
+    let mut guest =
+        tool("qemu-storage-daemon").args(["--blockdev", &node, "--export", &socket]).spawn(dir.at("qsd.log"));
+    guest.await_that("its socket", |_| dir.at("v.sock").exists());
+    refused(&dir, &["io_uring=d.img"], &["d.img is in use", "force-share=true"]);
+    guest.signal(Signal::SIGTERM);
+    guest.await_end();
+    accepted(&dir, &["io_uring=d.img"]);
+}
+
+#[test]
+fn qemu_and_other_servers_refuse_an_image_that_is_served() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    let image = dir.text("d.img");
+    let qemu =
+        |mode: &[&str], command: &str| tool("qemu-io").args(mode).args(["-f", "raw", "-c", command, &image]).run();
+    let server = Nbdblk::unix(&dir, &["io_uring=d.img"]);
+    let Output { out, err, .. } = qemu(&[], "write 0 512");
+    assert!(format!("{out}{err}").contains("lock"), "{out}{err}");
+    assert!(qemu(&["-r"], "read 0 512").out.contains("read 512/512"));
+    refused(&dir, &["io_uring=d.img"], &["d.img is in use", "force-share=true"]);
+    refused(&dir, &["io_uring=d.img,read-only=true"], &["d.img is in use", "force-share=true"]);
+    accepted(&dir, &["io_uring=d.img,force-share=true"]);
+    assert!(server.terminate().success());
+    // Readers share, and keep writers out.
+    let reader = Nbdblk::unix(&dir, &["io_uring=d.img,read-only=true"]);
+    accepted(&dir, &["io_uring=d.img,read-only=true"]);
+    refused(&dir, &["io_uring=d.img"], &["d.img is in use"]);
+    assert!(reader.terminate().success());
+    accepted(&dir, &["io_uring=d.img"]);
+    let sharing = Nbdblk::unix(&dir, &["io_uring=d.img,force-share=true"]);
+    assert!(qemu(&[], "write 0 512").out.contains("wrote 512/512"));
+    assert!(sharing.terminate().success());
+}
+
+#[test]
+fn a_server_that_was_killed_can_be_started_again_at_once() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    for _ in 0..10 {
+        // Dropped, it is killed, and the kernel closes the file a little later.
+        drop(Nbdblk::unix(&dir, &["io_uring=d.img"]));
+    }
+    let Some(disk) = Loop::new(&dir.sparse("e.img", MIB)) else { return };
+    for _ in 0..10 {
+        drop(Nbdblk::unix(&dir, &[&disk.spec("")]));
+    }
+    // So that it can be detached.
+    accepted(&dir, &[&disk.spec("")]);
+}
+
+#[test]
+fn one_server_may_open_an_image_more_than_once() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    let configure = |properties: &str| {
+        let text = format!("control = \"c\"\n[[export]]\nname = \"x\"\ndevice = \"io_uring=d.img{properties}\"\n");
+        fs::write(dir.at("nbdblk.toml"), text).unwrap();
+    };
+    accepted(&dir, &["a:io_uring=d.img", "b:io_uring=d.img"]);
+    accepted(&dir, &["a:io_uring=d.img,read-only=true", "b:io_uring=d.img", "c:io_uring=d.img,direct=true"]);
+    configure(",read-only=true");
+    let server = Nbdblk::unix(&dir, &["--config", "nbdblk.toml"]);
+    let mut old = Raw::enter(server.address(), Mode::Structured, "x");
+    for properties in ["", ",direct=true", ",num-entries=64", ",read-only=true", ""] {
+        configure(properties);
+        let told = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).ok().out;
+        assert_eq!(told.trim(), "reopened: \"x\"", "{properties}");
+        assert_eq!(old.read(0, 3), [0; 3]);
+        let mut new = Raw::enter(server.address(), Mode::Structured, "x");
+        assert_eq!(new.read(0, 3), [0; 3]);
+        old = new;
+        refused(&dir, &["io_uring=d.img"], &["d.img is in use"]);
+    }
+    drop(old);
+    assert!(server.terminate().success());
+    accepted(&dir, &["io_uring=d.img"]);
+}
+
+#[test]
+fn another_process_counts_although_this_one_has_the_image_open() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    let configure = |properties: &str| {
+        let text = format!("control = \"c\"\n[[export]]\nname = \"x\"\ndevice = \"io_uring=d.img{properties}\"\n");
+        fs::write(dir.at("nbdblk.toml"), text).unwrap();
+    };
+    configure(",read-only=true");
+    let server = Nbdblk::unix(&dir, &["--config", "nbdblk.toml"]);
+    let other = Nbdblk::unix(&dir, &["io_uring=d.img,read-only=true"]);
+    configure("");
+    let reload = || nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
+    let told = reload();
+    assert!(!told.status.success() && told.err.contains("d.img is in use"), "{}", told.err);
+    // A refusal leaves no lock behind that would keep others out.
+    accepted(&dir, &["io_uring=d.img,read-only=true"]);
+    assert!(other.terminate().success());
+    assert!(reload().status.success());
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn a_block_device_that_is_mounted_is_not_written_to() {
+    let dir = Dir::new();
+    let Some(disk) = Loop::new(&dir.sparse("d.img", 16 * MIB)) else { return };
+    tool("mkfs.ext4").args(["-q"]).args([&disk.0]).ok();
+    fs::create_dir(dir.at("m")).unwrap();
+    let mount = || Command::new("mount").arg(&disk.0).arg(dir.at("m")).output().unwrap();
+    assert!(mount().status.success());
+    let mounted = Mount(dir.at("m"));
+    refused(&dir, &[&disk.spec("")], &["is in use: it is mounted", "read-only=true", "force-share=true"]);
+    accepted(&dir, &[&disk.spec(",read-only=true")]);
+    accepted(&dir, &[&disk.spec(",force-share=true")]);
+    mounted.unmount();
+    // And the other way round; for this process it is the same device as before.
+    let (a, b) = (format!("a:{}", disk.spec("")), format!("b:{}", disk.spec(",direct=true")));
+    let server = Nbdblk::unix(&dir, &[&a, &b]);
+    assert!(!mount().status.success(), "the kernel mounts what is claimed");
+    refused(&dir, &[&disk.spec("")], &["is in use"]);
+    assert!(server.terminate().success());
+    assert!(mount().status.success());
+    Mount(dir.at("m")).unmount();
+}
+
+/// Runs the rest of its arguments with io_uring forbidden by a seccomp filter, as containers do.
+const FORBID: &str = "
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+stmt = lambda code, k, t=0, f=0: struct.pack('HBBI', code, t, f, k)
+# The number of the system call; io_uring_setup has the same one everywhere: EPERM, and all others are allowed.
+filters = stmt(0x20, 0) + stmt(0x15, 425, 0, 1) + stmt(0x06, 0x00050001) + stmt(0x06, 0x7fff0000)
+buffer = ctypes.create_string_buffer(filters)
+program = struct.pack('HL', 4, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0, os.strerror(ctypes.get_errno())
+os.execv(sys.argv[1], sys.argv[1:])
+";
+
+#[test]
+fn info_says_where_io_uring_is_forbidden() {
+    let dir = Dir::new();
+    dir.sparse("d.img", MIB);
+    let run = |args: &[&str]| {
+        let server = nbdblk();
+        let path = server.path().to_str().unwrap().to_owned();
+        tool("python3").args(["-c", FORBID, &path]).args(args).within(dir.path()).run()
+    };
+    for args in [&["info", "io_uring=d.img"][..], &["serve", "io_uring=d.img", "--run", "true"]] {
+        let Output { status, out, err } = run(args);
+        assert!(status.code() == Some(1) && out.is_empty(), "{args:?}: {out}{err}");
+        assert!(err.contains("io_uring is forbidden here") && err.contains("d.img"), "{err}");
+    }
+    let null = run(&["info", "null=1M"]);
+    assert!(null.status.success(), "the filter forbids nothing else: {}", null.err);
+}
+
+#[test]
+fn an_error_of_the_device_is_logged_once() {
+    let dir = Dir::new();
+    let image = dir.sparse("d.img", MIB);
+    let server = Nbdblk::unix(&dir, &["io_uring=d.img"]);
+    let mut client = Raw::enter(server.address(), Mode::Structured, "");
+    fs::File::options().write(true).open(&image).unwrap().set_len(MIB / 2).unwrap();
+    for _ in 0..100 {
+        assert_ne!(client.call(0, cmd::READ, MIB - 8192, 4096, b"").error, 0);
+    }
+    let line = "d.img: read of 4096 bytes at offset 1040384 failed: the file or disk has become shorter";
+    assert_eq!(server.log().matches(line).count(), 1, "{}", server.log());
+    assert_eq!(server.log().lines().filter(|line| line.contains("failed")).count(), 1, "{}", server.log());
+    assert!(server.terminate().success());
+}
+
+#[test]
+fn a_full_file_system_is_reported_for_every_operation() {
+    let dir = Dir::new();
+    let Some(mount) = Mount::tmpfs(&dir) else { return };
+    let image = dir.sparse("m/d.img", 256 * MIB);
+    let server = Nbdblk::unix(&dir, &["io_uring=m/d.img"]);
+    let mut client = Raw::enter(server.address(), Mode::Structured, "");
+    // All of it, but for the last pages.
+    let filler = fs::File::create(dir.at("m/filler")).unwrap();
+    let mut at = 0;
+    while filler.write_all_at(&[1; 65536], at).is_ok() {
+        at += 65536;
+    }
+    const ENOSPC: u32 = 28;
+    const NO_HOLE: u16 = 2;
+    assert_eq!(client.call(0, cmd::WRITE, 0, 1 << 20, &vec![1; 1 << 20]).error, ENOSPC);
+    assert_eq!(client.call(NO_HOLE, cmd::WRITE_ZEROES, 0, 1 << 20, b"").error, ENOSPC);
+    assert_eq!(client.call(0, cmd::TRIM, 0, 1 << 20, b"").error, 0);
+    assert_eq!(client.call(0, cmd::FLUSH, 0, 0, b"").error, 0);
+    let log = server.log();
+    for operation in ["write of", "write zeroes of"] {
+        assert_eq!(
+            log.lines().filter(|line| line.contains(operation) && line.contains("No space")).count(),
+            1,
+            "{log}"
+        );
+    }
+    drop((client, image, filler));
+    assert!(server.terminate().success());
+    mount.unmount();
+}
+
+#[test]
+fn an_end_that_direct_access_cannot_reach_is_refused() {
+    let dir = Dir::new();
+    dir.sparse("d.img", 1000);
+    refused(&dir, &["io_uring=d.img,direct=true"], &["d.img has 1000 bytes", "leave out direct=true", "truncate"]);
+    let copy = nbdblk().args(["serve", "io_uring=d.img", "--run", r#"nbdcopy "$uri" copy.img"#]).within(dir.path());
+    copy.ok();
+    assert_eq!(fs::metadata(dir.at("copy.img")).unwrap().len(), 1000);
+}
