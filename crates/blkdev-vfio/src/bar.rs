@@ -53,7 +53,8 @@ impl Region {
             areas: Vec::with_capacity(areas.len()),
         };
         for &(at, size) in areas {
-            let (at, size) = (at as usize, size as usize);
+            // What cannot lie in the region is reached by system calls.
+            let (Ok(at), Ok(size)) = (usize::try_from(at), usize::try_from(size)) else { continue };
             if size == 0 || at > len || size > len - at {
                 continue;
             }
@@ -88,14 +89,14 @@ impl Region {
     #[cold]
     fn read_by_call<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0xff; N];
-        let read = self.file.read_exact_at(&mut bytes, self.start + at as u64);
+        let read = self.file.read_exact_at(&mut bytes, self.start.saturating_add(at as u64));
         if read.is_ok() { bytes } else { [0xff; N] }
     }
 
     #[cold]
     fn write_by_call(&self, at: usize, bytes: &[u8]) {
         // A device that is not there takes no writes either; who cares reads something back.
-        let _ = self.file.write_all_at(bytes, self.start + at as u64);
+        let _ = self.file.write_all_at(bytes, self.start.saturating_add(at as u64));
     }
 }
 
@@ -182,6 +183,14 @@ mod tests {
             part.write8(at + 6, 9);
             assert_eq!(part.read64(at), 0x8809_0008_0000_0007, "at {at:#x}");
         }
+    }
+
+    #[test]
+    fn areas_that_lie_outside_are_not_mapped() {
+        let none = region(&[(u64::MAX, 1), (0x4000, 0x1000), (0, 0x5000), (0x1000, u64::MAX), (0, 0)]);
+        assert_eq!(none.areas.len(), 0);
+        none.write32(0x3ffc, 7);
+        assert_eq!(none.read32(0x3ffc), 7);
     }
 
     #[test]

@@ -134,14 +134,7 @@ struct Limits {
 
 impl Limits {
     fn ask(container: &OwnedFd) -> io::Result<Self> {
-        let mut packet = Packet::new(24);
-        sys::exchange(container.as_fd(), Exchange::IOMMU_INFO, &mut packet)?;
-        let len = packet.read32(0).unwrap_or(0) as usize;
-        if len > 24 {
-            packet = Packet::new(len);
-            sys::exchange(container.as_fd(), Exchange::IOMMU_INFO, &mut packet)?;
-        }
-        Ok(Self::parse(&packet))
+        sys::ask(container.as_fd(), Exchange::IOMMU_INFO, 24, |_| {}).map(|packet| Self::parse(&packet))
     }
 
     /// `struct vfio_iommu_type1_info` with its chain of capabilities.

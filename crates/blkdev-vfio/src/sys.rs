@@ -50,6 +50,25 @@ impl Packet {
     }
 }
 
+/// The longest answer that makes sense: capabilities take a few hundred bytes.
+const ANSWER_MAX: usize = 1 << 20;
+
+/// Asks for a structure that may be longer than its fixed part of `len` bytes, as the answer's first field tells then.
+/// `fill` sets the fields of the question.
+pub(crate) fn ask(fd: BorrowedFd<'_>, what: Exchange, len: usize, fill: impl Fn(&mut Packet)) -> io::Result<Packet> {
+    let once = |len| {
+        let mut packet = Packet::new(len);
+        fill(&mut packet);
+        exchange(fd, what, &mut packet).map(|_| packet)
+    };
+    let packet = once(len)?;
+    match packet.read32(0).unwrap_or(0) as usize {
+        told if told > ANSWER_MAX => Err(io::Error::other(format!("an answer of {told} bytes"))),
+        told if told > len => once(told),
+        _ => Ok(packet),
+    }
+}
+
 /// An ioctl that takes a [`Packet`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Exchange(u32);

@@ -142,11 +142,13 @@ impl PciDevice for Vfio {
     }
 
     fn read_config(&self, at: u16, bytes: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(bytes, self.config + u64::from(at)).map_err(|e| said("reading configuration space", &e))
+        let at = self.config.saturating_add(at.into());
+        self.file.read_exact_at(bytes, at).map_err(|e| said("reading configuration space", &e))
     }
 
     fn write_config(&self, at: u16, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, self.config + u64::from(at)).map_err(|e| said("writing configuration space", &e))
+        let at = self.config.saturating_add(at.into());
+        self.file.write_all_at(bytes, at).map_err(|e| said("writing configuration space", &e))
     }
 
     fn bar(&self, index: u8) -> io::Result<Arc<dyn Bar>> {
@@ -325,19 +327,9 @@ struct Place {
 const CAN_MAP: u32 = 1 << 2;
 
 fn region(device: BorrowedFd<'_>, index: u32) -> io::Result<Place> {
-    let ask = |len: usize| {
-        let mut packet = Packet::new(len);
-        packet.put32(8, index);
-        sys::exchange(device, Exchange::REGION_INFO, &mut packet)
-            .map_err(|e| said("VFIO_DEVICE_GET_REGION_INFO", &e))?;
-        io::Result::Ok(packet)
-    };
-    let mut packet = ask(32)?;
-    let len = packet.read32(0).unwrap_or(0) as usize;
-    if len > 32 {
-        packet = ask(len)?;
-    }
-    Ok(Place::parse(&packet))
+    sys::ask(device, Exchange::REGION_INFO, 32, |packet| packet.put32(8, index))
+        .map(|packet| Place::parse(&packet))
+        .map_err(|e| said("VFIO_DEVICE_GET_REGION_INFO", &e))
 }
 
 impl Place {
