@@ -30,6 +30,7 @@ mod queue;
 
 use std::{
     io,
+    os::fd::{AsFd, AsRawFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -44,6 +45,8 @@ use queue::Home;
 pub struct Libblkio {
     info: Info,
     capacity: u64,
+    /// libblkio, or the peer, may pin registered memory.
+    pins: bool,
     home: Arc<Home>,
 }
 
@@ -110,7 +113,8 @@ impl Libblkio {
         queues.extend(started.poll_queues);
         let (info, capacity) =
             describe(driver, &target, &blkio, &queues).map_err(|text| (Errno::INVAL, io::Error::other(text)))?;
-        Ok(Self { info, capacity, home: Arc::new(Home::new(blkio, queues)) })
+        let pins = blkio.get_bool("may-pin-mem-regions").unwrap_or(true);
+        Ok(Self { info, capacity, pins, home: Arc::new(Home::new(blkio, queues)) })
     }
 
     /// How long a request may take before the device is given up. `None`: for ever. Before channels are opened.
@@ -221,21 +225,27 @@ impl Device for Libblkio {
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-        let region = MemoryRegion {
-            addr: mapping.as_ptr() as usize,
-            iova: 0,
-            len: mapping.len(),
-            fd: std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&**mapping)),
-            fd_offset: 0,
-            flags: 0,
-        };
         let mut blkio = lock(&self.home.blkio);
-        blkio.map_mem_region(&region).map_err(|error| {
+        blkio.map_mem_region(&region(mapping)).map_err(|error| {
             let (target, len) = (&self.info.target, mapping.len());
             io::Error::other(format!("libblkio {target}: registering {len} bytes of memory: {error}"))
         })?;
         lock(&self.home.mappings).push(Arc::clone(mapping));
         Ok(())
+    }
+
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        if self.home.is_lost() {
+            // The device may still use the memory, and libblkio would wait for a back end that does not answer.
+            return;
+        }
+        // Of what was never registered libblkio knows nothing, and does nothing.
+        lock(&self.home.blkio).unmap_mem_region(&region(mapping));
+        lock(&self.home.mappings).retain(|known| !Arc::ptr_eq(known, mapping));
+    }
+
+    fn pins_memory(&self) -> bool {
+        self.pins
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
@@ -248,6 +258,18 @@ impl Device for Libblkio {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         };
         Ok(Box::new(queue::LibblkioQueue::new(&self.home, queue, depth.clamp(1, self.info.depth_max))))
+    }
+}
+
+/// All of a mapping, as libblkio wants it.
+fn region(mapping: &Mapping) -> MemoryRegion {
+    MemoryRegion {
+        addr: mapping.as_ptr() as usize,
+        iova: 0,
+        len: mapping.len(),
+        fd: mapping.as_fd().as_raw_fd(),
+        fd_offset: 0,
+        flags: 0,
     }
 }
 

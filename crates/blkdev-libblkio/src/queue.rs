@@ -11,7 +11,10 @@ use std::{
     mem::{self, MaybeUninit},
     os::fd::{BorrowedFd, RawFd},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -25,11 +28,22 @@ pub(crate) struct Home {
     pub(crate) queues: Mutex<Vec<Blkioq>>,
     pub(crate) blkio: Mutex<Blkio>,
     pub(crate) mappings: Mutex<Vec<Arc<Mapping>>>,
+    lost: AtomicBool,
 }
 
 impl Home {
     pub(crate) fn new(blkio: Blkio, queues: Vec<Blkioq>) -> Self {
-        Self { queues: Mutex::new(queues), blkio: Mutex::new(blkio), mappings: Mutex::default() }
+        Self {
+            queues: Mutex::new(queues),
+            blkio: Mutex::new(blkio),
+            mappings: Mutex::default(),
+            lost: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether a queue was given up with requests in flight: nothing of this is ever dropped then.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 }
 
@@ -188,6 +202,7 @@ impl Queue for LibblkioQueue {
         let Some(queue) = self.queue.take() else { return };
         if self.in_flight() > 0 {
             // libblkio cannot stop its device: the rings, and all memory that it knows, must stay for ever.
+            self.home.lost.store(true, Ordering::Release);
             mem::forget(queue);
             mem::forget(Arc::clone(&self.home));
         }
@@ -200,6 +215,10 @@ impl Queue for LibblkioQueue {
             self.free.push(n);
             self.ready.push(Completion { tag, op, result: Err(Error::Gone) });
         }
+    }
+
+    fn is_dead(&self) -> bool {
+        self.queue.is_none()
     }
 }
 

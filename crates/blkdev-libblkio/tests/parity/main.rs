@@ -12,7 +12,7 @@ use std::{
 
 use backend::{Export, Scratch};
 use blkdev::{
-    Device, Error, Io, Plan,
+    Device, Error, Io, Mapping, Op, Plan, Request,
     conformance::{Suite, check, check_read_only},
 };
 use blkdev_io_uring::IoUring;
@@ -45,6 +45,30 @@ fn virtio_conforms() {
     let scratch = Scratch::new();
     let export = Export::start(&scratch, &scratch.file("disk", SIZE), 2, true);
     check(&shared(open("virtio-blk-vhost-user", &[("path", export.socket())])));
+}
+
+#[test]
+fn memory_can_come_and_go() {
+    let scratch = Scratch::new();
+    let file = scratch.file("disk", SIZE);
+    let export = Export::start(&scratch, &file, 1, true);
+    let virtio = open("virtio-blk-vhost-user", &[("path", export.socket())]);
+    // A back end knows a few regions at a time.
+    for (device, pins) in [(virtio, true), (open("io_uring", &[("path", &file)]), false)] {
+        assert_eq!(device.pins_memory(), pins);
+        for _ in 0..100 {
+            let memory = Mapping::new(1).unwrap();
+            device.register(&memory).unwrap();
+            let mut queue = device.open_queue(1).unwrap();
+            let buf = memory.arenas(1).remove(0).alloc(4096).unwrap();
+            queue.push(Request { tag: 1, op: Op::Read { at: 0, buf } }).unwrap();
+            assert!(!queue.is_dead());
+            drop(queue);
+            device.unregister(&memory);
+            device.unregister(&memory);
+            assert_eq!(Arc::strong_count(&memory), 1, "the device has forgotten it");
+        }
+    }
 }
 
 #[test]
