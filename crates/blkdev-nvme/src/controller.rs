@@ -19,7 +19,7 @@ use crate::{
     Target,
     admin::{self, Admin, Failure},
     life::Life,
-    limits::{Disk, Found, Shape, check, invalid, unusable},
+    limits::{Disk, Found, Shape, check, invalid, is_nsid, unusable},
     pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX, Stage},
     queue::IoQueue,
     spec::{self, Command, Controller, Limits, Namespace, RANGE_LEN, cns},
@@ -37,8 +37,8 @@ pub struct Options {
     pub queues: Option<u16>,
     /// Places in each I/O queue, 2 to 1024; the controller may have fewer. One less can be in use.
     pub queue_size: u16,
-    /// How long a request may take before the device is given up; `None`: for ever. Before that it is aborted, and then the
-    /// controller is reset.
+    /// How long a queue with commands may go without completing any before the device is given up; `None`: for ever. Before
+    /// that commands are aborted, and then the controller is reset. See the [crate](crate) on when.
     pub timeout: Option<Duration>,
 }
 
@@ -71,7 +71,6 @@ pub struct Nvme {
 pub(crate) struct Owner {
     pub(crate) core: Arc<Core>,
     watch: Watch,
-    mappings: Mutex<Vec<Arc<Mapping>>>,
 }
 
 /// What the device, its queues and the watching thread share.
@@ -138,7 +137,7 @@ impl Nvme {
         let core = bring_up(pci, options).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
         let core = Arc::new(core);
         let watch = Watch::start(&core)?;
-        Ok(Self { owner: Arc::new(Owner { core, watch, mappings: Mutex::default() }) })
+        Ok(Self { owner: Arc::new(Owner { core, watch }) })
     }
 }
 
@@ -154,8 +153,18 @@ impl Device for Nvme {
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         let core = &self.owner.core;
         core.pci.dma_map(mapping).map_err(|e| io::Error::new(e.kind(), format!("nvme {}: {e}", core.info.target)))?;
-        lock(&self.owner.mappings).push(Arc::clone(mapping));
         Ok(())
+    }
+
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        let core = &self.owner.core;
+        if core.life.is_dead() && core.addresses.is_translated() {
+            // A device without an IOMMU that is dead but not stopped may write here as long as the process lives.
+            return;
+        }
+        if let Err(e) = core.pci.dma_unmap(mapping) {
+            log::warn!("nvme {}: unmapping {} MiB of memory: {e}", core.info.target, mapping.len() >> 20);
+        }
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
@@ -203,6 +212,9 @@ const CSTS_SHUTDOWN_DONE: u32 = 2 << 2;
 /// Trouble that no reset helps against.
 pub(crate) const TAKEN_AWAY: &str = "its registers read as all ones: it was taken away";
 
+/// Larger memory pages are of no use, and a queue takes several.
+const PAGE_SHIFT_MAX: u32 = 16;
+
 /// What a device that is not there reads as.
 const NOTHING: u32 = u32::MAX;
 
@@ -216,7 +228,34 @@ impl Registers {
         if cap == u64::MAX {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "its registers read as all ones"));
         }
-        Ok(Self { bar, cap })
+        let registers = Self { bar, cap };
+        registers.check()?;
+        Ok(registers)
+    }
+
+    /// # Errors
+    /// The capabilities are not those of a controller that this driver can use.
+    fn check(&self) -> io::Result<()> {
+        if self.cap >> 37 & 1 == 0 {
+            return Err(unusable("it does not have the NVM command set (CAP.CSS)"));
+        }
+        if self.page_shift() > PAGE_SHIFT_MAX {
+            let kib = 1u64 << (self.page_shift() - 10);
+            return Err(unusable(format!(
+                "its smallest memory page has {kib} KiB, at most 64 are supported (CAP.MPSMIN)"
+            )));
+        }
+        if self.queue_size() < 2 {
+            return Err(unusable("its queues have a single place, at least 2 are needed (CAP.MQES)"));
+        }
+        Ok(())
+    }
+
+    /// I/O queue pairs that have doorbells.
+    fn pairs(&self) -> u16 {
+        let (len, stride) = (self.bar.len(), self.stride());
+        let room = len.saturating_sub(Bells::end(1, stride)) / (2 * stride);
+        u16::try_from(room).unwrap_or(u16::MAX)
     }
 
     /// The largest queue.
@@ -229,12 +268,12 @@ impl Registers {
         Duration::from_millis(500) * (self.cap >> 24 & 0xff).max(2) as u32
     }
 
-    /// Bytes from one doorbell to the next.
+    /// Bytes from one doorbell to the next, 4 to 128 Ki.
     fn stride(&self) -> usize {
         4 << (self.cap >> 32 & 0xf)
     }
 
-    /// The smallest memory page, as a power of two.
+    /// The smallest memory page, as a power of two: 12 to 27.
     fn page_shift(&self) -> u32 {
         12 + (self.cap >> 48 & 0xf) as u32
     }
@@ -318,9 +357,6 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
         return Err(unusable(format!("no NVMe controller, but of PCI class {class:02x}{subclass:02x}{interface:02x}")));
     }
     let registers = Registers::new(pci.bar(0)?)?;
-    if registers.cap >> 37 & 1 == 0 {
-        return Err(unusable("it does not have the NVM command set (CAP.CSS)"));
-    }
     // Left running by whoever had it before, or in trouble.
     stop(&*pci, &registers)?;
 
@@ -328,8 +364,15 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     if vectors < 2 {
         return Err(unusable(format!("it has {vectors} MSI-X vectors, at least 2 are needed")));
     }
-    let room = (registers.bar.len() - Bells::end(1, registers.stride())) / (2 * registers.stride());
-    let queues_max = (vectors - 1).min(u16::try_from(room).unwrap_or(u16::MAX));
+    let pairs = registers.pairs();
+    if pairs == 0 {
+        return Err(unusable(format!(
+            "its BAR of {:#x} bytes has no room for the doorbells of an I/O queue, which lie {:#x} bytes apart (CAP.DSTRD)",
+            registers.bar.len(),
+            registers.stride()
+        )));
+    }
+    let queues_max = (vectors - 1).min(pairs);
     let wanted = options.queues.unwrap_or(QUEUES.min(queues_max));
     if wanted == 0 || wanted > queues_max {
         return Err(invalid(format!("{wanted} queues asked for, the device has {queues_max}")));
@@ -367,9 +410,9 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
 
     let size = u32::from(options.queue_size).min(registers.queue_size()) as u16;
     let target = format!("{}/{}", pci.address(), found.nsid);
-    let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX);
+    let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX)?;
     // One entry for each page, as an odd start adds a page and the first page needs no entry.
-    let list_len = (transfer_max as usize / page * 8).next_power_of_two().clamp(256, page);
+    let list_len = (transfer_max as usize).div_ceil(page).saturating_mul(8).next_power_of_two().clamp(256, page);
     let shape = Shape {
         driver: "nvme",
         target,
@@ -464,7 +507,7 @@ fn active(admin: &mut Admin, controller: &Controller, version: u32) -> io::Resul
     }
     let list = admin.identify(cns::ACTIVE_NAMESPACES, 0).map_err(|e| e.explain("listing the namespaces"))?;
     let numbers = list.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
-    Ok(numbers.take_while(|nsid| *nsid != 0).collect())
+    Ok(numbers.take_while(|nsid| is_nsid(*nsid)).collect())
 }
 
 pub(crate) fn identify_namespace(admin: &mut Admin, nsid: u32) -> io::Result<Namespace> {

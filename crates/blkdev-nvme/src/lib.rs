@@ -19,10 +19,17 @@
 //! [`PciDevice`]: blkdev_vfio::PciDevice
 //!
 //! # A device that does not answer
-//! A command that takes longer than half of [`Options::timeout`] is aborted (and fails). When that does not help, the owner
-//! of the queue gives the device up: the controller is disabled, everything in flight ends with
-//! [`Error::Gone`](blkdev::Error::Gone), and memory that it may still have been writing to is not used again. The same
-//! happens when the controller says that it has failed (`CSTS.CFS`), answers what was not asked, or is taken away.
+//! A controller is judged by its progress, not by the age of a command. As long as it completes commands of a queue, the
+//! others in that queue may wait their turn. When it completes none of them for half of [`Options::timeout`], the
+//! overdue ones are aborted, and fail. After three quarters of it, the controller is reset. One command that is lost while
+//! others of its queue complete is aborted alone, after 10 times the time-out.
+//!
+//! When none of that helps, the owner of the queue gives the device up: the controller is disabled, everything in flight ends
+//! with [`Error::Gone`](blkdev::Error::Gone), and memory that it may still have been writing to is not used again. The same
+//! happens when the controller answers what was not asked, is taken away, or fails (`CSTS.CFS`) again after several resets.
+//!
+//! No value that a controller or the kernel reports is trusted: one that makes no sense is an error when the device is opened,
+//! or ends it later.
 
 mod admin;
 mod controller;

@@ -54,12 +54,21 @@ fn or_max(limit: u64) -> u64 {
 }
 
 impl Found {
-    /// The longest transfer in bytes, of what the controller takes and the driver can do.
-    pub(crate) fn transfer_max(&self, page: u64, most: u64) -> u32 {
+    /// The longest transfer in bytes, of what the controller takes and the driver can do (`most`, less than 2^32).
+    ///
+    /// # Errors
+    /// The controller cannot transfer a single block.
+    pub(crate) fn transfer_max(&self, page: u64, most: u64) -> io::Result<u32> {
         let block = 1 << self.namespace.block_shift;
-        let max = pages(self.controller.mdts, page).min(most).min(BLOCKS_MAX * block);
-        // What is left fits 32 bits: `most` does.
-        (max / block * block).max(page).max(block) as u32
+        let told = pages(self.controller.mdts, page);
+        if told < block {
+            let nsid = self.nsid;
+            return Err(unusable(format!(
+                "namespace {nsid} has blocks of {block} bytes, and the controller transfers at most {told} (MDTS)"
+            )));
+        }
+        let max = told.min(most).min(BLOCKS_MAX * block);
+        Ok((max / block * block).max(page).max(block) as u32)
     }
 
     /// What the device can do, and what its queues need to know.
@@ -157,6 +166,11 @@ pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
             Err(error)
         }
     }
+}
+
+/// Whether a number can name a namespace. The highest one means all of them.
+pub(crate) fn is_nsid(nsid: u32) -> bool {
+    (1..u32::MAX).contains(&nsid)
 }
 
 /// # Errors

@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt, io,
     os::fd::{BorrowedFd, OwnedFd},
     ptr,
@@ -14,6 +14,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use blkdev::{Mapping, fault::Rng};
@@ -54,6 +55,15 @@ pub struct Spec {
     pub fault: Option<Fault>,
     /// from this I/O command on, counted from 0.
     pub after: u64,
+    /// The capabilities register reads as this.
+    pub cap: Option<u64>,
+    /// Length of the registers in bytes.
+    pub bar_len: Option<usize>,
+    /// MSI-X vectors.
+    pub vectors: Option<u16>,
+    /// It answers with numbers from this seed: registers, structures, results and completions, each of them now and then,
+    /// or all the time.
+    pub noise: Option<u64>,
 }
 
 impl Spec {
@@ -75,6 +85,10 @@ impl Spec {
             cache: true,
             fault: None,
             after: 0,
+            cap: None,
+            bar_len: None,
+            vectors: None,
+            noise: None,
         }
     }
 
@@ -84,10 +98,34 @@ impl Spec {
         Self { blocks: self.blocks << self.block_shift >> shift, block_shift: shift, ..self }
     }
 
+    /// With registers of this length.
+    #[must_use]
+    pub fn bar_len(self, len: usize) -> Self {
+        Self { bar_len: Some(len), ..self }
+    }
+
     /// With a fault, from the given I/O command on.
     #[must_use]
     pub fn fault(self, fault: Fault, after: u64) -> Self {
         Self { fault: Some(fault), after, ..self }
+    }
+
+    /// The capabilities register: NVM and I/O command sets, 1 second to become ready, contiguous queues.
+    fn capabilities(&self) -> u64 {
+        self.cap.unwrap_or(
+            (1 << 37 | 1 << 43)
+                | u64::from(self.page_shift - 12) << 48
+                | u64::from(self.page_shift - 12) << 52
+                | 1 << 32
+                | 2 << 24
+                | 1 << 16
+                | u64::from(self.queue_size - 1),
+        )
+    }
+
+    /// Bytes from one doorbell to the next.
+    fn stride(&self) -> usize {
+        4 << (self.capabilities() >> 32 & 0xf)
     }
 }
 
@@ -114,6 +152,10 @@ pub enum Fault {
     Removed,
     /// Commands end with this status.
     Status(Status),
+    /// I/O commands are completed in order, one at a time, each after a pause.
+    Slow(Duration),
+    /// As [`Slow`](Self::Slow), and one command is never answered, until it is aborted.
+    SlowLost(Duration),
 }
 
 /// A controller. Give it to [`Nvme::open`](crate::Nvme::open).
@@ -151,6 +193,8 @@ struct State {
     blocks: u64,
     /// Commands that are not answered.
     held: Vec<(u16, u16)>,
+    /// Commands that are answered later, in order.
+    paced: VecDeque<(u16, u16)>,
     /// Event requests: identifiers.
     waiting: Vec<u16>,
     events: Vec<u32>,
@@ -159,6 +203,9 @@ struct State {
     removed: bool,
     /// Resets with a fault that they help against, or would.
     resets: u32,
+    /// Commands that the driver has asked to abort.
+    aborts: u32,
+    noise: Option<Noise>,
     stopping: bool,
     shut_down: bool,
     rng: Rng,
@@ -191,9 +238,6 @@ impl CompletionQueue {
 /// The model's serial number.
 pub const SERIAL: &str = "MODEL-1";
 
-/// Bytes from one doorbell to the next.
-const STRIDE: usize = 8;
-
 /// Memory regions, bus mastering: what the command register says.
 const BUS_MASTER: u16 = 1 << 2;
 
@@ -215,11 +259,14 @@ impl Model {
             disk: vec![0; (spec.blocks << spec.block_shift) as usize],
             blocks: spec.blocks,
             held: Vec::new(),
+            paced: VecDeque::new(),
             waiting: Vec::new(),
             events: Vec::new(),
             count: 0,
             removed: false,
             resets: 0,
+            aborts: 0,
+            noise: spec.noise.map(Noise::new),
             stopping: false,
             shut_down: false,
             rng: Rng::new(1),
@@ -275,6 +322,11 @@ impl Model {
     /// How often it was reset after it had begun to do wrong.
     pub fn resets(&self) -> u32 {
         self.shared.lock().resets
+    }
+
+    /// Commands that the driver has asked to abort.
+    pub fn aborts(&self) -> u32 {
+        self.shared.lock().aborts
     }
 
     /// I/O commands so far.
@@ -339,7 +391,7 @@ impl PciDevice for Model {
     }
 
     fn vectors(&self) -> u16 {
-        self.shared.spec.queues + 1
+        self.shared.spec.vectors.unwrap_or(self.shared.spec.queues + 1)
     }
 
     fn enable_vectors(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -365,7 +417,7 @@ impl PciDevice for Model {
 
 impl Bar for Shared {
     fn len(&self) -> usize {
-        0x1000 + 2 * STRIDE * (usize::from(self.spec.queues) + 1)
+        self.spec.bar_len.unwrap_or(0x1000 + 2 * self.spec.stride() * (usize::from(self.spec.queues) + 1))
     }
 
     fn read8(&self, _at: usize) -> u8 {
@@ -377,25 +429,25 @@ impl Bar for Shared {
     }
 
     fn read32(&self, at: usize) -> u32 {
-        let state = self.lock();
+        let mut state = self.lock();
+        assert!(at + 4 <= self.len(), "a register lies in the BAR");
         if state.removed {
             return u32::MAX;
         }
-        // NVM and I/O command sets, 1 second to become ready, contiguous queues.
-        let cap = (1 << 37 | 1 << 43)
-            | u64::from(self.spec.page_shift - 12) << 48
-            | u64::from(self.spec.page_shift - 12) << 52
-            | (STRIDE.ilog2() as u64 - 2) << 32
-            | 2 << 24
-            | 1 << 16
-            | u64::from(self.spec.queue_size - 1);
-        match at {
+        let cap = self.spec.capabilities();
+        let value = match at {
             0x00 => cap as u32,
             0x04 => (cap >> 32) as u32,
             0x08 => 2 << 16,
             0x14 => state.config,
             0x1c => state.status,
             _ => panic!("register {at:#x} is not read"),
+        };
+        match &mut state.noise {
+            // That it is ready, and that it shuts down, it says truly: the driver would wait for it.
+            Some(noise) if at == 0x1c => value | noise.status(),
+            Some(noise) if at == 0x08 => noise.word(value),
+            _ => value,
         }
     }
 
@@ -413,6 +465,7 @@ impl Bar for Shared {
 
     fn write32(&self, at: usize, value: u32) {
         let mut state = self.lock();
+        assert!(at + 4 <= self.len(), "a register lies in the BAR");
         if state.removed {
             return;
         }
@@ -426,10 +479,10 @@ impl Bar for Shared {
             0x30 => state.acq = low(state.acq),
             0x34 => state.acq = high(state.acq),
             0x1000.. => {
-                let (bell, value) = ((at - 0x1000) / STRIDE, value as u16);
+                let (bell, value) = ((at - 0x1000) / self.spec.stride(), value as u16);
                 let id = bell as u16 / 2;
-                if state.config & 1 == 0 {
-                    // A driver that has not noticed yet.
+                if state.config & 1 == 0 || state.noise.is_some() && !state.submission.contains_key(&id) {
+                    // A driver that has not noticed yet, or one that believes what it was told.
                 } else if bell.is_multiple_of(2) {
                     let queue = state.submission.get_mut(&id).expect("a doorbell of a queue that exists");
                     assert!(value < queue.size, "a tail lies in its queue");
@@ -453,6 +506,11 @@ impl Bar for Shared {
 }
 
 impl State {
+    /// Whether the next answer to an admin command is the right one: most are, or no driver would get far.
+    fn noise_passes(&mut self) -> bool {
+        self.noise.as_mut().is_none_or(|noise| noise.rng.below(16) != 0 || !noise.is_wrong())
+    }
+
     fn configure(&mut self, value: u32, spec: &Spec) {
         let before = std::mem::replace(&mut self.config, value);
         if value & 1 == 0 {
@@ -462,7 +520,7 @@ impl State {
             assert!(!self.vectors.is_empty(), "vectors are set before the controller is enabled");
             assert!(self.command & BUS_MASTER != 0, "it can reach memory when it is enabled");
             assert_eq!(value >> 16 & 0xff, 0x46, "entries of 64 and 16 bytes");
-            assert_eq!(value >> 7 & 0xf, u32::from(spec.page_shift) - 12, "pages of a size that it has");
+            assert_eq!(value >> 7 & 0xf, (spec.capabilities() >> 48) as u32 & 0xf, "pages of a size that it has");
             let (submission, completion) = ((self.aqa & 0xfff) as u16 + 1, (self.aqa >> 16) as u16 + 1);
             self.submission.insert(0, Submission { address: self.asq, size: submission, ..Submission::default() });
             self.completion.insert(0, CompletionQueue::new(self.acq, completion, 0));
@@ -485,6 +543,7 @@ impl State {
         self.submission.clear();
         self.completion.clear();
         self.held.clear();
+        self.paced.clear();
         self.waiting.clear();
     }
 
@@ -517,11 +576,21 @@ impl State {
     }
 
     fn complete(&mut self, sq: u16, cq: u16, id: u16, status: Status, result: u32) {
-        let sq_head = self.submission.get(&sq).map_or(0, |queue| queue.head);
-        let queue = self.completion.get_mut(&cq).expect("a completion queue");
+        self.put(cq, Completion { result, sq_head: 0, sq, id, status }, false);
+    }
+
+    /// Puts an entry into a completion queue; the head of the submission queue is the right one unless it was `told`.
+    fn put(&mut self, cq: u16, mut entry: Completion, told: bool) {
+        if !told {
+            entry.sq_head = self.submission.get(&entry.sq).map_or(0, |queue| queue.head);
+        }
+        let Some(queue) = self.completion.get_mut(&cq) else { panic!("completion queue {cq}") };
         let next = (queue.tail + 1) % queue.size;
+        if self.noise.is_some() && next == queue.head {
+            return;
+        }
         assert_ne!(next, queue.head, "completions are acknowledged before their queue is full");
-        let (low, high) = Completion { result, sq_head, sq, id, status }.halves(queue.phase);
+        let (low, high) = entry.halves(queue.phase);
         let (address, vector) = (queue.address + u64::from(queue.tail) * COMPLETION_LEN as u64, queue.vector);
         queue.tail = next;
         if next == 0 {
@@ -531,6 +600,62 @@ impl State {
         self.store(address + 8, high, Ordering::Release);
         // Full: it is readable as it is.
         let _ = nix::unistd::write(&self.vectors[usize::from(vector)], &1u64.to_ne_bytes());
+    }
+}
+
+/// What a controller says that says anything.
+struct Noise {
+    rng: Rng,
+    /// One answer in so many is not the right one.
+    rarity: u64,
+}
+
+impl Noise {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let rarity = [1, 2, 8, 32][rng.below(4) as usize];
+        Self { rng, rarity }
+    }
+
+    fn is_wrong(&mut self) -> bool {
+        self.rng.below(self.rarity) == 0
+    }
+
+    /// A value that a driver may fail to think of.
+    fn extreme(&mut self) -> u64 {
+        match self.rng.below(4) {
+            0 => 0,
+            1 => u64::MAX,
+            2 => 1 << self.rng.below(64),
+            _ => self.rng.next(),
+        }
+    }
+
+    fn word(&mut self, right: u32) -> u32 {
+        if self.is_wrong() { self.extreme() as u32 } else { right }
+    }
+
+    /// Bits of the status register that it sets: it has failed, or says what has no meaning.
+    fn status(&mut self) -> u32 {
+        match self.rng.below(64 * self.rarity) {
+            0 => 2,
+            1 => u32::MAX,
+            _ => self.rng.next() as u32 & !0xf,
+        }
+    }
+
+    /// Changes bytes of a structure that a driver looks at, or all of them.
+    fn structure(&mut self, bytes: &mut [u8; IDENTIFY_LEN]) {
+        if self.rng.below(64) == 0 {
+            return bytes.fill_with(|| self.rng.next() as u8);
+        }
+        while self.is_wrong() && self.rng.below(8) != 0 {
+            let at = [0, 1, 3, 4, 8, 24, 25, 26, 27, 29, 33, 64, 68, 77, 88, 92, 99, 128, 130, 516, 520, 525, 536]
+                [self.rng.below(23) as usize];
+            let len = [1, 2, 4, 8][self.rng.below(4) as usize];
+            let value = self.extreme().to_le_bytes();
+            bytes[at..at + len].copy_from_slice(&value[..len]);
+        }
     }
 }
 
@@ -571,7 +696,15 @@ impl Shared {
     fn run(&self) {
         let mut state = self.lock();
         while !state.stopping {
-            if !self.step(&mut state) {
+            if let Some(pause) = self.pace(&state) {
+                drop(state);
+                thread::sleep(pause);
+                state = self.lock();
+                if let Some((sq, id)) = state.paced.pop_front() {
+                    state.complete(sq, sq, id, Status::SUCCESS, 0);
+                }
+            }
+            if !self.step(&mut state) && state.paced.is_empty() {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else if state.rng.below(4) == 0 {
                 // The driver's turn.
@@ -579,6 +712,14 @@ impl Shared {
                 thread::yield_now();
                 state = self.lock();
             }
+        }
+    }
+
+    /// How long the next command takes that is answered later.
+    fn pace(&self, state: &State) -> Option<Duration> {
+        match self.spec.fault {
+            Some(Fault::Slow(pause) | Fault::SlowLost(pause)) if !state.paced.is_empty() => Some(pause),
+            _ => None,
         }
     }
 
@@ -620,7 +761,11 @@ impl Shared {
             let command = taken.remove(chosen);
             if sq == 0 {
                 if let Some((status, result)) = self.administer(state, &command) {
-                    state.complete(0, 0, command.id(), status, result);
+                    if state.noise.is_some() && !state.noise_passes() {
+                        self.babble(state, 0, command.id());
+                    } else {
+                        state.complete(0, 0, command.id(), status, result);
+                    }
                 }
             } else {
                 self.io(state, sq, &command);
@@ -642,7 +787,12 @@ impl Shared {
             Some(Fault::Fatal) => return state.status |= 2,
             Some(Fault::Removed) => return state.removed = true,
             Some(Fault::Status(status)) => return state.complete(sq, sq, id, status, 0),
+            Some(Fault::SlowLost(_)) if first => return state.held.push((sq, id)),
+            Some(Fault::Slow(_) | Fault::SlowLost(_)) => return state.paced.push_back((sq, id)),
             _ => {}
+        }
+        if state.noise.is_some() {
+            return self.babble(state, sq, id);
         }
         let (status, result) = self.execute(state, command).expect("an I/O command is answered at once");
         match fault {
@@ -664,17 +814,23 @@ impl Shared {
                 let mut bytes = [0; IDENTIFY_LEN];
                 match words[10] as u8 {
                     cns::CONTROLLER => self.controller(&mut bytes),
-                    cns::NAMESPACE if words[1] == self.spec.nsid => self.namespace(state, &mut bytes),
+                    cns::NAMESPACE if words[1] == self.spec.nsid || state.noise.is_some() => {
+                        self.namespace(state, &mut bytes);
+                    }
                     cns::NAMESPACE => return Some((Status::new(0, 0x0b), 0)),
                     cns::ACTIVE_NAMESPACES => bytes[..4].copy_from_slice(&self.spec.nsid.to_le_bytes()),
                     cns::CONTROLLER_OF_COMMAND_SET => bytes[4..8].copy_from_slice(&self.spec.range_max.to_le_bytes()),
                     _ => return INVALID_FIELD,
                 }
+                if let Some(noise) = &mut state.noise {
+                    noise.structure(&mut bytes);
+                }
                 state.write(command.prp(0), &bytes);
             }
             admin::SET_FEATURES if words[10] == 7 => {
                 let count = u32::from(self.spec.queues - 1);
-                return Some((Status::SUCCESS, count | count << 16));
+                let granted = count | count << 16;
+                return Some((Status::SUCCESS, state.noise.as_mut().map_or(granted, |noise| noise.word(granted))));
             }
             admin::SET_FEATURES => {}
             admin::GET_LOG_PAGE => {
@@ -683,7 +839,12 @@ impl Shared {
             }
             admin::CREATE_CQ => {
                 assert!(words[11] & 3 == 3 && size > 1 && size <= self.spec.queue_size, "a contiguous queue");
-                assert!(id > 0 && id <= self.spec.queues && !state.completion.contains_key(&id), "a new queue");
+                if state.noise.is_some() && (words[11] >> 16) as usize >= state.vectors.len() {
+                    return INVALID_FIELD;
+                }
+                let is_new = id <= self.spec.queues && !state.completion.contains_key(&id);
+                // A driver that was told lies may be wrong about that.
+                assert!(id > 0 && (is_new || state.noise.is_some()), "a new queue");
                 let queue = CompletionQueue::new(command.prp(0), size, (words[11] >> 16) as u16);
                 state.completion.insert(id, queue);
             }
@@ -693,9 +854,17 @@ impl Shared {
                     (1, id.into()),
                     "a contiguous queue, with its own completions"
                 );
-                assert!(state.completion.contains_key(&id) && !state.submission.contains_key(&id), "a new queue");
+                let is_new = state.completion.contains_key(&id) && !state.submission.contains_key(&id);
+                assert!(is_new || state.noise.is_some(), "a new queue");
                 let queue = Submission { address: command.prp(0), size, ..Submission::default() };
                 state.submission.insert(id, queue);
+            }
+            admin::DELETE_SQ | admin::DELETE_CQ if state.noise.is_some() => {
+                state.submission.remove(&id);
+                state.held.retain(|(sq, _)| *sq != id);
+                if command.opcode() == admin::DELETE_CQ {
+                    state.completion.remove(&id);
+                }
             }
             admin::DELETE_SQ => {
                 state.submission.remove(&id).expect("a queue that exists");
@@ -707,9 +876,10 @@ impl Shared {
             }
             admin::ABORT => {
                 let which = (words[10] as u16, (words[10] >> 16) as u16);
+                state.aborts += 1;
                 let found = state.held.iter().position(|held| *held == which);
                 return match (found, self.spec.fault) {
-                    (Some(at), Some(Fault::Lost)) => {
+                    (Some(at), Some(Fault::Lost | Fault::SlowLost(_))) => {
                         let (sq, id) = state.held.remove(at);
                         state.complete(sq, sq, id, Status::new(0, 7), 0);
                         OK
@@ -724,6 +894,22 @@ impl Shared {
             opcode => panic!("admin command {opcode:#x}"),
         }
         OK
+    }
+
+    /// Completes a command in a way that may be wrong, or does not.
+    fn babble(&self, state: &mut State, sq: u16, id: u16) {
+        let Some(noise) = &mut state.noise else { return };
+        let (rng, mut entry) = (&mut noise.rng, Completion { result: 0, sq_head: 0, sq, id, status: Status::SUCCESS });
+        match rng.below(12) {
+            0 => entry.id = rng.next() as u16,
+            1 => entry.status = Status(rng.next() as u16 & 0x7fff),
+            2 => return state.held.push((sq, id)),
+            3 => (entry.result, entry.sq_head) = (rng.next() as u32, rng.next() as u16),
+            4 => entry.sq = rng.next() as u16,
+            _ => {}
+        }
+        let told = entry.sq_head != 0 || entry.sq != sq;
+        state.put(sq, entry, told);
     }
 
     fn controller(&self, bytes: &mut [u8; IDENTIFY_LEN]) {

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, Ordering},
+        atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering},
     },
 };
 
@@ -132,6 +132,47 @@ pub(crate) struct Flights {
     pub(crate) now: Arc<AtomicU32>,
     slots: Box<[AtomicU32]>,
     stage: AtomicU8,
+    /// After a reset, commands that have taken this many ticks are not sent again.
+    old: AtomicU16,
+}
+
+/// What a thread that looks at a pair's [`Flights`] at every tick knows of them.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    /// The flights at the last look.
+    seen: Vec<u32>,
+    silent: u16,
+}
+
+impl Pace {
+    /// To be called at every tick: for how many ticks commands have been in flight and none has ended.
+    pub(crate) fn look(&mut self, flights: &Flights) -> u16 {
+        let mut found = flights.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
+        if self.seen.len() != flights.slots.len() {
+            self.seen = vec![0; flights.slots.len()];
+        }
+        let (mut was_busy, mut is_busy, mut has_moved) = (false, false, false);
+        for seen in &mut self.seen {
+            let now = found.next().unwrap_or(0);
+            was_busy |= *seen != 0;
+            is_busy |= now != 0;
+            // A slot that is used again has another identifier or time.
+            has_moved |= *seen != 0 && *seen != now;
+            *seen = now;
+        }
+        self.silent = match (is_busy, has_moved) {
+            (false, _) | (true, true) => 0,
+            // What was pushed since the last look has waited for a part of a tick.
+            (true, false) if !was_busy => 1,
+            (true, false) => self.silent.saturating_add(1),
+        };
+        self.silent
+    }
+
+    /// What [`look`](Self::look) returned last.
+    pub(crate) fn silent(&self) -> u16 {
+        self.silent
+    }
 }
 
 /// What a pair's owner may do with it, while the controller is reset and afterwards.
@@ -162,6 +203,16 @@ impl Flights {
     pub(crate) fn reach(&self, stage: Stage) {
         // SeqCst: a queue that goes to sleep first empties its eventfd and then looks at the stage.
         self.stage.store(stage as u8, Ordering::SeqCst);
+    }
+
+    /// Sets the age, in ticks, from which commands are not sent again after a reset. Before [`Stage::Cleared`].
+    pub(crate) fn retire(&self, old: u16) {
+        self.old.store(old, Ordering::Relaxed);
+    }
+
+    /// What was [set](Self::retire).
+    pub(crate) fn old(&self) -> u16 {
+        self.old.load(Ordering::Relaxed)
     }
 
     /// Commands that were pushed at least `age` ticks ago: identifiers.
@@ -222,6 +273,7 @@ impl<T> Pair<T> {
                 now: Arc::clone(now),
                 slots: (0..slots).map(|_| AtomicU32::new(0)).collect(),
                 stage: AtomicU8::new(Stage::Running as u8),
+                old: AtomicU16::new(u16::MAX),
             }),
         }
     }

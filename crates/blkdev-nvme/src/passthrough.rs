@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU16, Ordering},
+        atomic::{AtomicBool, AtomicU16, Ordering},
     },
     time::Duration,
 };
@@ -44,8 +44,13 @@ pub struct PassthroughOptions {
     /// Queues whose completions are polled for (`IOPOLL`): they have no descriptor to wait on. The kernel's driver needs
     /// queues for that (`nvme.poll_queues`).
     pub polled: bool,
-    /// How long a request may take before the device is given up; the kernel aborts the command after half of it. `None`:
-    /// for ever.
+    /// How long a request may take before the device is given up. `None`: for ever.
+    ///
+    /// Half of it is the time-out that the kernel's driver gets for each command. The kernel counts from when it hands the
+    /// command to the controller, and looks at that age alone: a command that the controller keeps behind others for so long
+    /// is aborted, even if those complete. After as long again the kernel resets the controller. Its own time-out for block
+    /// I/O (`nvme_core.io_timeout`, 30 s) works alike. A slow controller with a deep queue needs a longer time-out, or
+    /// fewer [`entries`](Self::entries).
     pub timeout: Option<Duration>,
 }
 
@@ -83,6 +88,8 @@ struct Shared {
     polled: bool,
     queues: AtomicU16,
     mappings: Mutex<Vec<Arc<Mapping>>>,
+    /// Queues register memory with the kernel, which pins it.
+    pins: AtomicBool,
 }
 
 impl Passthrough {
@@ -145,11 +152,12 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
         return Err(unusable("the namespace is zoned, which is not supported"));
     }
     // Passthrough does not split: what is too long or too scattered is refused. A page more, for an odd start.
-    let told = sysfs.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib << 10);
-    let scattered = sysfs.number("max_segments").map_or(u64::MAX, |n| n.saturating_sub(1).max(1) * PAGE as u64);
+    let told = sysfs.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib.saturating_mul(1 << 10));
+    let segments = sysfs.number("max_segments").unwrap_or(u64::MAX);
+    let scattered = segments.saturating_sub(1).max(1).saturating_mul(PAGE as u64);
     let found = Found { controller, limits, nsid, namespace };
     // The kernel's page is the controller's, at least 4096 bytes; its MDTS is part of what sysfs tells.
-    let transfer_max = found.transfer_max(PAGE as u64, told.min(scattered).min(32 << 20));
+    let transfer_max = found.transfer_max(PAGE as u64, told.min(scattered).min(32 << 20))?;
     let shape = Shape {
         driver: "nvme-io_uring",
         target: name.to_owned(),
@@ -170,6 +178,7 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
         polled: options.polled,
         queues: AtomicU16::new(0),
         mappings: Mutex::default(),
+        pins: AtomicBool::new(true),
     })
 }
 
@@ -208,6 +217,15 @@ impl Device for Passthrough {
         Ok(())
     }
 
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        let mut mappings = self.shared.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.retain(|known| !Arc::ptr_eq(known, mapping));
+    }
+
+    fn pins_memory(&self) -> bool {
+        self.shared.pins.load(Ordering::Relaxed)
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let shared = &self.shared;
         let max = shared.info.queues_max;
@@ -216,11 +234,15 @@ impl Device for Passthrough {
             let text = format!("{}: all {max} queues are open; close one first", shared.info.target);
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         }
-        let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // A channel opens its queues when it has registered its memory: the latest is what this queue will use.
+        let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
         let depth = depth.clamp(1, shared.info.depth_max);
         let timeout = shared.info.timeout.map(|timeout| timeout / 2);
-        match Ring::new(depth, shared.file.as_fd(), &known, shared.polled, timeout) {
+        match Ring::new(depth, shared.file.as_fd(), known, shared.polled, timeout) {
             Ok(ring) => {
+                if !ring.is_fixed() {
+                    shared.pins.store(false, Ordering::Relaxed);
+                }
                 Ok(Box::new(PassthroughQueue { shared: Arc::clone(shared), ring, done: Vec::new(), gone: false }))
             }
             Err(e) => {
@@ -304,6 +326,10 @@ impl Queue for PassthroughQueue {
         self.gone = true;
         let done = &mut self.done;
         self.ring.give_up(|Request { tag, op }| done.push(Completion { tag, op, result: Err(Error::Gone) }));
+    }
+
+    fn is_dead(&self) -> bool {
+        self.gone || self.ring.is_broken()
     }
 }
 

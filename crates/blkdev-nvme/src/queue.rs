@@ -18,7 +18,6 @@ use crate::{
     limits::{self, Disk},
     pair::{List, Pair, Stage},
     spec::Command,
-    watch::OLD,
 };
 
 /// How long a queue that is dropped waits for what is in flight.
@@ -41,11 +40,6 @@ impl IoQueue {
         Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new(), again: false }
     }
 
-    #[inline]
-    fn is_dead(&self) -> bool {
-        self.owner.core.life.is_dead()
-    }
-
     /// Whether the controller takes commands: it is not being reset.
     #[inline]
     fn is_running(&self) -> bool {
@@ -64,7 +58,8 @@ impl IoQueue {
             return self.finish(done);
         }
         let core = &*self.owner.core;
-        for (request, again) in self.pair.restart(OLD) {
+        let old = self.pair.flights().old();
+        for (request, again) in self.pair.restart(old) {
             if again {
                 self.pair.push_again(request, |request, list| describe(&core.disk, core.sgl, &request.op, &list));
             } else {
@@ -183,6 +178,11 @@ impl Queue for IoQueue {
     fn give_up(&mut self) {
         let count = self.pair.in_flight();
         self.owner.core.life.end(&format!("queue {}: given up with {count} requests in flight", self.id));
+    }
+
+    #[inline]
+    fn is_dead(&self) -> bool {
+        self.owner.core.life.is_dead()
     }
 }
 

@@ -24,9 +24,9 @@ pub(crate) struct Ring {
     slots: Box<[Option<Flight>]>,
     /// Slots that are free, last used on top.
     free: Vec<u16>,
-    /// Mappings that requests' memory was in, alive as long as the kernel may write there. The first ones are registered.
+    /// Mappings that requests' memory was in, alive as long as the kernel may write there.
     mappings: Vec<Arc<Mapping>>,
-    /// How many of them are registered.
+    /// How many of them, from the first one on, are registered: 0 or 1.
     fixed: usize,
     /// Completions are looked for by the kernel when it is asked, and raise no interrupt.
     polled: bool,
@@ -50,11 +50,12 @@ struct Flight {
 pub(crate) type Answer = Result<Status, i32>;
 
 impl Ring {
-    /// A ring for at most `depth` commands at a time (1 to 4096). `known` is memory that commands will use.
+    /// A ring for at most `depth` commands at a time (1 to 4096). `known` is memory that commands will use; other memory
+    /// works, too, a little slower. No more is registered, as the kernel pins what is until the ring is dropped.
     pub(crate) fn new(
         depth: u16,
         file: BorrowedFd<'_>,
-        known: &[Arc<Mapping>],
+        known: Option<Arc<Mapping>>,
         polled: bool,
         timeout: Option<Duration>,
     ) -> io::Result<Self> {
@@ -69,20 +70,25 @@ impl Ring {
         let buffers: Vec<_> =
             known.iter().map(|m| libc::iovec { iov_base: m.as_ptr().cast(), iov_len: m.len() }).collect();
         // The kernel takes buffers of up to 1 GiB. Without them everything works, a little slower.
-        let fits = !known.is_empty() && known.iter().all(|m| m.len() <= 1 << 30);
+        let fits = known.as_ref().is_some_and(|m| m.len() <= 1 << 30);
         // SAFETY: the kernel pins the memory, which `mappings` keeps mapped as long as the ring exists.
-        let fixed = if fits && unsafe { submitter.register_buffers(&buffers) }.is_ok() { known.len() } else { 0 };
+        let fixed = if fits && unsafe { submitter.register_buffers(&buffers) }.is_ok() { 1 } else { 0 };
         Ok(Self {
             ring,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
-            mappings: known.to_vec(),
+            mappings: known.into_iter().collect(),
             fixed,
             polled,
             given_up: false,
             broken: false,
             timeout_ms: timeout.map_or(u32::MAX, |t| u32::try_from(t.as_millis()).unwrap_or(u32::MAX).max(1)),
         })
+    }
+
+    /// Whether memory is registered with the kernel.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.fixed > 0
     }
 
     #[inline]
@@ -231,9 +237,17 @@ impl fmt::Debug for Ring {
 /// Waits for what is in flight, at most 30 seconds; what is left then is given up.
 impl Drop for Ring {
     fn drop(&mut self) {
-        if !self.given_up && !self.drain(Instant::now() + DRAIN_MAX) {
-            self.give_up(drop);
+        if self.given_up {
+            return;
         }
+        if !self.drain(Instant::now() + DRAIN_MAX) {
+            return self.give_up(drop);
+        }
+        // The kernel lets go of a ring's files and memory some time after the ring is closed. Who closes a device may want to
+        // unbind it right away. Not above: with commands in flight the kernel would wait for them here.
+        let submitter = self.ring.submitter();
+        let _ = submitter.unregister_files();
+        let _ = submitter.unregister_buffers();
     }
 }
 

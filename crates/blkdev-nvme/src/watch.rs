@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::AsFd,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,7 +21,7 @@ use crate::{
     admin::Failure,
     controller::{Core, Place, TAKEN_AWAY, lock},
     limits::check,
-    pair::Stage,
+    pair::{Pace, Stage},
     spec::{Command, Namespace, cns},
 };
 
@@ -46,11 +47,20 @@ impl Watch {
             bell: Arc::clone(&bell),
             removal,
             stopping: Arc::clone(&stopping),
+            paces: Vec::new(),
             aborted: Vec::new(),
             resets: 0,
             last_reset: None,
         };
-        let thread = thread::Builder::new().name("nvme-watch".to_owned()).spawn(move || guard.run())?;
+        let core = Arc::clone(core);
+        let run = move || {
+            // Without this thread nothing would ever end a request that the controller does not answer.
+            if catch_unwind(AssertUnwindSafe(|| guard.run())).is_err() {
+                core.life.end("the thread that watches it has panicked");
+                core.cut_off();
+            }
+        };
+        let thread = thread::Builder::new().name("nvme-watch".to_owned()).spawn(run)?;
         Ok(Self { bell, stopping, thread: Some(thread) })
     }
 
@@ -58,7 +68,8 @@ impl Watch {
         self.stopping.store(true, Ordering::Release);
         let _ = self.bell.write(1);
         if let Some(thread) = self.thread.take() {
-            thread.join().expect("the watching thread does not panic");
+            // A panic has been reported where it happened.
+            let _ = thread.join();
         }
     }
 }
@@ -70,6 +81,8 @@ struct Guard {
     bell: Arc<EventFd>,
     removal: EventFd,
     stopping: Arc<AtomicBool>,
+    /// Whether each I/O queue makes progress.
+    paces: Vec<Pace>,
     /// Commands that are being aborted: queue and identifier.
     aborted: Vec<(u16, u16)>,
     /// Resets, one soon after the other.
@@ -80,11 +93,15 @@ struct Guard {
 /// How often the status register is looked at, at least: a device that was taken away tells in no other way.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A command that has taken this many ticks is aborted.
-pub(crate) const OLD: u16 = 4;
+/// When no command of a queue has ended for this many ticks, those that have taken as long are aborted.
+const OLD: u16 = 4;
 
 /// After so many the controller is reset; the owner of the queue gives the device up after 8 and a bit.
 const TOO_OLD: u16 = 6;
+
+/// In a queue whose other commands end, a command waits for its turn. After this many ticks, 10 times the time-out, it is
+/// lost, and aborted alone.
+const LOST: u16 = 80;
 
 /// How often a controller is reset in a time-out before it is given up.
 const RESETS_MAX: u32 = 3;
@@ -205,6 +222,13 @@ impl Guard {
             return core.life.end(&format!("{why}, after {RESETS_MAX} resets"));
         }
         log::warn!("nvme {}: {why}: the controller is reset", core.info.target);
+        for (n, place) in lock(&core.queues).iter().enumerate() {
+            if let Place::Open(open) = place {
+                // What a silent queue has waited for may be what hangs the controller. In others it only had no turn yet.
+                let is_silent = self.paces.get(n).is_some_and(|pace| pace.silent() >= OLD);
+                open.flights.retire(if is_silent { OLD } else { LOST });
+            }
+        }
         let mut admin = lock(&core.admin);
         if let Err(e) = core.reset(&mut admin) {
             return core.life.end(&format!("{why}, and is not to be reset: {e}"));
@@ -230,15 +254,22 @@ impl Guard {
         }
     }
 
-    /// Aborts what is overdue, each command once, and resets the controller when that does not help.
+    /// Aborts what is overdue, each command once, and resets the controller when that does not help a silent queue.
     fn abort_old(&mut self, tick: Duration) {
         let (mut old, mut too_old) = (Vec::new(), None);
-        for (place, id) in lock(&self.core.queues).iter().zip(1..) {
-            if let Place::Open(open) = place
-                && open.flights.stage() == Stage::Running
-            {
-                old.extend(open.flights.older(OLD).map(|command| (id, command)));
-                too_old = too_old.or(open.flights.older(TOO_OLD).next().map(|command| (id, command)));
+        let queues = lock(&self.core.queues).clone();
+        self.paces.resize_with(queues.len(), Pace::default);
+        for ((place, pace), id) in queues.iter().zip(&mut self.paces).zip(1..) {
+            match place {
+                Place::Open(open) if open.flights.stage() == Stage::Running => {
+                    let silent = pace.look(&open.flights);
+                    let age = if silent < OLD { LOST } else { OLD };
+                    old.extend(open.flights.older(age).map(|command| (id, command)));
+                    if silent >= TOO_OLD {
+                        too_old = too_old.or(open.flights.older(TOO_OLD).next().map(|command| (id, command)));
+                    }
+                }
+                _ => *pace = Pace::default(),
             }
         }
         if let Some((queue, id)) = too_old {

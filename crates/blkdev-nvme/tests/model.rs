@@ -2,11 +2,14 @@
 
 use std::{
     os::fd::AsFd,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use blkdev::{Arena, Completion, Device, Error, Mapping, Op, Queue, Request, conformance};
+use blkdev::{Arena, Completion, Device, Error, Io, Mapping, Op, Plan, Queue, Request, conformance, fault::Rng};
 use blkdev_nvme::{
     Nvme, Options,
     model::{Fault, Model, SERIAL, Spec},
@@ -103,6 +106,133 @@ fn what_cannot_be_driven_is_refused() {
     refuse(Spec { queues: 0, ..Spec::new(MIB) }, options(), "1 MSI-X vectors");
 }
 
+#[test]
+fn registers_that_make_no_sense_are_refused() {
+    let refuse = |spec: Spec, part: &str| {
+        let model = Model::new(spec);
+        let e = Nvme::open(Arc::clone(&model) as _, &Options::default()).unwrap_err().to_string();
+        assert!(e.starts_with("nvme model: ") && e.contains(part), "{e}");
+    };
+    let spec = || Spec::new(MIB);
+    let cap = |more: u64| Some(1 << 37 | 2 << 24 | 1 << 16 | more);
+    // Doorbells 128 KiB apart.
+    refuse(Spec { cap: cap(15 << 32 | 1023), ..spec() }.bar_len(0x4000), "(CAP.DSTRD)");
+    refuse(spec().bar_len(0x1008), "(CAP.DSTRD)");
+    refuse(spec().bar_len(0x100f), "(CAP.DSTRD)");
+    refuse(spec().bar_len(0x1000), "too few");
+    refuse(spec().bar_len(0), "too few");
+    refuse(Spec { cap: cap(0), ..spec() }, "(CAP.MQES)");
+    refuse(Spec { cap: cap(5 << 48 | 1023), ..spec() }, "128 KiB, at most 64 are supported (CAP.MPSMIN)");
+    refuse(Spec { cap: cap(15 << 48 | 1023), ..spec() }, "131072 KiB");
+    refuse(Spec { cap: Some(0), ..spec() }, "(CAP.CSS)");
+    refuse(Spec { cap: Some(u64::MAX), ..spec() }, "all ones");
+    refuse(Spec { vectors: Some(0), ..spec() }, "0 MSI-X vectors");
+    refuse(
+        Spec { mdts: 1, ..spec() }.block_shift(16),
+        "blocks of 65536 bytes, and the controller transfers at most 8192",
+    );
+}
+
+#[test]
+fn doorbells_far_apart_are_found() {
+    let stride = 128 << 10;
+    let spec = Spec { cap: Some(1 << 37 | 2 << 24 | 1 << 16 | 15 << 32 | 1023), ..Spec::new(32 * MIB) };
+    conforms(spec.bar_len(0x1000 + 2 * stride * 3), &Options::default());
+}
+
+/// Opens a controller that says anything, and works with it. Whatever happens, it happens soon, and nothing panics.
+fn survives(spec: &Spec, seed: u64) -> bool {
+    let started = Instant::now();
+    let model = Model::new(Spec { noise: Some(seed), ..spec.clone() });
+    let options = Options { timeout: Some(Duration::from_millis(40)), ..Options::default() };
+    let opened = match Nvme::open(Arc::clone(&model) as _, &options) {
+        Ok(device) => {
+            let device: Arc<dyn Device> = Arc::new(device);
+            if let Ok(mut channels) = (Plan { memory: MIB as usize, depth: 32 }).open(&device, 1) {
+                let (mut channel, mut rng, mut done) = (channels.remove(0), Rng::new(seed), Vec::new());
+                for tag in 0..24 {
+                    let len = 1 + rng.below(256 << 10).min(device.capacity() - 1);
+                    let at = rng.below(device.capacity() - len + 1);
+                    let io = match rng.below(6) {
+                        0 => Io::Zero { at, len, fua: false, unmap: true, fast: true },
+                        1 => Io::Discard { at, len, fua: false },
+                        2 => Io::Flush,
+                        n => match channel.alloc(at, len as usize) {
+                            Some(buf) if n == 3 => Io::Write { at, buf, fua: true },
+                            Some(buf) => Io::Read { at, buf },
+                            None => continue,
+                        },
+                    };
+                    channel.submit(tag, io);
+                }
+                channel.kick();
+                while channel.in_flight() > 0 {
+                    channel.tick(Instant::now());
+                    channel.reap(&mut done);
+                    std::thread::sleep(Duration::from_micros(100));
+                    assert!(started.elapsed() < Duration::from_secs(60), "seed {seed}: all requests end");
+                }
+            }
+            true
+        }
+        Err(e) => {
+            assert!(e.to_string().starts_with("nvme model: "), "seed {seed}: {e}");
+            false
+        }
+    };
+    assert!(started.elapsed() < Duration::from_secs(60), "seed {seed}: {:?}", started.elapsed());
+    opened
+}
+
+/// Counts the panics of all threads, that of the driver's own included.
+fn without_panics(run: impl FnOnce()) {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        PANICS.fetch_add(1, Ordering::SeqCst);
+        before(info);
+    }));
+    run();
+    assert_eq!(PANICS.load(Ordering::SeqCst), 0, "no thread panics");
+}
+
+#[test]
+fn a_controller_that_says_anything_does_no_harm() {
+    without_panics(|| {
+        let mut opened = 0;
+        for seed in 0..1500 {
+            let shift = [9, 12, 16][seed as usize % 3];
+            let spec = Spec { sgl: seed % 2 == 0, mdts: (seed % 7) as u8 + 4, ..Spec::new(4 * MIB).block_shift(shift) };
+            opened += u32::from(survives(&spec, seed));
+        }
+        assert!(opened > 100, "{opened} of them could be opened");
+    });
+}
+
+#[test]
+fn registers_that_say_anything_do_no_harm() {
+    without_panics(|| {
+        let mut opened = 0;
+        for seed in 0..1500 {
+            let mut rng = Rng::new(!seed);
+            let mut cap = rng.next() & !(0xff << 24);
+            if rng.below(4) != 0 {
+                // Within what is possible, or nothing else would be tried.
+                cap = cap & !(0xf << 48) | 1 << 37 | rng.below(6) << 48;
+            }
+            let len = [0, 0x14, 0x1000, 0x1008, 0x1010, 0x1018, 0x2000, 0x4000, 0x20_0000, 1 << 40];
+            let spec = Spec {
+                cap: Some(cap),
+                bar_len: Some(len[rng.below(10) as usize]),
+                vectors: Some([0, 1, 2, 5, 2048, u16::MAX][rng.below(6) as usize]),
+                ..Spec::new(4 * MIB)
+            };
+            opened += u32::from(survives(&spec, seed));
+        }
+        assert!(opened > 20, "{opened} of them could be opened");
+    });
+}
+
 /// A queue with memory.
 struct Rig {
     model: Arc<Model>,
@@ -166,7 +296,7 @@ impl Rig {
     fn reads(&mut self) {
         for tag in 0..40 {
             let buf = self.arena.alloc(4096).unwrap();
-            self.queue.push(Request { tag, op: Op::Read { at: tag * 4096, buf } }).unwrap();
+            self.push(Request { tag, op: Op::Read { at: tag * 4096, buf } });
         }
         self.queue.kick();
     }
@@ -422,6 +552,106 @@ fn queues_give_their_memory_back() {
         drop(open);
         assert_eq!(model.mappings(), before);
     }
+}
+
+#[test]
+fn memory_that_comes_and_goes_leaves_no_mapping() {
+    let (model, device) = open(Spec::new(MIB), &Options::default());
+    let before = model.mappings();
+    for _ in 0..100 {
+        let memory = Mapping::new(1).unwrap();
+        device.register(&memory).unwrap();
+        device.register(&memory).unwrap();
+        let mut queue = device.open_queue(8).unwrap();
+        let buf = memory.arenas(1).remove(0).alloc(4096).unwrap();
+        queue.push(Request { tag: 1, op: Op::Read { at: 0, buf } }).unwrap();
+        drop(queue);
+        device.unregister(&memory);
+        device.unregister(&memory);
+        assert_eq!(Arc::strong_count(&memory), 1, "the device has forgotten it");
+    }
+    assert_eq!(model.mappings(), before);
+}
+
+/// How long the machine kept a test from running: a queue whose owner does not look makes no progress either.
+struct Stall {
+    last: Instant,
+    longest: Duration,
+}
+
+impl Stall {
+    fn new() -> Self {
+        Self { last: Instant::now(), longest: Duration::ZERO }
+    }
+
+    fn look(&mut self) {
+        let now = Instant::now();
+        self.longest = self.longest.max(now - self.last);
+        self.last = now;
+    }
+}
+
+#[test]
+fn a_slow_controller_that_completes_something_is_left_alone() {
+    let pace = Duration::from_millis(100);
+    let options = Options { timeout: Some(Duration::from_secs(2)), ..Options::default() };
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Slow(pace), 0), &options);
+    rig.writes();
+    let started = Instant::now();
+    let (mut done, mut stall) = (Vec::new(), Stall::new());
+    while done.len() < 40 {
+        rig.queue.reap(&mut done);
+        std::thread::sleep(Duration::from_millis(10));
+        stall.look();
+        assert!(started.elapsed() < Duration::from_secs(60), "{} of 40 have ended", done.len());
+    }
+    if stall.longest > options.timeout.unwrap() / 8 {
+        return;
+    }
+    assert!(started.elapsed() > 2 * options.timeout.unwrap() - pace, "most waited longer than the time-out");
+    assert!(done.iter().all(|done| done.result == Ok(())), "{done:?}");
+    assert_eq!((rig.model.aborts(), rig.model.resets()), (0, 0));
+    assert!(!rig.queue.is_dead());
+}
+
+#[test]
+fn a_command_that_is_lost_while_others_complete_is_aborted_alone_and_late() {
+    let timeout = Duration::from_millis(800);
+    let options = Options { timeout: Some(timeout), ..Options::default() };
+    let mut rig = rig(Spec::new(MIB).fault(Fault::SlowLost(Duration::from_millis(5)), 0), &options);
+    let started = Instant::now();
+    let (mut failed, mut sent, mut done, mut stall) = (Vec::new(), 0, Vec::new(), Stall::new());
+    while failed.is_empty() {
+        // Some are always in flight.
+        while sent < 8 {
+            let buf = rig.arena.alloc(4096).unwrap();
+            rig.push(Request { tag: 0, op: Op::Read { at: 0, buf } });
+            sent += 1;
+        }
+        rig.queue.kick();
+        std::thread::sleep(Duration::from_millis(1));
+        rig.queue.reap(&mut done);
+        sent -= done.len();
+        failed.extend(done.drain(..).filter(|done| done.result.is_err()));
+        stall.look();
+        assert!(started.elapsed() < Duration::from_secs(60), "a lost command ends");
+    }
+    assert_eq!((failed.len(), failed[0].result, rig.model.resets()), (1, Err(Error::Io), 0));
+    if stall.longest < timeout / 8 {
+        assert_eq!(rig.model.aborts(), 1);
+        assert!(started.elapsed() > 8 * timeout, "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn a_dead_queue_says_so() {
+    let mut rig = rig(Spec::new(MIB), &Options::default());
+    assert!(!rig.queue.is_dead());
+    rig.model.remove();
+    until(|| rig.queue.is_dead());
+    assert!(rig.device.open_queue(1).is_err());
+    rig.reads();
+    assert!(rig.collect(40).iter().all(|done| done.result == Err(Error::Gone)));
 }
 
 #[test]
