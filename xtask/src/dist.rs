@@ -11,7 +11,7 @@ use crate::shell;
 pub(crate) fn run(dir: Option<&str>) -> Result<()> {
     let target = shell::target_dir()?;
     let dir = dir.map_or_else(|| target.join("dist"), PathBuf::from);
-    let nbdblk = shell::build_nbdblk()?;
+    let nbdblk = build_nbdblk()?;
     let plugin = build_plugin()?;
     let plugins = plugin_dir()?;
     let put = |from: &Path, to: &Path| -> Result<()> {
@@ -32,6 +32,12 @@ pub(crate) fn run(dir: Option<&str>) -> Result<()> {
     put(&page, Path::new("/usr/share/man/man1/nbdkit-nbdblk-plugin.1"))?;
     println!("\ninstall with: cp -r {}/. /\nthen:         nbdkit nbdblk io_uring path=disk.img", dir.display());
     Ok(())
+}
+
+/// Builds the release server with every cargo feature: a package lacks nothing that the manual describes.
+fn build_nbdblk() -> Result<PathBuf> {
+    shell::ok(shell::cargo().args(["build", "--release", "-p", "nbdblk", "--all-features"]))?;
+    Ok(shell::target_dir()?.join("release/nbdblk"))
 }
 
 /// Builds the release plugin and says where cargo put it.

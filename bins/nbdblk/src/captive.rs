@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::{CString, OsString},
-    os::unix::ffi::OsStringExt,
+    ffi::{CString, OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
     thread,
 };
 
@@ -34,19 +34,20 @@ pub(crate) struct Captive {
 impl Captive {
     /// Starts `sh -c command`. Its end arrives at `control`.
     pub(crate) fn start(
-        command: &str,
+        command: &OsStr,
         addresses: &[Address],
         export: &str,
         security: &Security,
         control: &Control,
     ) -> anyhow::Result<Self> {
         let environment = environment(addresses, export, security).context("the environment of the command")?;
-        // std's Command would hand the blocked signals and the ignored SIGPIPE on to the command.
+        // std's Command would hand the blocked signals and the ignored SIGPIPE on to the command. SIGXFSZ is blocked here, but
+        // may have been ignored by the parent as well.
         let mut attributes = PosixSpawnAttr::init()?;
         attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
         attributes.set_sigmask(&SigSet::empty())?;
-        attributes.set_sigdefault(&[Signal::SIGPIPE].into_iter().collect())?;
-        let command = CString::new(command).context("the command of --run")?;
+        attributes.set_sigdefault(&[Signal::SIGPIPE, Signal::SIGXFSZ].into_iter().collect())?;
+        let command = CString::new(command.as_bytes()).context("the command of --run")?;
         let words = [c"sh".to_owned(), c"-c".to_owned(), command];
         let pid = posix_spawn("/bin/sh", &PosixSpawnFileActions::init()?, &attributes, &words, &environment)
             .context("starting /bin/sh")?;

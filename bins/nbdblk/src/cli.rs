@@ -1,12 +1,13 @@
 //! The arguments, and the help that goes with them.
 #![allow(rustdoc::broken_intra_doc_links, reason = "the comments on arguments are the help text, word for word")]
 
-use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use nbd_server_core::Rule;
+use nix::unistd::{Group, User};
 
-use crate::listen::Place;
+use crate::listen::{self, Place};
 
 /// Serves block devices as Network Block Devices
 ///
@@ -51,7 +52,7 @@ pub(crate) struct Serve {
     /// NAME is the export's name, and ends at a colon before the first "=". Write ",," for a comma in a value. "nbdblk
     /// drivers" lists the drivers, "nbdblk drivers NAME" their properties.
     #[arg(value_name = "EXPORT", required_unless_present = "config")]
-    pub(crate) specs: Vec<String>,
+    pub(crate) specs: Vec<OsString>,
 
     /// Read the exports, and options by their long names, from a TOML file
     ///
@@ -70,6 +71,20 @@ pub(crate) struct Serve {
     #[arg(short = 'U', long, value_name = "PATH")]
     pub(crate) unix: Vec<PathBuf>,
 
+    /// Permissions of the sockets of -U, octal, such as 0660 [default: what the umask leaves of 0777]
+    ///
+    /// A client needs write permission to connect. Owner, group and permissions are set before any client can.
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub(crate) socket_mode: Option<u32>,
+
+    /// Owner of the sockets of -U, a name or a number; only root can give them away
+    #[arg(long, value_name = "USER", value_parser = user)]
+    pub(crate) socket_owner: Option<u32>,
+
+    /// Group of the sockets of -U, a name or a number
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    pub(crate) socket_group: Option<u32>,
+
     /// Listen on a TCP port; 0: on a free one [default: 10809, when there is no -U]
     #[arg(short, long)]
     pub(crate) port: Option<u16>,
@@ -77,7 +92,7 @@ pub(crate) struct Serve {
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
     ///
     /// Without --allow, or TLS with --tls-verify-peer, whoever can connect can read, and write unless the export is read-only.
-    #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr")]
+    #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr", value_parser = listen::host)]
     pub(crate) ip_addr: Vec<String>,
 
     /// Of a host's addresses, take only those of IPv4
@@ -100,7 +115,7 @@ pub(crate) struct Serve {
     pub(crate) listen: Vec<Place>,
 
     /// Serve one client on standard input and output, and stop when it leaves
-    #[arg(short, long, visible_alias = "stdin", conflicts_with_all = ["unix", "port", "ip_addr", "ipv4_only", "ipv6_only", "vsock", "listen", "run", "print_uri"])]
+    #[arg(short, long, visible_alias = "stdin", conflicts_with_all = ["unix", "port", "ip_addr", "ipv4_only", "ipv6_only", "vsock", "listen", "run", "print_uri", "socket_mode", "socket_owner", "socket_group"])]
     pub(crate) single: bool,
 
     /// Who may open an export: [NAME:]KIND=VALUE, without NAME for all of them. May be repeated
@@ -160,11 +175,11 @@ pub(crate) struct Serve {
     /// The command finds $uri, $unixsocket, $port, $exportname and $nbd (the same as $uri) in its environment. SIGINT and
     /// SIGQUIT are left to it, SIGTERM is passed on to it.
     #[arg(long, value_name = "COMMAND")]
-    pub(crate) run: Option<String>,
+    pub(crate) run: Option<OsString>,
 
     /// Worker threads; each opens a queue of every device that has enough of them [default: one for each CPU]
-    #[arg(short, long, value_name = "N")]
-    pub(crate) threads: Option<NonZeroUsize>,
+    #[arg(short, long, value_name = "N", value_parser = threads)]
+    pub(crate) threads: Option<usize>,
 
     /// Memory for payload, for each export and worker [default: 64M]
     ///
@@ -195,7 +210,17 @@ impl Serve {
             (self.single, "--single"),
             (self.run.is_some(), "--run"),
         ];
-        given.into_iter().find_map(|(given, option)| given.then_some(option))
+        given.into_iter().find_map(|(given, option)| given.then_some(option)).or(self.socket_access())
+    }
+
+    /// An option about who may connect to a Unix domain socket, if one was given.
+    pub(crate) fn socket_access(&self) -> Option<&'static str> {
+        let given = [
+            (self.socket_mode, "--socket-mode"),
+            (self.socket_owner, "--socket-owner"),
+            (self.socket_group, "--socket-group"),
+        ];
+        given.into_iter().find_map(|(given, option)| given.map(|_| option))
     }
 }
 
@@ -204,7 +229,7 @@ impl Serve {
 /// Prints what has changed. When the file has a mistake, or a device of it cannot be opened, that is said, the status is 1,
 /// and the server goes on as it was.
 #[derive(Args, Debug)]
-#[group(required = true)]
+#[group(required = true, args = ["file", "control"])]
 pub(crate) struct Reload {
     /// The file of "nbdblk serve --config", in which the control socket is named
     #[arg(value_name = "FILE")]
@@ -213,6 +238,10 @@ pub(crate) struct Reload {
     /// The control socket
     #[arg(long, value_name = "PATH", conflicts_with = "file")]
     pub(crate) control: Option<PathBuf>,
+
+    /// How long to wait for the server's answer [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
+    pub(crate) timeout: Option<Duration>,
 }
 
 #[derive(Args, Debug)]
@@ -251,7 +280,7 @@ pub(crate) enum TlsMode {
 pub(crate) struct Info {
     /// What to open: DRIVER=VALUE[,PROPERTY=VALUE]..., as for "nbdblk serve"
     #[arg(value_name = "DEVICE")]
-    pub(crate) spec: String,
+    pub(crate) spec: OsString,
 
     /// Open the device for reading only
     #[arg(short, long, visible_alias = "readonly")]
@@ -280,9 +309,43 @@ fn memory(text: &str) -> Result<usize, String> {
     size.try_into().map_err(|_| "it does not fit the address space".into())
 }
 
+fn threads(text: &str) -> Result<usize, String> {
+    // More would be a mistake: each needs descriptors, and memory for each export.
+    text.parse()
+        .ok()
+        .filter(|count| (1..=1024).contains(count))
+        .ok_or_else(|| "it must be a number from 1 to 1024".into())
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let mode = u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777 && !digits.starts_with('+'));
+    mode.ok_or_else(|| "it must be octal, from 0 to 0777".into())
+}
+
+fn user(text: &str) -> Result<u32, String> {
+    let named = || User::from_name(text).map(|user| user.map(|user| user.uid.as_raw()));
+    id(text, "user", named)
+}
+
+fn group(text: &str) -> Result<u32, String> {
+    let named = || Group::from_name(text).map(|group| group.map(|group| group.gid.as_raw()));
+    id(text, "group", named)
+}
+
+fn id(text: &str, kind: &str, named: impl Fn() -> nix::Result<Option<u32>>) -> Result<u32, String> {
+    match text.parse() {
+        // All ones stands for no change (chown(2)).
+        Ok(u32::MAX) => Err(format!("it is no number of a {kind}")),
+        Ok(id) => Ok(id),
+        Err(_) => named().map_err(|error| error.to_string())?.ok_or_else(|| format!("there is no {kind} of that name")),
+    }
+}
+
 fn timeout(text: &str) -> Result<Duration, String> {
     match blkdev_drivers::parse_time(text).map_err(|error| error.replacen("Value", "it", 1))? {
         Duration::ZERO => Err("it must be longer than nothing".into()),
+        time if time > Duration::from_secs(86400) => Err("it must be at most a day, 86400s".into()),
         time => Ok(time),
     }
 }
@@ -313,8 +376,11 @@ Examples:
 
 const SERVE_EXAMPLES: &str = "\
 Signals:
-  SIGTERM, SIGINT and SIGQUIT stop the server with status 0; a second one ends it at once.
-  With --config, SIGHUP has the file read again, and what became of that is said on stderr.
+  SIGTERM, SIGINT and SIGQUIT stop the server with status 0; a second one ends it at once. Before the server is ready,
+  the status is 128 and the signal's number.
+  SIGHUP stops it as well (but not under nohup). With --config, SIGHUP has the file read again, and the result is logged.
+  SIGXCPU stops it. SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT and real-time signals
+  are ignored. So is SIGXFSZ: a write beyond the limit of file sizes fails with ENOSPC.
 
 Examples:
   Two exports on a Unix domain socket, and the list of them:

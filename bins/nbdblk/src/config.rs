@@ -6,11 +6,12 @@
 use std::{
     ffi::OsString,
     fmt,
+    io::{self, Read},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use blkdev_drivers::{Settings, Spec, find, nearest};
 use clap::{ArgAction, Args, CommandFactory, Parser, error::ContextKind, error::ContextValue, parser::ValueSource};
 use nbd_server_core::{Removal, Rule};
@@ -22,11 +23,15 @@ use toml::{
 use crate::{
     cli::{self, Cli},
     exports::{NAME_MAX, Wanted},
+    files::open_regular,
 };
 
 /// Options that are about this run of the program, and not about what it serves.
 const NOT_IN_FILES: &[&str] =
     &["config", "exit-with-parent", "foreground", "help", "print-uri", "ready-fd", "run", "single", "verbose"];
+
+/// Longest file, in bytes: enough for tens of thousands of exports.
+const SIZE_MAX: u64 = 16 << 20;
 
 /// What can be said of an export.
 const EXPORT_WORDS: [&str; 8] =
@@ -71,7 +76,13 @@ impl Source {
 impl File {
     /// Reads and checks a file. Nothing is opened.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let read = || {
+            let mut text = String::new();
+            open_regular(path)?.take(SIZE_MAX + 1).read_to_string(&mut text)?;
+            Ok(text)
+        };
+        let text = read().map_err(|error: io::Error| error).with_context(|| format!("reading {}", path.display()))?;
+        ensure!(text.len() as u64 <= SIZE_MAX, "{} is longer than {SIZE_MAX} bytes", path.display());
         Self::parse(path, text)
     }
 
@@ -147,6 +158,11 @@ impl Source {
             return Err(self.wrong(at, unknown("setting", key, known().chain(["export"]))));
         };
         let words = match (option.get_action(), value.get_ref()) {
+            // Permissions are octal; a number of TOML is so only if it says so.
+            (_, DeValue::Integer(mode)) if key == "socket-mode" => match mode.radix() {
+                8 => vec![format!("--{key}={}", mode.as_str())],
+                _ => return Err(self.kind(value, "a string, \"0660\", or octal, 0o660")),
+            },
             (ArgAction::SetTrue, DeValue::Boolean(on)) => on.then(|| format!("--{key}")).into_iter().collect(),
             (ArgAction::SetTrue, _) => return Err(self.kind(value, "true or false")),
             (ArgAction::Append, DeValue::Array(list)) => {
@@ -279,7 +295,7 @@ impl Source {
         value.get_ref().as_str().ok_or_else(|| self.kind(value, "a string"))
     }
 
-    fn parsed<T: FromStr<Err = std::io::Error>>(&self, value: &Value<'_>) -> anyhow::Result<T> {
+    fn parsed<T: FromStr<Err = io::Error>>(&self, value: &Value<'_>) -> anyhow::Result<T> {
         self.string(value)?.parse().map_err(|error| self.wrong(value.span().start, error))
     }
 
@@ -324,8 +340,13 @@ mod tests {
             format!("unix = [\"/a\", \"/b\"]\nport = 1_0\nthreads = 0x2\nmemory = \"1M\"\nread-only = true{EXPORT}");
         let (_, args) = parse(&text, &["--print-uri"]).expect(&text);
         assert_eq!(args.unix, [Path::new("/a"), Path::new("/b")]);
-        assert_eq!((args.port, args.threads.map(|n| n.get()), args.memory), (Some(10), Some(2), Some(1 << 20)));
+        assert_eq!((args.port, args.threads, args.memory), (Some(10), Some(2), Some(1 << 20)));
         assert!(args.read_only && args.print_uri);
+        for mode in ["\"0660\"", "\"660\"", "0o660"] {
+            let (_, args) = parse(&format!("unix = \"/a\"\nsocket-mode = {mode}{EXPORT}"), &[]).expect(mode);
+            assert_eq!(args.socket_mode, Some(0o660), "{mode}");
+        }
+        refuse(&format!("socket-mode = 660{EXPORT}"), "1:15", "0o660");
         let (_, args) = parse(&format!("unix = \"/a\"\nread-only = false{EXPORT}"), &[]).expect("good");
         assert_eq!((args.unix, args.read_only), (vec![PathBuf::from("/a")], false));
     }

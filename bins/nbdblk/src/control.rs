@@ -1,40 +1,52 @@
 //! What a running server has to react to: signals, the end of the command of `--run`, `nbdblk reload`, as one stream of
-//! events.
+//! events. The thread that reads signals, and the one that waits for events, never wait for a file system or for stderr.
 
 use std::{
-    process,
+    fs, process,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
         mpsc,
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::Context;
-use nix::sys::{
-    signal::{SigSet, Signal},
-    signalfd::{SfdFlags, SignalFd},
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
 };
 
-use crate::reload::Answer;
+use crate::{
+    files, logger,
+    ready::Ready,
+    reload::{Asker, Outcome},
+};
 
 /// Something to react to.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Asked to stop.
-    Stop,
-    /// The command of `--run` ended with this status.
+    /// A signal asks to stop.
+    Stop(Signal),
+    /// The command of `--run`, or the client of `--single`, ended with this status.
     Ended(u8),
-    /// The file is to be read again, and somebody perhaps to be told how that went.
-    Reload(Option<mpsc::Sender<Answer>>),
+    /// It was announced that the server is ready, or that failed.
+    Announced(anyhow::Result<Ready>),
+    /// The file is to be read again, and a client of the control socket perhaps waits for the result.
+    Reload(Option<Asker>),
+    /// The file was read again.
+    Reloaded(Outcome),
 }
 
 /// What a signal means at the moment.
 #[derive(Clone, Copy, Debug)]
 #[repr(u8)]
 pub(crate) enum Phase {
-    /// Nothing has to be cleaned up: a signal ends the process at once.
+    /// Nothing is served yet: a signal ends the process at once.
     Opening,
     /// A signal asks to stop.
     Serving,
@@ -44,7 +56,7 @@ pub(crate) enum Phase {
     Stopping,
 }
 
-/// Receives events. Made before any other thread, so that all of them have the signals blocked.
+/// Receives events. Made before the threads that serve, so that all of them have the signals blocked.
 #[derive(Debug)]
 pub(crate) struct Control {
     events: mpsc::Receiver<Event>,
@@ -53,37 +65,52 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Blocks the signals and listens to them; to SIGHUP only where there is a file to read again.
+    /// Blocks the signals and listens to them. `has_file`: SIGHUP asks for it to be read again.
     pub(crate) fn start(has_file: bool) -> anyhow::Result<Self> {
-        let mut set = stop_signals();
-        if has_file {
-            set.add(Signal::SIGHUP);
-        }
+        // nohup(1) has it ignored, and blocking would undo that.
+        let hangs_up = !is_ignored(Signal::SIGHUP);
+        let set = blocked();
         set.thread_block().context("blocking signals")?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("opening a signalfd")?;
         let (sender, events) = mpsc::channel();
         let phase = Arc::new(AtomicU8::new(Phase::Opening as u8));
         let control = Self { events, sender: sender.clone(), phase: phase.clone() };
         let listen = move || {
-            while let Ok(Some(info)) = signals.read_signal() {
-                let signal = Signal::try_from(info.ssi_signo as i32).expect("a signal of the set");
-                log::info!("{signal}");
-                if signal == Signal::SIGHUP {
-                    let _ = sender.send(Event::Reload(None));
-                    continue;
-                }
+            loop {
+                let info = match signals.read_signal() {
+                    Ok(Some(info)) => info,
+                    Ok(None) | Err(Errno::EINTR) => continue,
+                    Err(error) => return log::error!("signals cannot be read any more: {error}"),
+                };
+                // Real-time signals have no name.
+                let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { continue };
                 let now = phase.load(Ordering::SeqCst);
-                if now == Phase::Running as u8 && signal != Signal::SIGTERM {
+                let is_keyboard = matches!(signal, Signal::SIGINT | Signal::SIGQUIT);
+                let is_first = now != Phase::Stopping as u8;
+                let stops = match signal {
+                    Signal::SIGHUP if has_file => {
+                        log::info!("{signal}: the configuration is read again");
+                        let _ = sender.send(Event::Reload(None));
+                        false
+                    }
+                    // These may come twice, and mean no impatience: a closed terminal, each second beyond the CPU limit.
+                    Signal::SIGHUP => hangs_up && is_first,
+                    Signal::SIGXCPU => is_first,
+                    Signal::SIGTERM => true,
+                    _ => is_keyboard && now != Phase::Running as u8,
+                };
+                log::info!("{signal}{}", if stops { "" } else { ": not a reason to stop" });
+                if !stops {
                     continue;
                 }
                 if now == Phase::Opening as u8 {
-                    process::exit(0);
+                    log::warn!("{signal} before the server was ready: nothing was served");
                 }
-                if now == Phase::Stopping as u8 {
-                    process::exit(128 + signal as i32);
+                if now == Phase::Opening as u8 || !is_first {
+                    end(128 + signal as i32);
                 }
                 phase.store(Phase::Stopping as u8, Ordering::SeqCst);
-                if sender.send(Event::Stop).is_err() {
+                if sender.send(Event::Stop(signal)).is_err() {
                     return;
                 }
             }
@@ -92,12 +119,13 @@ impl Control {
         Ok(control)
     }
 
-    /// Changes what a signal means.
-    pub(crate) fn enter(&self, phase: Phase) {
-        self.phase.store(phase as u8, Ordering::SeqCst);
+    /// Changes what a signal means. `false`: a signal has come already, and its event will.
+    pub(crate) fn enter(&self, phase: Phase) -> bool {
+        let change = |now| (now != Phase::Stopping as u8).then_some(phase as u8);
+        self.phase.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
     }
 
-    /// For whoever else has events to tell.
+    /// For other threads that have events to report.
     pub(crate) fn sender(&self) -> mpsc::Sender<Event> {
         self.sender.clone()
     }
@@ -108,7 +136,44 @@ impl Control {
     }
 }
 
-/// The signals that stop a server.
-pub(crate) fn stop_signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().collect()
+/// Ends the process without waiting for any other thread.
+fn end(status: i32) -> ! {
+    within(Duration::from_secs(1), files::remove_all);
+    logger::flush(logger::PATIENCE);
+    process::exit(status);
+}
+
+/// Runs `work` on a thread of its own, and waits for its end, but not longer than that. `None`: it has not ended yet.
+pub(crate) fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (sender, done) = mpsc::channel();
+    let work = Arc::new(Mutex::new(Some(work)));
+    let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let run = {
+        let work = Arc::clone(&work);
+        // If the result is not waited for any more, it is too late.
+        move || take(&work).into_iter().for_each(|work: _| drop(sender.send(work())))
+    };
+    match thread::Builder::new().name("deadline".into()).spawn(run) {
+        Ok(_) => done.recv_timeout(limit).ok(),
+        // There are no threads left: better late than never.
+        Err(_) => Some(take(&work)?()),
+    }
+}
+
+/// All signals but those that a thread gets for its own faults, and those that stop and continue a job or end no process.
+/// SIGXFSZ among them: a write beyond the limit of file sizes then fails with EFBIG, and kills nothing.
+fn blocked() -> SigSet {
+    let mut set = SigSet::all();
+    let faults = [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS];
+    let jobs = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGCONT];
+    let harmless = [Signal::SIGCHLD, Signal::SIGURG, Signal::SIGWINCH, Signal::SIGABRT];
+    faults.into_iter().chain(jobs).chain(harmless).for_each(|signal| set.remove(signal));
+    set
+}
+
+/// Whether the process was started with this signal ignored.
+fn is_ignored(signal: Signal) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal as u32 - 1) != 0)
 }

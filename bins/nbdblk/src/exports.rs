@@ -1,8 +1,8 @@
 //! From words to exports: what is wanted, opened as far as it is not open yet.
 
-use std::sync::Arc;
+use std::{ffi::OsString, sync::Arc};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use blkdev::Device;
 use blkdev_drivers::{Settings, Spec, properties};
 use nbd_server_core::{Access, Export, Removal, Rule};
@@ -33,10 +33,11 @@ pub(crate) struct Wanted {
 }
 
 /// Those of the command line. Everything that can be wrong with the words is found before the first device is opened.
-pub(crate) fn from_words(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
+pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
     let mut all: Vec<Wanted> = Vec::new();
-    for text in words {
-        let Spec { name, settings } = text.parse()?;
+    for words in words {
+        let Spec { name, settings } = Spec::parse(words)?;
+        let text = words.display();
         ensure!(name.len() <= NAME_MAX, "an export's name can have {NAME_MAX} bytes, this one has {}", name.len());
         if !all.is_empty() && name.is_empty() {
             bail!("{text} needs a name, NAME:{text}: only the first export can be without");
@@ -95,7 +96,11 @@ impl Wanted {
 
     /// Opens the device.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<dyn Device>> {
-        let device = self.settings.open()?;
+        let open = self.settings.open();
+        let device = match self.name.is_empty() {
+            true => open?,
+            false => open.with_context(|| format!("export \"{}\"", self.name))?,
+        };
         let (name, info) = (&self.name, device.info());
         log::info!("export \"{name}\": {} {}, {}", info.driver, info.target, human(device.capacity()));
         for (property, value) in properties(&*device, &self.settings) {

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::cli;
 
 pub(crate) fn run(args: &cli::Info) -> anyhow::Result<ExitCode> {
-    let spec: Spec = args.spec.parse()?;
+    let spec = Spec::parse(&args.spec)?;
     let settings = restrict(&spec.settings, args.read_only);
     let device = settings.open()?;
     crate::print(&if args.json { json(&*device, &settings) } else { text(&*device, &settings) })
@@ -64,7 +64,7 @@ fn json(device: &dyn Device, settings: &Settings) -> String {
             Value::Bool(value) => json!(value),
             Value::I32(value) => json!(value),
             Value::U64(value) => json!(value),
-            Value::Str(_) | Value::Time(_) => json!(value.to_string()),
+            Value::Str(_) | Value::Path(_) | Value::Time(_) => json!(value.to_string()),
         };
         (name, value)
     });

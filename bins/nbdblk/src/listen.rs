@@ -7,7 +7,8 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::{
-            fs::FileTypeExt,
+            ffi::OsStrExt,
+            fs::{FileTypeExt, PermissionsExt, chown},
             net::{self as unix, UnixListener, UnixStream},
         },
     },
@@ -15,13 +16,16 @@ use std::{
     str::FromStr,
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use nbd_server_core::Listener;
 use nix::{
     libc::{VMADDR_CID_ANY, VMADDR_PORT_ANY},
-    sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, VsockAddr, bind, getsockname,
-        listen, setsockopt, socket, sockopt,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, VsockAddr, bind,
+            connect, getsockname, listen, setsockopt, socket, sockopt,
+        },
+        stat::{Mode, fchmod},
     },
     unistd::mkdtemp,
 };
@@ -41,7 +45,7 @@ pub(crate) enum Place {
     /// A unix socket in the file system.
     Unix(PathBuf),
     /// A unix socket in the abstract namespace.
-    Abstract(String),
+    Abstract(Vec<u8>),
     /// A TCP port, 0 being any free one, on all of these hosts; without any on the loopback addresses.
     Tcp(Vec<String>, u16),
     /// A port for virtual machines and their hosts, 0 being any free one.
@@ -50,12 +54,22 @@ pub(crate) enum Place {
 
 impl Place {
     /// What `--unix` takes.
-    fn unix(path: &Path) -> Self {
-        match path.to_str().map(|text| (text, text.strip_prefix('@'))) {
-            Some(("-", _)) => Self::Private,
-            Some((_, Some(name))) => Self::Abstract(name.into()),
-            _ => Self::Unix(path.into()),
+    ///
+    /// # Errors
+    /// It is empty.
+    pub(crate) fn unix(path: &Path) -> Result<Self, String> {
+        match path.as_os_str().as_bytes() {
+            b"" => Err("a Unix domain socket needs a path".into()),
+            b"-" => Ok(Self::Private),
+            b"@" => Err("an abstract socket needs a name: @NAME".into()),
+            [b'@', name @ ..] => Ok(Self::Abstract(name.into())),
+            _ => Ok(Self::Unix(path.into())),
         }
+    }
+
+    /// Whether it is a file that other users find.
+    fn is_file(&self) -> bool {
+        matches!(self, Self::Unix(_))
     }
 }
 
@@ -65,13 +79,16 @@ impl FromStr for Place {
     fn from_str(text: &str) -> Result<Self, String> {
         let port = |text: &str| text.parse().map_err(|_| format!("\"{text}\" is not a port"));
         match text.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::unix(Path::new(path))),
+            Some(("unix", path)) if !path.is_empty() => Self::unix(Path::new(path)),
             Some(("vsock", number)) => {
                 number.parse().map(Self::Vsock).map_err(|_| format!("\"{number}\" is not a port"))
             }
             Some(("tcp", rest)) if !rest.is_empty() => {
                 if rest.bytes().all(|byte| byte.is_ascii_digit()) {
                     return Ok(Self::Tcp(Vec::new(), port(rest)?));
+                }
+                if rest.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()) {
+                    return Err(format!("write an IPv6 address in brackets: tcp:[{rest}]:{PORT}"));
                 }
                 // The brackets of an IPv6 address tell its colons from the one before the port.
                 let (host, rest) = match rest.strip_prefix('[') {
@@ -88,6 +105,35 @@ impl FromStr for Place {
             _ => Err("a place is unix:PATH, tcp:PORT, tcp:HOST:PORT or vsock:PORT".into()),
         }
     }
+}
+
+/// What `--ip-addr` takes: an address or the name of a host, without a port.
+///
+/// # Errors
+/// It has a port, or is empty.
+pub(crate) fn host(text: &str) -> Result<String, String> {
+    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    let is_v6 = |text: &str| text.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok());
+    let port = bare.rsplit_once(':').filter(|(_, port)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()));
+    match port {
+        _ if bare.is_empty() => Err("it is empty".into()),
+        _ if is_v6(bare) => Ok(bare.into()),
+        Some((host, port)) if host.starts_with('[') || !host.contains(':') => {
+            Err(format!("use -p for the port: -i '{host}' -p {port}"))
+        }
+        _ if bare.contains(['[', ']', ':', '/']) => Err("it is neither an address nor the name of a host".into()),
+        _ => Ok(bare.into()),
+    }
+}
+
+/// Who may connect to a Unix domain socket.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Access {
+    /// Permissions, in place of those that the umask leaves.
+    pub(crate) mode: Option<u32>,
+    /// Another owner and group.
+    pub(crate) owner: Option<u32>,
+    pub(crate) group: Option<u32>,
 }
 
 /// Which addresses a host's name may stand for.
@@ -115,11 +161,24 @@ pub(crate) struct Sockets {
     pub(crate) listeners: Vec<Listener>,
     /// For people; Unix domain sockets first. Fewer than listeners: `localhost` is two of them.
     pub(crate) addresses: Vec<Address>,
-    /// To be removed.
+    /// To be removed, in this order.
     pub(crate) files: Vec<OwnFile>,
+    /// The TCP addresses of the listeners.
+    pub(crate) bound: Vec<SocketAddr>,
 }
 
 impl Sockets {
+    /// Finds what is wrong with the arguments, before anything is opened.
+    pub(crate) fn check(args: &Serve, are_passed: bool) -> anyhow::Result<()> {
+        let places = places(args)?;
+        match args.socket_access() {
+            Some(option) if !are_passed && !places.iter().any(Place::is_file) => {
+                bail!("{option} needs a Unix domain socket in the file system: -U PATH")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Binds everything that the arguments ask for.
     pub(crate) fn bind(args: &Serve) -> anyhow::Result<Self> {
         let family = match (args.ipv4_only, args.ipv6_only) {
@@ -127,25 +186,21 @@ impl Sockets {
             (_, true) => Family::V6,
             _ => Family::Any,
         };
-        let places = places(args);
+        let places = places(args)?;
+        let access = Access { mode: args.socket_mode, owner: args.socket_owner, group: args.socket_group };
         // Alone, `::` stands for all addresses of the machine; beside `0.0.0.0` it leaves IPv4 to that.
         let is_v4 = |place: &Place| matches!(place, Place::Tcp(hosts, _) if hosts.iter().any(|host| host == "0.0.0.0"));
         let v6_only = family == Family::V6 || places.iter().any(is_v4);
         let mut sockets = Self::default();
         for place in &places {
             match place {
-                Place::Private => {
-                    let template = std::env::temp_dir().join("nbdblkXXXXXX");
-                    let private = mkdtemp(&template).context("making a private directory")?;
-                    sockets.add_unix(&private.join("socket"), Some(private.clone())).inspect_err(|_| {
-                        let _ = fs::remove_dir(&private);
-                    })?;
-                }
-                Place::Unix(path) => sockets.add_unix(path, None)?,
+                Place::Private => sockets.add_private()?,
+                Place::Unix(path) => sockets.add_unix(path, &access)?,
                 Place::Abstract(name) => {
+                    let shown = format!("@{}", String::from_utf8_lossy(name));
                     let bound = unix::SocketAddr::from_abstract_name(name).and_then(|a| UnixListener::bind_addr(&a));
-                    sockets.listeners.push(bound.with_context(|| format!("listening on @{name}"))?.into());
-                    sockets.addresses.push(Address::Unix(format!("@{name}").into()));
+                    sockets.listeners.push(bound.with_context(|| format!("listening on {shown}"))?.into());
+                    sockets.addresses.push(Address::Unix(shown.into()));
                 }
                 Place::Tcp(hosts, port) if hosts.is_empty() => sockets.add_loopback(*port, family)?,
                 Place::Tcp(hosts, port) => sockets.add_tcp(hosts, *port, family, v6_only)?,
@@ -179,12 +234,28 @@ impl Sockets {
         Ok(Some(sockets))
     }
 
-    fn add_unix(&mut self, path: &Path, directory: Option<PathBuf>) -> anyhow::Result<()> {
-        let bound = bind_unix(path).with_context(|| format!("listening on {}", path.display()))?;
+    /// A socket in a directory that only this user can enter.
+    fn add_private(&mut self) -> anyhow::Result<()> {
+        let name = "nbdblkXXXXXX";
+        let too_long =
+            |dir: &Path| absolute(dir).is_ok_and(|dir| check_length(&dir.join(name).join("socket")).is_err());
+        let mut dir = std::env::temp_dir();
+        if too_long(&dir) {
+            dir = "/tmp".into();
+        }
+        let private = mkdtemp(&dir.join(name)).with_context(|| format!("making a directory in {}", dir.display()))?;
+        let private = absolute(private).context("where the current directory is")?;
+        let directory = OwnFile::new(&private)?;
+        self.add_unix(&private.join("socket"), &Access::default())?;
+        self.files.push(directory);
+        Ok(())
+    }
+
+    fn add_unix(&mut self, path: &Path, access: &Access) -> anyhow::Result<()> {
+        let (bound, file) = bind_unix(path, access).with_context(|| format!("listening on {}", path.display()))?;
         self.listeners.push(bound.into());
-        let path = absolute(path).context("where the current directory is")?;
-        self.files.push(OwnFile::new(&path, directory)?);
-        self.addresses.push(Address::Unix(path));
+        self.files.push(file);
+        self.addresses.push(Address::Unix(absolute(path).context("where the current directory is")?));
         Ok(())
     }
 
@@ -192,38 +263,43 @@ impl Sockets {
     /// has no other.
     fn add_loopback(&mut self, port: u16, family: Family) -> anyhow::Result<()> {
         let hosts = [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        let hosts: Vec<IpAddr> = hosts.into_iter().filter(|host| family.has(*host)).collect();
-        // A free port of the one family may be taken in the other.
-        for attempt in 0.. {
-            match bind_all(&hosts, port) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
-                bound => {
-                    let (bound, port) = bound.with_context(|| format!("listening on localhost, port {port}"))?;
-                    self.listeners.extend(bound.into_iter().map(Listener::Listening));
-                    self.addresses.push(Address::tcp("localhost", port));
-                    break;
-                }
-            }
-        }
-        Ok(())
+        let found = hosts.into_iter().filter(|host| family.has(*host)).map(|host| (host, port).into()).collect();
+        self.add_hosts(&[("localhost".into(), found)], port, false)
     }
 
-    fn add_tcp(&mut self, hosts: &[String], mut port: u16, family: Family, v6_only: bool) -> anyhow::Result<()> {
-        for host in hosts {
-            let context = || format!("listening on {host}, port {port}");
-            let mut found: Vec<SocketAddr> = (host.as_str(), port).to_socket_addrs().with_context(context)?.collect();
-            found.retain(|address| family.has(address.ip()));
+    fn add_tcp(&mut self, hosts: &[String], port: u16, family: Family, v6_only: bool) -> anyhow::Result<()> {
+        let resolve = |host: &String| {
+            let found = (host.as_str(), port).to_socket_addrs();
+            let found = found.with_context(|| format!("listening on {host}, port {port}"))?;
+            let found: Vec<_> = found.filter(|address| family.has(address.ip())).collect();
             ensure!(!found.is_empty(), "{host} has no address of the family asked for");
-            for mut address in found {
-                // Port 0 is chosen once.
-                address.set_port(port);
-                let bound = bind_tcp(address, v6_only).with_context(|| format!("listening on {address}"))?;
-                port = port_of(&bound).with_context(|| format!("listening on {address}"))?;
-                self.listeners.push(Listener::Listening(bound));
-            }
-            let address = Address::tcp(host, port);
-            if !self.addresses.contains(&address) {
-                self.addresses.push(address);
+            Ok((host.clone(), found))
+        };
+        let hosts: Vec<_> = hosts.iter().map(resolve).collect::<anyhow::Result<_>>()?;
+        self.add_hosts(&hosts, port, v6_only)
+    }
+
+    /// The same port of all hosts, each by those of its addresses that the machine has. Port 0 is chosen once.
+    fn add_hosts(&mut self, hosts: &[(String, Vec<SocketAddr>)], port: u16, v6_only: bool) -> anyhow::Result<()> {
+        // A free port of one address may be taken at another.
+        for attempt in 0.. {
+            match bind_all(hosts, port, v6_only, &self.bound) {
+                Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
+                Err((host, error)) => {
+                    return Err(error).with_context(|| format!("listening on {host}, port {port}"));
+                }
+                Ok((bound, port)) => {
+                    for (address, socket) in bound {
+                        self.bound.push(address);
+                        self.listeners.push(Listener::Listening(socket));
+                    }
+                    for address in hosts.iter().map(|(host, _)| Address::tcp(host, port)) {
+                        if !self.addresses.contains(&address) {
+                            self.addresses.push(address);
+                        }
+                    }
+                    break;
+                }
             }
         }
         Ok(())
@@ -246,8 +322,10 @@ impl Sockets {
 }
 
 /// Where to listen, Unix domain sockets first.
-fn places(args: &Serve) -> Vec<Place> {
-    let mut places: Vec<Place> = args.unix.iter().map(|path| Place::unix(path)).chain(args.listen.clone()).collect();
+fn places(args: &Serve) -> anyhow::Result<Vec<Place>> {
+    let unix = args.unix.iter().map(|path| Place::unix(path).map_err(|error| anyhow!("--unix: {error}")));
+    let mut places: Vec<Place> = unix.collect::<anyhow::Result<_>>()?;
+    places.extend(args.listen.iter().cloned());
     let port = args.port.unwrap_or(PORT);
     // nbdkit's --vsock takes its port from --port, and nothing else listens there then.
     let port_is_vsock_s = args.vsock == Some(None);
@@ -261,38 +339,102 @@ fn places(args: &Serve) -> Vec<Place> {
         places.push(if args.run.is_some() { Place::Private } else { Place::Tcp(Vec::new(), port) });
     }
     places.sort_by_key(|place| matches!(place, Place::Tcp(..) | Place::Vsock(_)));
-    places
+    Ok(places)
 }
 
-/// Replaces a socket that a dead server has left behind, and nothing else.
-pub(crate) fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
+/// Bytes that the path of a socket can have (unix(7), `sun_path`, without the NUL at its end).
+const PATH_MAX: usize = 107;
+
+fn check_length(path: &Path) -> anyhow::Result<()> {
+    let len = path.as_os_str().len();
+    ensure!(len <= PATH_MAX, "the path {} has {len} bytes; a socket's path can have {PATH_MAX}", path.display());
+    Ok(())
+}
+
+/// Connects without waiting: a server that does not accept, and has a full queue of clients, is `WouldBlock`.
+pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    check_length(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
+}
+
+/// Binds a socket and listens. It replaces a socket that a dead server has left behind, and nothing else. No client can
+/// connect before owner, group and mode are set.
+pub(crate) fn bind_unix(path: &Path, access: &Access) -> anyhow::Result<(UnixListener, OwnFile)> {
+    // Clients elsewhere need the absolute path.
+    let full = absolute(path).context("where the current directory is")?;
+    check_length(&full)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => bail!("the file exists and is not a socket"),
-        Ok(_) => match UnixStream::connect(path) {
+        Ok(_) => match connect_unix(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
             _ => bail!("another server listens there already"),
         },
         Err(_) => {} // bind() tells better what is wrong, if anything is.
     }
-    Ok(UnixListener::bind(path)?)
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    if let Some(mode) = access.mode {
+        // The file gets these permissions, less those that the umask takes.
+        fchmod(&socket, Mode::from_bits_truncate(mode))?;
+    }
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let file = OwnFile::new(&full)?;
+    if access.owner.is_some() || access.group.is_some() {
+        chown(&full, access.owner, access.group).context("changing its owner or group")?;
+    }
+    if let Some(mode) = access.mode {
+        fs::set_permissions(&full, fs::Permissions::from_mode(mode)).context("changing its mode")?;
+    }
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok((socket.into(), file))
 }
 
-/// Binds the same port of all hosts that the machine has. Port 0 is chosen once.
-fn bind_all(hosts: &[IpAddr], mut port: u16) -> io::Result<(Vec<OwnedFd>, u16)> {
-    let (mut all, mut absent) = (Vec::new(), None);
-    for host in hosts {
-        match bind_tcp((*host, port).into(), false) {
-            Err(error) if is_absent(&error) => absent = Some(error),
-            bound => {
-                let bound = bound?;
-                port = port_of(&bound)?;
-                all.push(bound);
+type Bound = Vec<(SocketAddr, OwnedFd)>;
+
+/// Binds the same port of all hosts, each address once, but for what is bound already. A host needs at least one address
+/// that the machine has.
+fn bind_all(
+    hosts: &[(String, Vec<SocketAddr>)],
+    mut port: u16,
+    v6_only: bool,
+    before: &[SocketAddr],
+) -> Result<(Bound, u16), (String, io::Error)> {
+    let mut all: Bound = Vec::new();
+    let mut absent = vec![None; hosts.len()];
+    let mut served = vec![false; hosts.len()];
+    // An address for all of them goes first: it covers the others.
+    let mut order: Vec<_> =
+        hosts.iter().enumerate().flat_map(|(n, (_, found))| found.iter().map(move |a| (n, *a))).collect();
+    order.sort_by_key(|(_, a)| if a.ip().is_unspecified() { 1 + u8::from(a.is_ipv4()) } else { 3 });
+    for (n, mut address) in order {
+        address.set_port(port);
+        let covers = |bound: &SocketAddr| {
+            let family = bound.is_ipv4() == address.is_ipv4() || (bound.is_ipv6() && !v6_only);
+            *bound == address || (family && bound.ip().is_unspecified() && bound.port() == address.port())
+        };
+        if port != 0 && before.iter().chain(all.iter().map(|(bound, _)| bound)).any(covers) {
+            served[n] = true;
+            continue;
+        }
+        match bind_tcp(address, v6_only).and_then(|socket| Ok((port_of(&socket)?, socket))) {
+            Err(error) if is_absent(&error) => absent[n] = error.raw_os_error(),
+            Err(error) => {
+                let (host, ip) = (&hosts[n].0, address.ip().to_string());
+                return Err((if *host == ip { ip } else { format!("{host} ({ip})") }, error));
+            }
+            Ok((chosen, socket)) => {
+                port = chosen;
+                address.set_port(port);
+                all.push((address, socket));
+                served[n] = true;
             }
         }
     }
-    match absent {
-        Some(error) if all.is_empty() => Err(error),
-        _ => Ok((all, port)),
+    match (0..hosts.len()).find(|n| !served[*n]) {
+        Some(n) => Err((hosts[n].0.clone(), io::Error::from_raw_os_error(absent[n].unwrap_or_default()))),
+        None => Ok((all, port)),
     }
 }
 
@@ -300,8 +442,9 @@ fn bind_tcp(address: SocketAddr, v6_only: bool) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-    if v6_only && address.is_ipv6() {
-        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    if address.is_ipv6() {
+        // Whatever the system's default is.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &(v6_only || !address.ip().is_unspecified()))?;
     }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     listen(&socket, Backlog::MAXCONN)?;
@@ -328,7 +471,8 @@ fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
         return Ok(Address::tcp(&v4.ip().to_string(), v4.port()));
     }
     if let Some(v6) = name.as_sockaddr_in6() {
-        return Ok(Address::tcp(&v6.ip().to_string(), v6.port()));
+        let zone = if v6.scope_id() == 0 { String::new() } else { format!("%{}", v6.scope_id()) };
+        return Ok(Address::tcp(&format!("{}{zone}", v6.ip()), v6.port()));
     }
     ensure!(name.family() == Some(AddressFamily::Unix), "it is not of a family that can be served");
     let name = UnixListener::from(socket.as_fd().try_clone_to_owned()?).local_addr()?;
@@ -354,7 +498,7 @@ mod tests {
         let check = |text: &str, place| assert_eq!(text.parse(), Ok(place), "{text}");
         let tcp = |host: &str, port| Place::Tcp(vec![host.into()], port);
         check("unix:/run/nbd.sock", Place::Unix("/run/nbd.sock".into()));
-        check("unix:@nbd:1", Place::Abstract("nbd:1".into()));
+        check("unix:@nbd:1", Place::Abstract(b"nbd:1".to_vec()));
         check("unix:-", Place::Private);
         check("tcp:0", Place::Tcp(vec![], 0));
         check("tcp:10810", Place::Tcp(vec![], 10810));
@@ -369,7 +513,9 @@ mod tests {
             "10809",
             "/run/nbd.sock",
             "unix:",
+            "unix:@",
             "tcp:",
+            "tcp:::1",
             "tcp:65536",
             "tcp:a:",
             "tcp:a:b",
@@ -381,5 +527,56 @@ mod tests {
         ] {
             assert!(wrong.parse::<Place>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn hosts_have_no_port() {
+        for (text, expected) in [
+            ("127.0.0.1", Ok("127.0.0.1")),
+            ("[::1]", Ok("::1")),
+            ("::1", Ok("::1")),
+            ("2001:db8::1080", Ok("2001:db8::1080")),
+            ("2001:db8::10809", Err("it is neither an address nor the name of a host")),
+            ("fe80::1%lo", Ok("fe80::1%lo")),
+            ("[fe80::1%lo]", Ok("fe80::1%lo")),
+            ("localhost", Ok("localhost")),
+            ("127.0.0.1:10811", Err("use -p for the port: -i '127.0.0.1' -p 10811")),
+            ("[::1]:10811", Err("use -p for the port: -i '[::1]' -p 10811")),
+            ("localhost:1", Err("use -p for the port: -i 'localhost' -p 1")),
+            ("nbd://localhost", Err("it is neither an address nor the name of a host")),
+            ("", Err("it is empty")),
+            ("[]", Err("it is empty")),
+        ] {
+            assert_eq!(host(text).as_deref().map_err(String::as_str), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn each_address_is_bound_once_and_absent_ones_are_left_out() {
+        let row = |host: &str, ips: &[&str]| {
+            (host.to_owned(), ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect())
+        };
+        // 192.0.2.0/24 and 2001:db8::/32 are for documentation: no machine has them.
+        let check = |hosts: &[(String, Vec<SocketAddr>)], count| {
+            let (bound, port) = bind_all(hosts, 0, false, &[]).expect("the machine has one of them");
+            assert_eq!(bound.len(), count, "{hosts:?}");
+            assert!(bound.iter().all(|(address, _)| address.port() == port && port != 0));
+            let addresses: Vec<_> = bound.iter().map(|(address, _)| *address).collect();
+            let (again, _) = bind_all(hosts, port, false, &addresses).expect("all are bound already");
+            assert!(again.is_empty(), "{again:?}");
+        };
+        check(&[row("twice", &["127.0.0.1", "127.0.0.1"])], 1);
+        check(&[row("a", &["127.0.0.1"]), row("b", &["127.0.0.1", "127.0.0.2"])], 2);
+        check(&[row("mixed", &["2001:db8::1", "127.0.0.1", "192.0.2.1"])], 1);
+        check(&[row("one", &["127.0.0.1"]), row("any", &["0.0.0.0"])], 1);
+        let (host, error) = bind_all(&[row("a", &["127.0.0.1"]), row("b", &["192.0.2.1"])], 0, false, &[]).unwrap_err();
+        assert!(host == "b" && is_absent(&error), "{host}: {error}");
+    }
+
+    #[test]
+    fn paths_of_sockets_are_bounded() {
+        assert!(check_length(Path::new(&"x".repeat(107))).is_ok());
+        let error = check_length(Path::new(&"x".repeat(108))).unwrap_err().to_string();
+        assert!(error.contains("108") && error.contains("107"), "{error}");
     }
 }

@@ -1,8 +1,39 @@
-//! Log records as lines on stderr: warnings and errors always, more with `-v`.
+//! Lines on stderr: log records (warnings and errors always, more with `-v`), and what the program reports itself.
+//!
+//! While a server runs, a thread of its own writes them from a bounded queue. So a stderr that blocks, such as a full pipe,
+//! delays no thread that serves. Lines that find the queue full are dropped and counted. A warning or an error that repeats
+//! is written a few times, then only counted.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    env, io,
+    io::Write,
+    os::fd::AsFd,
+    panic,
+    sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{signal::SigSet, stat::fstat},
+};
 
-/// Starts logging. `verbose` counts the `-v`: information, debugging, everything.
+/// Lines and bytes that may wait for stderr.
+const LINES_MAX: usize = 1024;
+const BYTES_MAX: usize = 1 << 20;
+
+/// A warning or an error from one place in the code is written this often in a [`PERIOD`].
+const BURST: u32 = 10;
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// How long the end of the process may wait for stderr.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Starts logging. `verbose` counts the `-v`: information, debugging, everything. Lines are written by their own thread from
+/// [`detach`] on, and before it by the thread that logs.
 pub(crate) fn start(verbose: u8) {
     let level = match verbose {
         0 => LevelFilter::Warn,
@@ -14,6 +45,55 @@ pub(crate) fn start(verbose: u8) {
     log::set_max_level(level);
 }
 
+/// From here on a thread writes to stderr, and no other thread waits for it. Panics are logged the same way.
+pub(crate) fn detach() {
+    let write = || {
+        // The signals are for the thread that reads them; a log file may not kill the server with SIGXFSZ either.
+        let _ = SigSet::all().thread_block();
+        let mut state = lock();
+        loop {
+            let now = Instant::now();
+            state.end_periods(now, false);
+            let Some(line) = state.next() else {
+                let pause = state.wait(now);
+                state = WAKE.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            };
+            state.writing = true;
+            drop(state);
+            put(line.as_bytes());
+            state = lock();
+            state.writing = false;
+            IDLE.notify_all();
+        }
+    };
+    // Held until the thread is known to run, so that no line is queued for a thread that never was.
+    let mut state = lock();
+    state.detached = thread::Builder::new().name("log".into()).spawn(write).is_ok();
+    drop(state);
+    panic::set_hook(Box::new(|panic| {
+        let name = thread::current().name().unwrap_or("?").to_owned();
+        log::error!("thread '{name}' {panic}");
+    }));
+}
+
+/// One line. It has no label, unlike log records.
+pub(crate) fn say(level: Level, text: &str) {
+    lock().take(line(level, text));
+}
+
+/// Waits until everything is written, but not for long: [`PATIENCE`] at most.
+pub(crate) fn flush(patience: Duration) {
+    let deadline = Instant::now() + patience;
+    let mut state = lock();
+    state.end_periods(Instant::now(), true);
+    while state.detached && (state.writing || !state.is_empty()) {
+        WAKE.notify_all();
+        let Some(rest) = deadline.checked_duration_since(Instant::now()) else { return };
+        state = IDLE.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
 struct Stderr;
 
 impl Log for Stderr {
@@ -22,14 +102,203 @@ impl Log for Stderr {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let text = record.args();
-        crate::complain(&match record.level() {
-            Level::Error => format!("error: {text}"),
-            Level::Warn => format!("warning: {text}"),
-            Level::Info => text.to_string(),
-            Level::Debug | Level::Trace => format!("{}: {text}", record.target()),
-        });
+        let (level, text) = (record.level(), record.args());
+        let line = line(
+            level,
+            &match level {
+                Level::Error => format!("error: {text}"),
+                Level::Warn => format!("warning: {text}"),
+                Level::Info => text.to_string(),
+                Level::Debug | Level::Trace => format!("{}: {text}", record.target()),
+            },
+        );
+        let mut state = lock();
+        // What was asked for with -v is written in full.
+        if level > Level::Warn || state.admit((record.file_static(), record.line()), level, &line, Instant::now()) {
+            state.take(line);
+        }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        flush(PATIENCE);
+    }
+}
+
+static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
+static WAKE: Condvar = Condvar::new();
+static IDLE: Condvar = Condvar::new();
+
+fn lock() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A place in the code that logs.
+type Origin = (Option<&'static str>, Option<u32>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// A thread writes.
+    detached: bool,
+    /// It is about to write a line that is not in the queue any more.
+    writing: bool,
+    queue: VecDeque<String>,
+    bytes: usize,
+    dropped: u64,
+    repeats: HashMap<Origin, Repeat>,
+}
+
+/// What one place in the code has logged recently.
+#[derive(Debug)]
+struct Repeat {
+    since: Instant,
+    count: u32,
+    left_out: u64,
+    level: Level,
+    last: String,
+}
+
+impl State {
+    /// Whether a line may be written, or is one of too many.
+    fn admit(&mut self, origin: Origin, level: Level, line: &str, now: Instant) -> bool {
+        self.end_periods(now, false);
+        let new = || Repeat { since: now, count: 0, left_out: 0, level, last: String::new() };
+        let repeat = self.repeats.entry(origin).or_insert_with(new);
+        repeat.count += 1;
+        if repeat.count <= BURST {
+            return true;
+        }
+        repeat.left_out += 1;
+        repeat.last = line.trim_end().to_owned();
+        if repeat.left_out == 1 {
+            // Its end is to be waited for.
+            WAKE.notify_all();
+        }
+        false
+    }
+
+    /// Reports what was left out in periods that are over, or in all of them.
+    fn end_periods(&mut self, now: Instant, all: bool) {
+        let over = |repeat: &Repeat| all || now.saturating_duration_since(repeat.since) >= PERIOD;
+        let ended: Vec<Repeat> = self.repeats.extract_if(|_, repeat| over(repeat)).map(|(_, repeat)| repeat).collect();
+        for Repeat { left_out, level, last, .. } in ended.into_iter().filter(|repeat| repeat.left_out > 0) {
+            let (_, last) = last.split_once("nbdblk: ").unwrap_or(("", &last));
+            self.take(line(
+                level,
+                &format!("{left_out} more messages of this kind were left out, the last one: {last}"),
+            ));
+        }
+    }
+
+    fn take(&mut self, line: String) {
+        if !self.detached {
+            put(line.as_bytes());
+        } else if self.queue.len() >= LINES_MAX || (self.bytes + line.len() > BYTES_MAX && !self.queue.is_empty()) {
+            self.dropped += 1;
+        } else {
+            self.bytes += line.len();
+            self.queue.push_back(line);
+            WAKE.notify_all();
+        }
+    }
+
+    fn next(&mut self) -> Option<String> {
+        if let Some(line) = self.queue.pop_front() {
+            self.bytes -= line.len();
+            return Some(line);
+        }
+        let dropped = std::mem::take(&mut self.dropped);
+        let text = || format!("warning: {dropped} lines were dropped: stderr was not read in time");
+        (dropped > 0).then(|| line(Level::Warn, &text()))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.queue.is_empty() && self.dropped == 0
+    }
+
+    /// How long there is nothing to do unless another line comes.
+    fn wait(&self, now: Instant) -> Duration {
+        let waited = self.repeats.values().filter(|repeat| repeat.left_out > 0);
+        let end = waited.map(|repeat| (repeat.since + PERIOD).saturating_duration_since(now)).min();
+        end.unwrap_or(Duration::from_secs(3600))
+    }
+}
+
+fn line(level: Level, text: &str) -> String {
+    static JOURNAL: LazyLock<bool> = LazyLock::new(is_journal);
+    let priority = match level {
+        _ if !*JOURNAL => "",
+        Level::Error => "<3>",
+        Level::Warn => "<4>",
+        Level::Info => "<6>",
+        Level::Debug | Level::Trace => "<7>",
+    };
+    format!("{priority}nbdblk: {}\n", text.trim_end().replace('\n', "; "))
+}
+
+/// Whether stderr is the journal's socket (systemd.exec(5), `$JOURNAL_STREAM`), and not a file that replaced it.
+fn is_journal() -> bool {
+    let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
+    fstat(io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Writes all of it, whether stderr blocks or not. If stderr is closed or full, nobody can be told.
+fn put(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        match io::stderr().write(bytes) {
+            Ok(0) => return,
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let stderr = io::stderr();
+                let _ = poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE);
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn detached() -> State {
+        State { detached: true, ..State::default() }
+    }
+
+    fn drain(state: &mut State) -> Vec<String> {
+        std::iter::from_fn(|| state.next()).collect()
+    }
+
+    #[test]
+    fn a_full_queue_drops_and_counts() {
+        let mut state = detached();
+        for n in 0..LINES_MAX + 5 {
+            state.take(format!("{n}\n"));
+        }
+        let lines = drain(&mut state);
+        assert_eq!((lines.len(), lines[LINES_MAX - 1].as_str()), (LINES_MAX + 1, "1023\n"));
+        assert!(lines[LINES_MAX].contains("warning: 5 lines were dropped"), "{}", lines[LINES_MAX]);
+        assert!(state.is_empty() && state.bytes == 0);
+        // A line may be longer than the queue, if it is alone.
+        state.take("x".repeat(2 * BYTES_MAX));
+        state.take("y".into());
+        assert_eq!(drain(&mut state).len(), 2);
+    }
+
+    #[test]
+    fn repeated_warnings_are_counted() {
+        let mut state = detached();
+        let start = Instant::now();
+        let (here, there) = ((Some("here"), Some(1)), (Some("there"), Some(1)));
+        let admitted = (0..700).filter(|n| state.admit(here, Level::Warn, &format!("nbdblk: warning: {n}\n"), start));
+        assert_eq!(admitted.count(), BURST as usize);
+        assert!(state.admit(there, Level::Warn, "another\n", start));
+        assert!(state.wait(start) <= PERIOD);
+        assert_eq!(drain(&mut state), Vec::<String>::new());
+        state.end_periods(start + PERIOD, false);
+        let lines = drain(&mut state);
+        assert_eq!(lines, ["nbdblk: 690 more messages of this kind were left out, the last one: warning: 699\n"]);
+        assert!(state.admit(here, Level::Warn, "again\n", start + PERIOD));
+        assert!(state.wait(start) > PERIOD);
+    }
 }

@@ -15,6 +15,7 @@ mod parent;
 mod ready;
 mod reload;
 mod serve;
+mod shortage;
 mod single;
 mod tls;
 mod uri;
@@ -41,10 +42,12 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Drivers(args) => drivers::run(&args),
     };
-    outcome.unwrap_or_else(|error| {
+    let code = outcome.unwrap_or_else(|error| {
         complain(&format!("{error:#}"));
         ExitCode::FAILURE
-    })
+    });
+    logger::flush(logger::PATIENCE);
+    code
 }
 
 /// Help and version were asked for, or the arguments make no sense: the latter is one line and status 1.
@@ -73,11 +76,14 @@ fn one_line(error: &clap::Error) -> String {
     words.join("; ").replace(":; ", ": ").trim_start_matches("error: ").to_owned()
 }
 
-/// One line on stderr.
+/// One line on stderr, for an error.
 fn complain(text: &str) {
-    let line = format!("nbdblk: {}\n", text.trim_end().replace('\n', "; "));
-    // Nobody is left to be told when stderr is closed.
-    let _ = io::stderr().write_all(line.as_bytes());
+    logger::say(log::Level::Error, text);
+}
+
+/// One line on stderr, for good news.
+fn report(text: &str) {
+    logger::say(log::Level::Info, text);
 }
 
 /// Writes to stdout; a reader that has seen enough (`| head`) is no error.

@@ -3,7 +3,7 @@
 use std::{
     env,
     fs::File,
-    io::Write,
+    io::{ErrorKind, Write},
     os::{
         linux::net::SocketAddrExt,
         unix::{
@@ -12,6 +12,7 @@ use std::{
         },
     },
     path::PathBuf,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -21,7 +22,10 @@ use crate::{activation, cli, files::OwnFile};
 /// The variable that names the service manager's socket (sd_notify(3)).
 pub(crate) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// Whom to tell, and how. Dropped, it says that the server stops, and takes the pid file away.
+/// How long the service manager may take to receive a message.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whom to tell, and how.
 #[derive(Debug)]
 pub(crate) struct Ready {
     pid: Option<(OwnFile, PathBuf)>,
@@ -36,36 +40,36 @@ impl Ready {
         Ok(Self { pid: pid.transpose()?, pipe: pipe.transpose()?.map(Into::into) })
     }
 
-    /// The devices are open and the sockets listen.
+    /// The devices are open and the sockets listen. This waits for a file system, and for a reader of the descriptor.
     pub(crate) fn announce(&mut self) -> anyhow::Result<()> {
         if let Some((file, path)) = &mut self.pid {
             file.move_to(path)?;
         }
-        if let Some(mut pipe) = self.pipe.take() {
-            pipe.write_all(b"\n").context("writing to --ready-fd")?;
+        notify("READY=1", PATIENCE);
+        match self.pipe.take().map(|mut pipe| pipe.write_all(b"\n")) {
+            Some(Err(error)) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::WouldBlock) => {
+                log::warn!("--ready-fd: its reader has left, or does not read: {error}");
+            }
+            Some(written) => written.context("writing to --ready-fd")?,
+            None => {}
         }
-        notify("READY=1");
         Ok(())
     }
 }
 
-impl Drop for Ready {
-    fn drop(&mut self) {
-        notify("STOPPING=1");
-    }
-}
-
 /// Tells the service manager something, if there is one.
-fn notify(state: &str) {
+pub(crate) fn notify(state: &str, patience: Duration) {
     let Some(name) = env::var_os(NOTIFY_SOCKET) else { return };
-    let told = || {
+    let send = || {
         let address = match name.as_bytes().strip_prefix(b"@") {
             Some(name) => SocketAddr::from_abstract_name(name)?,
             None => SocketAddr::from_pathname(&name)?,
         };
-        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)
+        let socket = UnixDatagram::unbound()?;
+        socket.set_write_timeout(Some(patience))?;
+        socket.send_to_addr(state.as_bytes(), &address)
     };
-    if let Err(error) = told() {
+    if let Err(error) = send() {
         log::warn!("telling the service manager {state} at {}: {error}", name.display());
     }
 }

@@ -1,23 +1,34 @@
 //! `nbdblk reload`, and the server's side of it: a unix socket on which one word asks for the file to be read again.
 
 use std::{
-    fs,
-    io::{self, Read, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    io::{self, ErrorKind, Read, Write},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::ExitCode,
     sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, anyhow, bail};
+use blkdev_drivers::Value;
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::geteuid,
 };
 
-use crate::{cli, config::File, control::Event, files::OwnFile, listen::bind_unix};
+use crate::{
+    cli,
+    config::File,
+    control::Event,
+    files::OwnFile,
+    listen::{Access, bind_unix, connect_unix},
+    serve::Plan,
+};
 
 /// What a client says.
 const REQUEST: &[u8] = b"reload\n";
@@ -25,8 +36,33 @@ const REQUEST: &[u8] = b"reload\n";
 /// How long it may take for that.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Clients that have not said it yet; one more, and the oldest of them is cut off.
+const SILENT_MAX: usize = 64;
+
+/// How long `nbdblk reload` waits.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
 /// What became of it: what has changed, or what is wrong with the file.
 pub(crate) type Answer = Result<String, String>;
+
+/// A plan that is served now and what has changed, or why nothing has.
+pub(crate) type Outcome = Result<(Plan, String), String>;
+
+/// A client of the control socket that waits for an [`Answer`].
+#[derive(Debug)]
+pub(crate) struct Asker(UnixStream);
+
+impl Asker {
+    /// Answers. It never waits: what does not fit the socket's buffer is cut off.
+    pub(crate) fn tell(mut self, answer: &Answer) {
+        let text = match answer {
+            Ok(changes) => format!("ok {changes}\n"),
+            Err(error) => format!("error {}\n", error.replace('\n', "; ")),
+        };
+        // A client that has left does not want it.
+        let _ = self.0.write_all(text.as_bytes());
+    }
+}
 
 /// Has a server read its file again.
 pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
@@ -35,18 +71,48 @@ pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
         (None, Some(file)) => named_in(file)?,
         (None, None) => unreachable!("one of them is required"),
     };
-    let ask = || -> io::Result<String> {
-        let mut socket = UnixStream::connect(&path)?;
-        socket.write_all(REQUEST)?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer)?;
-        Ok(answer)
-    };
-    let answer = ask().with_context(|| format!("asking the server at {}", path.display()))?;
+    let limit = args.timeout.unwrap_or(TIMEOUT);
+    let answer = ask(&path, limit).map_err(|error| match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            let (path, limit) = (path.display(), Value::Time(limit));
+            anyhow!("the server at {path} has not answered within {limit}; it may still reload: see its log")
+        }
+        _ => anyhow!(error).context(format!("asking the server at {}", path.display())),
+    })?;
     match answer.trim_end().split_once(' ') {
         Some(("ok", changes)) => crate::print(&format!("{changes}\n")),
         Some(("error", error)) => Err(anyhow!("{error}")),
         _ => bail!("the server at {} has ended without an answer", path.display()),
+    }
+}
+
+fn ask(path: &Path, limit: Duration) -> io::Result<String> {
+    let deadline = Instant::now() + limit;
+    let rest = || match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(io::Error::from(ErrorKind::TimedOut)),
+        rest => Ok(rest),
+    };
+    let mut socket = loop {
+        match connect_unix(path) {
+            // Its queue of clients is full.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                thread::sleep(rest()?.min(Duration::from_millis(50)));
+            }
+            connected => break connected?,
+        }
+    };
+    socket.set_nonblocking(false)?;
+    socket.set_write_timeout(Some(rest()?))?;
+    socket.write_all(REQUEST)?;
+    let (mut answer, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        socket.set_read_timeout(Some(rest()?))?;
+        match socket.read(&mut part) {
+            Ok(0) => return Ok(String::from_utf8_lossy(&answer).into_owned()),
+            Ok(len) => answer.extend_from_slice(&part[..len]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -62,23 +128,17 @@ fn named_in(file: &Path) -> anyhow::Result<PathBuf> {
 
 /// Listens for [`run`], and passes on what it asks for. Only the server's own user and root are heard.
 pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result<OwnFile> {
-    let listener = bind_unix(path).with_context(|| format!("listening on {}", path.display()))?;
-    let path = std::path::absolute(path).context("where the current directory is")?;
-    let file = OwnFile::new(&path, None)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(|| path.display().to_string())?;
+    let access = Access { mode: Some(0o600), ..Access::default() };
+    let (listener, file) = bind_unix(path, &access).with_context(|| format!("listening on {}", path.display()))?;
+    listener.set_nonblocking(true)?;
     let serve = move || {
+        let mut silent = Vec::new();
         loop {
-            match listener.accept() {
-                Ok((mut client, _)) => {
-                    // Whoever goes without waiting for the answer does not want it.
-                    if let Err(error) = answer(&mut client, &events) {
-                        log::debug!("the control socket: {error}");
-                    }
-                }
-                Err(error) => {
-                    log::warn!("the control socket: {error}");
-                    thread::sleep(Duration::from_secs(1));
-                }
+            if let Err(error) = turn(&listener, &mut silent, &events) {
+                log::warn!("the control socket: {error}");
+                // Perhaps there are no descriptors left.
+                silent.clear();
+                thread::sleep(Duration::from_millis(100));
             }
         }
     };
@@ -86,23 +146,78 @@ pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result
     Ok(file)
 }
 
-fn answer(client: &mut UnixStream, events: &mpsc::Sender<Event>) -> io::Result<()> {
-    let uid = getsockopt(&*client, PeerCredentials)?.uid();
-    if uid != 0 && uid != geteuid().as_raw() {
-        return client.write_all(b"error only the server's user and root may ask for that\n");
+/// A client that has not said all of it yet.
+#[derive(Debug)]
+struct Silent {
+    socket: UnixStream,
+    request: Vec<u8>,
+    deadline: Instant,
+}
+
+/// Waits until something happens to any of the sockets. None of them is waited for alone.
+fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender<Event>) -> io::Result<()> {
+    let deadline = silent.iter().map(|client| client.deadline).min();
+    let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+        let rest = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        rest.try_into().unwrap_or(PollTimeout::MAX)
+    });
+    let sockets = silent.iter().map(|client| client.socket.as_fd()).chain([listener.as_fd()]);
+    poll(&mut sockets.map(|socket| PollFd::new(socket, PollFlags::POLLIN)).collect::<Vec<_>>(), timeout)?;
+    let now = Instant::now();
+    for mut client in std::mem::take(silent) {
+        match client.hear() {
+            Ok(true) => answer(client, events),
+            Ok(false) if client.deadline > now => silent.push(client),
+            Ok(false) => log::debug!("the control socket: a client was silent for too long"),
+            Err(error) => log::debug!("the control socket: {error}"),
+        }
     }
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.set_write_timeout(Some(PATIENCE))?;
-    let mut request = [0; REQUEST.len()];
-    client.read_exact(&mut request)?;
-    if request != *REQUEST {
-        return client.write_all(b"error the control socket understands \"reload\"\n");
+    loop {
+        let socket = match listener.accept() {
+            Ok((socket, _)) => socket,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
+            Err(error) => return Err(error),
+        };
+        socket.set_nonblocking(true)?;
+        let uid = getsockopt(&socket, PeerCredentials)?.uid();
+        if uid != 0 && uid != geteuid().as_raw() {
+            Asker(socket).tell(&Err("only the server's user and root may ask for that".into()));
+            continue;
+        }
+        let mut client = Silent { socket, request: Vec::new(), deadline: Instant::now() + PATIENCE };
+        match client.hear() {
+            Ok(true) => answer(client, events),
+            Ok(false) => silent.push(client),
+            Err(error) => log::debug!("the control socket: {error}"),
+        }
+        if silent.len() > SILENT_MAX {
+            silent.remove(0);
+        }
     }
-    let (sender, answer) = mpsc::channel();
-    let asked = events.send(Event::Reload(Some(sender)));
-    match asked.ok().and_then(|()| answer.recv().ok()) {
-        Some(Ok(changes)) => client.write_all(format!("ok {changes}\n").as_bytes()),
-        Some(Err(error)) => client.write_all(format!("error {}\n", error.replace('\n', "; ")).as_bytes()),
-        None => client.write_all(b"error the server is stopping\n"),
+}
+
+impl Silent {
+    /// `true`: it has said something.
+    fn hear(&mut self) -> io::Result<bool> {
+        let mut part = [0; REQUEST.len()];
+        let len = REQUEST.len() - self.request.len();
+        match self.socket.read(&mut part[..len]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(len) => self.request.extend_from_slice(&part[..len]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(self.request.len() == REQUEST.len())
+    }
+}
+
+fn answer(client: Silent, events: &mpsc::Sender<Event>) {
+    let asker = Asker(client.socket);
+    if client.request != REQUEST {
+        return asker.tell(&Err("the control socket understands \"reload\"".into()));
+    }
+    if let Err(mpsc::SendError(Event::Reload(Some(asker)))) = events.send(Event::Reload(Some(asker))) {
+        asker.tell(&Err("the server is stopping".into()));
     }
 }

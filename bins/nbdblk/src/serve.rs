@@ -1,8 +1,16 @@
 //! `nbdblk serve`: specs to devices, devices to exports, exports and sockets to a server, until something ends it.
+//!
+//! The main thread only waits for events. What may wait for a file system, or for a reader, has a thread of its own.
 
-use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Arc, Weak, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use blkdev::Device;
 use nbd_server_core::{Export, Limits, Removal, Server};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -11,24 +19,41 @@ use crate::{
     captive::Captive,
     cli,
     config::{File, Setting, Source},
-    control::{Control, Event, Phase},
+    control::{Control, Event, Phase, within},
     exports::{self, Wanted},
+    files,
     listen::Sockets,
-    parent,
-    ready::Ready,
-    reload, single,
+    logger, parent,
+    ready::{self, Ready},
+    reload::{self, Asker, Outcome},
+    shortage, single,
     tls::Security,
 };
 
+/// How long the end may take that others do not see: removing files, telling the service manager.
+const TIDYING: Duration = Duration::from_secs(2);
+
+/// How long a server may take to stop: a device may have something to finish, and may never.
+const STOPPING: Duration = Duration::from_secs(45);
+
+/// Clients of the control socket that wait for one more reload.
+const ASKERS_MAX: usize = 64;
+
 pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
-    let (mut plan, args) = match args.config.clone() {
+    logger::detach();
+    let (plan, args) = match args.config.clone() {
         Some(path) => Plan::from_file(&path)?,
         None => (Plan::from_words(&args)?, args),
     };
-    let args = &args;
+    let exports = plan.wanted.len();
+    serve(plan, &args).map_err(|error| shortage::advise(error, &args, exports))
+}
+
+fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args)?;
-    let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
+    Sockets::check(args, passed.is_some())?;
     let control = Control::start(args.config.is_some())?;
+    let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     if args.exit_with_parent {
         parent::watch()?;
     }
@@ -36,19 +61,24 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         raise_descriptors();
     }
     plan.open(None)?;
-    control.enter(Phase::Serving);
-    let mut ready = Ready::prepare(args)?;
-    let Sockets { listeners, addresses, files } = match passed {
+    let ready = Ready::prepare(args)?;
+    let Sockets { listeners, addresses, files, .. } = match passed {
         Some(passed) => passed,
         None if args.single => Sockets { listeners: vec![single::client(&control)?], ..Sockets::default() },
         None => Sockets::bind(args)?,
     };
+    let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
 
     let defaults = Limits::default();
     let limits = Limits {
-        workers: args.threads.map_or(defaults.workers, |threads| threads.get()),
+        workers: args.threads.unwrap_or(defaults.workers),
         memory: args.memory.unwrap_or(defaults.memory),
-        connections: args.connections.map_or(defaults.connections, |connections| connections.get()),
+        connections: match args.connections {
+            // Nobody else can come.
+            _ if args.single => 1,
+            Some(connections) => connections.get(),
+            None => defaults.connections,
+        },
         block_size_required: args.block_size_required,
         handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
         poll: args.poll.map_or(defaults.poll, |us| Duration::from_micros(us.into())),
@@ -56,47 +86,158 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     };
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
-    let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
-    ready.announce()?;
+    control.enter(Phase::Serving);
 
     let words = security.words();
-    let uris =
-        || plan.wanted.iter().flat_map(|e| addresses.iter().map(|address| address.uri(&e.name, words.as_deref())));
-    if args.print_uri {
-        crate::print(&uris().map(|uri| uri + "\n").collect::<String>())?;
-    } else if args.run.is_none() && !args.single {
-        crate::complain(&format!("serving at {}", uris().collect::<Vec<_>>().join(" and ")));
-    }
-    let captive = match &args.run {
-        None => None,
-        Some(command) => {
-            control.enter(Phase::Running);
-            Some(Captive::start(command, &addresses, &plan.wanted[0].name, &security, &control)?)
-        }
-    };
-
-    let status = loop {
-        match (control.wait(), &captive) {
-            (Event::Stop, Some(captive)) => captive.terminate(),
-            (Event::Stop, None) => break 0,
-            (Event::Ended(status), _) => break status,
-            (Event::Reload(asker), _) => {
-                let path = args.config.as_ref().expect("without a file nobody asks for that");
-                let answer = plan.reload(path, &server).map_err(|error| format!("{error:#}"));
-                match &answer {
-                    Ok(changes) => crate::complain(&format!("reloaded: {changes}")),
-                    Err(error) => log::error!("not reloaded, and nothing has changed: {error}"),
-                }
-                // Whoever asked may have gone.
-                let _ = asker.map(|asker| asker.send(answer));
+    let uris: Vec<String> =
+        plan.wanted.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
+    let (print, say) = (args.print_uri, !args.print_uri && args.run.is_none() && !args.single);
+    let events = control.sender();
+    let announce = move || {
+        let mut ready = ready;
+        let announced = ready.announce().and_then(|()| {
+            if print {
+                crate::print(&uris.iter().map(|uri| format!("{uri}\n")).collect::<String>())?;
+            } else if say {
+                crate::report(&format!("serving at {}", uris.join(" and ")));
             }
+            Ok(())
+        });
+        let _ = events.send(Event::Announced(announced.map(|()| ready)));
+    };
+    thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
+
+    let server = Arc::new(server);
+    let mut reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
+    let mut captive: Option<Captive> = None;
+    let mut announced: Option<Ready> = None;
+    let ended = loop {
+        match control.wait() {
+            Event::Stop(signal) => match &captive {
+                Some(captive) => captive.terminate(),
+                // The command has not been run.
+                None if args.run.is_some() => break Ok(128 + signal as u8),
+                None => break Ok(0),
+            },
+            Event::Ended(status) => break Ok(status),
+            Event::Announced(Err(error)) => break Err(error),
+            Event::Announced(Ok(ready)) => {
+                announced = Some(ready);
+                if let Some(command) = args.run.as_ref().filter(|_| control.enter(Phase::Running)) {
+                    match Captive::start(command, &addresses, reloads.default_name(), &security, &control) {
+                        Ok(started) => captive = Some(started),
+                        Err(error) => break Err(error),
+                    }
+                }
+            }
+            Event::Reload(asker) => reloads.ask(asker),
+            Event::Reloaded(outcome) => reloads.finish(outcome),
         }
     };
     control.enter(Phase::Stopping);
     // First, so that nothing is left of them when a second signal comes.
-    drop((files, socket, ready));
-    server.stop();
-    Ok(status.into())
+    within(TIDYING, || {
+        files::remove_all();
+        ready::notify("STOPPING=1", TIDYING);
+    });
+    drop((files, socket, announced));
+    reloads.stop();
+    if within(STOPPING, move || stop(server)).is_none() {
+        let text = format!("the server has not stopped within {} s", STOPPING.as_secs());
+        ended?;
+        return Err(anyhow!("{text}: a device does not answer; the process ends without waiting for it"));
+    }
+    Ok(ended?.into())
+}
+
+/// Stops the server, as soon as a reload that changes its exports has ended.
+fn stop(mut server: Arc<Server>) {
+    loop {
+        match Arc::try_unwrap(server) {
+            Ok(server) => return server.stop(),
+            Err(shared) => server = shared,
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The plan that is served, and those that take its place. Reading one, and opening its devices, is done by a thread: a file
+/// system may hang.
+struct Reloads {
+    plan: Arc<Plan>,
+    path: Option<PathBuf>,
+    server: Weak<Server>,
+    events: mpsc::Sender<Event>,
+    /// Since when the file is being read, and who waits for that.
+    running: Option<(Instant, Vec<Asker>)>,
+    /// The file may have changed since then: read it once more, for these.
+    again: Option<Vec<Asker>>,
+}
+
+impl Reloads {
+    fn new(plan: Plan, path: Option<PathBuf>, server: &Arc<Server>, events: mpsc::Sender<Event>) -> Self {
+        Self { plan: Arc::new(plan), path, server: Arc::downgrade(server), events, running: None, again: None }
+    }
+
+    fn default_name(&self) -> &str {
+        &self.plan.wanted[0].name
+    }
+
+    fn ask(&mut self, asker: Option<Asker>) {
+        match &self.running {
+            None => self.start(asker.into_iter().collect()),
+            Some((since, _)) => {
+                let again = self.again.get_or_insert_default();
+                if again.len() < ASKERS_MAX {
+                    again.extend(asker);
+                } else if let Some(asker) = asker {
+                    let seconds = since.elapsed().as_secs();
+                    asker.tell(&Err(format!("another reload has not ended for {seconds} s, and too many wait for it")));
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, askers: Vec<Asker>) {
+        let path = self.path.clone().expect("without a file nobody asks for that");
+        let (plan, server, events) = (Arc::clone(&self.plan), self.server.clone(), self.events.clone());
+        let read = move || {
+            let reload = || plan.reload(&path, &server).map_err(|error| format!("{error:#}"));
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
+            // The last of what is not served any more goes here, and not on the thread that waits for events.
+            drop(plan);
+            let _ = events.send(Event::Reloaded(outcome.unwrap_or_else(|_| Err("a panic: see the log".into()))));
+        };
+        self.running = Some((Instant::now(), askers));
+        if let Err(error) = thread::Builder::new().name("reload".into()).spawn(read) {
+            self.finish(Err(format!("starting a thread: {error}")));
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        let answer = outcome.map(|(plan, changes)| {
+            let old = std::mem::replace(&mut self.plan, Arc::new(plan));
+            // Closing a file may take as long as the file system likes.
+            let _ = thread::Builder::new().name("closing".into()).spawn(move || drop(old));
+            changes
+        });
+        match &answer {
+            Ok(changes) => crate::report(&format!("reloaded: {changes}")),
+            Err(error) => log::error!("not reloaded, and nothing has changed: {error}"),
+        }
+        for asker in self.running.take().into_iter().flat_map(|(_, askers)| askers) {
+            asker.tell(&answer);
+        }
+        if let Some(askers) = self.again.take() {
+            self.start(askers);
+        }
+    }
+
+    fn stop(self) {
+        for asker in self.running.into_iter().flat_map(|(_, askers)| askers).chain(self.again.into_iter().flatten()) {
+            asker.tell(&Err("the server is stopping".into()));
+        }
+    }
 }
 
 /// Lets this process have as many descriptors as it may: the limit that it is given is made for programs that use select(2),
@@ -109,7 +250,8 @@ fn raise_descriptors() {
 }
 
 /// What is to be served, as the command line or a file has it.
-struct Plan {
+#[derive(Debug)]
+pub(crate) struct Plan {
     wanted: Vec<Wanted>,
     /// One for each of them, once they are open.
     devices: Vec<Arc<dyn Device>>,
@@ -142,11 +284,11 @@ impl Plan {
         }
     }
 
-    /// Opens all devices, but those that another plan has open already.
+    /// Opens all devices, but those that another plan has open already, under a name that still stands for them.
     fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
         for wanted in &self.wanted {
             let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(wanted))?]));
-            let device = match open {
+            let device = match open.filter(|device| !device.is_replaced()) {
                 Some(device) => Arc::clone(device),
                 None => wanted.open().map_err(|error| match &self.file {
                     Some((source, _)) => source.wrong(wanted.at, format!("{error:#}")),
@@ -170,20 +312,24 @@ impl Plan {
         self.find(|wanted| wanted.name == name)
     }
 
-    /// Serves what the file says now: all of it, or, when anything is wrong, none. Answers what has changed.
-    fn reload(&mut self, path: &Path, server: &Server) -> anyhow::Result<String> {
+    /// Serves what the file says now: all of it, or, when anything is wrong, none. Returns the plan that is served then, and
+    /// what has changed.
+    fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
         let (mut next, args) = Self::from_file(path)?;
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
-        next.open(Some(self))?;
+        let open = next.open(Some(self));
+        open.map_err(|error| shortage::advise(error, &args, next.wanted.len()))?;
         // For an export that changes the newer word counts.
         let removal = |name: &str| {
             let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
             words.map_or(Removal::default(), |wanted| wanted.on_remove)
         };
-        server.replace(next.exports(), security.tls, removal).with_context(|| path.display().to_string())?;
+        let server = server.upgrade().context("the server is stopping")?;
+        let replaced = server.replace(next.exports(), security.tls, removal).context("starting the exports");
+        let replaced = replaced.map_err(|error| shortage::advise(error, &args, next.wanted.len()));
+        replaced.with_context(|| path.display().to_string())?;
         let changes = next.changes_since(self);
-        *self = next;
-        Ok(changes)
+        Ok((next, changes))
     }
 
     fn changes_since(&self, old: &Self) -> String {
@@ -230,3 +376,54 @@ impl Plan {
 
 /// Settings that take effect with the exports, beside those of TLS.
 const AT_ONCE: &[&str] = &["allow", "read-only"];
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use blkdev::{Info, Mapping, Queue, memory::Memory};
+
+    use super::*;
+
+    /// A device whose name stands for another one now.
+    struct Replaced(Memory);
+
+    impl Device for Replaced {
+        fn info(&self) -> &Info {
+            self.0.info()
+        }
+
+        fn capacity(&self) -> u64 {
+            self.0.capacity()
+        }
+
+        fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+            self.0.register(mapping)
+        }
+
+        fn is_replaced(&self) -> bool {
+            true
+        }
+
+        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+            self.0.open_queue(depth)
+        }
+    }
+
+    #[test]
+    fn a_device_whose_name_means_another_is_reopened() {
+        let plan = || Plan {
+            wanted: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
+            devices: Vec::new(),
+            file: None,
+        };
+        let mut old = plan();
+        old.open(None).expect("memory can be opened");
+        old.devices[1] = Arc::new(Replaced(Memory::new(1 << 20)));
+        let mut next = plan();
+        next.open(Some(&old)).expect("memory can be opened");
+        assert!(Arc::ptr_eq(&next.devices[0], &old.devices[0]));
+        assert!(!Arc::ptr_eq(&next.devices[1], &old.devices[1]));
+        assert_eq!(next.changes_since(&old), "reopened: \"b\"");
+    }
+}

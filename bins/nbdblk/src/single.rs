@@ -37,7 +37,7 @@ pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
     let events = control.sender();
     let stop = move || {
         // Nobody waits any more when the server is stopping already.
-        let _ = events.send(Event::Stop);
+        let _ = events.send(Event::Ended(0));
     };
     if is_one_socket(&input, &output)? {
         spawn(move || {

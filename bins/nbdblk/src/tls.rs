@@ -9,6 +9,8 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use nbd_server_core::tls::Tls;
 
+#[cfg(feature = "tls")]
+use crate::files::open_regular;
 use crate::{
     cli::{self, TlsMode},
     uri::quote,
@@ -74,22 +76,45 @@ impl Security {
 
 #[cfg(feature = "tls")]
 fn with_certificates(dir: &Path, verify_peer: bool) -> anyhow::Result<Tls> {
-    Ok(Tls::with_certificates(&nbd_server_core::tls::Certificates::within(dir, verify_peer))?)
+    let files = nbd_server_core::tls::Certificates::within(dir, verify_peer);
+    let all = [Some(&files.certificate), Some(&files.key), files.client_ca.as_ref(), files.client_crl.as_ref()];
+    all.into_iter().flatten().try_for_each(|file| check_regular(file))?;
+    Ok(Tls::with_certificates(&files)?)
 }
 
 #[cfg(not(feature = "tls"))]
 fn with_certificates(_: &Path, _: bool) -> anyhow::Result<Tls> {
-    bail!("this nbdblk was built without the cargo feature tls")
+    bail!("this nbdblk was built without TLS; {}", how_to_build("tls"))
 }
 
 #[cfg(feature = "tls-psk")]
 fn with_keys(file: &Path) -> anyhow::Result<Tls> {
+    check_regular(file)?;
     Ok(Tls::with_keys(file)?)
 }
 
 #[cfg(not(feature = "tls-psk"))]
 fn with_keys(_: &Path) -> anyhow::Result<Tls> {
-    bail!("this nbdblk was built without the cargo feature tls-psk")
+    bail!("this nbdblk was built without pre-shared keys; {}", how_to_build("tls-psk"))
+}
+
+#[cfg(not(feature = "tls-psk"))]
+fn how_to_build(feature: &str) -> String {
+    format!(
+        "packages made by \"cargo xtask dist\" have them, and so has a build by \"cargo build --release -p nbdblk \
+         --features {feature}\" (tls-psk needs libssl-dev)"
+    )
+}
+
+/// The file may be missing, which others report better. Reading from a FIFO could wait for ever.
+#[cfg(feature = "tls")]
+fn check_regular(file: &Path) -> anyhow::Result<()> {
+    match open_regular(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            Err(error).with_context(|| file.display().to_string())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Where nbdkit looks.

@@ -28,7 +28,11 @@ impl Address {
             // Not every machine's localhost has an IPv6 address.
             Ok(ip) if ip.is_unspecified() || ip == Ipv4Addr::LOCALHOST => "localhost".into(),
             Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
-            _ => host.into(),
+            // An address with a zone (RFC 6874).
+            _ => match host.split_once('%') {
+                Some((ip, zone)) => format!("[{ip}%25{}]", quote(zone.as_bytes())),
+                None => host.into(),
+            },
         };
         Self::Tcp(host, port)
     }
@@ -81,6 +85,7 @@ mod tests {
         check(Address::tcp("::1", 1), "", "nbd://[::1]:1");
         check(Address::tcp("192.0.2.7", 1), "x", "nbd://192.0.2.7:1/x");
         check(Address::tcp("2001:db8::7", PORT), "x", "nbd://[2001:db8::7]/x");
+        check(Address::tcp("fe80::1%lo", 1), "x", "nbd://[fe80::1%25lo]:1/x");
         check(Address::tcp("storage.example", PORT), "", "nbd://storage.example");
         let check = |address: Address, uri| assert_eq!(address.uri("x", Some("tls-certificates=/c")), uri);
         check(unix("/s"), "nbds+unix:///x?socket=/s&tls-certificates=/c");

@@ -9,7 +9,7 @@ use blkdev_vdpa as vdpa;
 use blkdev_vhost_user::{self as vhost_user, Format, WriteCache};
 use blkdev_virtio_pci as virtio_pci;
 
-use crate::{Error, Kind, Property, Settings, Value, fd::inherited, narrow::narrow, suggest::nearest};
+use crate::{Error, Kind, Property, Settings, Value, fd::inherited, format, narrow::narrow, suggest::nearest};
 
 /// A way to reach block devices.
 #[derive(Debug)]
@@ -49,14 +49,29 @@ pub fn find(name: &str) -> Result<&'static Driver, Error> {
     let names = |driver: &'static Driver| std::iter::once(driver.name).chain(driver.aliases.iter().copied());
     let found = DRIVERS.iter().find(|driver| names(driver).any(|known| known.replace('_', "-") == dashed));
     found.ok_or_else(|| {
-        let hint = if dashed == "libblkio" {
-            "this build is without the cargo feature libblkio".into()
+        let hint = if let Some(meant) = meant(&dashed) {
+            format!("did you mean {meant}?")
+        } else if dashed == "libblkio" {
+            "this build has no libblkio: build it with \"cargo build --release -p nbdblk --features libblkio\"".into()
         } else if let Some(near) = nearest(name, DRIVERS.iter().flat_map(names)) {
             format!("did you mean {near}?")
         } else {
             format!("known drivers: {}", DRIVERS.iter().map(|driver| driver.name).collect::<Vec<_>>().join(", "))
         };
         Error::unknown_driver(name, &hint)
+    })
+}
+
+/// The driver that others call by another name.
+pub(crate) fn meant(name: &str) -> Option<&'static str> {
+    Some(match name.to_ascii_lowercase().replace('_', "-").as_str() {
+        "file" | "path" | "filename" | "raw" | "disk" | "image" | "img" | "dev" | "device" | "block" | "bdev"
+        | "aio" | "linux-aio" | "host-device" | "uring" | "io-uring" => "io_uring",
+        "socket" | "sock" | "unix" | "vhost" | "vhost-user-blk" => "vhost-user",
+        "ram" | "mem" | "malloc" | "ramdisk" => "memory",
+        "vhost-vdpa" | "virtio-blk-vdpa" => "vdpa",
+        "zero" | "null-co" | "null-aio" => "null",
+        _ => return None,
     })
 }
 
@@ -88,13 +103,14 @@ static DRIVERS: &[Driver] = &[
             may_pin_mem_regions("false"),
         ],
         open: |settings| {
-            let source = match (settings.str("path"), settings.i32("fd")) {
+            let source = match (settings.path("path"), settings.i32("fd")) {
                 (Some(_), Some(0..)) => {
                     return Err(Error::invalid("io_uring: path and fd cannot be set at the same time".into()).into());
                 }
                 (None, Some(fd @ 0..)) => io_uring::Source::Fd(inherited(fd)?),
-                (path, _) => io_uring::Source::Path(path.ok_or_else(|| settings.missing("path"))?.into()),
+                (path, _) => io_uring::Source::Path(path.ok_or_else(|| settings.missing("path"))?),
             };
+            format::warn(&source);
             let options = io_uring::Options {
                 source,
                 direct: settings.bool("direct"),
@@ -135,7 +151,7 @@ static DRIVERS: &[Driver] = &[
         ],
         open: |settings| {
             let options = vhost_user::Options {
-                path: settings.needed("path")?.into(),
+                path: settings.path("path").ok_or_else(|| settings.missing("path"))?,
                 read_only: settings.bool("read-only"),
                 num_queues: u16_of(settings, "num-queues"),
                 queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
@@ -223,13 +239,13 @@ static DRIVERS: &[Driver] = &[
             may_pin_mem_regions("false"),
         ],
         open: |settings| {
-            let source = match (settings.str("path"), settings.i32("fd")) {
+            let source = match (settings.path("path"), settings.i32("fd")) {
                 (Some(_), Some(0..)) => {
                     let why = "nvme-io_uring: path and fd cannot be set at the same time";
                     return Err(Error::invalid(why.into()).into());
                 }
                 (None, Some(fd @ 0..)) => nvme::Source::Fd(inherited(fd)?),
-                (path, _) => nvme::Source::Path(path.ok_or_else(|| settings.missing("path"))?.into()),
+                (path, _) => nvme::Source::Path(path.ok_or_else(|| settings.missing("path"))?),
             };
             let options = nvme::PassthroughOptions {
                 source,
@@ -264,12 +280,12 @@ static DRIVERS: &[Driver] = &[
             may_pin_mem_regions("true"),
         ],
         open: |settings| {
-            let source = match (settings.str("path"), settings.i32("fd")) {
+            let source = match (settings.path("path"), settings.i32("fd")) {
                 (Some(_), Some(0..)) => {
                     return Err(Error::invalid("vdpa: path and fd cannot be set at the same time".into()).into());
                 }
                 (None, Some(fd @ 0..)) => vdpa::Source::Fd(inherited(fd)?),
-                (path, _) => vdpa::Source::Path(path.ok_or_else(|| settings.missing("path"))?.into()),
+                (path, _) => vdpa::Source::Path(path.ok_or_else(|| settings.missing("path"))?),
             };
             let options = vdpa::Options {
                 source,
@@ -590,6 +606,10 @@ fn nvme_queue_size(value: &Value) -> Checked {
 fn some_time(value: &Value) -> Checked {
     match value {
         Value::Time(Duration::ZERO) => Err("Value must be greater than 0".into()),
+        // Longer than any device takes, and short enough to be added to the time of day.
+        Value::Time(time) if *time > Duration::from_secs(7 * 86400) => {
+            Err("Value must be at most a week, 604800s".into())
+        }
         _ => Ok(()),
     }
 }

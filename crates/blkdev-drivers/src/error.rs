@@ -36,6 +36,12 @@ impl Error {
         Self { errno: libc::ENOENT, message: "Unknown property name".into(), text }
     }
 
+    /// The same with more advice for people.
+    pub(crate) fn with(mut self, advice: &str) -> Self {
+        self.text.push_str(advice);
+        self
+    }
+
     pub(crate) fn read_only(driver: &str, name: &str) -> Self {
         let text = format!("{driver}: {name} can only be read");
         Self { errno: libc::EACCES, message: "Property is read-only".into(), text }

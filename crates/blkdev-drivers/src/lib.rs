@@ -29,6 +29,7 @@
 //! * `VALUE` right after the driver is its most important property, which [`Driver::value`] names: mostly `path`.
 //! * `NAME` is what comes before the first colon, if that colon stands before the first `=`. So a path may hold colons, a
 //!   name neither `:` nor `=`.
+//! * A path need not be UTF-8 ([`Spec::parse`]); everything else is.
 //! * A comma in a value is written twice: `io_uring=/srv/a,,b.img` opens `/srv/a,b.img`. Nothing else is special: neither
 //!   quotes nor backslashes.
 //! * When a property is given twice, the later value wins. `_` and `-` are the same in names of drivers and properties.
@@ -50,6 +51,7 @@
 mod driver;
 mod error;
 mod fd;
+mod format;
 mod narrow;
 mod property;
 mod settings;

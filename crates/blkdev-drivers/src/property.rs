@@ -1,6 +1,6 @@
 //! What can be set on a driver, or read from it: names, types, defaults and limits, as data.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{borrow::Cow, fmt, path::PathBuf, time::Duration};
 
 use blkdev::Device;
 
@@ -68,8 +68,10 @@ pub enum Value {
     I32(i32),
     /// Of [`Kind::U64`] and [`Kind::Size`].
     U64(u64),
-    /// Of [`Kind::Str`] and [`Kind::Path`].
+    /// Of [`Kind::Str`].
     Str(String),
+    /// Of [`Kind::Path`], which need not be UTF-8; rendered as far as it is.
+    Path(PathBuf),
     /// Of [`Kind::Time`]; rendered as `5s` or `500ms`.
     Time(Duration),
 }
@@ -152,7 +154,8 @@ impl Kind {
             Self::Bool => Value::Bool(text.parse().map_err(|_| "Value must be \"true\" or \"false\"")?),
             Self::I32 => Value::I32(text.parse().map_err(|_| "Value must be a signed 32-bit integer")?),
             Self::U64 => Value::U64(text.parse().map_err(|_| "Value must be an unsigned 64-bit integer")?),
-            Self::Str | Self::Path => Value::Str(text.into()),
+            Self::Str => Value::Str(text.into()),
+            Self::Path => Value::Path(text.into()),
             Self::Size => Value::U64(parse_size(text)?),
             Self::Time => Value::Time(parse_time(text)?),
         })
@@ -177,6 +180,7 @@ impl fmt::Display for Value {
             Self::I32(value) => value.fmt(f),
             Self::U64(value) => value.fmt(f),
             Self::Str(value) => value.fmt(f),
+            Self::Path(value) => value.display().fmt(f),
             Self::Time(value) if value.subsec_millis() == 0 => write!(f, "{}s", value.as_secs()),
             Self::Time(value) => write!(f, "{}ms", value.as_millis()),
         }

@@ -1,10 +1,10 @@
 //! [`Settings`]: a driver with what has been set on it, from the first word to the open device.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{ffi::OsStr, io, path::PathBuf, sync::Arc, time::Duration};
 
 use blkdev::Device;
 
-use crate::{Access, Driver, Error, Property, Value, suggest::nearest};
+use crate::{Access, Driver, Error, Kind, Property, Value, suggest::nearest};
 
 /// A driver and the values of its properties.
 ///
@@ -69,6 +69,27 @@ impl Settings {
         Ok(())
     }
 
+    /// As [`set`](Self::set), for a value that may not be UTF-8, as paths need not be.
+    ///
+    /// # Errors
+    /// As those of `set`; `EINVAL` for a value that is not UTF-8, unless it is a path.
+    pub fn set_os(&mut self, name: &str, value: &OsStr) -> Result<(), Error> {
+        if let Some(value) = value.to_str() {
+            return self.set(name, value);
+        }
+        match self.property(&dashed(name)) {
+            Ok(property) if property.kind == Kind::Path && property.access != Access::ReadOnly => {
+                put(&mut self.values, property.name, Value::Path(value.into()));
+                Ok(())
+            }
+            Err(error) if !self.driver.open_ended => Err(error),
+            _ => {
+                let why = "Value must be UTF-8".into();
+                Err(Error::value(self.driver.name, name, &value.to_string_lossy(), why))
+            }
+        }
+    }
+
     /// What a property has been set to, or its default.
     ///
     /// # Errors
@@ -96,7 +117,7 @@ impl Settings {
         (self.driver.open)(self)
     }
 
-    fn property(&self, name: &str) -> Result<&'static Property, Error> {
+    pub(crate) fn property(&self, name: &str) -> Result<&'static Property, Error> {
         self.driver.properties().find(|property| property.name == name).ok_or_else(|| {
             Error::unknown_property(self.driver.name, name, nearest(name, self.driver.properties().map(|p| p.name)))
         })
@@ -145,6 +166,14 @@ impl Settings {
         self.known(name).and_then(|value| match value {
             Value::Str(value) => Some(value).filter(|value| !value.is_empty()),
             _ => panic!("{name} is a str"),
+        })
+    }
+
+    /// `None` when empty.
+    pub(crate) fn path(&self, name: &str) -> Option<PathBuf> {
+        self.known(name).and_then(|value| match value {
+            Value::Path(value) => Some(value).filter(|value| !value.as_os_str().is_empty()),
+            _ => panic!("{name} is a path"),
         })
     }
 

@@ -31,14 +31,14 @@ pub struct Export {
 
 impl Export {
     /// What the handshake tells about it. Asks the device nothing that takes time.
-    fn told(&self, payload_max: u32) -> nbd_proto::Export {
+    fn told(&self, payload_max: u32, multi_conn: bool) -> nbd_proto::Export {
         let info = self.device.info();
         let writable = !(self.read_only || info.caps.read_only);
         // All connections reach the same open device, so a flush on one covers the writes of all.
         let flags = (Flag::HAS_FLAGS.with(Flag::SEND_FLUSH).with(Flag::SEND_FUA))
             .with(Flag::SEND_DF)
-            .with(Flag::CAN_MULTI_CONN)
             .with(Flag::BLOCK_STATUS_PAYLOAD)
+            .with_if(multi_conn, Flag::CAN_MULTI_CONN)
             .with_if(!writable, Flag::READ_ONLY)
             .with_if(writable, Flag::SEND_WRITE_ZEROES.with(Flag::SEND_FAST_ZERO))
             .with_if(writable && info.caps.discard, Flag::SEND_TRIM)
@@ -62,6 +62,8 @@ pub struct Exports {
     list: Arc<[Export]>,
     /// Longest READ or WRITE, in bytes.
     payload_max: u32,
+    /// A client may connect more than once.
+    multi_conn: bool,
 }
 
 impl Exports {
@@ -85,12 +87,12 @@ impl Exports {
                 }
             }
         }
-        Ok(Self { list: list.into(), payload_max })
+        Ok(Self { list: list.into(), payload_max, multi_conn: true })
     }
 
     /// Those of a server that has none yet.
-    pub(crate) fn none(payload_max: u32) -> Self {
-        Self { list: Arc::new([]), payload_max }
+    pub(crate) fn none(payload_max: u32, multi_conn: bool) -> Self {
+        Self { list: Arc::new([]), payload_max, multi_conn }
     }
 
     /// Others in their place; there may be none.
@@ -98,7 +100,11 @@ impl Exports {
     /// # Errors
     /// As [`new`](Self::new).
     pub(crate) fn with(&self, list: Vec<Export>) -> io::Result<Self> {
-        if list.is_empty() { Ok(Self::none(self.payload_max)) } else { Self::new(list, self.payload_max) }
+        let Self { payload_max, multi_conn, .. } = *self;
+        if list.is_empty() {
+            return Ok(Self::none(payload_max, multi_conn));
+        }
+        Ok(Self { multi_conn, ..Self::new(list, payload_max)? })
     }
 
     /// All of them, the default one first.
@@ -156,6 +162,6 @@ impl Catalog for Seen<'_> {
 
     fn find(&self, name: &str) -> Result<nbd_proto::Export, Refusal> {
         let position = self.position(name).ok_or_else(|| self.refuse(name))?;
-        Ok(self.exports.list[position].told(self.exports.payload_max))
+        Ok(self.exports.list[position].told(self.exports.payload_max, self.exports.multi_conn))
     }
 }

@@ -159,14 +159,14 @@ struct Opened {
 }
 
 impl Roster {
-    /// No export yet. `closers` is where the workers tell who closes a device for them.
+    /// `exports`: none yet. `closers` is where the workers tell who closes a device for them.
     pub(crate) fn new(
         workers: Arc<[Handle]>,
         plan: Plan,
-        payload_max: u32,
+        exports: Exports,
         closers: mpsc::Receiver<JoinHandle<()>>,
     ) -> Self {
-        let view = View { exports: Exports::none(payload_max), tls: None, seats: Vec::new() };
+        let view = View { exports, tls: None, seats: Vec::new() };
         let state = State { lanes: Vec::new(), leaving: Vec::new(), closing: Vec::new(), closers };
         Self { view: Arc::new(Mutex::new(view)), workers, plan, state: Mutex::new(state) }
     }
@@ -236,7 +236,9 @@ impl Roster {
             seats.push(match kept {
                 Some(n) => old.swap_remove(n).1,
                 None => {
-                    let new = self.open(state, &new.device)?;
+                    let name = &new.name;
+                    let of = |error: io::Error| io::Error::new(error.kind(), format!("export {name:?}: {error}"));
+                    let new = self.open(state, &new.device).map_err(of)?;
                     let seat = Arc::clone(&new.seat);
                     opened.push(new);
                     seat

@@ -16,7 +16,7 @@ use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    Export, Listener, Removal, Status,
+    Export, Exports, Listener, Removal, Status,
     door::Door,
     poll::bell,
     roster::Roster,
@@ -34,7 +34,7 @@ pub struct Limits {
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
-    /// Connections, in their handshake or served; more are closed at once.
+    /// Connections, in their handshake or served; more are closed at once. If it is 1, clients are told so: no multi-conn.
     pub connections: usize,
     /// Connections in their handshake; more are closed at once.
     pub handshakes: usize,
@@ -104,7 +104,8 @@ impl Server {
         }
         let workers: Arc<[Handle]> = workers.into();
         let plan = Plan { memory: limits.memory, depth: limits.depth };
-        let roster = Roster::new(Arc::clone(&workers), plan, payload_max, closers);
+        let roster =
+            Roster::new(Arc::clone(&workers), plan, Exports::none(payload_max, limits.connections > 1), closers);
         // From here on dropping `server` ends what was started.
         let mut server =
             Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), roster, threads };

@@ -1,0 +1,81 @@
+//! What to do when the system refuses memory, descriptors or threads: the option or the limit, by its name.
+
+use std::io;
+
+use anyhow::anyhow;
+use nix::errno::Errno;
+
+use crate::{cli, info::human};
+
+/// The same error, with advice if it is of that kind. `exports`: how many the server was to have.
+pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let defaults = nbd_server_core::Limits::default();
+    let workers = args.threads.unwrap_or(defaults.workers);
+    let advice = match errno(&error, &text) {
+        Some(Errno::ENOMEM) => {
+            let memory = args.memory.unwrap_or(defaults.memory);
+            let all = (workers as u64).saturating_mul(exports as u64).saturating_mul(memory as u64);
+            format!(
+                "payload takes up to {} ({} with --memory, for each of {workers} workers, --threads, and {exports} exports): \
+                 lower them, or raise ulimit -v (LimitAS=), or ulimit -l (LimitMEMLOCK=) for devices that pin memory",
+                human(all),
+                human(memory as u64),
+            )
+        }
+        Some(Errno::EMFILE) => {
+            format!("raise ulimit -n (LimitNOFILE=), or lower --threads, which is {workers}, or serve fewer exports")
+        }
+        Some(Errno::ENFILE) => "the whole system has no file descriptors left: raise fs.file-max".into(),
+        // Of a thread; a socket may say it as well, for another reason.
+        Some(Errno::EAGAIN) if text.contains("starting") || text.contains("thread") => format!(
+            "no thread can be made: raise ulimit -u (LimitNPROC=, TasksMax=) or ulimit -v (LimitAS=), or lower --threads, \
+             which is {workers}"
+        ),
+        Some(Errno::ENOSPC) if text.contains("starting") => {
+            "raise fs.epoll.max_user_watches, or lower --threads or the number of exports".into()
+        }
+        _ => return error,
+    };
+    anyhow!("{text}; {advice}")
+}
+
+/// What the kernel answered. Errors that name an object have it in their text only.
+fn errno(error: &anyhow::Error, text: &str) -> Option<Errno> {
+    let of = |cause: &(dyn std::error::Error + 'static)| {
+        let io = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
+        io.or_else(|| cause.downcast_ref::<Errno>().copied())
+    };
+    let written = || Some(Errno::from_raw(text.rsplit_once("(os error ")?.1.split(')').next()?.parse().ok()?));
+    error.chain().find_map(of).or_else(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn the_limit_is_named() {
+        let cli::Cli { command: cli::Command::Serve(args), .. } =
+            cli::Cli::parse_from(["nbdblk", "serve", "null=1", "--threads", "3", "--memory", "1G"])
+        else {
+            unreachable!("it serves")
+        };
+        let check = |error: anyhow::Error, words: &[&str]| {
+            let text = format!("{:#}", advise(error, &args, 2));
+            words.iter().for_each(|word| assert!(text.contains(word), "{word} in {text}"));
+        };
+        let raw = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
+        check(raw(Errno::ENOMEM).into(), &["Cannot allocate memory", "--memory", "6 GiB", "1 GiB", "ulimit -v"]);
+        check(anyhow!(Errno::EMFILE).context("opening a signalfd"), &["opening a signalfd", "ulimit -n", "is 3"]);
+        let wrapped = io::Error::other(format!("disk.img: {}", raw(Errno::EMFILE)));
+        check(wrapped.into(), &["disk.img", "ulimit -n"]);
+        let thread: anyhow::Result<()> = Err(raw(Errno::EAGAIN)).context("starting a thread");
+        check(thread.unwrap_err(), &["ulimit -u"]);
+        let other = format!("{:#}", advise(raw(Errno::EAGAIN).into(), &args, 1));
+        assert!(!other.contains("ulimit"), "{other}");
+    }
+}
