@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -59,6 +59,8 @@ pub struct Cmd {
     program: PathBuf,
     command: Command,
     input: Vec<u8>,
+    out: Option<Stdio>,
+    err: Option<Stdio>,
 }
 
 /// What a program left.
@@ -80,7 +82,7 @@ impl Cmd {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(&program);
         command.env("PATH", search_path()).process_group(0);
-        Self { program, command, input: Vec::new() }
+        Self { program, command, input: Vec::new(), out: None, err: None }
     }
 
     /// The path of the program.
@@ -109,6 +111,18 @@ impl Cmd {
     /// Gives it something to read.
     pub fn input(mut self, input: &[u8]) -> Self {
         self.input = input.into();
+        self
+    }
+
+    /// When it is [spawned](Self::spawn), gives it another standard output than the log.
+    pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {
+        self.out = Some(to.into());
+        self
+    }
+
+    /// When it is [spawned](Self::spawn), gives it another standard error than the log.
+    pub fn stderr(mut self, to: impl Into<Stdio>) -> Self {
+        self.err = Some(to.into());
         self
     }
 
@@ -152,7 +166,8 @@ impl Cmd {
         let shown = self.shown();
         let file = File::create(&log).expect("a log can be made in the directory of the test");
         self.command.stdin(Stdio::piped());
-        self.command.stderr(file.try_clone().expect("a file can be cloned")).stdout(file);
+        let log_too = || Stdio::from(file.try_clone().expect("a file can be cloned"));
+        self.command.stderr(self.err.take().unwrap_or_else(log_too)).stdout(self.out.take().unwrap_or_else(log_too));
         let child = self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}"));
         Daemon { child: Killed(child), log, shown }
     }
@@ -161,6 +176,17 @@ impl Cmd {
         let args = self.command.get_args().skip(4).map(|arg| format!("{:?}", arg.to_string_lossy()));
         std::iter::once(self.program.display().to_string()).chain(args).collect::<Vec<_>>().join(" ")
     }
+}
+
+/// A pipe that is full: whoever writes into it waits until the returned end is read.
+///
+/// # Panics
+/// If the kernel gives no pipe.
+pub fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().expect("a pipe can be made");
+    // pipe(7): 64 KiB, which one write fills without waiting.
+    writer.write_all(&[b'\n'; 64 << 10]).expect("a pipe takes 64 KiB");
+    (reader, writer)
 }
 
 fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {

@@ -306,7 +306,9 @@ fn memory(text: &str) -> Result<usize, String> {
     if size < 1 << 20 {
         return Err("it must be at least 1M".into());
     }
-    size.try_into().map_err(|_| "it does not fit the address space".into())
+    // No process has more than 128T of addresses.
+    let size = usize::try_from(size).ok().filter(|size| *size as u64 <= 64 << 40);
+    size.ok_or_else(|| "it must be at most 64T, which the address space can hold".into())
 }
 
 fn threads(text: &str) -> Result<usize, String> {

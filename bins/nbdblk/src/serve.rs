@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context, anyhow, ensure};
 use blkdev::Device;
 use nbd_server_core::{Export, Limits, Removal, Server};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    libc::RLIM_INFINITY,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 
 use crate::{
     captive::Captive,
@@ -60,6 +63,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
+    let lifted = Lifted::file_size();
     plan.open(None)?;
     let ready = Ready::prepare(args)?;
     let Sockets { listeners, addresses, files, .. } = match passed {
@@ -86,6 +90,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     };
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
+    drop(lifted);
     control.enter(Phase::Serving);
 
     let words = security.words();
@@ -246,6 +251,30 @@ fn raise_descriptors() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, max)| setrlimit(Resource::RLIMIT_NOFILE, max, max));
     if let Err(error) = raised {
         log::warn!("raising the limit of file descriptors: {error}");
+    }
+}
+
+/// A limit that does not hold until this is dropped.
+struct Lifted(Option<(u64, u64)>);
+
+impl Lifted {
+    /// The limit of file sizes (LimitFSIZE=) is meant for disks. To the kernel, memory that is shared with a device is a file
+    /// as well. Where the limit cannot be lifted, memory that does not fit it is an error.
+    fn file_size() -> Self {
+        let of = Resource::RLIMIT_FSIZE;
+        let before = getrlimit(of).ok().filter(|(soft, _)| *soft != RLIM_INFINITY);
+        Self(before.filter(|(_, hard)| {
+            setrlimit(of, RLIM_INFINITY, RLIM_INFINITY).or_else(|_| setrlimit(of, *hard, *hard)).is_ok()
+        }))
+    }
+}
+
+impl Drop for Lifted {
+    fn drop(&mut self) {
+        if let Some((soft, hard)) = self.0 {
+            // A limit can always be lowered.
+            let _ = setrlimit(Resource::RLIMIT_FSIZE, soft, hard);
+        }
     }
 }
 

@@ -32,6 +32,9 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
             "no thread can be made: raise ulimit -u (LimitNPROC=, TasksMax=) or ulimit -v (LimitAS=), or lower --threads, \
              which is {workers}"
         ),
+        Some(Errno::EFBIG) => {
+            "raise ulimit -f (LimitFSIZE=): memory that is shared with a device counts as a file".into()
+        }
         Some(Errno::ENOSPC) if text.contains("starting") => {
             "raise fs.epoll.max_user_watches, or lower --threads or the number of exports".into()
         }

@@ -10,6 +10,7 @@ mod handshake;
 mod hostile;
 mod listen;
 mod original;
+mod process;
 mod reload;
 mod requests;
 mod tls;
