@@ -65,6 +65,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     }
     let lifted = Lifted::file_size();
     plan.open(None)?;
+    drop(lifted);
     let ready = Ready::prepare(args)?;
     let Sockets { listeners, addresses, files, .. } = match passed {
         Some(passed) => passed,
@@ -88,6 +89,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         poll: args.poll.map_or(defaults.poll, |us| Duration::from_micros(us.into())),
         ..defaults
     };
+    let lifted = Lifted::file_size();
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
     drop(lifted);

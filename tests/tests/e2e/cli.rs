@@ -35,7 +35,10 @@ fn what_cannot_be_served_is_said_at_start() {
     std::fs::create_dir(dir.at("dir")).unwrap();
     let rows: &[(&[&str], &[&str])] = &[
         (&["nosuch=disk.raw"], &["nosuch"]),
-        (&["disk.raw"], &["disk.raw"]),
+        (&["disk.raw"], &["did you mean io_uring=disk.raw?"]),
+        (&["file=disk.raw"], &["did you mean io_uring=disk.raw?"]),
+        (&["io_uring=a,b.raw"], &["write \",,\" for a comma in a value: io_uring=a,,b.raw"]),
+        (&["io_uring=a,b=c.raw"], &["write \",,\" for a comma in a value: io_uring=a,,b=c.raw"]),
         (&["io_uring=nosuch.raw"], &["nosuch.raw"]),
         (&["io_uring=nosuch/disk.raw"], &["nosuch/disk.raw"]),
         (&["io_uring=dir"], &["dir"]),
@@ -207,4 +210,45 @@ fn info_prints_limits() {
     assert_eq!(json["properties"]["capacity"], 5 * MIB, "{json:#}");
     let output = nbdblk().args(["info", "io_uring=nosuch.raw"]).within(dir.path()).run();
     assert_eq!((output.status.code(), output.err.trim_end().lines().count()), (Some(1), 1), "{output:?}");
+}
+
+#[test]
+fn a_path_may_have_any_bytes() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let dir = Dir::new();
+    for (name, spec) in [(&b"a,b\xff.raw"[..], &b"io_uring=a,,b\xff.raw"[..]), (b"\xfe", b"x:io_uring,path=\xfe")] {
+        let file = std::fs::File::create(dir.path().join(OsStr::from_bytes(name))).unwrap();
+        file.set_len(MIB).unwrap();
+        let spec = OsStr::from_bytes(spec);
+        let run = [OsStr::new("--run"), OsStr::new("nbdinfo --size \"$uri\"")];
+        let output = nbdblk().args(["serve"]).args([spec]).args(run).within(dir.path()).ok();
+        assert_eq!(output.out.trim(), "1048576", "{output:?}");
+        if name.len() > 1 {
+            let text = nbdblk().args(["info"]).args([spec]).within(dir.path()).ok().out;
+            assert!(text.contains("1048576"), "{text}");
+        }
+    }
+    let gone = OsStr::from_bytes(b"io_uring=\xff.gone");
+    let output = nbdblk().args(["info"]).args([gone]).within(dir.path()).run();
+    assert!(output.status.code() == Some(1) && output.err.contains(".gone"), "{output:?}");
+}
+
+#[test]
+fn an_image_in_a_format_is_served_with_a_warning() {
+    let dir = Dir::new();
+    for format in ["qcow2", "vmdk", "vdi", "vhdx", "qed", "vpc", "luks", "raw"] {
+        let path = dir.text(format);
+        let mut create = vec!["create", "-q", "-f", format];
+        if format == "luks" {
+            create.extend(["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]);
+        }
+        tool("qemu-img").args(create).args([path.as_str(), "1M"]).ok();
+        let spec = format!("io_uring={path}");
+        let output = nbdblk().args(["serve", &spec, "--run", "nbdinfo --size \"$uri\""]).ok();
+        assert_eq!(output.out.trim(), std::fs::metadata(&path).unwrap().len().to_string());
+        let warns = output.err.contains("qemu-storage-daemon") && output.err.contains(&path);
+        assert_eq!(warns, format != "raw", "{format}: {}", output.err);
+        assert!(format == "raw" || output.err.contains(format), "{format}: {}", output.err);
+    }
 }

@@ -91,3 +91,18 @@ fn fio_verifies_a_file() {
 fn fio_verifies_vhost_user() {
     verified_by_fio(Behind::VhostUser);
 }
+
+/// A client that opens as many connections as it is told that it may.
+#[test]
+fn a_server_for_one_connection_says_so() {
+    let dir = Dir::new();
+    write_runs(dir.at("source.raw").as_ref(), 4 * MIB, [(MIB, MIB)].into_iter());
+    let server = Nbdblk::unix(&dir, &["memory=4M", "--connections", "1"]);
+    tool("nbdcopy").args(["--connections=4", &dir.text("source.raw"), &server.uri()]).ok();
+    let can = |args: &[&str]| tool("nbdinfo").args(["--can", "multi-conn"]).args(args).run().status.success();
+    let program = nbdblk_tests::nbdblk().path().to_str().expect("the target directory has a plain name").to_owned();
+    assert!(!can(&[&server.uri()]));
+    assert!(!can(&["--", "[", &program, "serve", "-s", "memory=1M", "]"]));
+    let server = Nbdblk::unix(&dir, &["memory=4M", "--connections", "2"]);
+    assert!(can(&[&server.uri()]));
+}

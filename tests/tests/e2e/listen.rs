@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -215,7 +216,8 @@ fn it_ends_with_its_parent() {
     let dir = Dir::new();
     let serve = format!("{} serve memory=1M --exit-with-parent -U nbd.sock", program());
     // The parent is a shell that waits for a word, and then ends.
-    let shell = format!("{serve} & echo $!; read word");
+    // In a session of its own, the server does not die with the parent's process group, which the test kills.
+    let shell = format!("setsid {serve} & echo $!; read word");
     let mut parent = tool("sh").args(["-c", &shell]).within(dir.path()).spawn(dir.at("log"));
     parent.await_text("serving at");
     let pid: u32 = parent.log().lines().next().unwrap().parse().unwrap();
@@ -269,4 +271,111 @@ fn connections_are_counted_and_handshakes_end_in_time() {
     }
     assert!(loris.write_all(b"x").is_err(), "it was not cut off");
     check_size(&server.uri());
+}
+
+#[test]
+fn who_may_connect_to_a_socket_is_set_before_anybody_can() {
+    let dir = Dir::new();
+    let stat = |name: &str| {
+        let found = fs::metadata(dir.at(name)).unwrap();
+        (found.mode() & 0o7777, found.uid(), found.gid())
+    };
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let umask = |script: &str| tool("sh").args(["-c", &format!("umask 077; exec {} {script}", program())]);
+    for (mode, expected) in [("0660", 0o660), ("777", 0o777), ("0o600", 0o600), ("0", 0)] {
+        let mut server = umask(&format!("serve memory=1M -U a.sock -l unix:b.sock --socket-mode {mode}"))
+            .within(dir.path())
+            .spawn(dir.at("log"));
+        server.await_text("serving at");
+        assert_eq!((stat("a.sock"), stat("b.sock")), ((expected, uid, gid), (expected, uid, gid)), "{mode}");
+        server.signal(Signal::SIGTERM);
+        assert!(server.await_end().0.success());
+    }
+    // Names and numbers; only root can give a file away.
+    let root = uid == 0;
+    let (owner, group) = if root { (1, 2) } else { (uid, gid) };
+    let text = format!("unix = \"a.sock\"\nsocket-mode = 0o620\nsocket-owner = {owner}\nsocket-group = {group}\n");
+    fs::write(dir.at("f.toml"), text + "[[export]]\ndevice = \"memory=1M\"\n").unwrap();
+    let mut server = nbdblk().args(["serve", "--config", "f.toml"]).within(dir.path()).spawn(dir.at("log"));
+    server.await_text("serving at");
+    assert_eq!(stat("a.sock"), (0o620, owner, group));
+    drop(server);
+    if root {
+        let args = ["serve", "memory=1M", "-U", "c.sock", "--socket-owner", "daemon", "--socket-group=daemon"];
+        let mut server = nbdblk().args(args).within(dir.path()).spawn(dir.at("log"));
+        server.await_text("serving at");
+        assert!(stat("c.sock").1 != uid && stat("c.sock").2 != gid, "{:?}", stat("c.sock"));
+    }
+    for (args, words) in [
+        (&["--socket-mode", "0888"][..], &["--socket-mode", "octal"][..]),
+        (&["--socket-mode", "01777"], &["--socket-mode", "0777"]),
+        (&["--socket-group", "no such group"], &["--socket-group", "no group of that name"]),
+        (&["--socket-owner", "no such user"], &["--socket-owner", "no user of that name"]),
+        (&["--socket-owner", "4294967295"], &["--socket-owner"]),
+    ] {
+        let output = nbdblk().args(["serve", "memory=1M", "-U", "no.sock"]).args(args).within(dir.path()).run();
+        assert_eq!((output.status.code(), output.err.lines().count()), (Some(1), 1), "{args:?}: {output:?}");
+        words.iter().for_each(|word| assert!(output.err.contains(word), "{args:?}: no {word} in {}", output.err));
+        assert!(!dir.at("no.sock").exists(), "{args:?}");
+    }
+    let output = nbdblk().args(["serve", "memory=1M", "-p", "0", "--socket-mode", "0600"]).run();
+    assert!(output.status.code() == Some(1) && output.err.contains("needs a Unix domain socket"), "{output:?}");
+}
+
+#[test]
+fn hosts_and_paths_are_taken_as_people_write_them_or_the_mistake_is_named() {
+    let dir = Dir::new();
+    let run = |args: &[&str]| {
+        let run = ["--run", "nbdinfo --size \"$uri\""];
+        nbdblk().args(["serve", "memory=1M"]).args(args).args(run).within(dir.path())
+    };
+    for args in [
+        &["-i", "[::1]", "-p", "0"][..],
+        &["-i", "localhost", "-i", "127.0.0.1", "-p", "0"],
+        &["-i", "127.0.0.1", "-i", "0.0.0.0", "-p", "0"],
+        &["-i", "::1", "-i", "::", "-i", "127.0.0.1", "-p", "0"],
+        &["-i", "0.0.0.0", "-i", "::", "-p", "0"],
+    ] {
+        assert_eq!(run(args).ok().out.trim(), "1048576", "{args:?}");
+    }
+    // A private socket is elsewhere when its name would be too long.
+    let deep = dir.at(&"d".repeat(120));
+    fs::create_dir(&deep).unwrap();
+    assert_eq!(run(&[]).env("TMPDIR", &deep).ok().out.trim(), "1048576");
+    let long = deep.join("nbd.sock");
+    let len = long.as_os_str().len().to_string();
+    for (args, words) in [
+        (&["-i", "127.0.0.1:10811"][..], &["--ip-addr", "use -p", "-p 10811"][..]),
+        (&["-i", "[::1]:10811"], &["--ip-addr", "use -p", "-p 10811"]),
+        (&["-i", "2001:db8::1", "-p", "0"], &["2001:db8::1", "Cannot assign"]),
+        (&["-l", "tcp:::1"], &["--listen", "brackets"]),
+        (&["-U", "@"], &["--unix", "@NAME"]),
+        (&["-l", "unix:@"], &["--listen", "@NAME"]),
+        (&["-U", long.to_str().unwrap()], &[&len, "107"]),
+    ] {
+        let output = run(args).run();
+        assert_eq!((output.status.code(), output.err.lines().count()), (Some(1), 1), "{args:?}: {output:?}");
+        words.iter().for_each(|word| assert!(output.err.contains(word), "{args:?}: no {word} in {}", output.err));
+    }
+    // By a short name, clients elsewhere could not use it.
+    let output = nbdblk().args(["serve", "memory=1M", "-U", "nbd.sock"]).within(&deep).run();
+    assert!(output.status.code() == Some(1) && output.err.contains(&len) && output.err.contains("107"), "{output:?}");
+    assert_eq!(fs::read_dir(&deep).unwrap().count(), 0);
+}
+
+#[test]
+fn sockets_that_are_passed_must_make_sense() {
+    let dir = Dir::new();
+    for (count, redirect, words) in [
+        ("1000000000", "", &["LISTEN_FDS=1000000000"][..]),
+        ("-1", "", &["LISTEN_FDS=-1"]),
+        ("many", "", &["LISTEN_FDS=many"]),
+        ("2", "3</dev/null", &["LISTEN_FDS"]),
+        ("7", "", &["LISTEN_FDS", "Bad file descriptor"]),
+    ] {
+        let shell = format!("LISTEN_PID=$$ LISTEN_FDS={count} exec {} serve memory=1M {redirect}", program());
+        let output = tool("sh").args(["-c", &shell]).within(dir.path()).run();
+        assert_eq!((output.status.code(), output.err.lines().count()), (Some(1), 1), "{count}: {output:?}");
+        words.iter().for_each(|word| assert!(output.err.contains(word), "{count}: {output:?}"));
+    }
 }
