@@ -13,6 +13,8 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
     let defaults = nbd_server_core::Limits::default();
     let workers = args.threads.unwrap_or(defaults.workers);
     let advice = match errno(&error, &text) {
+        // A driver knows better.
+        _ if text.contains("ulimit") => return error,
         Some(Errno::ENOMEM) => {
             let memory = args.memory.unwrap_or(defaults.memory);
             let all = (workers as u64).saturating_mul(exports as u64).saturating_mul(memory as u64);

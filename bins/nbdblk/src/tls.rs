@@ -101,8 +101,8 @@ fn with_keys(_: &Path) -> anyhow::Result<Tls> {
 #[cfg(not(feature = "tls-psk"))]
 fn how_to_build(feature: &str) -> String {
     format!(
-        "packages made by \"cargo xtask dist\" have them, and so has a build by \"cargo build --release -p nbdblk \
-         --features {feature}\" (tls-psk needs libssl-dev)"
+        "take it from a package (\"cargo xtask dist\" makes one with every feature), or build it with \"cargo build --release \
+         -p nbdblk --features {feature}\"",
     )
 }
 

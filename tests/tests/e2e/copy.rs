@@ -96,7 +96,7 @@ fn fio_verifies_vhost_user() {
 #[test]
 fn a_server_for_one_connection_says_so() {
     let dir = Dir::new();
-    write_runs(dir.at("source.raw").as_ref(), 4 * MIB, [(MIB, MIB)].into_iter());
+    write_runs(dir.at("source.raw").as_ref(), 4 * MIB, [(MIB, MIB)]);
     let server = Nbdblk::unix(&dir, &["memory=4M", "--connections", "1"]);
     tool("nbdcopy").args(["--connections=4", &dir.text("source.raw"), &server.uri()]).ok();
     let can = |args: &[&str]| tool("nbdinfo").args(["--can", "multi-conn"]).args(args).run().status.success();
