@@ -382,7 +382,7 @@ Signals:
   the status is 128 and the signal's number.
   SIGHUP stops it as well (but not under nohup). With --config, SIGHUP has the file read again, and the result is logged.
   SIGXCPU stops it. SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT and real-time signals
-  are ignored. So is SIGXFSZ: a write beyond the limit of file sizes fails with ENOSPC.
+  are ignored. So is SIGXFSZ: a write beyond the limit of file sizes fails with ENOSPC. SIGABRT and faults still kill it.
 
 Examples:
   Two exports on a Unix domain socket, and the list of them:

@@ -170,9 +170,12 @@ fn what_is_short_is_named() {
         check_left(&dir, &[]);
     };
     check("exec \"$N\" serve memory=1M -U s --memory 1E", &["--memory", "64T"]);
-    check("exec \"$N\" serve memory=1M x:memory=1M -U s --memory 60T", &["\"\"", "--memory", "ulimit -v"]);
+    check("exec \"$N\" serve memory=1M x:memory=1M -U s -t 4 --memory 60T", &["\"\"", "--memory", "ulimit -v"]);
     check("ulimit -n 10; exec \"$N\" serve memory=1M -U s -t 8", &["Too many open files", "ulimit -n", "--threads"]);
-    check("ulimit -v 200000; exec \"$N\" serve memory=1M -U s --memory 1G", &["export \"\"", "--memory", "ulimit -v"]);
+    check(
+        "ulimit -v 200000; exec \"$N\" serve memory=1M -U s -t 2 --memory 1G",
+        &["export \"\"", "--memory", "ulimit -v"],
+    );
     check("exec \"$N\" serve memory=1M -U s -t 100000", &["--threads", "1024"]);
     check("exec \"$N\" serve memory=1M -U s --handshake-timeout 18446744073709551", &["--handshake-timeout", "86400s"]);
     check("exec \"$N\" serve vhost-user=x,request-timeout=18446744073709551 -U s", &["request-timeout", "604800s"]);
