@@ -219,8 +219,10 @@ fn it_ends_with_its_parent() {
     // In a session of its own, the server does not die with the parent's process group, which the test kills.
     let shell = format!("setsid {serve} & echo $!; read word");
     let mut parent = tool("sh").args(["-c", &shell]).within(dir.path()).spawn(dir.at("log"));
-    parent.await_text("serving at");
-    let pid: u32 = parent.log().lines().next().unwrap().parse().unwrap();
+    // The shell and the server write in whatever order.
+    let number = |log: &str| log.lines().find_map(|line| line.parse::<u32>().ok());
+    parent.await_that("both have written", |log| log.contains("serving at") && number(log).is_some());
+    let pid = number(&parent.log()).unwrap();
     check_size(&format!("nbd+unix://?socket={}", dir.text("nbd.sock")));
     parent.type_line("go");
     assert!(parent.await_end().0.success());
