@@ -392,6 +392,13 @@ impl Transport for Control {
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        if !mapping.is_shareable() {
+            let len = mapping.len();
+            return Err(io::Error::other(format!(
+                "{len} bytes of memory cannot be shared with the back end: a file of that size exceeds ulimit -f (LimitFSIZE=); \
+                 raise that, or use less memory (--memory)"
+            )));
+        }
         self.exchange("adding memory", |state| {
             let State { frontend, regions, .. } = state;
             if regions.iter().any(|known| Arc::ptr_eq(known, mapping)) {

@@ -39,6 +39,7 @@ pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     fd: OwnedFd,
+    shareable: bool,
     divided: AtomicBool,
 }
 
@@ -60,6 +61,9 @@ impl Mapping {
     /// No memory, no address space or no file descriptor left.
     pub fn new(len: usize) -> io::Result<Arc<Self>> {
         let len = len.max(1).checked_next_multiple_of(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
+        if exceeds_file_size(len) {
+            return Self::unshareable(len).map(Arc::new);
+        }
         // Huge pages are reserved by the administrator or absent: without enough of them mmap fails at once.
         Self::with(len, libc::MFD_HUGETLB).or_else(|_| Self::with(len, 0)).map(Arc::new)
     }
@@ -83,12 +87,34 @@ impl Mapping {
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        let base = map(&fd, len)?;
+        let base = map(Some(&fd), len)?;
         if flags & libc::MFD_HUGETLB == 0 {
             // SAFETY: the range was mapped just now, and the advice changes no content. A refusal costs only speed.
             unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         }
-        Ok(Self { base, len, fd, divided: AtomicBool::new(false) })
+        Ok(Self { base, len, fd, shareable: true, divided: AtomicBool::new(false) })
+    }
+
+    /// Memory that is the same for this process and the kernel, with a memfd that stays empty.
+    fn unshareable(len: usize) -> io::Result<Self> {
+        // SAFETY: the name is a NUL-terminated constant; a new descriptor is ours alone.
+        let fd = unsafe {
+            let fd = libc::memfd_create(c"blkdev".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            OwnedFd::from_raw_fd(fd)
+        };
+        let base = map(None, len)?;
+        // SAFETY: the range was mapped just now, and the advice changes no content. A refusal costs only speed.
+        unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        Ok(Self { base, len, fd, shareable: false, divided: AtomicBool::new(false) })
+    }
+
+    /// Whether another process can map it. It cannot if it would be a larger file than the process may have (`ulimit -f`):
+    /// then the memfd is empty.
+    pub fn is_shareable(&self) -> bool {
+        self.shareable
     }
 
     /// Makes all of the memory resident, in as few physical pieces as the kernel finds: for a device that pins it anyway.
@@ -137,19 +163,29 @@ impl Mapping {
     }
 }
 
-/// The memfd; the mapping starts at its byte 0.
+/// The memfd; the mapping starts at its byte 0, unless it is not [shareable](Mapping::is_shareable).
 impl AsFd for Mapping {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-/// Maps `fd` at a 2 MiB boundary, low in the address space if there is room.
-fn map(fd: &OwnedFd, len: usize) -> io::Result<NonNull<u8>> {
+/// Whether the limit of file sizes (RLIMIT_FSIZE) is below this. It is looked at beforehand because exceeding it raises a signal.
+fn exceeds_file_size(len: usize) -> bool {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the kernel writes one `rlimit` to where one lives.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) };
+    limit.rlim_cur < len as u64
+}
+
+/// Maps `fd`, or memory without a file, at a 2 MiB boundary, low in the address space if there is room.
+fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<NonNull<u8>> {
+    let shared = libc::MAP_SHARED | if fd.is_none() { libc::MAP_ANONYMOUS } else { 0 };
+    let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
     let mut hint = LOWEST;
     while hint + len <= HIGHEST {
         // SAFETY: NOREPLACE never touches an existing mapping.
-        match unsafe { mmap(hint, len, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE, fd.as_raw_fd()) } {
+        match unsafe { mmap(hint, len, shared | libc::MAP_FIXED_NOREPLACE, fd) } {
             Ok(base) => return Ok(base),
             // Taken: go on behind what might be another mapping of about our size.
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => hint += len,
@@ -163,7 +199,7 @@ fn map(fd: &OwnedFd, len: usize) -> io::Result<NonNull<u8>> {
         let start =
             mmap(0, len + ALIGN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)?.as_ptr() as usize;
         let aligned = start.next_multiple_of(ALIGN);
-        let base = mmap(aligned, len, libc::MAP_SHARED | libc::MAP_FIXED, fd.as_raw_fd());
+        let base = mmap(aligned, len, shared | libc::MAP_FIXED, fd);
         let (head, tail) = (aligned - start, start + ALIGN - aligned);
         if head > 0 {
             libc::munmap(start as *mut _, head);

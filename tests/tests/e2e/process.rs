@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
-use nbdblk_tests::{Address, Cmd, Daemon, Dir, Pki, eventually, full_pipe, nbdblk, tool};
+use nbdblk_tests::{Address, Cmd, Daemon, Dir, Export, Pki, Qsd, eventually, full_pipe, nbdblk, tool};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::unistd::{Uid, mkfifo};
@@ -62,6 +62,18 @@ fn a_write_beyond_the_limit_of_file_sizes_finds_no_space() {
     assert_eq!(client.read(0, 5), b"below");
     drop(client);
     ends(server, 0);
+    // Memory that is shared with another process is a file as well, and must fit.
+    let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
+    let serve =
+        |memory: &str| format!("ulimit -f 8192; exec \"$N\" serve {} --memory {memory} -t 1 --run true", qsd.spec());
+    sh(&dir, &serve("2M")).ok();
+    if sh(&dir, "ulimit -f 1; ulimit -f 2").run().status.success() {
+        // Whoever may raise limits is not bound by them.
+        sh(&dir, &serve("64M")).ok();
+    } else {
+        let output = sh(&dir, &serve("64M")).run();
+        assert!(output.status.code() == Some(1) && output.err.contains("ulimit -f"), "{output:?}");
+    }
     // The command of --run has the signal as its shell would have it.
     let output = nbdblk().args(["serve", "memory=1M", "--run", "kill -XFSZ $$; exit 0"]).run();
     assert_eq!(output.status.code(), Some(128 + Signal::SIGXFSZ as i32), "{output:?}");
