@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU16, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -84,7 +84,8 @@ struct Shared {
     file: File,
     info: Info,
     disk: Disk,
-    capacity: u64,
+    capacity: AtomicU64,
+    sysfs: Sysfs,
     polled: bool,
     queues: AtomicU16,
     mappings: Mutex<Vec<Arc<Mapping>>>,
@@ -171,7 +172,8 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     };
     let (info, disk) = found.describe(shape);
     Ok(Shared {
-        capacity: found.namespace.blocks << found.namespace.block_shift,
+        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
+        sysfs,
         file,
         info,
         disk,
@@ -183,6 +185,7 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
 }
 
 /// What the kernel tells of the block device that goes with a character device.
+#[derive(Debug)]
 struct Sysfs(PathBuf);
 
 impl Sysfs {
@@ -201,6 +204,13 @@ impl Sysfs {
     fn number(&self, name: &str) -> Option<u64> {
         self.text(name)?.parse().ok()
     }
+
+    /// The size in bytes, in whole blocks of `2^shift`; `None`: it is not told, or makes no sense.
+    fn size(&self, shift: u8) -> Option<u64> {
+        // In sectors of 512 bytes, whatever the block size.
+        let bytes = self.number("../size")?.checked_mul(512)?;
+        (bytes > 0 && bytes <= i64::MAX as u64).then_some(bytes >> shift << shift)
+    }
 }
 
 impl Device for Passthrough {
@@ -209,7 +219,15 @@ impl Device for Passthrough {
     }
 
     fn capacity(&self) -> u64 {
-        self.shared.capacity
+        self.shared.capacity.load(Ordering::Relaxed)
+    }
+
+    /// The kernel's driver hears of a new size from the controller. To ask the controller itself could take long.
+    fn refresh(&self) {
+        let Shared { sysfs, disk, capacity, .. } = &*self.shared;
+        if let Some(size) = sysfs.size(disk.block_shift) {
+            capacity.store(size, Ordering::Relaxed);
+        }
     }
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
@@ -336,5 +354,28 @@ impl Queue for PassthroughQueue {
 impl Drop for PassthroughQueue {
     fn drop(&mut self) {
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_the_kernel_are_checked() {
+        let dir = std::env::temp_dir().join(format!("blkdev-nvme-sysfs-{}", std::process::id()));
+        fs::create_dir_all(dir.join("queue")).unwrap();
+        let sysfs = Sysfs(dir.join("queue"));
+        let check = |text: &str, shift, size| {
+            fs::write(dir.join("size"), text).unwrap();
+            assert_eq!(sysfs.size(shift), size, "{text:?}");
+        };
+        check("2048\n", 9, Some(1 << 20));
+        check("2049\n", 12, Some(1 << 20));
+        for wrong in ["0\n", "", "x", "-1", "18446744073709551615", "18014398509481984", "36028797018963968"] {
+            check(wrong, 9, None);
+        }
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(sysfs.size(9), None);
     }
 }

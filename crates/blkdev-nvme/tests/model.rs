@@ -644,6 +644,17 @@ fn a_command_that_is_lost_while_others_complete_is_aborted_alone_and_late() {
 }
 
 #[test]
+fn a_thread_that_panics_ends_the_device() {
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Unreadable, 0), &quick());
+    rig.reads();
+    rig.collect(40);
+    until(|| rig.queue.is_dead());
+    rig.reads();
+    assert!(rig.collect(40).iter().all(|done| done.result == Err(Error::Gone)));
+    assert!(rig.device.open_queue(1).is_err());
+}
+
+#[test]
 fn a_dead_queue_says_so() {
     let mut rig = rig(Spec::new(MIB), &Options::default());
     assert!(!rig.queue.is_dead());
