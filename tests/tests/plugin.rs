@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nbdblk_tests::{
-    Dir, Export, Nbdkit, Qsd, assert_equal, daemonised, eventually, nbdinfo, nbdkit, nbdsh, nbdsh_unconnected,
-    panicking_plugin, tool, write_runs,
+    Daemon, Dir, Export, Nbdkit, Qsd, assert_equal, daemonised, eventually, nbdinfo, nbdkit, nbdsh, nbdsh_unconnected,
+    panicking_plugin, plugin, tool, write_runs,
 };
 
 const MIB: u64 = 1 << 20;
@@ -106,7 +106,8 @@ fn what_is_wrong_shows_when_nbdkit_starts() {
     let rows: &[(&[&str], &str)] = &[
         (&[], "you must supply the driver=<DRIVER> parameter after the plugin name on the command line"),
         (&["io_uring", "driver=io_uring"], "'driver' property set more than once"),
-        (&["io_uring", "disk.img"], "'driver' property set more than once"),
+        (&["io_uring", "disk.raw"], "write path=disk.raw"),
+        (&["/dev/null"], "write io_uring path=/dev/null"),
         (
             &["io_uring", "path=x", "read-only=true"],
             "do not set the libblkio \"read-only\" parameter, use the nbdkit -r flag if read-only is required",
@@ -151,6 +152,146 @@ fn every_driver_of_libblkio_is_there_or_said_to_be_missing() {
     ] {
         assert!(known.lines().any(|found| found == line), "no {line} in\n{known}");
     }
+}
+
+/// A vhost-user back end in front of `vhost.sock` that serves one front end, at `once.sock`, and ends.
+fn serves_once(dir: &Dir) -> Daemon {
+    let script = r#"
+import os, socket, threading
+door = socket.socket(socket.AF_UNIX); door.bind("once.sock"); door.listen(1)
+front, _ = door.accept()
+os.unlink("once.sock"); door.close()
+back = socket.socket(socket.AF_UNIX); back.connect("vhost.sock")
+def pump(a, b):
+    try:
+        while True:
+            # A header, whose last word is the length of what follows.
+            head, fds, _, _ = socket.recv_fds(a, 12, 16, socket.MSG_WAITALL)
+            if len(head) < 12: break
+            size = int.from_bytes(head[8:], "little")
+            socket.send_fds(b, [head + (a.recv(size, socket.MSG_WAITALL) if size else b"")], fds)
+            for fd in fds: os.close(fd)
+    except OSError: pass
+    os._exit(0)
+threading.Thread(target=pump, args=(back, front)).start()
+pump(front, back)
+"#;
+    let mut proxy = tool("python3").within(dir.path()).args(["-c", script]).spawn(dir.at("proxy.log"));
+    let socket = dir.at("once.sock");
+    proxy.await_that("that it listens", |_| socket.exists());
+    proxy
+}
+
+mod opened_once {
+    use super::*;
+
+    #[test]
+    fn where_nbdkit_does_not_fork() {
+        let dir = Dir::new();
+        let _qsd = vhost_user(&dir, 8 * MIB, Export::default());
+        // -f.
+        let proxy = serves_once(&dir);
+        let server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=once.sock"]);
+        assert_eq!(nbdsh(&server.uri(), "print(h.get_size())").trim(), "8388608");
+        assert!(server.terminate().success());
+        assert!(proxy.await_end().0.success(), "nothing holds the device any more");
+
+        // -s.
+        let proxy = serves_once(&dir);
+        let words =
+            format!("['nbdkit', '-s', '{}', 'vhost-user', 'path={}']", plugin().display(), dir.text("once.sock"));
+        let script = format!("h.connect_command({words})\nprint(h.get_size(), len(h.pread(4096, 0)))\nh.shutdown()");
+        assert_eq!(nbdsh_unconnected("nbd://", &script).trim(), "8388608 4096");
+        assert!(proxy.await_end().0.success());
+    }
+
+    #[test]
+    fn with_run() {
+        let dir = Dir::new();
+        let _qsd = vhost_user(&dir, 8 * MIB, Export::default());
+        let proxy = serves_once(&dir);
+        let run = ["-U", "-", "--run", "nbdinfo --size nbd+unix:///?socket=$unixsocket"];
+        let out = nbdkit(&dir, &run).args(["virtio-blk-vhost-user", "path=once.sock"]).ok().out;
+        assert_eq!(out.trim(), "8388608");
+        assert!(proxy.await_end().0.success());
+        // What is wrong still shows before the command runs, or ends it.
+        let run = |words: &[&str]| nbdkit(&dir, &run).args(words).run();
+        for words in [["virtio-blk-vhost-user", "path=once.sock"], ["io_uring", "path=once.img"]] {
+            let output = run(&words);
+            assert!(!output.status.success() && output.err.contains(&words[1][5..]), "{output:?}");
+        }
+        let listener = std::os::unix::net::UnixListener::bind(dir.at("other.sock")).unwrap();
+        std::thread::spawn(move || drop(listener.accept()));
+        let output = run(&["virtio-blk-vhost-user", "path=other.sock"]);
+        assert!(!output.status.success() && output.err.contains("other.sock"), "{output:?}");
+    }
+
+    /// A real fork opens again: threads and rings do not live through it.
+    #[test]
+    fn and_again_after_a_fork() {
+        let dir = Dir::new();
+        let qsd = vhost_user(&dir, 8 * MIB, Export::default());
+        let (socket, pid) = (dir.at("s"), dir.at("pid"));
+        let words = ["virtio-blk-vhost-user", "path=vhost.sock"];
+        let _nbdkit = daemonised(&dir, &["-U", text(&socket), "-P", text(&pid)], &words);
+        eventually("nbdkit has its pid file", || pid.exists());
+        round_trip(&format!("nbd+unix:///?socket={}", socket.display()), &dir, 8 * MIB);
+        let pid = std::fs::read_to_string(pid).unwrap();
+        tool("kill").args([pid.trim()]).ok();
+        eventually("nbdkit ends", || !Path::new(&format!("/proc/{}", pid.trim())).exists());
+        drop(qsd);
+    }
+}
+
+/// A program that is open for writing cannot be run.
+#[test]
+fn when_nbdkit_has_ended_the_file_is_closed() {
+    let dir = Dir::new();
+    tool("cp").args(["/bin/true", &dir.text("program")]).ok();
+    let words = ["io_uring", "path=program"];
+    for _ in 0..4 {
+        nbdkit(&dir, &["-U", "-", "--run", "true"]).args(words).ok();
+        tool(&dir.text("program")).ok();
+        assert!(Nbdkit::start(&dir, &words).terminate().success());
+        tool(&dir.text("program")).ok();
+        // It fails to start when the device is open already.
+        let output = nbdkit(&dir, &["-f", "-U", "no/such/directory"]).args(words).run();
+        assert!(!output.status.success());
+        tool(&dir.text("program")).ok();
+    }
+}
+
+#[test]
+fn a_path_need_not_be_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let dir = Dir::new();
+    image(&dir, 8 * MIB);
+    let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"odd\xff"));
+    std::fs::create_dir(&odd).unwrap();
+    std::fs::rename(dir.at("disk.img"), odd.join(std::ffi::OsStr::from_bytes(b"disk\xfe.img"))).unwrap();
+    // In the file's name, and in that of the directory that nbdkit is started in.
+    let script =
+        "cd odd* && nbdkit -U - --run 'nbdinfo --size nbd+unix:///?socket=$unixsocket' \"$1\" io_uring path=disk*.img";
+    let script = script.replace("path=disk*.img", "path=\"$(echo disk*.img)\"");
+    let out = tool("sh").within(dir.path()).args(["-c", &script, "sh", text(plugin())]).ok().out;
+    assert_eq!(out.trim(), "8388608");
+}
+
+#[test]
+fn a_client_of_a_dead_device_is_refused() {
+    let dir = Dir::new();
+    let qsd = vhost_user(&dir, 8 * MIB, Export::default());
+    let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
+    nbdsh(&server.uri(), "h.pread(512, 0)");
+    qsd.kill();
+    let script = "try:\n  h.connect_uri(uri)\n  print('accepted')\nexcept nbd.Error: print('refused')\n";
+    eventually("new clients are refused, though nobody has asked for anything", || {
+        nbdsh_unconnected(&server.uri(), script) == "refused\n"
+    });
+    assert!(server.log().contains("vhost.sock: the device is dead"), "{}", server.log());
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
 }
 
 /// What trips the stock plugin up (each row was seen to fail there).

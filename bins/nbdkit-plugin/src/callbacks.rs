@@ -3,7 +3,8 @@
 
 use std::{
     any::Any,
-    ffi::{CStr, c_char, c_int, c_void},
+    ffi::{CStr, OsStr, c_char, c_int, c_void},
+    os::unix::ffi::OsStrExt,
     panic::{AssertUnwindSafe, catch_unwind},
     ptr::{null, null_mut},
     slice,
@@ -115,18 +116,18 @@ unsafe fn connection<'a>(handle: *mut c_void) -> &'a Connection {
 
 /// # Safety
 /// `text` is a string with its NUL, or NULL.
-unsafe fn utf8<'a>(text: *const c_char) -> Result<&'a str, Fault> {
-    if text.is_null() {
-        return Ok("");
-    }
+unsafe fn bytes<'a>(text: *const c_char) -> &'a OsStr {
     // SAFETY: the caller vouches for it.
-    let text = unsafe { CStr::from_ptr(text) };
-    text.to_str().map_err(|_| Fault::invalid(format!("{}: not UTF-8", text.to_string_lossy())))
+    OsStr::from_bytes(if text.is_null() { b"" } else { unsafe { CStr::from_ptr(text) }.to_bytes() })
 }
 
 unsafe extern "C" fn config(key: *const c_char, value: *const c_char) -> c_int {
-    // SAFETY: nbdkit passes two strings that outlive the call.
-    guarded("config", -1, || unsafe { plugin::config(utf8(key)?, utf8(value)?) }.map(|()| 0))
+    guarded("config", -1, || {
+        // SAFETY: nbdkit passes two strings that outlive the call.
+        let (key, value) = unsafe { (bytes(key), bytes(value)) };
+        let key = key.to_str().ok_or_else(|| Fault::invalid(format!("{}: not UTF-8", key.display())))?;
+        plugin::config(key, value).map(|()| 0)
+    })
 }
 
 extern "C" fn config_complete() -> c_int {
@@ -134,7 +135,21 @@ extern "C" fn config_complete() -> c_int {
 }
 
 extern "C" fn get_ready() -> c_int {
-    guarded("get_ready", -1, || plugin::get_ready().map(|()| 0))
+    guarded("get_ready", -1, || {
+        host::pass_on_logs();
+        plugin::get_ready()?;
+        host::before_fork(before_fork);
+        // nbdkit tells nothing where it fails to start after this.
+        host::at_exit(cleanup);
+        Ok(0)
+    })
+}
+
+extern "C" fn before_fork() {
+    guarded("before_fork", (), || {
+        plugin::before_fork();
+        Ok(())
+    });
 }
 
 extern "C" fn after_fork() -> c_int {

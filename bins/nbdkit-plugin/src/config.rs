@@ -1,13 +1,17 @@
 //! The words after the plugin's name: collected as nbdkit hands them over, checked when all are there.
 
-use std::ffi::CStr;
+use std::{
+    ffi::{CStr, OsStr, OsString},
+    fs,
+    os::unix::fs::FileTypeExt,
+};
 
 use blkdev_drivers::{Access, Driver, Error, Kind, Property, Settings, drivers, find, parse_size};
 
 use crate::{host, options};
 
 /// Why a callback fails: an errno, and a line for people.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Fault {
     pub(crate) errno: i32,
     /// Empty: nbdkit knows already, or nobody needs to.
@@ -43,7 +47,7 @@ const MEMORY_MAX: u64 = 1 << 32;
 pub(crate) struct Words {
     driver: Option<String>,
     /// In the order of the command line.
-    properties: Vec<(String, String)>,
+    properties: Vec<(String, OsString)>,
     gets: Vec<String>,
     memory: Option<usize>,
     #[cfg(feature = "panic-test")]
@@ -54,6 +58,8 @@ pub(crate) struct Words {
 #[derive(Clone, Debug)]
 pub(crate) struct Choice {
     pub(crate) settings: Settings,
+    /// Where the device is, if that is a file.
+    path: Option<OsString>,
     /// Properties to be printed.
     pub(crate) gets: Vec<String>,
     /// Payload memory of each channel, bytes.
@@ -67,25 +73,26 @@ impl Words {
     ///
     /// # Errors
     /// What can be seen to be wrong with it alone.
-    pub(crate) fn add(&mut self, key: &str, value: &str) -> Result<(), Fault> {
-        match key.replace('_', "-").as_str() {
-            "driver" if self.driver.is_some() => return Err(Fault::invalid("'driver' property set more than once")),
-            "driver" => self.driver = Some(value.into()),
-            "read-only" => {
+    pub(crate) fn add(&mut self, key: &str, value: &OsStr) -> Result<(), Fault> {
+        let text = value.to_string_lossy();
+        match (key.replace('_', "-").as_str(), &self.driver) {
+            ("driver", Some(first)) => return Err(second_driver(first, &text)),
+            ("driver", None) => self.driver = Some(text.into()),
+            ("read-only", _) => {
                 return Err(Fault::invalid(
                     "do not set the libblkio \"read-only\" parameter, use the nbdkit -r flag if read-only is required",
                 ));
             }
-            "get" => self.gets.push(value.into()),
-            "payload-memory" => {
-                let size = parse_size(value).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
-                let refuse = || Fault::invalid(format!("{key}={value}: value must be a size from 8M to 4G"));
+            ("get", _) => self.gets.push(text.into()),
+            ("payload-memory", _) => {
+                let size = parse_size(&text).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
+                let refuse = || Fault::invalid(format!("{key}={text}: value must be a size from 8M to 4G"));
                 self.memory = Some(size.and_then(|size| size.try_into().ok()).ok_or_else(refuse)?);
             }
             #[cfg(feature = "panic-test")]
-            "panic-at" => self.panic_at = value.parse().ok(),
+            ("panic-at", _) => self.panic_at = text.parse().ok(),
             // nbdblk's short form, io_uring=disk.img.
-            _ if self.driver.is_none() && find(key).is_ok() => {
+            (_, None) if find(key).is_ok() => {
                 let name = find(key).map_or("path", |driver| driver.value);
                 self.driver = Some(key.into());
                 self.properties.push((name.into(), value.into()));
@@ -105,22 +112,35 @@ impl Words {
         };
         let name = self.driver.as_deref().ok_or_else(missing)?;
         let driver = find(name).map_err(|error| unknown(name, &error))?;
-        let mut settings = Settings::new(driver);
+        let (mut settings, mut path) = (Settings::new(driver), None);
         for (name, value) in &self.properties {
             // nbdkit will be in another directory when it serves.
-            let value = if is_path(driver, name) { absolute(value)? } else { value.clone() };
-            settings.set(name, &value).map_err(|error| refused(name, &value, &error))?;
+            let is_path = is_path(driver, name);
+            let value = if is_path { absolute(value)? } else { value.clone() };
+            settings.set_os(name, &value).map_err(|error| refused(name, &value.to_string_lossy(), &error))?;
+            if is_path {
+                path = Some(value);
+            }
         }
         if options::read_only() {
             restrict(&mut settings);
         }
         Ok(Choice {
             settings,
+            path,
             gets: self.gets.clone(),
             memory: self.memory.unwrap_or(64 << 20),
             #[cfg(feature = "panic-test")]
             panic_at: self.panic_at,
         })
+    }
+}
+
+impl Choice {
+    /// Whether the device is another process behind a socket. Such a process may serve a single front end and end then.
+    pub(crate) fn is_behind_socket(&self) -> bool {
+        let meta = self.path.as_ref().and_then(|path| fs::metadata(path).ok());
+        meta.is_some_and(|meta| meta.file_type().is_socket())
     }
 }
 
@@ -150,12 +170,30 @@ fn is_path(driver: &Driver, name: &str) -> bool {
     known.map_or(driver.open_ended && name == "path", |property| property.kind == Kind::Path)
 }
 
-fn absolute(path: &str) -> Result<String, Fault> {
+fn absolute(path: &OsStr) -> Result<OsString, Fault> {
     // Empty means not set, as in libblkio.
     if path.is_empty() {
-        return Ok(String::new());
+        return Ok(OsString::new());
     }
     host::absolute_path(path).ok_or_else(|| Fault { errno: libc::EINVAL, text: String::new() })
+}
+
+/// nbdkit makes `driver=WORD` of every word without `=`.
+fn second_driver(first: &str, second: &str) -> Fault {
+    let text = "'driver' property set more than once";
+    let hint = match (find(first), find(second)) {
+        (Ok(driver), Err(_)) => format!(": {first}, and then {second}; write {}={second}", driver.value),
+        (Err(_), Ok(driver)) => format!(": {first}, and then {second}; write {}={first}", driver.value),
+        _ => String::new(),
+    };
+    Fault::invalid(format!("{text}{hint}"))
+}
+
+/// What to write in place of the name of a file.
+fn suggest(name: &str) -> Option<String> {
+    let kind = fs::metadata(name).ok()?.file_type();
+    let driver = if kind.is_socket() { "virtio-blk-vhost-user" } else { "io_uring" };
+    (!kind.is_dir()).then(|| format!("; to serve the file of this name write {driver} path={name}"))
 }
 
 fn unknown(name: &str, error: &Error) -> Fault {
@@ -163,7 +201,7 @@ fn unknown(name: &str, error: &Error) -> Fault {
     let text = if LIBBLKIO.contains(&name.replace("nvme-io-uring", "nvme-io_uring").as_str()) {
         format!("driver={name}: a driver of libblkio that this plugin does not have yet; it has {known}")
     } else {
-        format!("driver={name}: {}: {error}", error.message())
+        format!("driver={name}: {}: {error}{}", error.message(), suggest(name).unwrap_or_default())
     };
     Fault { errno: error.errno(), text }
 }
@@ -196,7 +234,7 @@ mod tests {
     fn words(line: &[(&str, &str)]) -> Result<Choice, Fault> {
         let mut words = Words::default();
         for (key, value) in line {
-            words.add(key, value)?;
+            words.add(key, OsStr::new(value))?;
         }
         words.check()
     }
@@ -233,6 +271,22 @@ mod tests {
     }
 
     #[test]
+    fn a_path_need_not_be_utf8() {
+        use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+        let mut words = Words::default();
+        words.add("driver", OsStr::new("io_uring")).unwrap();
+        words.add("path", OsStr::from_bytes(b"a\xff")).unwrap();
+        let path = words.check().unwrap().path.unwrap();
+        assert!(path.as_bytes().ends_with(b"/a\xff") && path.as_bytes()[0] == b'/', "{path:?}");
+
+        words.add("num-queues", &OsString::from_vec(vec![b'2', 0xff])).unwrap();
+        let fault = words.check().unwrap_err();
+        assert_eq!((fault.errno, fault.text.contains("num-queues=2\u{fffd}: ")), (libc::EINVAL, true), "{fault:?}");
+        assert!(Words::default().add("driver", OsStr::from_bytes(b"\xff")).is_ok(), "it is refused as unknown");
+    }
+
+    #[test]
     fn what_is_wrong_is_said_in_libblkio_s_and_nbdkit_s_words() {
         refuse(
             &[],
@@ -240,6 +294,21 @@ mod tests {
             "you must supply the driver=<DRIVER> parameter after the plugin name on the command line",
         );
         refuse(&[("driver", "io_uring"), ("driver", "io_uring")], libc::EINVAL, "'driver' property set more than once");
+        refuse(
+            &[("driver", "io_uring"), ("driver", "disk.raw")],
+            libc::EINVAL,
+            "'driver' property set more than once: io_uring, and then disk.raw; write path=disk.raw",
+        );
+        refuse(
+            &[("driver", "disk.raw"), ("driver", "io_uring")],
+            libc::EINVAL,
+            "'driver' property set more than once: disk.raw, and then io_uring; write path=disk.raw",
+        );
+        refuse(
+            &[("driver", "memory"), ("driver", "1M")],
+            libc::EINVAL,
+            "'driver' property set more than once: memory, and then 1M; write size=1M",
+        );
         let sentence =
             "do not set the libblkio \"read-only\" parameter, use the nbdkit -r flag if read-only is required";
         refuse(&[("driver", "io_uring"), ("read-only", "true")], libc::EINVAL, sentence);
@@ -265,6 +334,8 @@ mod tests {
             libc::EINVAL,
             "payload-memory=1M: value must be a size from 8M to 4G",
         );
+        let fault = words(&[("driver", "Cargo.toml")]).unwrap_err();
+        assert!(fault.text.contains("write io_uring path=Cargo.toml"), "{}", fault.text);
     }
 
     #[test]

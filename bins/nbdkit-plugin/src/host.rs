@@ -1,7 +1,10 @@
 //! What nbdkit offers to plugins, as safe functions.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::{
+    ffi::{CString, OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+};
 
 #[cfg(not(test))]
 use crate::abi;
@@ -40,23 +43,64 @@ pub(crate) fn set_error(errno: i32) {
 }
 
 /// A path that still means the same file once nbdkit has gone to `/`. `None`: nbdkit has said why not.
-pub(crate) fn absolute_path(path: &str) -> Option<String> {
+pub(crate) fn absolute_path(path: &OsStr) -> Option<OsString> {
     #[cfg(not(test))]
     {
-        let path = c_string(path);
+        // It came as a string of C's.
+        let path = CString::new(path.as_bytes()).ok()?;
         // SAFETY: the string lives until the call returns. What comes back is NULL or a string from malloc that is ours.
         let absolute = unsafe { abi::nbdkit_absolute_path(path.as_ptr()) };
         if absolute.is_null() {
             return None;
         }
         // SAFETY: not NULL, so a string with its NUL.
-        let copy = unsafe { std::ffi::CStr::from_ptr(absolute) }.to_string_lossy().into_owned();
+        let copy = OsString::from_vec(unsafe { std::ffi::CStr::from_ptr(absolute) }.to_bytes().to_vec());
         // SAFETY: from malloc, freed once.
         unsafe { libc::free(absolute.cast()) };
         Some(copy)
     }
     #[cfg(test)]
-    std::path::absolute(path).ok()?.into_os_string().into_string().ok()
+    std::path::absolute(path).ok().map(|path| OsString::from_vec(path.into_os_string().as_bytes().to_vec()))
+}
+
+/// Has this process call `prepare` before each fork, in the thread that forks.
+pub(crate) fn before_fork(prepare: extern "C" fn()) {
+    let prepare: unsafe extern "C" fn() = prepare;
+    // SAFETY: the function takes no argument, and lives as long as the plugin; with the plugin glibc forgets it. Without
+    // memory for it, the device is opened in the process that serves all the same.
+    unsafe { libc::pthread_atfork(Some(prepare), None, None) };
+}
+
+/// Has `act` called when this process exits with the plugin loaded.
+pub(crate) fn at_exit(act: extern "C" fn()) {
+    // SAFETY: as for `before_fork`. Without memory for it, the kernel closes the device, a moment after the process has ended.
+    unsafe { libc::atexit(act) };
+}
+
+/// What drivers log: errors and warnings as errors of nbdkit's, the rest with `-v`.
+struct Log;
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let text = record.args().to_string();
+        if record.level() <= log::Level::Warn { error(&text) } else { debug(&text) }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Passes on what drivers log.
+pub(crate) fn pass_on_logs() {
+    if log::set_logger(&Log).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
 }
 
 /// A line of `nbdkit --dump-plugin`, through C's stdout as nbdkit's own lines, so that they come in order.

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! nbdkit's life cycle, and what is done when: `config` collects words; `config_complete` checks them; `get_ready` opens the
-//! device to see that it can be opened, and closes it again, because nbdkit is about to fork and neither threads nor rings
-//! live through that; `after_fork` opens it in the process that serves. All connections share it.
+//! device. If nbdkit then forks, `before_fork` closes it, because neither threads nor rings live through that, and `after_fork`
+//! opens it again in the process that serves. All connections share it.
 
 mod abi;
 mod callbacks;

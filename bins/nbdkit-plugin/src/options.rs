@@ -1,26 +1,54 @@
-//! Whether nbdkit was given `-r`: it tells plugins only when a client comes, which is too late to open a device so.
+//! What nbdkit was told on its command line, and tells plugins too late or never: `-r`, which decides how a device is opened,
+//! and `--run`, with which nbdkit forks to serve.
 
-/// Whether the command line of this process asks for read-only service, by nbdkit's rules: getopt_long's, options also after
-/// the plugin's name, long ones cut short. Where it cannot be read the answer is no; nbdkit itself still refuses writes.
+/// Whether the command line of this process asks for read-only service. Where it cannot be read the answer is no; nbdkit
+/// itself still refuses writes.
 pub(crate) fn read_only() -> bool {
+    is_given(&READ_ONLY)
+}
+
+/// Whether nbdkit runs a command (`--run`): in the process that we are in now, while a child of it serves.
+pub(crate) fn runs_command() -> bool {
+    is_given(&RUN)
+}
+
+/// An option of nbdkit's.
+struct Wanted {
+    letter: Option<u8>,
+    /// Long names, with the shortest abbreviation of each.
+    names: &'static [(&'static [u8], usize)],
+}
+
+/// `--re` is as short as it gets: there is `--run`, too.
+const READ_ONLY: Wanted = Wanted { letter: Some(b'r'), names: &[(b"readonly", 2), (b"read-only", 2)] };
+const RUN: Wanted = Wanted { letter: None, names: &[(b"run", 2)] };
+
+/// By nbdkit's rules: getopt_long's, options also after the plugin's name, long ones cut short.
+fn is_given(option: &Wanted) -> bool {
     let line = std::fs::read("/proc/self/cmdline").unwrap_or_default();
-    asks(line.split(|&byte| byte == 0).skip(1))
+    has(option, line.split(|&byte| byte == 0).skip(1))
 }
 
 /// nbdkit's short options that take a value: what follows in the same word is that value.
 const VALUED: &[u8] = b"DegiPptuU";
 
-fn asks<'a>(words: impl Iterator<Item = &'a [u8]>) -> bool {
+fn has<'a>(option: &Wanted, words: impl Iterator<Item = &'a [u8]>) -> bool {
     let mut words = words.take_while(|word| *word != b"--");
     while let Some(word) = words.next() {
         if let Some(name) = word.strip_prefix(b"--") {
-            // `--re` is as short as it gets: there is `--run`, too.
-            if name.starts_with(b"re") && (b"readonly".starts_with(name) || b"read-only".starts_with(name)) {
+            let mut parts = name.split(|byte| *byte == b'=');
+            let (name, value) = (parts.next().unwrap_or_default(), parts.next());
+            if option.names.iter().any(|(whole, least)| name.len() >= *least && whole.starts_with(name)) {
                 return true;
             }
+            if name == b"run" && value.is_none() {
+                // Its value is the next word, which may begin with a dash. Other values of long options hardly do.
+                words.next();
+            }
         } else if let Some(letters) = word.strip_prefix(b"-") {
-            match letters.iter().position(|letter| VALUED.contains(letter) || *letter == b'r') {
-                Some(at) if letters[at] == b'r' => return true,
+            let wanted = |letter: u8| option.letter == Some(letter);
+            match letters.iter().position(|letter| VALUED.contains(letter) || wanted(*letter)) {
+                Some(at) if wanted(letters[at]) => return true,
                 // Its value is the next word.
                 Some(at) if at + 1 == letters.len() => drop(words.next()),
                 _ => {}
@@ -37,7 +65,7 @@ mod tests {
     #[test]
     fn read_only_is_found_where_getopt_finds_it() {
         let check = |line: &str, expected| {
-            assert_eq!(asks(line.split(' ').map(str::as_bytes)), expected, "{line}");
+            assert_eq!(has(&READ_ONLY, line.split(' ').map(str::as_bytes)), expected, "{line}");
         };
         check("-r nbdblk io_uring path=/f", true);
         check("nbdblk io_uring path=/f -r", true);
@@ -54,5 +82,19 @@ mod tests {
         check("nbdblk -- -r", false);
         check("--readonlyx nbdblk", false);
         assert!(!read_only());
+    }
+
+    #[test]
+    fn run_is_found() {
+        let check = |line: &str, expected| {
+            assert_eq!(has(&RUN, line.split(' ').map(str::as_bytes)), expected, "{line}");
+        };
+        check("nbdblk io_uring path=/f --run cmd", true);
+        check("--run=cmd nbdblk", true);
+        check("--ru cmd nbdblk", true);
+        check("-f --readonly nbdblk", false);
+        check("-U --run nbdblk", false);
+        check("nbdblk run=x -- --run x", false);
+        assert!(!runs_command());
     }
 }

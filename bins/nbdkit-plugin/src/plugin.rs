@@ -1,10 +1,11 @@
 //! What the plugin is at any time: words, then a choice, then an open device that all connections share.
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsStr},
     io,
     num::NonZero,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    process,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
     thread,
 };
 
@@ -14,7 +15,7 @@ use blkdev_drivers::{Settings, properties};
 use crate::{
     config::{Choice, Fault, Words, is_named, restrict, unreadable},
     home::Home,
-    host,
+    host, options,
     pool::Pool,
 };
 
@@ -25,7 +26,11 @@ enum State {
     Start,
     Words(Words),
     Chosen(Choice),
+    /// The device is open, and nbdkit may fork yet.
+    Ready(Choice, Arc<Plugin>),
     Serving(Arc<Plugin>),
+    /// The device could not be opened, and clients hear why.
+    Failed(Fault),
 }
 
 /// The device, and what each connection wants to know of it.
@@ -36,6 +41,8 @@ pub(crate) struct Plugin {
     choice: Choice,
     device: Arc<dyn Device>,
     description: CString,
+    /// The process that has opened it.
+    process: u32,
 }
 
 fn state() -> MutexGuard<'static, State> {
@@ -43,7 +50,7 @@ fn state() -> MutexGuard<'static, State> {
 }
 
 /// One `key=value` of the command line.
-pub(crate) fn config(key: &str, value: &str) -> Result<(), Fault> {
+pub(crate) fn config(key: &str, value: &OsStr) -> Result<(), Fault> {
     let mut state = state();
     if !matches!(*state, State::Words(_)) {
         *state = State::Words(Words::default());
@@ -63,10 +70,17 @@ pub(crate) fn config_complete() -> Result<(), Fault> {
     Ok(())
 }
 
-/// Before the fork: whatever will be wrong shows here. Nothing stays open, since neither threads nor rings live through a
-/// fork, and a device that takes one client must be free for the process that serves.
+/// Before nbdkit may fork: whatever will be wrong shows here. The device stays open for the process that serves, which is
+/// this one unless nbdkit [forks](before_fork).
+///
+/// With `--run` it always forks, and a back end behind a socket may serve one front end only. Such a device is opened by the
+/// process that serves, and nowhere else.
 pub(crate) fn get_ready() -> Result<(), Fault> {
     let choice = choice()?;
+    if options::runs_command() && choice.is_behind_socket() {
+        host::debug("the device is opened by the process that serves");
+        return Ok(());
+    }
     let plugin = Plugin::open(&choice)?;
     plugin.tell()?;
     let info = plugin.pool.info();
@@ -77,24 +91,63 @@ pub(crate) fn get_ready() -> Result<(), Fault> {
         plugin.pool.capacity(),
         info.queues_max
     ));
+    *state() = State::Ready(choice, Arc::new(plugin));
     Ok(())
 }
 
-/// In the process that serves.
+/// nbdkit is about to fork: the device is closed. Neither threads nor rings live through a fork, and a device that takes one
+/// client must be free for the process that serves.
+pub(crate) fn before_fork() {
+    let mut state = match STATE.try_lock() {
+        Ok(state) => state,
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        // A callback has it: nbdkit serves, and what is forked is something else.
+        Err(TryLockError::WouldBlock) => return,
+    };
+    if let State::Ready(choice, _) = &*state {
+        let choice = choice.clone();
+        *state = State::Chosen(choice);
+    }
+}
+
+/// In the process that serves: opens the device, unless it is open from before.
 pub(crate) fn after_fork() -> Result<(), Fault> {
-    let plugin = Plugin::open(&choice()?)?;
-    *state() = State::Serving(Arc::new(plugin));
+    let ready = std::mem::replace(&mut *state(), State::Start);
+    let choice = match ready {
+        State::Ready(_, plugin) if plugin.process == process::id() => {
+            *state() = State::Serving(plugin);
+            return Ok(());
+        }
+        State::Ready(choice, plugin) => {
+            // Of another process, which did not tell that it forks: what this drops is not there any more.
+            std::mem::forget(plugin);
+            choice
+        }
+        State::Chosen(choice) => choice,
+        _ => return Err(out_of_order()),
+    };
+    match Plugin::open(&choice) {
+        Ok(plugin) => *state() = State::Serving(Arc::new(plugin)),
+        // The command of --run is running already. Its clients would wait for a process that has ended.
+        Err(fault) if options::runs_command() => {
+            host::error(&fault.text);
+            *state() = State::Failed(fault);
+        }
+        Err(fault) => return Err(fault),
+    }
     Ok(())
 }
 
 /// For a connection, or to be asked once.
 pub(crate) fn open() -> Result<Connection, Fault> {
-    let State::Serving(plugin) = &*state() else {
-        return Err(Fault { errno: libc::ESHUTDOWN, text: "the device is not open".into() });
+    let plugin = match &*state() {
+        State::Serving(plugin) => Arc::clone(plugin),
+        State::Failed(fault) => return Err(fault.clone()),
+        _ => return Err(Fault { errno: libc::ESHUTDOWN, text: "the device is not open".into() }),
     };
-    let plugin = Arc::clone(plugin);
+    // Better than an export whose every request fails.
+    let lane = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
     plugin.tell()?;
-    let lane = plugin.pool.pick();
     Ok(Connection { plugin, lane, home: Home::new() })
 }
 
@@ -107,8 +160,12 @@ pub(crate) fn cleanup() {
 fn choice() -> Result<Choice, Fault> {
     match &*state() {
         State::Chosen(choice) => Ok(choice.clone()),
-        _ => Err(Fault::invalid("nbdkit called out of order")),
+        _ => Err(out_of_order()),
     }
+}
+
+fn out_of_order() -> Fault {
+    Fault::invalid("nbdkit called out of order")
 }
 
 impl Plugin {
@@ -121,7 +178,16 @@ impl Plugin {
         let queues = usize::from(info.queues_max).min(most);
         let description = host::c_string(&format!("{} {}", info.driver, info.target));
         let pool = Pool::open(Arc::clone(&device), queues, choice.memory).map_err(|error| fault(&error))?;
-        Ok(Self { pool, settings, choice: choice.clone(), device, description })
+        Ok(Self { pool, settings, choice: choice.clone(), device, description, process: process::id() })
+    }
+
+    fn is_dead(&self) -> Fault {
+        let Info { driver, target, .. } = self.pool.info();
+        let text = format!(
+            "{driver} {target}: the device is dead: it went away, did not answer, or its driver failed; when it is back, \
+             restart nbdkit"
+        );
+        Fault { errno: libc::ENODEV, text }
     }
 
     /// What `get=` asks for, in the stock plugin's words.

@@ -35,6 +35,9 @@ const PATIENCE_MAX: u32 = 8;
 /// … and the pause before each: about a microsecond, so that all of them are less than a sleep and a wake-up cost.
 const PAUSES: u32 = 32;
 
+/// How long one that waits for memory goes without looking whether the device is dead.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// Sleeps after which a lane that has lost its patience tries again.
 const TRIAL: u32 = 32;
 
@@ -71,15 +74,17 @@ impl Pool {
         self.device.capacity()
     }
 
-    /// A lane for one more connection. All threads of a connection share one: the more there are, the more each wake-up
-    /// brings, and the fewer there are to be paid for.
-    pub(crate) fn pick(&self) -> usize {
-        self.connections.fetch_add(1, Ordering::Relaxed) % self.lanes.len()
+    /// A lane for one more connection; `None`: the device is dead. All threads of a connection share one: the more there are,
+    /// the more each wake-up brings, and the fewer there are to be paid for.
+    pub(crate) fn pick(&self) -> Option<usize> {
+        let (first, count) = (self.connections.fetch_add(1, Ordering::Relaxed), self.lanes.len());
+        (0..count).map(|n| first.wrapping_add(n) % count).find(|lane| self.lanes[*lane].is_alive())
     }
 
     /// Fills `bytes` from the device.
     pub(crate) fn read(&self, lane: usize, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let lane = &self.lanes[lane];
+        let _down = Down(lane);
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (state, buf) = lane.alloc(at, len)?;
             match lane.run(state, Io::Read { at, buf }) {
@@ -97,6 +102,7 @@ impl Pool {
     /// Writes `bytes` to the device.
     pub(crate) fn write(&self, lane: usize, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
         let lane = &self.lanes[lane];
+        let _down = Down(lane);
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (mut state, mut buf) = lane.alloc(at, len)?;
             if len > COPY_LOCKED {
@@ -120,12 +126,14 @@ impl Pool {
     /// A request without payload.
     pub(crate) fn run(&self, lane: usize, io: Io) -> Result<(), Error> {
         let lane = &self.lanes[lane];
+        let _down = Down(lane);
         lane.run(lane.lock()?, io).map(drop)
     }
 
     /// What the range holds, at least from its start.
     pub(crate) fn status(&self, lane: usize, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
         let lane = &self.lanes[lane];
+        let _down = Down(lane);
         match lane.run(lane.lock()?, Io::Status { at, len, extents: Vec::new() })? {
             Io::Status { extents, .. } => Ok(extents),
             io => unreachable!("a question comes back as one, not as {io:?}"),
@@ -251,6 +259,11 @@ impl Lane {
         self.state.lock().map_err(|_| Error::Gone)
     }
 
+    /// Whether requests here have a chance.
+    fn is_alive(&self) -> bool {
+        self.lock().is_ok_and(|state| !state.channel.is_dead())
+    }
+
     /// A buffer, and the lock with it. Waits while others have the memory, in turn.
     fn alloc(&self, at: u64, len: usize) -> Result<(MutexGuard<'_, State>, Buf), Error> {
         let mut state = self.lock()?;
@@ -288,12 +301,16 @@ impl Lane {
                     break None;
                 }
             }
-            state = match self.memory.wait(state) {
-                Ok(state) => state,
+            if state.channel.is_dead() {
+                break None;
+            }
+            state = match self.memory.wait_timeout(state, LOOK) {
+                Ok((state, _)) => state,
                 Err(_) => return Err(Error::Gone),
             };
         };
         self.hungry.fetch_sub(1, Ordering::SeqCst);
+        // Not in turn only where the device is dead, and turns do not matter any more.
         state.served += 1;
         self.memory.notify_all();
         found.map(|buf| (state, buf)).ok_or(Error::Gone)
@@ -311,14 +328,8 @@ impl Lane {
         }
     }
 
-    /// Sends a request and waits for its end.
-    fn run(&self, state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
-        // Here, so that the lock has been let go of when it is dropped.
-        let _down = Down(self);
-        self.sit_out(state, io)
-    }
-
-    fn sit_out(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+    /// Sends a request and waits for its end. The caller has a [`Down`].
+    fn run(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
         let seat = SEAT.take().unwrap_or_else(Seat::new);
         seat.calls.store(0, Ordering::Relaxed);
         let buffer = matches!(io, Io::Read { .. } | Io::Write { .. });
@@ -576,7 +587,7 @@ mod tests {
         thread::scope(|scope| {
             for n in 0..16u64 {
                 scope.spawn(move || {
-                    let lane = pool.pick();
+                    let lane = pool.pick().unwrap();
                     for turn in 0..100u64 {
                         let len = if turn % 50 == 7 { 3 * MIB } else { [512, 4096, 65536][turn as usize % 3] };
                         let at = n * 4 * MIB as u64 + turn % 7;
@@ -687,6 +698,7 @@ mod tests {
                 threads.into_iter().map(|thread| usize::from(thread.join().is_err())).sum()
             });
             assert_eq!(panics, 1, "one thread meets the mistake, the others hear of it");
+            assert_eq!(pool.pick(), None, "a new client is refused");
         }
     }
 
@@ -708,6 +720,66 @@ mod tests {
                 });
             }
         });
+    }
+
+    /// Takes all memory of a lane.
+    fn drain(lane: &Lane) -> Vec<Buf> {
+        std::iter::from_fn(|| lane.lock().unwrap().channel.alloc(0, 4096))
+            .inspect(|_| {
+                lane.held.fetch_add(1, Ordering::SeqCst);
+            })
+            .collect()
+    }
+
+    #[test]
+    fn requests_without_payload_need_no_memory() {
+        for block_size in [1, 4096] {
+            let memory = Memory::new(64 * MIB as u64).with(|info| {
+                info.block_size = block_size;
+                // Zeroes are written one by one.
+                info.caps.zero = false;
+            });
+            let pool = pool(Fault::new(memory, Faults::new(1)), 1, 8 * MIB);
+            let held = drain(&pool.lanes[0]);
+            assert!(held.len() > 1000);
+            thread::scope(|scope| {
+                // Somebody waits for memory, and is first.
+                let reader = scope.spawn(|| pool.read(0, 0, &mut [0; 4096]));
+                while pool.lanes[0].hungry.load(Ordering::SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                assert_eq!(pool.run(0, Io::Flush), Ok(()));
+                let zero = Io::Zero { at: 7, len: MIB as u64, fua: true, unmap: false, fast: false };
+                assert_eq!(pool.run(0, zero), Ok(()));
+                assert_eq!(pool.run(0, Io::Discard { at: 0, len: MIB as u64, fua: true }), Ok(()));
+                assert!(pool.status(0, 0, MIB as u64).is_ok());
+                held.into_iter().for_each(|buf| pool.lanes[0].give_back(buf));
+                assert_eq!(reader.join().unwrap(), Ok(()));
+            });
+        }
+    }
+
+    #[test]
+    fn one_that_waits_for_memory_hears_that_the_device_has_died() {
+        let faults = Faults { death: Some(3), ..Faults::new(1) };
+        let pool = pool(Fault::new(Memory::new(64 * MIB as u64), faults), 1, 8 * MIB);
+        assert!(pool.pick().is_some());
+        // Never given back.
+        let held = drain(&pool.lanes[0]);
+        thread::scope(|scope| {
+            let waiting: Vec<_> = (0..3).map(|_| scope.spawn(|| pool.read(0, 0, &mut [0; 4096]))).collect();
+            while pool.lanes[0].hungry.load(Ordering::SeqCst) < 3 {
+                thread::yield_now();
+            }
+            let ended = (0..100).find_map(|_| pool.status(0, 0, MIB as u64).err());
+            assert_eq!(ended, Some(Error::Gone));
+            for reader in waiting {
+                assert_eq!(reader.join().unwrap(), Err(Error::Gone));
+            }
+        });
+        assert_eq!(pool.pick(), None, "a new client is refused");
+        drop(held);
+        assert_eq!(pool.read(0, 0, &mut [0; 4096]), Err(Error::Gone));
     }
 
     #[test]
