@@ -377,15 +377,15 @@ mod stock_fails {
         let dir = Dir::new();
         let qsd = vhost_user(&dir, 8 * MIB, Export::default());
         let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
-        let uri = server.uri();
-        let client = std::thread::spawn(move || {
-            // Under load until the first error, and then once more.
-            let script = "n = 0\ntry:\n  while True: h.pread(65536, 0); n += 1\n\
-                          except nbd.Error as e: print(e.errno)\n\
-                          try: h.pread(512, 0)\nexcept nbd.Error as e: print(e.errno)\n";
-            nbdsh(&uri, script)
-        });
-        std::thread::sleep(Duration::from_millis(300));
+        let (uri, reading) = (server.uri(), dir.at("reading"));
+        // Under load until the first error, and then once more.
+        let script = format!(
+            "h.pread(65536, 0)\nopen({reading:?}, 'w').close()\ntry:\n  while True: h.pread(65536, 0)\n\
+             except nbd.Error as e: print(e.errno)\n\
+             try: h.pread(512, 0)\nexcept nbd.Error as e: print(e.errno)\n"
+        );
+        let client = std::thread::spawn(move || nbdsh(&uri, &script));
+        eventually("the client reads", || reading.exists());
         let start = Instant::now();
         qsd.kill();
         assert_eq!(client.join().unwrap(), "EIO\nEIO\n");
