@@ -20,8 +20,10 @@ use crate::{
     spec::Command,
 };
 
-/// How long a queue that is dropped waits for what is in flight.
+/// How long a queue that is dropped waits for the next of the commands in flight to end, …
 const DRAIN: Duration = Duration::from_secs(5);
+/// … and for all of them, in terms of that.
+const DRAIN_MAX: u32 = 10;
 
 #[derive(Debug)]
 pub(crate) struct IoQueue {
@@ -206,10 +208,16 @@ impl Drop for IoQueue {
     fn drop(&mut self) {
         let mut done = Vec::new();
         let core = Arc::clone(&self.owner.core);
-        let deadline = Instant::now() + core.info.timeout.map_or(DRAIN, |timeout| timeout.min(DRAIN));
+        let patience = core.info.timeout.map_or(DRAIN, |timeout| timeout.min(DRAIN));
+        let last = Instant::now() + DRAIN_MAX * patience;
+        let mut deadline = Instant::now() + patience;
         self.kick();
         loop {
             self.reap(&mut done);
+            if !done.is_empty() {
+                // Other queues are in use: a controller that is only slow must not be given up for this one.
+                deadline = (Instant::now() + patience).min(last);
+            }
             done.clear();
             if self.pair.in_flight() == 0 {
                 break;

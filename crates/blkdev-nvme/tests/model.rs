@@ -615,6 +615,17 @@ fn a_slow_controller_that_completes_something_is_left_alone() {
 }
 
 #[test]
+fn a_queue_of_a_slow_controller_is_dropped_without_an_end_of_the_device() {
+    let options = Options { timeout: Some(Duration::from_secs(2)), ..Options::default() };
+    let mut rig = rig(Spec::new(MIB).fault(Fault::Slow(Duration::from_millis(100)), 0), &options);
+    let before = rig.model.mappings();
+    rig.writes();
+    drop(rig.queue);
+    rig.queue = rig.device.open_queue(64).unwrap();
+    assert_eq!((rig.model.mappings(), rig.queue.is_dead()), (before, false));
+}
+
+#[test]
 fn a_command_that_is_lost_while_others_complete_is_aborted_alone_and_late() {
     let timeout = Duration::from_millis(800);
     let options = Options { timeout: Some(timeout), ..Options::default() };
