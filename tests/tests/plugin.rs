@@ -243,6 +243,26 @@ mod opened_once {
     }
 }
 
+#[test]
+fn a_silent_device_does_not_keep_nbdkit_from_ending() {
+    let dir = Dir::new();
+    let qsd = vhost_user(&dir, 8 * MIB, Export::default());
+    let server = Nbdkit::start(&dir, &["vhost-user", "path=vhost.sock", "request-timeout=10000s"]);
+    let (uri, asking) = (server.uri(), dir.at("asking"));
+    nbdsh(&uri, "h.pread(512, 0)");
+    qsd.freeze();
+    let script = format!(
+        "open({asking:?}, 'w').close()\ntry: h.pread(512, 0); print('read')\nexcept nbd.Error: print('failed')"
+    );
+    let client = std::thread::spawn(move || nbdsh(&uri, &script));
+    eventually("the client asks", || asking.exists());
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!client.is_finished(), "the device does not answer");
+    assert!(server.terminate().success());
+    assert_eq!(client.join().unwrap(), "failed\n");
+    qsd.thaw();
+}
+
 /// A program that is open for writing cannot be run.
 #[test]
 fn when_nbdkit_has_ended_the_file_is_closed() {

@@ -1,6 +1,8 @@
 //! nbdkit's plugin API, version 2, as C sees it: the table of callbacks and the functions that nbdkit offers.
 #![allow(unsafe_code)]
 
+#[cfg(not(test))]
+use std::ffi::c_uint;
 use std::ffi::{c_char, c_int, c_void};
 
 /// `struct nbdkit_plugin` of nbdkit 1.32 to 1.48 (nbdkit-plugin.h). An nbdkit that knows fewer fields takes as many as it
@@ -91,6 +93,7 @@ unsafe extern "C" {
     pub(crate) fn nbdkit_error(format: *const c_char, ...);
     pub(crate) fn nbdkit_debug(format: *const c_char, ...);
     pub(crate) safe fn nbdkit_set_error(errno: c_int);
+    pub(crate) safe fn nbdkit_nanosleep(seconds: c_uint, nanoseconds: c_uint) -> c_int;
     pub(crate) fn nbdkit_absolute_path(path: *const c_char) -> *mut c_char;
     pub(crate) fn nbdkit_add_extent(extents: *mut Extents, at: u64, len: u64, kind: u32) -> c_int;
     pub(crate) fn nbdkit_add_export(exports: *mut Exports, name: *const c_char, about: *const c_char) -> c_int;

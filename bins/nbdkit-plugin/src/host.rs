@@ -77,6 +77,12 @@ pub(crate) fn at_exit(act: extern "C" fn()) {
     unsafe { libc::atexit(act) };
 }
 
+/// Waits for a second; `true`: nbdkit is told to end. In a thread that is not nbdkit's: there it also ends for a client's sake.
+#[cfg(not(test))]
+pub(crate) fn is_ending() -> bool {
+    abi::nbdkit_nanosleep(1, 0) != 0
+}
+
 /// What drivers log: errors and warnings as errors of nbdkit's, the rest with `-v`.
 struct Log;
 

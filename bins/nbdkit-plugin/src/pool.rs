@@ -10,13 +10,14 @@ use std::{
     fmt, hint, io,
     os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicUsize, Ordering, fence},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence},
     },
     thread::{self, Thread},
     time::{Duration, Instant},
 };
 
+use crate::host;
 use blkdev::{Buf, Channel, Device, Done, Error, Extent, Info, Io, Plan};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -35,6 +36,9 @@ const PATIENCE_MAX: u32 = 8;
 /// … and the pause before each: about a microsecond, so that all of them are less than a sleep and a wake-up cost.
 const PAUSES: u32 = 32;
 
+/// A device that has not answered for so long may never do.
+const QUIET: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(4) };
+
 /// How long one that waits for memory goes without looking whether the device is dead.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -44,7 +48,7 @@ const TRIAL: u32 = 32;
 /// A device, open, and the Channels on it.
 pub(crate) struct Pool {
     /// Before the device, so that its queues have drained when it closes.
-    lanes: Box<[Lane]>,
+    lanes: Box<[Arc<Lane>]>,
     device: Arc<dyn Device>,
     info: Info,
     piece: usize,
@@ -161,6 +165,12 @@ fn pieces(at: u64, len: usize, piece: usize) -> impl Iterator<Item = (u64, usize
 
 /// A Channel, and the threads that have requests on it.
 struct Lane {
+    this: Weak<Self>,
+    /// There is a thread that [guards](guard) it.
+    is_guarded: AtomicBool,
+    /// In place of nbdkit.
+    #[cfg(test)]
+    is_ending: AtomicBool,
     state: Mutex<State>,
     /// The channel's wake-up, to be waited for without the lock.
     wake: Option<OwnedFd>,
@@ -182,6 +192,8 @@ struct State {
     /// The tag given out last.
     newest: u32,
     lead: Lead,
+    /// Requests that have ended so far.
+    ended: u64,
     /// Kept for their capacity.
     done: Vec<Done>,
     woken: Vec<Arc<Seat>>,
@@ -229,7 +241,7 @@ thread_local! {
 }
 
 impl Lane {
-    fn new(channel: Channel) -> io::Result<Self> {
+    fn new(channel: Channel) -> io::Result<Arc<Self>> {
         let wake = channel.wake_fd().map(|fd| fd.try_clone_to_owned()).transpose()?;
         let state = State {
             channel,
@@ -237,6 +249,7 @@ impl Lane {
             free: Vec::new(),
             newest: 0,
             lead: Lead::Vacant,
+            ended: 0,
             done: Vec::new(),
             woken: Vec::new(),
             ticket: 0,
@@ -244,14 +257,19 @@ impl Lane {
             patience: 2,
             sleeps: 0,
         };
-        Ok(Self {
+        let nudge = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            is_guarded: AtomicBool::new(false),
+            #[cfg(test)]
+            is_ending: AtomicBool::new(false),
             state: Mutex::new(state),
             wake,
-            nudge: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            nudge,
             held: AtomicUsize::new(0),
             hungry: AtomicUsize::new(0),
             memory: Condvar::new(),
-        })
+        }))
     }
 
     /// A thread that panicked in here has left the channel in a state that nobody knows: the lane is of no use any more.
@@ -381,7 +399,7 @@ impl Lane {
 
     /// Reaps for all until the request of `seat` has ended; then somebody else does.
     fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, seat: &Seat) {
-        let mut looks = 0;
+        let (mut looks, mut quiet) = (0, None);
         loop {
             state.turn();
             let ended = seat.calls.load(Ordering::Relaxed) & DONE != 0;
@@ -389,6 +407,7 @@ impl Lane {
                 state.hand_over();
             }
             if ended || !state.woken.is_empty() {
+                quiet = None;
                 state.learn(looks, false);
                 looks = 0;
                 let mut woken = seat.woken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -426,7 +445,14 @@ impl Lane {
             let due = state.channel.due();
             state.lead = Lead::Asleep(due);
             drop(state);
-            self.sleep(due);
+            self.sleep(due.map_or(QUIET, |due| due.min(QUIET)));
+            if quiet.get_or_insert_with(Instant::now).elapsed() >= QUIET
+                && !self.is_guarded.swap(true, Ordering::AcqRel)
+            {
+                let lane = Weak::clone(&self.this);
+                let guard = thread::Builder::new().name("nbdblk-guard".to_owned()).spawn(move || guard(&lane));
+                self.is_guarded.store(guard.is_ok(), Ordering::Release);
+            }
             let Ok(again) = self.lock() else { return self.lose() };
             state = again;
             state.lead = Lead::Awake;
@@ -447,7 +473,7 @@ impl Lane {
     }
 
     /// Waits for the device, for a nudge, or until it is due.
-    fn sleep(&self, due: Option<Duration>) {
+    fn sleep(&self, due: Duration) {
         let Some(wake) = &self.wake else {
             // A queue that can only be polled.
             return thread::sleep(Duration::from_micros(20));
@@ -455,12 +481,61 @@ impl Lane {
         let mut fds =
             [PollFd::new(wake.as_fd(), PollFlags::POLLIN), PollFd::new(self.nudge.as_fd(), PollFlags::POLLIN)];
         // Rounded up: to come back too soon would be to come back twice.
-        let timeout = due.map(|due| due.as_millis() as u64 + 1).and_then(|ms| PollTimeout::try_from(ms).ok());
+        let timeout = PollTimeout::try_from(due.as_millis() as u64 + 1).unwrap_or(PollTimeout::MAX);
         // EINTR: we look, and come back.
-        let _ = poll(&mut fds, timeout.unwrap_or(PollTimeout::NONE));
+        let _ = poll(&mut fds, timeout);
         if fds[1].any() == Some(true) {
             let _ = self.nudge.read();
         }
+    }
+}
+
+/// Sees to it that a device that does not answer does not keep nbdkit from ending, whatever its time-out. Where nbdkit waits
+/// for its threads, and none of their requests ends for a while, the device is given up.
+fn guard(lane: &Weak<Lane>) {
+    let look = || {
+        let lane = lane.upgrade()?;
+        let state = lane.lock().ok()?;
+        let seen = (state.ended, state.channel.in_flight() > 0);
+        drop(state);
+        Some(seen)
+    };
+    let Some((mut before, mut is_busy)) = look() else { return };
+    let mut since = None;
+    while is_busy {
+        // nbdkit does not change its mind.
+        if since.is_some() || is_ending(lane) {
+            if since.get_or_insert_with(Instant::now).elapsed() >= QUIET {
+                if let Some(lane) = lane.upgrade()
+                    && let Ok(mut state) = lane.lock()
+                {
+                    host::error("nbdkit ends, and the device does not answer: its requests fail");
+                    state.channel.give_up();
+                    let _ = lane.nudge.write(1);
+                }
+                return;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        let Some((ended, busy)) = look() else { return };
+        if ended != before {
+            before = ended;
+            since = since.map(|_| Instant::now());
+        }
+        is_busy = busy;
+    }
+    if let Some(lane) = lane.upgrade() {
+        lane.is_guarded.store(false, Ordering::Release);
+    }
+}
+
+fn is_ending(lane: &Weak<Lane>) -> bool {
+    #[cfg(not(test))]
+    return lane.strong_count() > 0 && host::is_ending();
+    #[cfg(test)]
+    {
+        thread::sleep(Duration::from_millis(10));
+        lane.upgrade().is_some_and(|lane| lane.is_ending.load(Ordering::SeqCst))
     }
 }
 
@@ -492,6 +567,7 @@ impl State {
         self.channel.tick(Instant::now());
         let mut done = std::mem::take(&mut self.done);
         self.channel.reap(&mut done);
+        self.ended += done.len() as u64;
         for done in done.drain(..) {
             let tag = done.tag as u32;
             let seat = self.seats[tag as usize].take().expect("a request ends once");
@@ -780,6 +856,22 @@ mod tests {
         assert_eq!(pool.pick(), None, "a new client is refused");
         drop(held);
         assert_eq!(pool.read(0, 0, &mut [0; 4096]), Err(Error::Gone));
+    }
+
+    #[test]
+    fn a_silent_device_without_a_time_out_does_not_keep_nbdkit_from_ending() {
+        let device = Memory::new(64 * MIB as u64).with(|info| info.timeout = None);
+        let pool = pool(Fault::new(device, Faults { lost: 1.0, ..Faults::new(1) }), 1, 8 * MIB);
+        thread::scope(|scope| {
+            let waiting: Vec<_> = (0..40).map(|_| scope.spawn(|| pool.read(0, 0, &mut vec![0; MIB]))).collect();
+            thread::sleep(3 * QUIET);
+            assert!(!waiting.iter().any(thread::ScopedJoinHandle::is_finished), "a device may be slow");
+            pool.lanes[0].is_ending.store(true, Ordering::SeqCst);
+            for reader in waiting {
+                assert_eq!(reader.join().unwrap(), Err(Error::Gone));
+            }
+        });
+        assert_eq!(pool.pick(), None);
     }
 
     #[test]
