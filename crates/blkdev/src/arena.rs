@@ -21,7 +21,15 @@ pub const PAGE: usize = 4096;
 #[derive(Debug)]
 pub struct Arena {
     pool: Arc<Pool>,
+    /// Words of `used` that [`alloc`](Self::alloc) leaves to [`alloc_reserved`](Self::alloc_reserved).
+    reserved: usize,
+    /// Pages below this were handed out since the last [`trim`](Self::trim), and pages below `resident` since the one before.
+    recent: usize,
+    resident: usize,
 }
+
+/// Pages that one word of the bitmap stands for.
+const WORD: usize = 64;
 
 /// What an `Arena` and its `Buf`s share: a bit for each page, set while somebody owns it.
 #[derive(Debug)]
@@ -37,7 +45,12 @@ impl Arena {
     pub(crate) fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Self {
         let pages = len / PAGE;
         let used = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { pool: Arc::new(Pool { mapping, start, pages, used }) }
+        Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0 }
+    }
+
+    /// Sets the first `len` bytes aside for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
+    pub(crate) fn reserve(&mut self, len: usize) {
+        self.reserved = len.div_ceil(WORD * PAGE).min(self.pool.used.len());
     }
 
     /// A buffer of `len` bytes, page-aligned, with undefined content. `None`: no run of that length is free now, so wait
@@ -48,8 +61,20 @@ impl Arena {
 
     /// As [`alloc`](Self::alloc), with room for `before` and `after` bytes that [`Buf::widen`] can reach.
     pub(crate) fn alloc_with_margins(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+        let words = self.reserved..self.pool.used.len();
+        self.alloc_in(words, before, len, after)
+    }
+
+    /// As [`alloc_with_margins`](Self::alloc_with_margins), from what was set aside.
+    pub(crate) fn alloc_reserved(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+        self.alloc_in(0..self.reserved, before, len, after)
+    }
+
+    #[inline]
+    fn alloc_in(&mut self, words: Range<usize>, before: usize, len: usize, after: usize) -> Option<Buf> {
         let pages = (before + len + after).div_ceil(PAGE);
-        let page = self.pool.take(pages)?;
+        let page = self.pool.take(words, pages)?;
+        self.recent = self.recent.max(page + pages);
         Some(Buf {
             pool: Arc::clone(&self.pool),
             page: u32::try_from(page).ok()?,
@@ -59,15 +84,42 @@ impl Arena {
         })
     }
 
-    /// Bytes that nobody owns at the moment. They need not lie side by side.
-    pub fn free(&self) -> usize {
-        let used: u32 = self.pool.used.iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
-        (self.pool.pages - used as usize) * PAGE
+    /// A buffer of no bytes.
+    pub(crate) fn empty(&self) -> Buf {
+        Buf { pool: Arc::clone(&self.pool), page: 0, pages: 0, start: 0, len: 0 }
     }
 
-    /// Bytes in all, whole pages.
+    /// Bytes that nobody owns at the moment, without those set aside. They need not lie side by side.
+    pub fn free(&self) -> usize {
+        let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
+        let used: usize = self.pool.used[self.reserved..].iter().map(used).sum();
+        (self.pool.pages - (self.reserved * WORD).min(self.pool.pages) - used) * PAGE
+    }
+
+    /// Returns the memory of free pages to the system that were not handed out since the last call. `false`: there is none
+    /// left to return. Not for memory that a device has pinned.
+    pub(crate) fn trim(&mut self) -> bool {
+        let from = std::mem::take(&mut self.recent);
+        let mut page = from;
+        while page < self.resident {
+            let word = self.pool.word_from(page);
+            let left = (WORD - page % WORD).min(self.resident - page);
+            let used = (word.trailing_ones() as usize).min(left);
+            let free = ((word >> used.min(WORD - 1)).trailing_zeros() as usize).min(left - used);
+            if used < left && free > 0 {
+                // Claimed by nobody else meanwhile, since only this arena claims.
+                let at = self.pool.start + (page + used) * PAGE;
+                self.pool.mapping.discard(at..at + free * PAGE);
+            }
+            page += (used + free).max(1);
+        }
+        self.resident = from;
+        from > 0
+    }
+
+    /// Bytes in all, whole pages, without those set aside.
     pub fn capacity(&self) -> usize {
-        self.pool.pages * PAGE
+        self.pool.pages.saturating_sub(self.reserved * WORD) * PAGE
     }
 }
 
@@ -75,19 +127,20 @@ impl Pool {
     /// Claims the lowest run of `want` free pages. Only the `Arena` claims, through `&mut`; others only free, so a bit seen
     /// clear stays clear until it is set here.
     #[inline]
-    fn take(&self, want: usize) -> Option<usize> {
-        if want == 1 { self.take_one() } else { self.take_run(want) }
+    fn take(&self, words: Range<usize>, want: usize) -> Option<usize> {
+        if want == 1 { self.take_one(words) } else { self.take_run(words, want) }
     }
 
     /// What small requests need.
     #[inline]
-    fn take_one(&self) -> Option<usize> {
-        let (at, word, bits) = self.used.iter().enumerate().find_map(|(at, word)| {
+    fn take_one(&self, words: Range<usize>) -> Option<usize> {
+        let first = words.start;
+        let (at, word, bits) = self.used[words].iter().enumerate().find_map(|(at, word)| {
             let bits = word.load(Ordering::Relaxed);
             (bits != u64::MAX).then_some((at, word, bits))
         })?;
         let free = bits.trailing_ones() as usize;
-        let page = at * 64 + free;
+        let page = (first + at) * WORD + free;
         if page >= self.pages {
             return None;
         }
@@ -96,9 +149,9 @@ impl Pool {
         Some(page)
     }
 
-    fn take_run(&self, want: usize) -> Option<usize> {
-        let mut page = 0;
-        while page + want <= self.pages {
+    fn take_run(&self, words: Range<usize>, want: usize) -> Option<usize> {
+        let (mut page, end) = (words.start * WORD, self.pages.min(words.end * WORD));
+        while page + want <= end {
             let word = self.word_from(page);
             let in_use = word.trailing_ones() as usize;
             if in_use > 0 {
@@ -356,6 +409,8 @@ impl Drop for Buf {
 
 #[cfg(test)]
 mod tests {
+    use std::os::{fd::AsFd, unix::fs::MetadataExt};
+
     use super::*;
 
     fn arena(pages: usize) -> Arena {
@@ -373,6 +428,37 @@ mod tests {
         assert_eq!(a.alloc(PAGE).unwrap().offset(), 0);
         drop(all);
         assert_eq!(a.free(), 130 * PAGE);
+    }
+
+    #[test]
+    fn what_is_set_aside_is_handed_out_on_its_own() {
+        let mut a = arena(3 * WORD);
+        a.reserve(1);
+        assert_eq!(a.free(), 2 * WORD * PAGE);
+        let rest = a.alloc(2 * WORD * PAGE).unwrap();
+        assert!(a.alloc(1).is_none() && a.alloc_reserved(0, WORD * PAGE + 1, 0).is_none());
+        let aside = a.alloc_reserved(0, WORD * PAGE, 0).unwrap();
+        assert_eq!((aside.offset(), rest.offset(), a.free()), (0, WORD * PAGE, 0));
+    }
+
+    #[test]
+    fn trimming_returns_what_was_not_used_lately_and_nothing_that_is_in_use() {
+        let mapping = Mapping::new(512 * PAGE).unwrap();
+        let mut a = Arena::new(Arc::clone(&mapping), 0, 512 * PAGE);
+        let blocks = || std::fs::File::from(mapping.as_fd().try_clone_to_owned().unwrap()).metadata().unwrap().blocks();
+        let mut bufs: Vec<Buf> = (0..100).map(|_| a.alloc(3 * PAGE).unwrap()).collect();
+        for buf in &mut bufs {
+            buf.copy_from(0, &[7; 3 * PAGE]);
+        }
+        let kept = bufs.swap_remove(50);
+        drop(bufs);
+        assert!(a.trim(), "all of it was used just now");
+        assert!(kept.is_zero(0, 0) && kept.to_vec() == [7; 3 * PAGE]);
+        assert!(!a.trim());
+        assert_eq!(kept.to_vec(), [7; 3 * PAGE]);
+        assert_eq!(blocks() * 512, 3 * PAGE as u64, "only what is in use is left");
+        let again = a.alloc(200 * PAGE).unwrap();
+        assert!(again.is_zero(0, again.len()));
     }
 
     #[test]

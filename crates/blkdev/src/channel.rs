@@ -18,7 +18,7 @@ use crate::{
     Arena, Buf, Completion, Device, Error, Extent, Info, Mapping, Op, Queue, Request,
     gate::{Gate, Pass},
     job::{Job, Way, margins},
-    slots::{Ages, NEVER, Slot, Slots},
+    slots::{Ages, Kind, NEVER, Slot, Slots, Verdict},
 };
 
 /// How to open channels on a device.
@@ -27,13 +27,15 @@ pub struct Plan {
     /// Payload memory of each channel, in bytes: the bound on what its requests can hold at a time. Some 128 KiB and two
     /// blocks more are mapped for the channel's own use.
     pub memory: usize,
+    /// Memory beyond that, in bytes, rounded up to 256 KiB, which [`Channel::alloc_reserved`] alone hands out.
+    pub reserve: usize,
     /// Requests that the queue should hold; the device may offer less.
     pub depth: u16,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { memory: 64 << 20, depth: 256 }
+        Self { memory: 64 << 20, reserve: 0, depth: 256 }
     }
 }
 
@@ -48,18 +50,46 @@ impl Plan {
             let text = format!("{}: {count} queues asked for, the device has {}", info.target, info.queues_max);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let each = (self.memory + reserve(info)).next_multiple_of(crate::PAGE);
-        let mapping = Mapping::new(each * count)?;
+        let too_much = || io::Error::new(io::ErrorKind::OutOfMemory, "more payload memory than can be addressed");
+        // What is set aside ends where a word of the arena's bitmap does, and holds the channel's own buffers as well.
+        let aside =
+            self.reserve.checked_add(own(info)).and_then(|n| n.checked_next_multiple_of(ASIDE)).ok_or_else(too_much)?;
+        let each = self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::PAGE));
+        let each = each.and_then(|n| n.checked_add(aside)).ok_or_else(too_much)?;
+        let mapping = Mapping::new(each.checked_mul(count).ok_or_else(too_much)?)?;
         device.register(&mapping)?;
-        let (arenas, passes) = (mapping.arenas(count), Gate::passes(count));
+        let registered = Arc::new(Registered { device: Arc::clone(device), mapping: Arc::clone(&mapping) });
+        let passes = Gate::passes(count)?;
         let depth = self.depth.clamp(1, info.depth_max);
-        arenas.into_iter().zip(passes).map(|(arena, pass)| Channel::open(device, arena, pass, depth)).collect()
+        let open = |(arena, pass)| Channel::open(&registered, arena, aside, pass, depth);
+        mapping.arenas(count).into_iter().zip(passes).map(open).collect()
     }
 }
 
-/// Memory that a channel needs beside what was asked for: its own buffers, and margins for the longest request.
-fn reserve(info: &Info) -> usize {
-    zeroes_len(info).next_multiple_of(crate::PAGE) + 2 * edges_len(info)
+/// Memory that a device knows, until the last channel that uses it is closed.
+#[derive(Debug)]
+struct Registered {
+    device: Arc<dyn Device>,
+    mapping: Arc<Mapping>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.device.unregister(&self.mapping);
+    }
+}
+
+/// What is set aside is a multiple of this.
+const ASIDE: usize = 64 * crate::PAGE;
+
+/// Memory for the channel's own buffers.
+fn own(info: &Info) -> usize {
+    zeroes_len(info).next_multiple_of(crate::PAGE) + edges_len(info)
+}
+
+/// What the longest request takes beyond its length.
+fn margins_max(info: &Info) -> usize {
+    edges_len(info)
 }
 
 /// Two blocks: those that an unaligned request covers in part.
@@ -153,7 +183,7 @@ pub struct Done {
 pub struct Channel {
     /// Before the memory it uses: fields are dropped in this order, and a queue drains when dropped.
     queue: Box<dyn Queue>,
-    device: Arc<dyn Device>,
+    registered: Arc<Registered>,
     info: Info,
     arena: Arena,
     zeroes: Buf,
@@ -174,14 +204,22 @@ pub struct Channel {
     /// Something was submitted since the last `reap`.
     asked: bool,
     prompt: bool,
+    /// The device has completed nothing for as long as its time-out. It is used again when it has returned all it has.
+    stalled: bool,
+    /// The queue was dead at the last `reap`.
+    dead: bool,
+    /// Payload memory of overdue requests.
+    overdue_bytes: u64,
 }
 
 /// Pieces of one job that are under way at a time: enough to keep a device busy, few enough for others to get in between.
 const PIECES: u32 = 16;
 
 impl Channel {
-    fn open(device: &Arc<dyn Device>, mut arena: Arena, pass: Pass, depth: u16) -> io::Result<Self> {
+    fn open(registered: &Arc<Registered>, mut arena: Arena, aside: usize, pass: Pass, depth: u16) -> io::Result<Self> {
+        let device = &registered.device;
         let info = device.info().clone();
+        arena.reserve(aside);
         assert!(
             info.block_size.is_power_of_two() && info.block_size <= 1 << 16,
             "block size is a power of two up to 64 KiB"
@@ -192,11 +230,11 @@ impl Channel {
         );
         let reserved =
             || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
-        let zeroes = arena.alloc(zeroes_len(&info)).ok_or_else(reserved)?;
-        let edges = arena.alloc(edges_len(&info)).ok_or_else(reserved)?;
+        let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
+        let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
         Ok(Self {
             queue: device.open_queue(depth)?,
-            device: Arc::clone(device),
+            registered: Arc::clone(registered),
             arena,
             zeroes,
             edges,
@@ -211,6 +249,9 @@ impl Channel {
             pushed: false,
             asked: false,
             prompt: false,
+            stalled: false,
+            dead: false,
+            overdue_bytes: 0,
             info,
         })
     }
@@ -222,22 +263,41 @@ impl Channel {
 
     /// Size of the device in bytes, now.
     pub fn capacity(&self) -> u64 {
-        self.device.capacity()
+        self.registered.device.capacity()
     }
 
-    /// Payload memory that no request holds now, in bytes.
+    /// Payload memory that no request holds now, in bytes, without the [reserve](Plan::reserve).
     pub fn memory_free(&self) -> usize {
-        self.arena.free().saturating_sub(edges_len(&self.info))
+        self.arena.free().saturating_sub(margins_max(&self.info))
     }
 
-    /// Payload memory in all, in bytes. The longest request that ever gets a buffer is as long.
+    /// Payload memory in all, in bytes, without the [reserve](Plan::reserve). The longest request that ever gets a buffer is
+    /// as long.
     pub fn memory(&self) -> usize {
-        self.arena.capacity() - reserve(&self.info)
+        self.arena.capacity().saturating_sub(margins_max(&self.info))
     }
 
     /// Requests that are not done yet.
     pub fn in_flight(&self) -> usize {
         self.slots.in_use
+    }
+
+    /// Whether the device has anything that it may still answer: requests in flight, and those that were reported as failed
+    /// because it had not answered in time.
+    pub fn awaits_device(&self) -> bool {
+        self.slots.in_use + self.slots.overdue > 0
+    }
+
+    /// Whether the device is dead for good: every request ends with [`Error::Gone`].
+    pub fn is_dead(&self) -> bool {
+        self.queue.is_dead()
+    }
+
+    /// Whether every request ends with [`Error::Gone`] at once now, so that there is no use in waiting for memory: the device
+    /// was dead or stalled at the last [`reap`](Self::reap).
+    #[inline]
+    pub fn refuses(&self) -> bool {
+        self.stalled || self.dead
     }
 
     /// Whether everything had ended at the last [`reap`](Self::reap) after a [`submit`](Self::submit): the device does its
@@ -255,6 +315,19 @@ impl Channel {
         self.arena.alloc_with_margins(before, len, after)
     }
 
+    /// As [`alloc`](Self::alloc), from the [reserve](Plan::reserve).
+    #[inline]
+    pub fn alloc_reserved(&mut self, at: u64, len: usize) -> Option<Buf> {
+        let (before, after) = margins(at, len as u64, self.info.block_size);
+        self.arena.alloc_reserved(before, len, after)
+    }
+
+    /// Returns payload memory to the system that was not used since the last call, if the device allows it
+    /// ([`Device::pins_memory`]). Returns whether there is more, for a call some seconds later.
+    pub fn trim(&mut self) -> bool {
+        !self.registered.device.pins_memory() && self.arena.trim()
+    }
+
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
@@ -262,19 +335,19 @@ impl Channel {
         if let Some(result) = self.verdict(&io) {
             return self.ready.push(Done { tag, io, result });
         }
-        let op = match io {
-            Io::Read { at, buf } if self.fits(at, &buf) => Op::Read { at, buf },
+        let (kind, at, len, op) = match io {
+            Io::Read { at, buf } if self.fits(at, &buf) => (Kind::Read, at, buf.len(), Op::Read { at, buf }),
             Io::Write { at, buf, fua } if self.fits(at, &buf) && self.can_write_directly(fua) => {
                 let fua = fua && self.info.caps.fua;
                 if self.is_gated() && !self.enter() {
                     return self.start(tag, Io::Write { at, buf, fua });
                 }
-                Op::Write { at, buf, fua }
+                (Kind::Write, at, buf.len(), Op::Write { at, buf, fua })
             }
-            Io::Flush => Op::Flush,
+            Io::Flush => (Kind::Flush, 0, 0, Op::Flush),
             io => return self.start(tag, io),
         };
-        let slot = self.slots.insert(Slot::Direct { tag, born: NEVER });
+        let slot = self.slots.insert(Slot::Direct { tag, born: NEVER, kind, len: len as u32, at });
         self.issue(Request { tag: slot.into(), op });
     }
 
@@ -292,7 +365,9 @@ impl Channel {
     pub fn reap(&mut self, done: &mut Vec<Done>) {
         done.append(&mut self.ready);
         self.queue.reap(&mut self.completions);
+        self.dead = self.queue.is_dead();
         if !self.completions.is_empty() {
+            self.ages.advance();
             let mut completions = std::mem::take(&mut self.completions);
             for completion in completions.drain(..) {
                 self.complete(completion, done);
@@ -303,6 +378,7 @@ impl Channel {
             self.push_held();
         }
         if !self.waiting.is_empty() {
+            self.pass.disarm();
             self.admit();
         }
         self.kick();
@@ -322,21 +398,173 @@ impl Channel {
         self.ready.is_empty() && self.queue.arm()
     }
 
+    /// Readable when requests that wait for those of another channel can go on: to be watched beside
+    /// [`wake_fd`](Self::wake_fd). `None`: no request ever waits so.
+    pub fn turn_fd(&self) -> Option<BorrowedFd<'_>> {
+        if self.is_gated() { self.pass.turn_fd() } else { None }
+    }
+
+    /// Whether a request waits for those of another channel, so that [`turn_fd`](Self::turn_fd) is of interest. Otherwise it
+    /// may be readable without need.
+    pub fn waits_for_turn(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Come back after this time at the latest, woken or not. `None`: only a wake-up matters.
     pub fn due(&self) -> Option<Duration> {
-        if !self.waiting.is_empty() {
-            // What we wait for may happen on another channel, which wakes nobody here.
-            return Some(Duration::from_millis(1));
-        }
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
-    /// Tells the time, at every turn. A request that has taken longer than [`Info::timeout`] makes the channel give the
-    /// device up: everything in flight ends with [`Error::Gone`].
+    /// Tells the time, at every turn.
+    ///
+    /// A device that completes nothing for [`Info::timeout`], though it has a request that is older, is stalled: all its
+    /// requests end with [`Error::Gone`], and so does every new one until the device has returned all that it has, which is
+    /// thrown away then. While others complete, a single request ends so after ten times that time.
     #[inline]
     pub fn tick(&mut self, now: Instant) {
-        if self.ages.tick(now) {
-            self.queue.give_up();
+        if self.ages.tick(now) && self.slots.in_use > 0 {
+            self.judge();
+        }
+    }
+
+    /// Ends what has taken too long.
+    #[cold]
+    fn judge(&mut self) {
+        let born = |slot: &Slot| match slot {
+            Slot::Direct { born, .. } => Some(*born),
+            Slot::Job(job) if job.out > 0 => Some(job.born),
+            _ => None,
+        };
+        let now = self.ages.now();
+        let ages = self.slots.list.iter().filter_map(born).filter(|&born| born != NEVER);
+        let Some(oldest) = ages.max_by_key(|born| now.wrapping_sub(*born)) else { return };
+        match self.ages.judge(oldest) {
+            Verdict::Fine => return,
+            Verdict::Stalled => return self.stall(),
+            Verdict::Lost => {}
+        }
+        for slot in 0..self.slots.list.len() as u32 {
+            if born(&self.slots.list[slot as usize]).is_some_and(|born| born != NEVER && self.ages.is_lost(born)) {
+                log::error!(
+                    "{} {}: a request is lost: it was not completed in ten times the time-out, though others were",
+                    self.info.driver,
+                    self.info.target
+                );
+                self.expire(slot);
+            }
+        }
+        // What the device never returns must not leave others without memory.
+        if self.overdue_bytes > self.memory() as u64 / 4 {
+            self.stall();
+        }
+    }
+
+    /// The device does not answer: everything ends now.
+    #[cold]
+    fn stall(&mut self) {
+        self.stalled = true;
+        let count = self.slots.in_use;
+        for request in std::mem::take(&mut self.held) {
+            let mut done = Vec::new();
+            let Request { tag, op } = request;
+            self.complete(Completion { tag, op, result: Err(Error::Gone) }, &mut done);
+            self.ready.append(&mut done);
+        }
+        for slot in 0..self.slots.list.len() as u32 {
+            match &mut self.slots.list[slot as usize] {
+                Slot::Job(job) if job.out == 0 => {
+                    job.error.get_or_insert(Error::Gone);
+                }
+                Slot::Direct { .. } | Slot::Job(_) => self.expire(slot),
+                Slot::Free { .. } | Slot::Overdue { .. } => {}
+            }
+        }
+        // Jobs that were waiting.
+        self.admit();
+        log::error!(
+            "{} {}: nothing was completed within the time-out; {count} requests fail, and so does every new one until the \
+             device has answered all of them",
+            self.info.driver,
+            self.info.target
+        );
+    }
+
+    /// Ends a request that the device has. Its memory stays where it is until the device returns it.
+    fn expire(&mut self, number: u32) {
+        let empty = self.arena.empty();
+        let slot = &mut self.slots.list[number as usize];
+        let (done, overdue) = match std::mem::replace(slot, Slot::Free { next: NEVER }) {
+            Slot::Direct { tag, kind, len, at, .. } => {
+                let (io, changes) = match kind {
+                    Kind::Read => (Io::Read { at, buf: empty }, None),
+                    Kind::Write => (Io::Write { at, buf: empty, fua: false }, Some((at, u64::from(len)))),
+                    Kind::Flush => (Io::Flush, None),
+                };
+                if kind == Kind::Write && self.is_gated() {
+                    self.pass.leave();
+                }
+                (Done { tag, io, result: Err(Error::Gone) }, Slot::Overdue { changes, held: len.into(), job: None })
+            }
+            Slot::Job(mut job) => {
+                if job.inside {
+                    self.pass.leave();
+                }
+                let (changes, held) = (job.changes(self.info.block_size), job.held());
+                let mut edges = None;
+                if self.alone == Some(number) {
+                    self.alone = None;
+                    self.pass.open();
+                    self.pass.end_turn(!self.waiting.is_empty());
+                    // The device may still read or write them.
+                    let fresh =
+                        self.arena.alloc_reserved(0, edges_len(&self.info), 0).unwrap_or_else(|| self.arena.empty());
+                    edges = Some(std::mem::replace(&mut self.edges, fresh));
+                }
+                (job.overdue(empty), Slot::Overdue { changes, held, job: Some((job, edges)) })
+            }
+            Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("only what is in flight expires"),
+        };
+        if let Slot::Overdue { changes, held, .. } = &overdue {
+            self.overdue_bytes += held;
+            if let Some((at, len)) = *changes {
+                self.pass.add_overdue(at, len);
+            }
+        }
+        self.slots.list[number as usize] = overdue;
+        self.slots.in_use -= 1;
+        self.slots.overdue += 1;
+        self.ready.push(done);
+    }
+
+    /// The device has returned a part of an overdue request, or all of it.
+    #[cold]
+    fn forget(&mut self, number: u32, op: Op) {
+        // A loan is returned before what it was lent from.
+        drop(op);
+        let Slot::Overdue { changes, held, job } = &mut self.slots.list[number as usize] else {
+            unreachable!("only overdue requests are forgotten")
+        };
+        if let Some((job, _)) = job {
+            job.out -= 1;
+            if job.out > 0 {
+                return;
+            }
+        }
+        self.overdue_bytes -= *held;
+        if let Some((at, len)) = *changes {
+            self.pass.remove_overdue(at, len);
+        }
+        if let Some((_, Some(edges))) = job
+            && self.edges.is_empty()
+        {
+            self.edges = std::mem::replace(edges, self.arena.empty());
+        }
+        self.slots.overdue -= 1;
+        self.slots.in_use += 1;
+        self.slots.remove(number);
+        if self.stalled && self.slots.overdue == 0 {
+            self.stalled = false;
+            log::warn!("{} {}: the device answers again, and is used again", self.info.driver, self.info.target);
         }
     }
 
@@ -366,7 +594,7 @@ impl Channel {
             let tag = match &self.slots.list[request.tag as usize] {
                 Slot::Direct { tag, .. } => *tag,
                 Slot::Job(job) => job.tag,
-                Slot::Free { .. } => unreachable!("a held request has a slot"),
+                Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("a held request is in flight"),
             };
             if which(tag) {
                 let Request { tag, op } = request;
@@ -376,6 +604,9 @@ impl Channel {
             }
         }
         self.ready.append(&mut done);
+        if !self.waiting.is_empty() {
+            self.admit();
+        }
     }
 
     /// How the request ends if that needs no device.
@@ -387,13 +618,17 @@ impl Channel {
             Io::Write { at, buf, .. } => (*at, buf.len() as u64, true),
             Io::Zero { at, len, .. } | Io::Discard { at, len, .. } => (*at, *len, true),
             Io::Status { at, len, .. } | Io::Prefetch { at, len } => (*at, *len, false),
+            Io::Flush if self.refuses() => return Some(Err(Error::Gone)),
             Io::Flush => return (!caps.flush).then_some(Ok(())),
         };
         if changes && caps.read_only {
             return Some(Err(Error::ReadOnly));
         }
-        if at.checked_add(len).is_none_or(|end| end > self.device.capacity()) {
+        if at.checked_add(len).is_none_or(|end| end > self.registered.device.capacity()) {
             return Some(Err(Error::OutOfRange));
+        }
+        if self.refuses() || (changes && self.pass.is_overdue(at, len)) {
+            return Some(Err(Error::Gone));
         }
         let supported = match io {
             Io::Discard { .. } => caps.discard,
@@ -447,18 +682,25 @@ impl Channel {
         self.admit();
     }
 
-    /// Lets waiting jobs through the gate, in order.
+    /// Lets waiting jobs through the gate, in order, while the channel has its turn.
     #[cold]
     fn admit(&mut self) {
         while let Some(&slot) = self.waiting.front() {
+            if self.alone.is_some() {
+                return;
+            }
             let job = self.slots.job(slot);
+            if job.changes(self.info.block_size).is_some_and(|(at, len)| self.pass.is_overdue(at, len)) {
+                job.error.get_or_insert(Error::Gone);
+            }
             if job.error.is_some() {
-                // Withdrawn while it waited: nobody may go on finding the gate closed for its sake.
-                if self.alone.is_none() {
-                    self.pass.open();
-                }
+                // It was withdrawn while it waited, perhaps for the gate to be quiet.
+                self.pass.open();
+            } else if !self.pass.has_turn() {
+                return;
             } else if job.way == Way::Alone {
-                if self.alone.is_some() || !self.pass.close() || !self.pass.is_quiet() {
+                self.pass.close();
+                if !self.pass.is_quiet() {
                     return;
                 }
                 self.alone = Some(slot);
@@ -470,6 +712,9 @@ impl Channel {
             }
             self.waiting.pop_front();
             self.run(slot);
+        }
+        if self.alone.is_none() {
+            self.pass.end_turn(false);
         }
     }
 
@@ -483,7 +728,7 @@ impl Channel {
                 let request = Request { tag: slot.into(), op };
                 // `issue`, spelled out: `job` borrows the slots.
                 if self.held.is_empty() {
-                    self.ages.renew(&mut job.born);
+                    job.born = self.ages.now();
                     self.pushed = true;
                     if let Err(request) = self.queue.push(request) {
                         self.held.push_back(request);
@@ -503,13 +748,13 @@ impl Channel {
 
     fn finish(&mut self, slot: u32) {
         let Slot::Job(job) = self.slots.remove(slot) else { unreachable!("only jobs finish here") };
-        self.ages.end(job.born);
         if job.inside {
             self.pass.leave();
         }
         if self.alone == Some(slot) {
             self.alone = None;
             self.pass.open();
+            self.pass.end_turn(!self.waiting.is_empty());
         }
         self.ready.push(job.done(self.info.block_size));
     }
@@ -521,12 +766,21 @@ impl Channel {
             return self.held.push_back(request);
         }
         if let Slot::Direct { born, .. } = &mut self.slots.list[request.tag as usize] {
-            self.ages.renew(born);
+            *born = self.ages.now();
         }
         self.pushed = true;
         if let Err(request) = self.queue.push(request) {
-            self.held.push_back(request);
+            self.hold(request);
         }
+    }
+
+    /// Keeps what the queue had no room for.
+    #[cold]
+    fn hold(&mut self, request: Request) {
+        if let Slot::Direct { born, .. } = &mut self.slots.list[request.tag as usize] {
+            *born = NEVER;
+        }
+        self.held.push_back(request);
     }
 
     #[cold]
@@ -539,9 +793,9 @@ impl Channel {
             self.pushed = true;
             // Its time starts now: what waits for a slow device is not what the device has lost.
             match &mut self.slots.list[slot] {
-                Slot::Direct { born, .. } => self.ages.renew(born),
-                Slot::Job(job) => self.ages.renew(&mut job.born),
-                Slot::Free { .. } => unreachable!("a held request has a slot"),
+                Slot::Direct { born, .. } => *born = self.ages.now(),
+                Slot::Job(job) => job.born = self.ages.now(),
+                Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("a held request is in flight"),
             }
         }
     }
@@ -551,9 +805,9 @@ impl Channel {
         let Completion { tag, op, result } = completion;
         let slot = tag as u32;
         match &mut self.slots.list[tag as usize] {
-            Slot::Direct { tag, born } => {
+            Slot::Direct { tag, born, .. } => {
                 let tag = *tag;
-                self.ages.end(*born);
+                self.ages.completed(*born);
                 self.slots.remove(slot);
                 let io = match op {
                     Op::Read { at, buf } => Io::Read { at, buf },
@@ -570,7 +824,7 @@ impl Channel {
             }
             Slot::Job(job) => {
                 job.out -= 1;
-                self.ages.renew(&mut job.born);
+                job.born = self.ages.now();
                 let memory_lost = job.take_back(op, result);
                 if memory_lost {
                     // The device is given up and may still write to what was lent to it.
@@ -579,6 +833,7 @@ impl Channel {
                 }
                 self.run(slot);
             }
+            Slot::Overdue { .. } => self.forget(slot, op),
             Slot::Free { .. } => panic!("a queue completes each request once, with its own tag"),
         }
     }
@@ -586,6 +841,11 @@ impl Channel {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
     use crate::{
         fault::{Fault, Faults},
@@ -594,7 +854,7 @@ mod tests {
 
     fn open(device: impl Device + 'static, depth: u16) -> Channel {
         let device: Arc<dyn Device> = Arc::new(device);
-        Plan { memory: 1 << 20, depth }.open(&device, 1).unwrap().remove(0)
+        Plan { memory: 1 << 20, depth, ..Plan::default() }.open(&device, 1).unwrap().remove(0)
     }
 
     fn awkward() -> Memory {
@@ -632,35 +892,225 @@ mod tests {
         assert_eq!(done[0].result, Err(Error::Invalid));
     }
 
+    /// A device whose completions come when a test says so.
+    #[derive(Debug)]
+    struct Slow {
+        memory: Memory,
+        shared: Arc<Mutex<VecDeque<Completion>>>,
+        mappings: Arc<AtomicUsize>,
+    }
+
+    struct SlowQueue(Box<dyn Queue>, Arc<Mutex<VecDeque<Completion>>>, usize, Arc<AtomicUsize>);
+
+    impl Slow {
+        fn new(memory: Memory) -> (Arc<dyn Device>, Arc<AtomicUsize>, Arc<AtomicUsize>) {
+            let (credit, mappings) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+            let slow = Self { memory, shared: Arc::default(), mappings: Arc::clone(&mappings) };
+            let device = Arc::new(SlowDevice(slow, Arc::clone(&credit)));
+            (device, credit, mappings)
+        }
+    }
+
+    #[derive(Debug)]
+    struct SlowDevice(Slow, Arc<AtomicUsize>);
+
+    impl Device for SlowDevice {
+        fn info(&self) -> &Info {
+            self.0.memory.info()
+        }
+
+        fn capacity(&self) -> u64 {
+            self.0.memory.capacity()
+        }
+
+        fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
+            self.0.mappings.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn unregister(&self, _: &Arc<Mapping>) {
+            self.0.mappings.fetch_sub(1, Ordering::Relaxed);
+        }
+
+        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+            let queue = self.0.memory.open_queue(depth)?;
+            Ok(Box::new(SlowQueue(queue, Arc::clone(&self.0.shared), usize::from(depth), Arc::clone(&self.1))))
+        }
+    }
+
+    impl Queue for SlowQueue {
+        fn push(&mut self, request: Request) -> Result<(), Request> {
+            let mut waiting = self.1.lock().unwrap();
+            if waiting.len() == self.2 {
+                return Err(request);
+            }
+            // What is written only happens when it completes.
+            waiting.push_back(Completion { tag: request.tag, op: request.op, result: Ok(()) });
+            Ok(())
+        }
+
+        fn kick(&mut self) {}
+
+        fn reap(&mut self, done: &mut Vec<Completion>) {
+            while self.3.load(Ordering::Relaxed) > 0
+                && let Some(Completion { tag, op, .. }) = self.1.lock().unwrap().pop_front()
+            {
+                self.3.fetch_sub(1, Ordering::Relaxed);
+                self.0.push(Request { tag, op }).unwrap();
+                self.0.reap(done);
+            }
+        }
+
+        fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn arm(&mut self) -> bool {
+            true
+        }
+
+        fn give_up(&mut self) {
+            self.0.give_up();
+        }
+    }
+
+    fn slow(depth: u16) -> (Channel, Arc<AtomicUsize>) {
+        let (device, credit, _) = Slow::new(awkward());
+        (Plan { memory: 1 << 20, depth, ..Plan::default() }.open(&device, 1).unwrap().remove(0), credit)
+    }
+
+    fn write(channel: &mut Channel, tag: u64, at: u64, byte: u8) {
+        let mut buf = channel.alloc(at, 4096).unwrap();
+        buf.copy_from(0, &[byte; 4096]);
+        channel.submit(tag, Io::Write { at, buf, fua: false });
+    }
+
+    /// The ends of what has ended.
+    fn ends(channel: &mut Channel) -> Vec<(u64, Result<(), Error>)> {
+        let mut done = Vec::new();
+        channel.reap(&mut done);
+        done.iter().map(|done| (done.tag, done.result)).collect()
+    }
+
     #[test]
-    fn a_request_that_is_never_answered_ends_when_its_time_is_up() {
-        let mut channel = open(Fault::new(awkward(), Faults { lost: 1.0, ..Faults::new(1) }), 8);
+    fn a_device_that_completes_something_is_alive_however_long_the_rest_waits() {
+        let (mut channel, credit) = slow(64);
         let start = Instant::now();
         channel.tick(start);
-        let buf = channel.alloc(0, 4096).unwrap();
-        channel.submit(0, Io::Read { at: 0, buf });
-        let mut done = Vec::new();
-        // However long nobody looked (the process was stopped, the machine slept), that is not held against the device.
-        channel.tick(start + Duration::from_secs(3600));
-        channel.reap(&mut done);
-        assert!(done.is_empty());
-        for second in 1..7 {
-            channel.tick(start + Duration::from_secs(3600 + second));
+        (0..60).for_each(|tag| write(&mut channel, tag, tag * 4096, 1));
+        // The time-out is 8 seconds, and one request completes every 7.
+        for second in 1..=7 * 60 {
+            channel.tick(start + Duration::from_secs(second));
+            if second % 7 == 0 {
+                credit.store(1, Ordering::Relaxed);
+                assert_eq!(ends(&mut channel), [(second / 7 - 1, Ok(()))]);
+            }
         }
-        channel.reap(&mut done);
-        assert!(done.is_empty());
-        for second in 7..12 {
-            channel.tick(start + Duration::from_secs(3600 + second));
+        assert_eq!(channel.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_device_that_completes_nothing_is_stalled_until_it_has_returned_everything() {
+        // Of parts of blocks, of whole ones, and more than the queue has room for, in two orders.
+        for order in [[0, 9000, 65536, 131_072], [9000, 0, 65536, 131_072]] {
+            let (mut channel, credit) = slow(1);
+            let start = Instant::now();
+            channel.tick(start);
+            (0..4).for_each(|tag| write(&mut channel, tag, order[tag as usize], 1));
+            // However long nobody looked (the process was stopped, the machine slept), that is not held against the device.
+            channel.tick(start + Duration::from_secs(3600));
+            assert_eq!(ends(&mut channel), []);
+            for second in 1..=12 {
+                channel.tick(start + Duration::from_secs(3600 + second));
+            }
+            let mut ended = ends(&mut channel);
+            ended.sort_by_key(|end| end.0);
+            assert_eq!(ended, [0, 1, 2, 3].map(|tag| (tag, Err(Error::Gone))));
+            assert!(channel.refuses() && channel.in_flight() == 0 && channel.awaits_device());
+            assert!(channel.memory_free() < channel.memory(), "the device may still use the memory");
+            channel.submit(4, Io::Flush);
+            assert_eq!(ends(&mut channel), [(4, Err(Error::Gone))]);
+            // It answers late, one request after the other. What it says is thrown away.
+            for _ in 0..10 {
+                credit.store(1, Ordering::Relaxed);
+                assert_eq!(ends(&mut channel), []);
+            }
+            assert!(!channel.refuses() && !channel.awaits_device());
+            assert_eq!(channel.memory_free(), channel.memory());
+            credit.store(100, Ordering::Relaxed);
+            write(&mut channel, 5, 9000, 2);
+            assert_eq!(drain(&mut channel)[0].result, Ok(()));
+            let buf = channel.alloc(9000, 4096).unwrap();
+            channel.submit(6, Io::Read { at: 9000, buf });
+            let Io::Read { buf, .. } = &drain(&mut channel)[0].io else { panic!("a read comes back") };
+            assert_eq!(buf.to_vec(), [2; 4096]);
         }
-        channel.reap(&mut done);
-        assert_eq!(done[0].result, Err(Error::Gone));
+    }
+
+    #[test]
+    fn a_lost_request_ends_alone_and_keeps_others_off_its_range() {
+        let lost = Faults { lost: 1.0, delay_max: 0, full: 0.0, unready: 0.0, ..Faults::new(1) };
+        let device: Arc<dyn Device> = Arc::new(Fault::new(awkward(), lost));
+        let mut channel = Plan { memory: 1 << 20, depth: 8, ..Plan::default() }.open(&device, 1).unwrap().remove(0);
+        let start = Instant::now();
+        channel.tick(start);
+        write(&mut channel, 0, 0, 1);
+        channel.kick();
+        assert_eq!(ends(&mut channel), []);
+        for second in 1..=90 {
+            assert_eq!(channel.in_flight(), usize::from(second <= 81), "second {second}");
+            channel.tick(start + Duration::from_secs(second));
+            // As if others had completed, each sent just before.
+            channel.ages.advance();
+            channel.ages.completed(channel.ages.now());
+        }
+        assert_eq!(ends(&mut channel), [(0, Err(Error::Gone))]);
+        assert!(!channel.refuses(), "others go on");
+        // A new write of that range could be overwritten by the old one.
+        write(&mut channel, 1, 0, 2);
+        channel.submit(2, Io::Zero { at: 0, len: 1, fua: false, unmap: false, fast: false });
+        assert_eq!(ends(&mut channel), [(1, Err(Error::Gone)), (2, Err(Error::Gone))]);
+        write(&mut channel, 3, 4096, 2);
+        assert_eq!(channel.in_flight(), 1);
+    }
+
+    #[test]
+    fn memory_is_registered_as_long_as_a_channel_uses_it() {
+        let (device, _, mappings) = Slow::new(awkward().with(|info| info.queues_max = 2));
+        for _ in 0..20 {
+            let mut channels = Plan { memory: 1 << 20, ..Plan::default() }.open(&device, 2).unwrap();
+            drop(channels.pop());
+            assert_eq!(mappings.load(Ordering::Relaxed), 1);
+            drop(channels);
+            assert_eq!(mappings.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    #[test]
+    fn merges_on_one_channel_and_writes_on_another_alternate() {
+        let device: Arc<dyn Device> = Arc::new(awkward().with(|info| info.queues_max = 2));
+        let mut channels = Plan { memory: 1 << 20, depth: 8, ..Plan::default() }.open(&device, 2).unwrap();
+        let (mut b, mut a) = (channels.pop().unwrap(), channels.pop().unwrap());
+        let (mut merges, mut writes) = (0, 0);
+        for _ in 0..1000 {
+            // One always has merges waiting, the other always a write of a whole block.
+            while a.in_flight() < 4 {
+                write(&mut a, 0, 100, 1);
+            }
+            if b.in_flight() == 0 {
+                write(&mut b, 0, 8192, 1);
+            }
+            merges += ends(&mut a).len();
+            writes += ends(&mut b).len();
+        }
+        assert!(merges >= 200 && writes >= 200, "{merges} merges, {writes} writes");
     }
 
     #[test]
     fn what_is_withdrawn_before_it_reaches_the_device_never_does() {
         let device: Arc<dyn Device> =
             Arc::new(Fault::new(Memory::new(1 << 20), Faults { delay_max: 3, ..Faults::new(7) }));
-        let mut channel = Plan { memory: 1 << 20, depth: 1 }.open(&device, 1).unwrap().remove(0);
+        let mut channel = Plan { memory: 1 << 20, depth: 1, ..Plan::default() }.open(&device, 1).unwrap().remove(0);
         for tag in 0..4u64 {
             let mut buf = channel.alloc(tag * 4096, 4096).unwrap();
             buf.copy_from(0, &[tag as u8 + 1; 4096]);

@@ -204,7 +204,8 @@ struct Bench {
 impl Bench {
     fn open(&mut self) {
         let count = usize::from(self.info.queues_max.min(2));
-        let channels = Plan { memory: MEMORY, depth: DEPTH }.open(&self.device, count).expect("channels open");
+        let channels =
+            Plan { memory: MEMORY, depth: DEPTH, ..Plan::default() }.open(&self.device, count).expect("channels open");
         self.rigs = channels.into_iter().map(Rig::new).collect();
     }
 

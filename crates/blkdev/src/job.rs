@@ -270,6 +270,33 @@ impl Job {
         fua && info.caps.flush
     }
 
+    /// What its owner is told when the device does not answer in time. The memory stays with the job.
+    pub(crate) fn overdue(&mut self, empty: Buf) -> Done {
+        let io = match &mut self.io {
+            Io::Read { at, .. } => Io::Read { at: *at, buf: empty },
+            Io::Write { at, fua, .. } => Io::Write { at: *at, buf: empty, fua: *fua },
+            io => std::mem::replace(io, Io::Flush),
+        };
+        Done { tag: self.tag, io, result: Err(Error::Gone) }
+    }
+
+    /// Payload memory that it holds, in bytes.
+    pub(crate) fn held(&self) -> u64 {
+        match &self.io {
+            Io::Read { buf, .. } | Io::Write { buf, .. } => buf.len() as u64,
+            _ => 0,
+        }
+    }
+
+    /// The whole blocks that it may still change: first byte and length.
+    pub(crate) fn changes(&self, block_size: u32) -> Option<(u64, u64)> {
+        if matches!(self.io, Io::Read { .. } | Io::Status { .. } | Io::Prefetch { .. } | Io::Flush) {
+            return None;
+        }
+        let (before, after) = margins(self.at, self.len, block_size);
+        Some((self.at - before as u64, self.len + before as u64 + after as u64))
+    }
+
     pub(crate) fn done(mut self, block_size: u32) -> Done {
         if let Io::Read { buf, .. } | Io::Write { buf, .. } = &mut self.io
             && !buf.is_empty()

@@ -136,6 +136,14 @@ impl Mapping {
         }
     }
 
+    /// Returns the memory of a range to the system; it reads as zeroes then. Whoever has pinned its pages keeps the old ones.
+    pub(crate) fn discard(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len, "a range lies in its mapping");
+        // SAFETY: a range of this mapping, which nobody owns at the moment: it is free in its arena. A refusal (huge pages
+        // that it covers in part) leaves everything as it is.
+        unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
+    }
+
     /// Divides the memory into `count` arenas of equal size, each with whole pages.
     ///
     /// # Panics

@@ -1,15 +1,18 @@
-//! The requests that a channel has under way: where each is kept, and how old it is.
+//! The requests that a channel has in flight: where each is kept, and how old it is.
 
 use std::time::{Duration, Instant};
 
-use crate::job::Job;
+use crate::{Buf, job::Job};
 
 /// The requests that are not done, by the tag that the queue knows them by.
 #[derive(Debug)]
 pub(crate) struct Slots {
     pub(crate) list: Vec<Slot>,
     free: u32,
+    /// Requests that are not done.
     pub(crate) in_use: usize,
+    /// Requests that were reported as failed and that the device still has.
+    pub(crate) overdue: usize,
 }
 
 #[derive(Debug)]
@@ -21,8 +24,27 @@ pub(crate) enum Slot {
     Direct {
         tag: u64,
         born: u32,
+        kind: Kind,
+        len: u32,
+        at: u64,
     },
     Job(Job),
+    /// Its owner was told that it failed; what comes back from the device is thrown away. With its memory, if it was a job.
+    Overdue {
+        /// What the device may still change: first byte and length.
+        changes: Option<(u64, u64)>,
+        /// Payload memory that is not free until then, bytes.
+        held: u64,
+        job: Option<(Job, Option<Buf>)>,
+    },
+}
+
+/// What a direct request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Flush,
 }
 
 /// No slot, no age.
@@ -30,7 +52,7 @@ pub(crate) const NEVER: u32 = u32::MAX;
 
 impl Default for Slots {
     fn default() -> Self {
-        Self { list: Vec::new(), free: NEVER, in_use: 0 }
+        Self { list: Vec::new(), free: NEVER, in_use: 0, overdue: 0 }
     }
 }
 
@@ -66,50 +88,82 @@ impl Slots {
     }
 }
 
-/// How long requests have been under way: not a clock reading each, but a count of those born in each eighth of the time-out.
+/// How long requests have been in flight, and when one of them last completed: counted in eighths of the time-out, so that no
+/// request costs a clock reading.
 #[derive(Debug)]
 pub(crate) struct Ages {
     pub(crate) unit: Option<Duration>,
     next: Option<Instant>,
     now: u32,
-    counts: [u32; 16],
+    /// When something last completed.
+    progress: u32,
+    /// When the youngest of the requests was sent that have completed.
+    newest: u32,
 }
 
-/// Units after which a request is overdue.
-const OVERDUE: u32 = 8;
+/// Units after which a device that completes nothing is taken for stalled.
+const STALLED: u32 = 8;
+/// Units after which a single request is taken for lost, if others have completed that were sent at least a time-out later: ten
+/// times the time-out. (In a queue that is only slow nothing is overtaken by so much.)
+const LOST: u32 = 10 * STALLED;
+
+/// What the ages of the requests that the device has say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Fine,
+    /// Nothing has completed for as long as the time-out, and the oldest request is older than that.
+    Stalled,
+    /// Others complete, and have overtaken the oldest request, which has waited for ten times the time-out.
+    Lost,
+}
 
 impl Ages {
     pub(crate) fn new(timeout: Option<Duration>) -> Self {
-        Self { unit: timeout.map(|t| t / OVERDUE), next: None, now: 0, counts: [0; 16] }
+        Self { unit: timeout.map(|t| t / STALLED), next: None, now: 0, progress: 0, newest: 0 }
     }
 
-    /// Counts a request as born now.
+    /// Now, as the birth of a request.
     #[inline]
-    pub(crate) fn renew(&mut self, born: &mut u32) {
-        if self.unit.is_some() {
-            self.end(*born);
-            *born = self.now;
-            self.counts[(self.now % 16) as usize] += 1;
+    pub(crate) fn now(&self) -> u32 {
+        self.now
+    }
+
+    /// Something has completed.
+    #[inline]
+    pub(crate) fn advance(&mut self) {
+        self.progress = self.now;
+    }
+
+    /// What has completed was born then.
+    #[inline]
+    pub(crate) fn completed(&mut self, born: u32) {
+        self.newest = self.newest.max(born);
+    }
+
+    /// Whether a request of this age is taken for lost.
+    pub(crate) fn is_lost(&self, born: u32) -> bool {
+        self.now.wrapping_sub(born) > LOST && self.newest.saturating_sub(born) > STALLED
+    }
+
+    pub(crate) fn judge(&self, oldest: u32) -> Verdict {
+        match self.now.wrapping_sub(oldest) {
+            age if age > STALLED && self.now.wrapping_sub(self.progress) > STALLED => Verdict::Stalled,
+            _ if self.is_lost(oldest) => Verdict::Lost,
+            _ => Verdict::Fine,
         }
     }
 
-    #[inline]
-    pub(crate) fn end(&mut self, born: u32) {
-        if born != NEVER {
-            self.counts[(born % 16) as usize] -= 1;
-        }
-    }
-
-    /// Whether something is overdue. However far apart two calls are, at most one unit passes between them: a process that
-    /// was stopped for a while must first hear what has finished meanwhile.
+    /// Whether a unit has passed. However far apart two calls are, at most one unit passes between them: a process that was
+    /// stopped for a while must first hear what has finished meanwhile.
     #[inline]
     pub(crate) fn tick(&mut self, now: Instant) -> bool {
         let Some(unit) = self.unit else { return false };
         if self.next.is_some_and(|next| now < next) {
             return false;
         }
-        self.next = Some(now + unit);
-        self.now = (self.now + 1) % (1 << 30);
-        (OVERDUE + 1..16).any(|age| self.counts[(self.now.wrapping_sub(age) % 16) as usize] > 0)
+        self.next = now.checked_add(unit);
+        // Never the mark of what was not sent yet.
+        self.now = (self.now + 1) % NEVER;
+        true
     }
 }

@@ -127,7 +127,8 @@ impl World {
         }
         let device = Arc::new(Fault::new(memory, faults));
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
-        let plan = Plan { memory: *rng.pick(&[64 << 10, 256 << 10]), depth: rng.range(1, 32) as u16 };
+        let plan =
+            Plan { memory: *rng.pick(&[64 << 10, 256 << 10]), depth: rng.range(1, 32) as u16, ..Plan::default() };
         let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
         let export = Export {
             name: "disk".into(),

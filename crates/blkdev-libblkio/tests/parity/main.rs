@@ -135,7 +135,8 @@ fn requests_to_a_dead_back_end_end() {
     let scratch = Scratch::new();
     let export = Export::start(&scratch, &scratch.file("disk", SIZE), 1, true);
     let device = open("virtio-blk-vhost-user", &[("path", export.socket())]).timeout(Some(Duration::from_millis(800)));
-    let mut channel = Plan { memory: 1 << 20, depth: 16 }.open(&shared(device), 1).unwrap().remove(0);
+    let mut channel =
+        Plan { memory: 1 << 20, depth: 16, ..Plan::default() }.open(&shared(device), 1).unwrap().remove(0);
     drop(export);
     let before = channel.memory_free();
     for tag in 0..4 {
