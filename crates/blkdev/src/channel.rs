@@ -212,6 +212,9 @@ pub struct Channel {
     overdue_bytes: u64,
 }
 
+/// How often to look for a turn at the gate without being woken.
+const TURN: Duration = Duration::from_millis(10);
+
 /// Pieces of one job that are under way at a time: enough to keep a device busy, few enough for others to get in between.
 const PIECES: u32 = 16;
 
@@ -412,6 +415,10 @@ impl Channel {
 
     /// Come back after this time at the latest, woken or not. `None`: only a wake-up matters.
     pub fn due(&self) -> Option<Duration> {
+        if self.waits_for_turn() && self.pass.turn_fd().is_some() {
+            // For owners that do not watch `turn_fd`.
+            return Some(TURN);
+        }
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
