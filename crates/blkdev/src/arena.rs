@@ -117,6 +117,12 @@ impl Arena {
         from > 0
     }
 
+    /// Bytes that nobody owns at the moment, those set aside included.
+    pub(crate) fn unused(&self) -> usize {
+        let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
+        (self.pool.pages - self.pool.used.iter().map(used).sum::<usize>()) * PAGE
+    }
+
     /// Bytes in all, whole pages, without those set aside.
     pub fn capacity(&self) -> usize {
         self.pool.pages.saturating_sub(self.reserved * WORD) * PAGE

@@ -280,6 +280,12 @@ impl Channel {
         self.arena.capacity().saturating_sub(margins_max(&self.info))
     }
 
+    /// Payload memory that no request holds now, the [reserve](Plan::reserve) included: not 0 even when there is none for a
+    /// request.
+    pub fn memory_unused(&self) -> usize {
+        self.arena.unused()
+    }
+
     /// Requests that are not done yet.
     pub fn in_flight(&self) -> usize {
         self.slots.in_use

@@ -19,9 +19,11 @@
 mod access;
 mod door;
 mod export;
+mod lines;
 mod listener;
 mod lull;
 mod outbox;
+mod pace;
 mod peak;
 mod peer;
 mod poll;
@@ -36,6 +38,7 @@ mod worker;
 
 pub use access::{Access, Rule};
 pub use export::{Export, Exports, Seen};
+pub use lines::{Grant, Lines, Part};
 pub use listener::Listener;
 pub use outbox::Outbox;
 pub use peer::{Identity, Origin, Peer};

@@ -17,6 +17,8 @@ pub struct Outbox {
     payload_sent: usize,
     /// Bytes of all payloads.
     held: usize,
+    /// Bytes sent since the connection began.
+    sent: u64,
 }
 
 #[derive(Debug)]
@@ -57,6 +59,24 @@ impl Outbox {
     #[inline]
     pub fn len(&self) -> usize {
         self.items.len()
+    }
+
+    /// Bytes of heads that are not sent.
+    #[inline]
+    pub fn heads(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    /// Bytes sent since the connection began, heads and payloads.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Returns what a burst has left of capacity.
+    pub fn shrink(&mut self) {
+        if self.items.is_empty() {
+            (self.bytes, self.items) = Default::default();
+        }
     }
 
     /// Bytes of payload memory that it holds.
@@ -137,6 +157,7 @@ impl Outbox {
 
     /// Forgets what was sent.
     fn advance(&mut self, mut sent: usize) {
+        self.sent += sent as u64;
         while sent > 0 {
             match self.items.front_mut() {
                 Some(Item::Heads(len)) => {

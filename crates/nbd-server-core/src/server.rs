@@ -29,8 +29,9 @@ use crate::{
 pub struct Limits {
     /// Threads that move data; a device with fewer queues is served by as many.
     pub workers: usize,
-    /// Payload memory of each worker for each export, in bytes, at least 1 MiB. Requests that do not fit wait in their
-    /// sockets. A READ or WRITE is at most as long as this, or 32 MiB.
+    /// Payload memory of each worker for each export, in bytes, at least 1 MiB. Requests that do not fit wait, first come,
+    /// first served. An eighth more is a reserve for the small requests of clients that hold little: at most a 64th of this.
+    /// A READ or WRITE is at most as long as this, or 32 MiB.
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
@@ -43,7 +44,8 @@ pub struct Limits {
     /// Refuse clients that do not ask for block sizes, such as the Linux kernel, where blocks are larger than a byte. They
     /// are served otherwise, but each write of a part of a block stops the other writes of the device for a moment.
     pub block_size_required: bool,
-    /// How long a client may hold memory without a byte moving, while others wait for it.
+    /// The time that a client has, while others wait for the memory, to take its replies and to send a payload that it has
+    /// announced. A client whose pace, measured over a fifth of this, is too slow for that is cut off.
     pub stall_timeout: Duration,
     /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
     pub farewell: Duration,
@@ -64,12 +66,15 @@ impl Default for Limits {
             handshakes: 1024,
             block_size_required: false,
             handshake_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(60),
+            stall_timeout: Duration::from_secs(10),
             farewell: Duration::from_secs(10),
             poll: Duration::from_micros(100),
         }
     }
 }
+
+/// The part of [`Limits::memory`] that comes on top of it for small requests: an eighth.
+const RESERVE: usize = 8;
 
 /// A running server. Dropped, it stops.
 #[derive(Debug)]
@@ -103,7 +108,7 @@ impl Server {
             threads.push(thread);
         }
         let workers: Arc<[Handle]> = workers.into();
-        let plan = Plan { memory: limits.memory, depth: limits.depth };
+        let plan = Plan { memory: limits.memory, reserve: limits.memory / RESERVE, depth: limits.depth };
         let roster =
             Roster::new(Arc::clone(&workers), plan, Exports::none(payload_max, limits.connections > 1), closers);
         // From here on dropping `server` ends what was started.

@@ -1,16 +1,21 @@
 //! One connection's transmission phase: turns client bytes into block requests and completions into replies. Knows no socket
 //! and no clock.
 
+use std::collections::VecDeque;
+
 use blkdev::{Buf, Channel, Done, Error, ExtentKind, Io, PAGE};
 use nbd_proto::{
     Command, Cookie, Event, Fatal, Mode, Negotiated, Receiver, Replier, Terms, WireError, Write,
     wire::{AllocationFlags, CommandKind},
 };
 
-use crate::Outbox;
+use crate::{Grant, Outbox, Part};
 
-/// Requests of one connection that may be under way or unsent at a time. A client that asks for more waits.
+/// Requests of one connection that may be in flight, waiting or unsent at a time. A client that asks for more waits.
 pub(crate) const CALLS_MAX: usize = 1024;
+
+/// Heads of replies that may be unsent, in bytes. A client that takes none is not listened to beyond that.
+const HEADS_MAX: usize = 64 << 10;
 
 /// Bytes of payload memory that requests may take before the replies are sent, and the next ones get the same memory again,
 /// if the [device has answered](Channel::is_prompt) by then: more than that would not be in the cache any more when it is sent.
@@ -30,9 +35,15 @@ pub struct Session {
     receiver: Receiver,
     replier: Replier,
     calls: Calls,
-    /// A request that has been read, and waits for memory or for an earlier one to end.
+    /// READs that wait for memory. What needs none goes past them.
+    waiting: VecDeque<Waiting>,
+    /// A request that has been read, and keeps all later ones waiting: a WRITE for memory, or any for an earlier one to end.
     stalled: Option<(Cookie, Asked)>,
+    /// The memory that the first of those waits for.
+    wants: Option<Part>,
     filling: Option<Filling>,
+    /// Bytes of payload received since the connection began.
+    landed: u64,
     outbox: Outbox,
     /// Bytes of payload memory in requests: filling, or at the device.
     held: usize,
@@ -63,6 +74,15 @@ enum Asked {
     Write(Write),
 }
 
+/// A READ that waits for memory.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    cookie: Cookie,
+    at: u64,
+    len: u32,
+    df: bool,
+}
+
 /// A write whose payload is still coming.
 #[derive(Debug)]
 struct Filling {
@@ -80,8 +100,11 @@ impl Session {
             receiver: Receiver::new(negotiated.terms),
             replier: Replier::new(negotiated.terms),
             calls: Calls::default(),
+            waiting: VecDeque::new(),
             stalled: None,
+            wants: None,
             filling: None,
+            landed: 0,
             outbox: Outbox::default(),
             held: 0,
             disconnecting: false,
@@ -102,16 +125,26 @@ impl Session {
     }
 
     /// Takes requests off `input` and submits them to `channel`, until the input is used up (`None`) or it must wait; then
-    /// call it again with the rest.
+    /// call it again with the rest. `grant` says what memory it may take. If it [wants](Self::wants) memory afterwards, call
+    /// it again when there is some, whether or not there is input left.
     ///
     /// # Errors
     /// The client broke the protocol: drop the connection.
-    pub fn take(&mut self, input: &mut &[u8], channel: &mut Channel) -> Result<Option<Stall>, Fatal> {
+    pub fn take(
+        &mut self,
+        input: &mut &[u8],
+        channel: &mut Channel,
+        grant: &mut Grant,
+    ) -> Result<Option<Stall>, Fatal> {
+        self.wants = None;
+        if !self.waiting.is_empty() && self.serve_waiting(channel, grant) {
+            return Ok(Some(Stall::Calls));
+        }
         if self.disconnecting {
             return Ok(Some(Stall::Disconnect));
         }
         if let Some((cookie, asked)) = self.stalled
-            && let Some(stall) = self.begin(cookie, asked, channel)
+            && let Some(stall) = self.begin(cookie, asked, channel, grant)
         {
             return Ok(Some(stall));
         }
@@ -122,17 +155,17 @@ impl Session {
         while let Some(event) = self.receiver.next(input)? {
             let stall = match event {
                 Event::Command(cookie, command) => {
-                    let stall = self.begin(cookie, Asked::Command(command), channel);
+                    let stall = self.begin(cookie, Asked::Command(command), channel, grant);
                     stall.or_else(|| (self.held >= enough && !input.is_empty()).then_some(Stall::Turn))
                 }
-                Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel),
+                Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel, grant),
                 Event::Payload(bytes) => {
                     self.fill(bytes, channel);
                     None
                 }
                 Event::Reject(cookie, refused) => {
                     self.replier.error(&mut self.outbox, cookie, refused.at, refused.error, refused.text);
-                    (self.outbox.len() >= CALLS_MAX).then_some(Stall::Calls)
+                    (!self.has_room()).then_some(Stall::Calls)
                 }
                 Event::Disconnect => {
                     self.disconnecting = true;
@@ -146,6 +179,36 @@ impl Session {
         Ok(None)
     }
 
+    /// Begins the READs that wait, in order. Returns whether the client must first take replies.
+    #[cold]
+    fn serve_waiting(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
+        while let Some(&Waiting { cookie, at, len, df }) = self.waiting.front() {
+            if self.refusing {
+                self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
+            } else {
+                match self.command(cookie, Command::Read { at, len, df }, channel, grant) {
+                    None => {}
+                    Some(Stall::Memory) => return false,
+                    Some(_) => return true,
+                }
+            }
+            self.waiting.pop_front();
+        }
+        false
+    }
+
+    /// The memory that it waits for.
+    #[inline]
+    pub fn wants(&self) -> Option<Part> {
+        self.wants
+    }
+
+    /// Whether one more request may begin, or one more reply be queued.
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.calls.in_use + self.waiting.len() + self.outbox.len() < CALLS_MAX && self.outbox.heads() < HEADS_MAX
+    }
+
     /// From now on every request is answered with ESHUTDOWN, upon which a client MUST say goodbye (proto.md, "Terminating
     /// the transmission phase"). What has begun goes on.
     pub fn refuse(&mut self) {
@@ -155,9 +218,8 @@ impl Session {
     /// As [`take`](Self::take), when the export is going.
     #[cold]
     fn refuse_all(&mut self, input: &mut &[u8], channel: &mut Channel) -> Result<Option<Stall>, Fatal> {
-        const GOING: &str = "the export is going away";
         // Answers make nobody's memory wait, but are not to pile up either.
-        while self.outbox.len() < CALLS_MAX {
+        while self.has_room() {
             let (cookie, at) = match self.receiver.next(input)? {
                 None => return Ok(None),
                 Some(Event::Command(cookie, command)) => (cookie, command.at()),
@@ -194,7 +256,29 @@ impl Session {
         if let Some(filling) = &mut self.filling {
             self.receiver.payload_placed(u32::try_from(n).expect("a payload is shorter than 4 GiB"));
             filling.have += n;
+            self.landed += n as u64;
             self.write_if_filled(channel);
+        }
+    }
+
+    /// Bytes of the payload that is being received, all of them; 0: none is.
+    pub(crate) fn filling(&self) -> usize {
+        self.filling.as_ref().map_or(0, |filling| filling.buf.len())
+    }
+
+    /// Bytes of payload received since the connection began.
+    pub(crate) fn landed_bytes(&self) -> u64 {
+        self.landed
+    }
+
+    /// Returns what a burst has left of capacity.
+    pub fn shrink(&mut self) {
+        self.outbox.shrink();
+        if self.calls.in_use == 0 {
+            self.calls = Calls::default();
+        }
+        if self.waiting.is_empty() {
+            self.waiting = VecDeque::new();
         }
     }
 
@@ -252,7 +336,7 @@ impl Session {
     /// Whether the client said goodbye and got every reply.
     #[inline]
     pub fn is_over(&self) -> bool {
-        self.disconnecting && self.calls.in_use == 0 && self.outbox.is_empty()
+        self.disconnecting && self.calls.in_use == 0 && self.waiting.is_empty() && self.outbox.is_empty()
     }
 
     /// Whether memory is held for a client that must act: it has to send the rest of a payload, or take its replies.
@@ -266,19 +350,32 @@ impl Session {
             self.held -= filling.buf.len();
         }
         self.stalled = None;
+        self.waiting = VecDeque::new();
+        self.wants = None;
         self.outbox = Outbox::default();
         (self.disconnecting, self.closed) = (true, true);
     }
 
     /// Starts a request, or remembers it for when that is possible.
     #[inline]
-    fn begin(&mut self, cookie: Cookie, asked: Asked, channel: &mut Channel) -> Option<Stall> {
-        let stall = if self.calls.in_use + self.outbox.len() >= CALLS_MAX {
+    fn begin(&mut self, cookie: Cookie, asked: Asked, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
+        let stall = if !self.has_room() {
             Some(Stall::Calls)
         } else {
             match asked {
-                Asked::Command(command) => self.command(cookie, command, channel),
-                Asked::Write(write) => self.write(cookie, write, channel),
+                Asked::Command(Command::Read { at, len, df }) if !self.waiting.is_empty() => {
+                    self.waiting.push_back(Waiting { cookie, at, len, df });
+                    None
+                }
+                Asked::Command(command) => match (self.command(cookie, command, channel, grant), command) {
+                    (Some(Stall::Memory), Command::Read { at, len, df }) => {
+                        self.waiting.push_back(Waiting { cookie, at, len, df });
+                        None
+                    }
+                    (stall, _) => stall,
+                },
+                Asked::Write(_) if !self.waiting.is_empty() && !self.refusing => Some(Stall::Memory),
+                Asked::Write(write) => self.write(cookie, write, channel, grant),
             }
         };
         self.stalled = stall.map(|_| (cookie, asked));
@@ -286,10 +383,14 @@ impl Session {
     }
 
     #[inline]
-    fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel) -> Option<Stall> {
+    fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
         let (at, len, io) = match command {
+            Command::Read { at, .. } if channel.refuses() => {
+                self.replier.error(&mut self.outbox, cookie, at, WireError::Io, GONE);
+                return None;
+            }
             Command::Read { at, len, .. } => {
-                let buf = match self.alloc(at, len as usize, channel) {
+                let buf = match self.alloc(at, len as usize, channel, grant) {
                     Ok(buf) => buf,
                     Err(stall) => return Some(stall),
                 };
@@ -306,24 +407,43 @@ impl Session {
         None
     }
 
-    /// Memory for a request, if there is some and the client has not its share already.
+    /// Memory for a request, if there is some that it may take, and the client has not its share already.
     ///
-    /// Whoever has some may have as much as then stays free, and no more: so however many clients ask and never take their
-    /// answers, there is always something left for one who comes later. A client that has none may have what it asks for.
+    /// A client that holds some may have as much as then stays free, and no more. A client that holds none may have what it
+    /// asks for. Small requests of clients that hold little come from a reserve; see [`Lines`](crate::Lines).
     #[inline]
-    fn alloc(&mut self, at: u64, len: usize, channel: &mut Channel) -> Result<Buf, Stall> {
+    fn alloc(&mut self, at: u64, len: usize, channel: &mut Channel, grant: &mut Grant) -> Result<Buf, Stall> {
         let mine = self.held + self.outbox.held();
-        // Counting what is free takes a moment, and is not worth it for what is little in any case.
-        if mine > 0 && mine + len > channel.memory() / MODEST && mine + 2 * len > channel.memory_free() {
-            return Err(Stall::Calls);
-        }
-        let buf = channel.alloc(at, len).ok_or(Stall::Memory)?;
+        let buf = if mine + len <= channel.memory() / MODEST {
+            let buf = if grant.reserve { channel.alloc_reserved(at, len) } else { None };
+            match buf {
+                None if grant.spill => channel.alloc(at, len),
+                buf => buf,
+            }
+        } else {
+            // Counting what is free takes a moment, and is not worth it for small requests.
+            if mine > 0 && mine + 2 * len > channel.memory_free() {
+                return Err(Stall::Calls);
+            }
+            if grant.common { channel.alloc(at, len) } else { None }
+        };
+        let Some(buf) = buf else {
+            let small = mine + len <= channel.memory() / MODEST;
+            self.wants = Some(if small { Part::Reserve } else { Part::Common });
+            return Err(Stall::Memory);
+        };
+        grant.take();
         self.held += len;
         Ok(buf)
     }
 
-    fn write(&mut self, cookie: Cookie, write: Write, channel: &mut Channel) -> Option<Stall> {
-        let buf = match self.alloc(write.at, write.len as usize, channel) {
+    fn write(&mut self, cookie: Cookie, write: Write, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
+        if self.refusing || channel.refuses() {
+            let (error, text) = if self.refusing { (WireError::Shutdown, GOING) } else { (WireError::Io, GONE) };
+            self.receiver.reject_payload(error, text);
+            return None;
+        }
+        let buf = match self.alloc(write.at, write.len as usize, channel, grant) {
             Ok(buf) => buf,
             Err(stall) => return Some(stall),
         };
@@ -337,6 +457,7 @@ impl Session {
         let filling = self.filling.as_mut().expect("payload follows a write that has its buffer");
         filling.buf.copy_from(filling.have, bytes);
         filling.have += bytes.len();
+        self.landed += bytes.len() as u64;
         self.write_if_filled(channel);
     }
 
@@ -354,6 +475,12 @@ impl Session {
         channel.submit(tag, io);
     }
 }
+
+/// Why requests of an export that is being removed fail.
+const GOING: &str = "the export is going away";
+
+/// Why requests of a dead or stalled device fail.
+const GONE: &str = "the device is gone or does not answer";
 
 /// Reads of so many bytes and more are looked at for zeroes, in parts of this length: what holds nothing else is a hole.
 ///
@@ -421,7 +548,7 @@ fn wire_error(error: Error, io: &Io) -> (WireError, &'static str) {
         (Error::NotSupported, Io::Zero { fast: true, .. }) => (WireError::NotSup, "zeroes would have to be written"),
         (Error::NotSupported, _) => (WireError::Inval, "the device cannot do this"),
         (Error::Invalid, _) => (WireError::Inval, "invalid request"),
-        (Error::Gone, _) => (WireError::Io, "the device is gone or does not answer"),
+        (Error::Gone, _) => (WireError::Io, GONE),
         (Error::Io | Error::Cancelled, _) => (WireError::Io, "the device reported an error"),
     }
 }
@@ -524,7 +651,7 @@ mod tests {
         for _ in 0..3 {
             let mut input = &wire[..];
             while {
-                let stall = session.take(&mut input, &mut channel).unwrap();
+                let stall = session.take(&mut input, &mut channel, &mut Grant::ALL.clone()).unwrap();
                 assert_eq!(stall, (!input.is_empty()).then_some(Stall::Turn));
                 turns.push(session.in_flight());
                 channel.kick();

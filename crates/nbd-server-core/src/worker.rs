@@ -26,8 +26,9 @@ use nix::sys::{
 };
 
 use crate::{
-    Limits, Removal, Session, Stall,
+    Grant, Limits, Lines, Part, Removal, Session, Stall,
     lull::Lull,
+    pace::Pace,
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
     session::TURN,
@@ -83,7 +84,8 @@ impl Handle {
 
     /// Wakes the worker for a channel that it will be given.
     pub(crate) fn watch(&self, lane: usize, channel: &Channel) -> io::Result<()> {
-        channel.wake_fd().map_or(Ok(()), |fd| self.watch.add_wake(fd, LANE | lane as u64))
+        let fds = [channel.wake_fd(), channel.turn_fd()];
+        fds.into_iter().flatten().try_for_each(|fd| self.watch.add_wake(fd, LANE | lane as u64))
     }
 
     /// Gives it a channel.
@@ -133,6 +135,9 @@ struct Worker {
     done: Vec<Done>,
     now: Instant,
     swept: Instant,
+    tidied: Instant,
+    /// Something has grown, or memory was used, since it was last tidied up.
+    is_untidy: bool,
     /// Since when there is nothing to do.
     idle: Option<Instant>,
     spin: Spin,
@@ -140,7 +145,7 @@ struct Worker {
     farewell: Duration,
 }
 
-/// A channel, and the connections that wait for its memory: first come, first served, so that nobody starves.
+/// A channel, and the connections that wait for its memory.
 struct Lane {
     channel: Channel,
     seat: Arc<Seat>,
@@ -149,8 +154,8 @@ struct Lane {
     /// Connections, with those that only wait for the device.
     conns: usize,
     leaving: Option<Leaving>,
-    starved: VecDeque<u32>,
-    /// Memory that was free when it did not suffice for the first of them.
+    lines: Lines,
+    /// Memory that was free when it did not suffice for those at the front.
     too_little: usize,
 }
 
@@ -189,8 +194,8 @@ struct Conn {
     queued: bool,
     /// In `active`.
     active: bool,
-    /// When bytes last moved.
-    moved: Instant,
+    /// How fast it acts on memory that others wait for.
+    pace: Option<Pace>,
     /// Only of a unix socket, which tells what its peer has not read.
     lull: Option<Lull>,
     is_tcp: bool,
@@ -243,6 +248,8 @@ pub(crate) fn start(
         done: Vec::new(),
         now,
         swept: now,
+        tidied: now,
+        is_untidy: false,
         idle: None,
         spin: Spin::new(limits.poll),
         stall_timeout: limits.stall_timeout,
@@ -272,7 +279,7 @@ impl Worker {
         for lane in self.lanes.iter_mut().flatten() {
             lane.channel.tick(self.now);
         }
-        self.feed_starved();
+        self.feed_waiting();
         if !self.queue.is_empty() {
             self.idle = None;
         }
@@ -284,8 +291,11 @@ impl Worker {
         }
         self.reap();
         self.output();
-        if self.now.duration_since(self.swept) > Duration::from_secs(1) {
+        if self.now.duration_since(self.swept) >= Pace::interval(self.stall_timeout) {
             self.sweep();
+        }
+        if self.is_untidy && self.now.duration_since(self.tidied) >= TIDY {
+            self.tidy();
         }
         if self.leaving > 0 {
             self.let_go();
@@ -321,19 +331,22 @@ impl Worker {
             thread::yield_now();
             timeout = Some(Duration::ZERO);
         } else {
+            if self.is_untidy {
+                timeout = Some(TIDY.saturating_sub(self.now.duration_since(self.tidied)));
+            }
             for lane in self.lanes.iter_mut().flatten() {
-                if lane.channel.in_flight() > 0 {
+                if lane.channel.awaits_device() {
                     if !lane.channel.arm() {
                         timeout = Some(Duration::ZERO);
                         break;
                     }
                     timeout = [timeout, lane.channel.due()].into_iter().flatten().min();
                 }
-                if !lane.starved.is_empty() {
-                    // Replies that have left gave memory back after those who wait had been asked; and if nothing moves
-                    // somebody may have to be cut off.
-                    let freed = lane.channel.memory_free() > lane.too_little;
-                    let again = if freed { Duration::ZERO } else { Duration::from_secs(1) };
+                if !lane.lines.is_empty() {
+                    // Replies that have left gave memory back after the waiting connections had their turn; and a client that
+                    // is too slow has to be cut off.
+                    let freed = lane.channel.memory_unused() > lane.too_little || lane.channel.refuses();
+                    let again = if freed { Duration::ZERO } else { Pace::interval(self.stall_timeout) };
                     timeout = Some(timeout.map_or(again, |t| t.min(again)));
                 }
                 if let Some(deadline) = lane.leaving.as_ref().and_then(|leaving| leaving.deadline) {
@@ -382,7 +395,8 @@ impl Worker {
             self.lanes.resize_with(number + 1, || None);
         }
         assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
-        let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, starved: VecDeque::new(), too_little: 0 };
+        let (lines, too_little) = (Lines::default(), 0);
+        let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, lines, too_little };
         self.lanes[number] = Some(lane);
     }
 
@@ -438,7 +452,7 @@ impl Worker {
 
     /// Closing a device can take its time, which is not that of other clients.
     fn close(&self, channel: Channel) {
-        if let Some(fd) = channel.wake_fd() {
+        for fd in [channel.wake_fd(), channel.turn_fd()].into_iter().flatten() {
             // Closing the descriptor does the same, unless there is another one for it somewhere.
             let _ = self.poll.remove(fd);
         }
@@ -495,7 +509,7 @@ impl Worker {
             writable: true,
             queued: false,
             active: false,
-            moved: self.now,
+            pace: None,
             lull,
             is_tcp,
             _over: over,
@@ -503,49 +517,52 @@ impl Worker {
         enqueue(&mut self.queue, number, conn);
     }
 
-    /// Lets those who wait for memory go on, in order, as far as there is some now.
-    fn feed_starved(&mut self) {
+    /// Lets connections that wait for memory go on, in order, as far as there is some now.
+    fn feed_waiting(&mut self) {
         for lane in 0..self.lanes.len() {
-            while let Some(&number) = self.lanes[lane].as_ref().and_then(|lane| lane.starved.front()) {
-                let conn = self.conns[number as usize].as_mut().expect("who waits is there");
-                activate(&mut self.active, number, conn);
-                if !self.feed(number) {
-                    continue;
+            let mut short = false;
+            for part in [Part::Reserve, Part::Common] {
+                // Each of them once, at most: those at the end of the line again have had their turn.
+                let mut last = None;
+                while let Some(number) = self.lanes[lane].as_ref().and_then(|lane| lane.lines.first(part)) {
+                    let conn = self.conns[number as usize].as_mut().expect("a waiting connection is there");
+                    if last == Some(number) {
+                        break;
+                    }
+                    activate(&mut self.active, number, conn);
+                    if self.feed(number)
+                        && self.lanes[lane].as_ref().is_some_and(|lane| lane.lines.first(part) == Some(number))
+                    {
+                        // There is nothing for it, or it is alone and has got what there was.
+                        short = true;
+                        break;
+                    }
+                    last.get_or_insert(number);
                 }
-                let lane = self.lanes[lane].as_mut().expect("just looked at");
-                if self.conns[number as usize].as_ref().is_some_and(|conn| conn.stall == Some(Stall::Memory)) {
-                    lane.too_little = lane.channel.memory_free();
-                    break;
-                }
-                lane.starved.pop_front();
+            }
+            if short && let Some(lane) = &mut self.lanes[lane] {
+                lane.too_little = lane.channel.memory_unused();
             }
         }
     }
 
-    /// Takes what a connection has sent, now that it is its turn. Tells how many bytes of [`TURN`] that took.
+    /// Takes what a connection has sent, now that it is its turn. Returns how many bytes of [`TURN`] that took.
     fn input(&mut self, number: u32) -> usize {
         // What is left of one that has gone, or of one that had this number before.
         let Some(conn) = self.conns[number as usize].as_mut().filter(|conn| conn.queued) else { return 0 };
         conn.queued = false;
         activate(&mut self.active, number, conn);
         let held = conn.session.held();
-        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         if !conn.wants_turn(true) {
             return 0;
         }
-        if lane.starved.is_empty() || conn.session.landing().is_some() {
-            self.feed(number);
-        } else {
-            conn.stall = Some(Stall::Memory);
-        }
+        self.feed(number);
         let Some(conn) = &self.conns[number as usize] else { return 0 };
-        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
-        match conn.stall {
-            Some(Stall::Memory) => lane.starved.push_back(number),
+        if conn.stall == Some(Stall::Turn) {
             // Nothing but headers, mostly.
-            Some(Stall::Turn) => self.spin.count(conn.backlog.len() / REQUEST_LEN),
-            _ => {}
+            self.spin.count(conn.backlog.len() / REQUEST_LEN);
         }
+        let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         if lane.channel.is_prompt() { conn.session.held().saturating_sub(held) } else { 0 }
     }
 
@@ -554,15 +571,18 @@ impl Worker {
     fn feed(&mut self, number: u32) -> bool {
         let Some(conn) = &mut self.conns[number as usize] else { return false };
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
-        let waited = conn.stall.take().is_some() || !conn.backlog.is_empty();
-        let mut alive = !waited || conn.take_backlog(&mut lane.channel);
+        let mut grant = lane.lines.grant(number);
+        let waited = conn.stall.take().is_some() || !conn.backlog.is_empty() || conn.session.wants().is_some();
+        let mut alive = !waited || conn.take_backlog(&mut lane.channel, &mut grant);
         for _ in 0..RECEIVES {
             if !alive || conn.stall.is_some() || conn.blocked || !conn.readable {
                 break;
             }
-            alive = conn.receive(&mut self.staging, &mut lane.channel, self.now);
+            alive = conn.receive(&mut self.staging, &mut lane.channel, &mut grant);
         }
-        if !alive {
+        if alive {
+            lane.lines.settle(number, grant, conn.session.wants());
+        } else {
             self.bury(number);
         }
         alive
@@ -579,6 +599,7 @@ impl Worker {
         let mut done = std::mem::take(&mut self.done);
         if !done.is_empty() {
             self.idle = None;
+            self.is_untidy = true;
             self.spin.count(done.len() + in_flight);
         }
         for done in done.drain(..) {
@@ -617,7 +638,7 @@ impl Worker {
             {
                 self.behind = Some(number);
             }
-            let alive = conn.send(&mut self.staging, &self.poll, number, self.now);
+            let alive = conn.send(&mut self.staging, &self.poll, number);
             let over = conn.session.is_over() && !conn.blocked;
             // Each request that ends makes room, and queues it again.
             let has_room = conn.session.in_flight() == 0;
@@ -637,9 +658,10 @@ impl Worker {
         let Some(mut stream) = conn.stream.take() else { return };
         stream.close(&mut self.staging);
         self.load.fetch_sub(1, Ordering::Relaxed);
+        self.is_untidy = true;
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
-        lane.starved.retain(|&n| n != number);
+        lane.lines.forget(number);
         lane.clients -= 1;
         lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
         if conn.session.in_flight() == 0 {
@@ -651,22 +673,37 @@ impl Worker {
         }
     }
 
-    /// Cuts off clients that hold memory and do nothing, while others wait for it.
+    /// Cuts off clients that are too slow with memory that others wait for.
     fn sweep(&mut self) {
         self.swept = self.now;
         for number in 0..self.conns.len() as u32 {
-            let Some(conn) = &self.conns[number as usize] else { continue };
-            let starving = self.lanes[conn.lane].as_ref().is_some_and(|lane| !lane.starved.is_empty());
-            if starving
-                && conn.stream.is_some()
-                && conn.session.is_client_due()
-                && self.now.duration_since(conn.moved) > self.stall_timeout
-            {
+            let Some(conn) = &mut self.conns[number as usize] else { continue };
+            let awaited = self.lanes[conn.lane].as_ref().is_some_and(|lane| !lane.lines.is_empty());
+            if !awaited || conn.stream.is_none() {
+                conn.pace = None;
+            } else if Pace::is_too_slow(&mut conn.pace, &mut conn.session, self.now, self.stall_timeout) {
                 log::warn!(
-                    "a client held memory that others wait for and moved nothing for {:?}: cut off",
+                    "a client was cut off: others wait for the memory of its requests, and at its pace it would take longer \
+                     than {:?} to take their replies or to send their payload",
                     self.stall_timeout
                 );
                 self.bury(number);
+            }
+        }
+    }
+
+    /// Returns memory that was not used for a while.
+    #[cold]
+    fn tidy(&mut self) {
+        self.tidied = self.now;
+        self.is_untidy = false;
+        for lane in self.lanes.iter_mut().flatten() {
+            self.is_untidy |= lane.channel.trim();
+        }
+        for conn in self.conns.iter_mut().flatten() {
+            conn.session.shrink();
+            if conn.backlog.is_empty() {
+                conn.backlog = Vec::new();
             }
         }
     }
@@ -696,6 +733,9 @@ impl Worker {
 /// How long a device has to finish when the server stops, or its last client has gone.
 const WIND_UP: Duration = Duration::from_secs(2);
 
+/// How long memory stays where it is when it is not used.
+const TIDY: Duration = Duration::from_secs(2);
+
 /// How often to look whether a client that was let in is still to come.
 const BRIEFLY: Duration = Duration::from_millis(10);
 
@@ -715,8 +755,8 @@ fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
 
 impl Conn {
     /// Receives once, and takes it. `false`: the connection is at its end.
-    fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
-        let alive = self.receive_once(staging, channel, now);
+    fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, grant: &mut Grant) -> bool {
+        let alive = self.receive_once(staging, channel, grant);
         // A unix socket wakes for everything, and on vsock a client may be told too late that there is room for what is due.
         if let (true, false, Some(stream)) = (self.is_tcp, self.readable, &mut self.stream) {
             stream.expect(self.session.landing().map_or(0, |(buf, at)| buf.len() - at));
@@ -724,7 +764,7 @@ impl Conn {
         alive
     }
 
-    fn receive_once(&mut self, staging: &mut [u8], channel: &mut Channel, now: Instant) -> bool {
+    fn receive_once(&mut self, staging: &mut [u8], channel: &mut Channel, grant: &mut Grant) -> bool {
         let Some(stream) = &mut self.stream else { return false };
         let Received { landed, staged, more } = match stream.receive(self.session.landing(), staging) {
             Ok(Some(received)) => received,
@@ -736,12 +776,11 @@ impl Conn {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return true,
             Err(_) => return false,
         };
-        self.moved = now;
         // The end of the stream is no event of its own when it was told together with the last bytes.
         self.readable = self.ended || more;
         self.session.landed(landed, channel);
         let mut input = &staging[..staged];
-        match self.session.take(&mut input, channel) {
+        match self.session.take(&mut input, channel, grant) {
             Ok(stall) => {
                 self.stall = stall;
                 self.backlog.extend_from_slice(input);
@@ -768,9 +807,9 @@ impl Conn {
     }
 
     /// Takes what had to wait. `false`: the connection is at its end.
-    fn take_backlog(&mut self, channel: &mut Channel) -> bool {
+    fn take_backlog(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
         let mut input = &self.backlog[..];
-        match self.session.take(&mut input, channel) {
+        match self.session.take(&mut input, channel, grant) {
             Ok(stall) => {
                 let taken = self.backlog.len() - input.len();
                 self.backlog.drain(..taken);
@@ -785,14 +824,13 @@ impl Conn {
     }
 
     /// Sends what the socket takes. `false`: the connection is broken.
-    fn send(&mut self, staging: &mut [u8], poll: &Poll, number: u32, now: Instant) -> bool {
+    fn send(&mut self, staging: &mut [u8], poll: &Poll, number: u32) -> bool {
         let Some(stream) = &mut self.stream else { return true };
         if (self.session.outbox().is_empty() && !self.blocked) || !self.writable {
             return true;
         }
         let Ok(all) = stream.send(self.session.outbox(), staging) else { return false };
         self.writable = all;
-        self.moved = now;
         if self.blocked != all {
             return true;
         }

@@ -18,7 +18,7 @@ use nbd_proto::{
     client::{self, Chunk, Course, Decoder, Encoder, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
-use nbd_server_core::{Access, Export, Exports, Peer, Session, Stall};
+use nbd_server_core::{Access, Export, Exports, Lines, Part, Peer, Session, Stall};
 
 #[test]
 fn orderly_devices() {
@@ -53,6 +53,8 @@ struct World {
     device: Arc<Fault<Memory>>,
     model: Model,
     channels: Vec<Channel>,
+    /// Who waits for memory of each channel.
+    lines: Vec<Lines>,
     clients: Vec<Client>,
     /// Requests that the clients will send yet.
     budget: u32,
@@ -127,8 +129,11 @@ impl World {
         }
         let device = Arc::new(Fault::new(memory, faults));
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
-        let plan =
-            Plan { memory: *rng.pick(&[64 << 10, 256 << 10]), depth: rng.range(1, 32) as u16, ..Plan::default() };
+        let plan = Plan {
+            memory: *rng.pick(&[64 << 10, 256 << 10]),
+            reserve: *rng.pick(&[0, 8 << 10]),
+            depth: rng.range(1, 32) as u16,
+        };
         let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
         let export = Export {
             name: "disk".into(),
@@ -147,7 +152,8 @@ impl World {
         let budget = rng.range(20, 200) as u32;
         // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
-        Self { rng, device, model, channels, clients, budget, longest, faulty }
+        let lines = channels.iter().map(|_| Lines::default()).collect();
+        Self { rng, device, model, channels, lines, clients, budget, longest, faulty }
     }
 
     fn run(mut self) {
@@ -267,7 +273,8 @@ impl World {
     /// Some bytes of a client reach its session, as a socket would bring them.
     fn deliver(&mut self, n: usize) {
         let client = &mut self.clients[n];
-        if client.gone || client.stall == Some(Stall::Disconnect) || client.wire.is_empty() && client.stall.is_none() {
+        let idle = client.wire.is_empty() && client.stall.is_none() && client.session.wants().is_none();
+        if client.gone || client.stall == Some(Stall::Disconnect) || idle {
             return;
         }
         let channel = &mut self.channels[client.channel];
@@ -281,10 +288,37 @@ impl World {
             client.wire.drain(..direct);
             piece -= direct;
         }
+        self.feed(n, piece);
+    }
+
+    /// A session takes what it may, and its place in line after that.
+    fn feed(&mut self, n: usize, piece: usize) {
+        let client = &mut self.clients[n];
+        let (channel, lines) = (&mut self.channels[client.channel], &mut self.lines[client.channel]);
         let mut input = &client.wire[..piece];
-        client.stall = client.session.take(&mut input, channel).expect("the client keeps to the protocol");
+        let mut grant = lines.grant(n as u32);
+        let free = channel.memory_unused();
+        client.stall = client.session.take(&mut input, channel, &mut grant).expect("the client keeps to the protocol");
+        // First come, first served: whoever has others ahead of it in both lines gets nothing.
+        let ahead = |part| lines.first(part).is_some_and(|first| first != n as u32);
+        assert!(
+            !(ahead(Part::Reserve) && ahead(Part::Common)) || channel.memory_unused() == free,
+            "memory went past the waiting line"
+        );
         let taken = piece - input.len();
         client.wire.drain(..taken);
+        lines.settle(n as u32, grant, client.session.wants());
+    }
+
+    /// Those at the front of the lines have their turn.
+    fn feed_waiting(&mut self) {
+        for channel in 0..self.lines.len() {
+            for part in [Part::Reserve, Part::Common] {
+                if let Some(first) = self.lines[channel].first(part) {
+                    self.feed(first as usize, 0);
+                }
+            }
+        }
     }
 
     /// Some bytes of replies reach a client.
@@ -396,6 +430,7 @@ impl World {
 
     /// The server's loop: devices and replies move on.
     fn turn(&mut self) {
+        self.feed_waiting();
         for channel in &mut self.channels {
             channel.kick();
             let mut done: Vec<Done> = Vec::new();
@@ -414,6 +449,7 @@ impl World {
         }
         client.gone = true;
         client.session.close();
+        self.lines[client.channel].forget(n as u32);
         self.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
         for (cookie, asked) in client.asked.drain() {
             self.model.forget(&asked);
