@@ -48,8 +48,17 @@ impl Qsd {
         Self::start_node_with(dir, node, export, "")
     }
 
+    /// As [`Qsd::start_node`], with more arguments before it.
+    pub fn start_behind(dir: &Dir, args: &[&str], node: &str, export: Export) -> Self {
+        Self::launch(dir, args, node, export, "")
+    }
+
     /// As [`Qsd::start_node`], with more options of the export: each a comma, a name, `=` and a value.
     pub fn start_node_with(dir: &Dir, node: &str, export: Export, options: &str) -> Self {
+        Self::launch(dir, &[], node, export, options)
+    }
+
+    fn launch(dir: &Dir, args: &[&str], node: &str, export: Export, options: &str) -> Self {
         let socket = dir.at("vhost.sock");
         let pid_file = dir.at("qsd.pid");
         let _ = std::fs::remove_file(&pid_file);
@@ -60,6 +69,7 @@ impl Qsd {
             export.queues
         );
         let mut daemon = tool("qemu-storage-daemon")
+            .args(args)
             .args(["--blockdev", node, "--export", &arg, "--pidfile"])
             .args([&pid_file])
             .spawn(dir.at("qsd.log"));

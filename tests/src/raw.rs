@@ -147,9 +147,20 @@ impl Mode {
 trait Stream: Read + Write + Send {
     /// Changes the keys under which the client sends, where there are any.
     fn change_keys(&mut self) {}
+
+    /// Limits how long sending may wait, where that can be done.
+    fn limit_sending(&mut self, _limit: Option<Duration>) {}
 }
-impl Stream for TcpStream {}
-impl Stream for UnixStream {}
+impl Stream for TcpStream {
+    fn limit_sending(&mut self, limit: Option<Duration>) {
+        self.set_write_timeout(limit).expect("a deadline can be set");
+    }
+}
+impl Stream for UnixStream {
+    fn limit_sending(&mut self, limit: Option<Duration>) {
+        self.set_write_timeout(limit).expect("a deadline can be set");
+    }
+}
 impl Stream for StreamOwned<ClientConnection, Box<dyn Stream>> {
     fn change_keys(&mut self) {
         self.conn.refresh_traffic_keys().expect("TLS 1.3 can change keys");
@@ -510,6 +521,13 @@ impl Raw {
     /// Sends bytes as they are; the server may have closed the connection.
     pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.stream.write_all(bytes)
+    }
+
+    /// Sends as much of this as the server takes within a moment.
+    pub fn flood(&mut self, bytes: &[u8]) {
+        self.stream.limit_sending(Some(Duration::from_millis(200)));
+        let _ = self.stream.write_all(bytes);
+        self.stream.limit_sending(Some(deadline()));
     }
 
     /// Receives exactly `len` bytes.

@@ -5,6 +5,7 @@ mod cli;
 mod clients;
 mod conformance;
 mod copy;
+mod fairness;
 mod files;
 mod handshake;
 mod hostile;

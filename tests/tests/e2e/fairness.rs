@@ -1,0 +1,220 @@
+//! A slow or greedy client delays nobody else, and a slow device is not a dead one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nbdblk_tests::raw::{Mode, Raw, cmd};
+use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, eventually, write_runs};
+
+use crate::{Behind, KIB, MIB};
+
+const SIZE: u64 = 64 * MIB;
+const LONGEST: u32 = 32 << 20;
+
+/// Threads that go on until they are told to stop, or their connection ends.
+struct Crowd {
+    stop: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Crowd {
+    fn new() -> Self {
+        Self { stop: Arc::default(), threads: Vec::new() }
+    }
+
+    /// Runs `step` again and again, until it answers `false`.
+    fn add(&mut self, mut step: impl FnMut() -> bool + Send + 'static) {
+        let stop = Arc::clone(&self.stop);
+        self.threads.push(std::thread::spawn(move || while !stop.load(Ordering::Relaxed) && step() {}));
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().expect("a member of the crowd does not panic"));
+    }
+}
+
+/// Asks for a long READ, and takes the reply at 100 kB/s.
+fn slow_reader(crowd: &mut Crowd, address: &Address) {
+    let mut raw = Raw::enter(address, Mode::Simple, "");
+    raw.request_reads(&[(0, LONGEST)]);
+    crowd.add(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        raw.try_receive(10_000).is_ok()
+    });
+}
+
+/// One worker and thus one memory for everybody.
+fn stand(behind: Behind) -> (Dir, Option<Qsd>, Nbdblk) {
+    let dir = Dir::new();
+    let image = dir.at("disk.raw");
+    write_runs(&image, SIZE, [(0, SIZE)]);
+    let (qsd, spec) = behind.device(&dir, &image);
+    let server = Nbdblk::unix(&dir, &["--threads=1", &spec]);
+    (dir, qsd, server)
+}
+
+#[test]
+fn slow_readers_of_long_replies_delay_nobody() {
+    for behind in Behind::BOTH {
+        let (_dir, _qsd, server) = stand(behind);
+        let mut crowd = Crowd::new();
+        (0..3).for_each(|_| slow_reader(&mut crowd, server.address()));
+        // All of the usual memory is taken by then; what needs none, or little, does not notice.
+        let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+        for n in 0..200 {
+            assert_eq!(raw.call(0, cmd::FLUSH, 0, 0, b"").error, 0);
+            raw.write(n * 4096, &[n as u8; 4096]);
+            assert_eq!(raw.read(n * 4096, 4096), [n as u8; 4096]);
+        }
+        // And a long one gets its memory when those who are too slow have been cut off.
+        let mut long = Raw::enter(server.address(), Mode::Structured, "");
+        let cookie = long.request(0, cmd::READ, 0, LONGEST, b"");
+        // What needs no memory goes past it, on the same connection.
+        let flush = long.request(0, cmd::FLUSH, 0, 0, b"");
+        let mut answers = [long.answer(), long.answer()];
+        answers.sort_by_key(|answer| answer.cookie);
+        assert_eq!(answers.each_ref().map(|answer| (answer.cookie, answer.error)), [(cookie, 0), (flush, 0)]);
+    }
+}
+
+#[test]
+fn writers_never_pass_a_reader_that_waits_for_memory() {
+    for behind in Behind::BOTH {
+        let (_dir, _qsd, server) = stand(behind);
+        let mut crowd = Crowd::new();
+        for n in 0..40 {
+            let mut raw = Raw::enter(server.address(), Mode::Simple, "");
+            crowd.add(move || {
+                let mut request = Mode::Simple.header(0, cmd::WRITE, 1, n * MIB, MIB);
+                request.resize(request.len() + MIB as usize, n as u8);
+                // In two parts, so that some payload is always half here.
+                let (first, second) = request.split_at(request.len() / 2);
+                raw.try_send(first).is_ok()
+                    && {
+                        std::thread::sleep(Duration::from_millis(50));
+                        raw.try_send(second).is_ok()
+                    }
+                    && raw.try_receive(16).is_ok()
+            });
+        }
+        let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+        for _ in 0..3 {
+            assert_eq!(raw.read(0, LONGEST).len(), LONGEST as usize, "{behind:?}");
+        }
+    }
+}
+
+#[test]
+fn writers_that_trickle_are_cut_off_when_others_wait() {
+    let (_dir, _qsd, server) = stand(Behind::IoUring);
+    let mut crowd = Crowd::new();
+    for n in 0..42_u64 {
+        let len = if n < 2 { 32 * MIB } else { 64 * KIB };
+        let mut raw = Raw::enter(server.address(), Mode::Simple, "");
+        raw.send(&Mode::Simple.header(0, cmd::WRITE, 1, 0, len));
+        crowd.add(move || {
+            std::thread::sleep(Duration::from_millis(500));
+            raw.try_send(&[1]).is_ok()
+        });
+    }
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    assert_eq!(raw.read(0, 64 << 10).len(), 64 << 10);
+    assert_eq!(raw.read(0, LONGEST).len(), LONGEST as usize);
+}
+
+#[test]
+fn refused_requests_pile_up_no_replies() {
+    let (_dir, _qsd, server) = stand(Behind::IoUring);
+    let settle = || Raw::enter(server.address(), Mode::Structured, "").read(0, 1);
+    settle();
+    let before = server.resident_private();
+    let mut crowd: Vec<Raw> = (0..50).map(|_| Raw::enter(server.address(), Mode::Structured, "")).collect();
+    // Unknown commands, whose refusals nobody reads: until the server does not listen any more.
+    for raw in &mut crowd {
+        let flood: Vec<u8> = (0..20_000).flat_map(|n| Mode::Structured.header(0, 77, n, 0, 0)).collect();
+        raw.flood(&flood);
+    }
+    settle();
+    let grown = server.resident_private().saturating_sub(before);
+    assert!(grown < 32 * MIB, "{grown} bytes of replies that nobody reads");
+    drop(crowd);
+    eventually("what was grown is given back", || server.resident_private() < before + 8 * MIB);
+}
+
+#[test]
+fn payload_memory_is_given_back_when_it_is_idle() {
+    for spec in ["io_uring=disk.raw", "memory=64M"] {
+        let dir = Dir::new();
+        write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
+        let server = Nbdblk::unix(&dir, &[spec]);
+        let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+        raw.read(0, 4096);
+        let before = server.resident();
+        for _ in 0..2 {
+            raw.request_reads(&(0..32).map(|n| (n % 8 * 8 * MIB, 8 << 20)).collect::<Vec<_>>());
+            (0..32).for_each(|_| assert_eq!(raw.answer().error, 0));
+        }
+        eventually("idle memory is given back", || server.resident() < before + 8 * MIB);
+        assert_eq!(raw.read(0, 8 << 20).len(), 8 << 20, "and there is memory again");
+    }
+}
+
+/// A disk that moves `rate` bytes a second.
+fn throttled(dir: &Dir, rate: u64) -> Qsd {
+    write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
+    let image = dir.at("disk.raw");
+    let node = format!(
+        "driver=throttle,throttle-group=slow,node-name=disk,file.driver=file,file.locking=off,file.filename={}",
+        image.display()
+    );
+    let group = format!("throttle-group,id=slow,x-bps-total={rate}");
+    Qsd::start_behind(dir, &["--object", &group], &node, Export::default())
+}
+
+#[test]
+fn a_slow_device_is_not_a_dead_one() {
+    let dir = Dir::new();
+    let qsd = throttled(&dir, MIB);
+    // One request completes each second; the last of them waits for much longer than the time-out.
+    let spec = format!("{},request-timeout=3s", qsd.spec());
+    let server = Nbdblk::unix(&dir, &["--threads=1", &spec]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    raw.request_reads(&(0..16).map(|n| (n * MIB, MIB as u32)).collect::<Vec<_>>());
+    for _ in 0..16 {
+        assert_eq!(raw.answer().error, 0, "{}", server.log());
+    }
+}
+
+#[test]
+fn a_device_that_stops_answers_eio_at_once_and_is_used_again_when_it_goes_on() {
+    let dir = Dir::new();
+    write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
+    let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
+    let spec = format!("{},request-timeout=1s", qsd.spec());
+    let server = Nbdblk::unix(&dir, &["--threads=1", &spec]);
+    let mut raw = Raw::enter(server.address(), Mode::Structured, "");
+    let first = raw.read(0, 4096);
+    qsd.freeze();
+    // They take all the memory, which the device may write to at any time from now on.
+    raw.request_reads(&[(0, LONGEST), (0, LONGEST)]);
+    (0..2).for_each(|_| assert_eq!(raw.answer().error, 5));
+    let mut other = Raw::enter(server.address(), Mode::Extended, "");
+    for len in [4096, MIB as u32, LONGEST] {
+        assert_eq!(other.call(0, cmd::READ, 0, len, b"").error, 5);
+        assert_eq!(other.call(0, cmd::WRITE, 0, len, &vec![1; len as usize]).error, 5);
+        assert_eq!(other.call(0, cmd::FLUSH, 0, 0, b"").error, 5);
+    }
+    qsd.thaw();
+    let mut answer = 5;
+    eventually("the device is used again", || {
+        answer = other.call(0, cmd::READ, 0, 4096, b"").error;
+        answer == 0
+    });
+    assert_eq!(other.read(0, 4096), first, "what failed was not written");
+    assert_eq!(raw.read(0, LONGEST).len(), LONGEST as usize, "and its memory is back");
+    assert!(server.terminate().success());
+}
