@@ -148,7 +148,7 @@ fn survives(spec: &Spec, seed: u64) -> bool {
     let opened = match Nvme::open(Arc::clone(&model) as _, &options) {
         Ok(device) => {
             let device: Arc<dyn Device> = Arc::new(device);
-            if let Ok(mut channels) = (Plan { memory: MIB as usize, depth: 32 }).open(&device, 1) {
+            if let Ok(mut channels) = (Plan { memory: MIB as usize, depth: 32, ..Plan::default() }).open(&device, 1) {
                 let (mut channel, mut rng, mut done) = (channels.remove(0), Rng::new(seed), Vec::new());
                 for tag in 0..24 {
                     let len = 1 + rng.below(256 << 10).min(device.capacity() - 1);

@@ -581,11 +581,6 @@ impl Channel {
         }
     }
 
-    /// Whether the device is dead for good: whatever is submitted ends with [`Error::Gone`].
-    pub fn is_dead(&self) -> bool {
-        self.queue.is_dead()
-    }
-
     /// Gives the device up at once: everything in flight ends with [`Error::Gone`], at the next `reap`s.
     pub fn give_up(&mut self) {
         self.queue.give_up();
