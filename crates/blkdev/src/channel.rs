@@ -905,44 +905,40 @@ mod tests {
     struct Slow {
         memory: Memory,
         shared: Arc<Mutex<VecDeque<Completion>>>,
+        /// How many requests may complete.
+        credit: Arc<AtomicUsize>,
         mappings: Arc<AtomicUsize>,
     }
 
     struct SlowQueue(Box<dyn Queue>, Arc<Mutex<VecDeque<Completion>>>, usize, Arc<AtomicUsize>);
 
-    impl Slow {
-        fn new(memory: Memory) -> (Arc<dyn Device>, Arc<AtomicUsize>, Arc<AtomicUsize>) {
-            let (credit, mappings) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-            let slow = Self { memory, shared: Arc::default(), mappings: Arc::clone(&mappings) };
-            let device = Arc::new(SlowDevice(slow, Arc::clone(&credit)));
-            (device, credit, mappings)
+    impl From<Memory> for Slow {
+        fn from(memory: Memory) -> Self {
+            Self { memory, shared: Arc::default(), credit: Arc::default(), mappings: Arc::default() }
         }
     }
 
-    #[derive(Debug)]
-    struct SlowDevice(Slow, Arc<AtomicUsize>);
-
-    impl Device for SlowDevice {
+    impl Device for Slow {
         fn info(&self) -> &Info {
-            self.0.memory.info()
+            self.memory.info()
         }
 
         fn capacity(&self) -> u64 {
-            self.0.memory.capacity()
+            self.memory.capacity()
         }
 
         fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
-            self.0.mappings.fetch_add(1, Ordering::Relaxed);
+            self.mappings.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }
 
         fn unregister(&self, _: &Arc<Mapping>) {
-            self.0.mappings.fetch_sub(1, Ordering::Relaxed);
+            self.mappings.fetch_sub(1, Ordering::Relaxed);
         }
 
         fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-            let queue = self.0.memory.open_queue(depth)?;
-            Ok(Box::new(SlowQueue(queue, Arc::clone(&self.0.shared), usize::from(depth), Arc::clone(&self.1))))
+            let queue = self.memory.open_queue(depth)?;
+            Ok(Box::new(SlowQueue(queue, Arc::clone(&self.shared), usize::from(depth), Arc::clone(&self.credit))))
         }
     }
 
@@ -983,7 +979,9 @@ mod tests {
     }
 
     fn slow(depth: u16) -> (Channel, Arc<AtomicUsize>) {
-        let (device, credit, _) = Slow::new(awkward());
+        let slow = Slow::from(awkward());
+        let credit = Arc::clone(&slow.credit);
+        let device: Arc<dyn Device> = Arc::new(slow);
         (Plan { memory: 1 << 20, depth, ..Plan::default() }.open(&device, 1).unwrap().remove(0), credit)
     }
 
@@ -1084,7 +1082,9 @@ mod tests {
 
     #[test]
     fn memory_is_registered_as_long_as_a_channel_uses_it() {
-        let (device, _, mappings) = Slow::new(awkward().with(|info| info.queues_max = 2));
+        let slow = Slow::from(awkward().with(|info| info.queues_max = 2));
+        let mappings = Arc::clone(&slow.mappings);
+        let device: Arc<dyn Device> = Arc::new(slow);
         for _ in 0..20 {
             let mut channels = Plan { memory: 1 << 20, ..Plan::default() }.open(&device, 2).unwrap();
             drop(channels.pop());
