@@ -143,6 +143,12 @@ static DRIVERS: &[Driver] = &[
             )
             .checked(some_time),
             REQUEST_TIMEOUT,
+            Property::created(
+                "huge-pages",
+                Kind::Bool,
+                Some("false"),
+                "uses reserved huge pages for the memory shared with the server, which is trusted not to punch holes in it",
+            ),
             Property::constant("driver", Kind::Str, "virtio-blk-vhost-user", DRIVER_ABOUT),
             MAX_QUEUE_SIZE,
             can_add_queues("false"),
@@ -159,6 +165,7 @@ static DRIVERS: &[Driver] = &[
                 request_timeout: settings.time("request-timeout"),
                 ring: ring(settings),
                 write_cache: write_cache(settings),
+                huge_pages: settings.bool("huge-pages"),
             };
             Ok(Arc::new(vhost_user::VhostUser::connect(&options)?))
         },

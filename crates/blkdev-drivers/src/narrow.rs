@@ -48,6 +48,10 @@ impl Device for Narrow {
         self.device.pins_memory()
     }
 
+    fn shares_memory(&self) -> bool {
+        self.device.shares_memory()
+    }
+
     fn refresh(&self) {
         self.device.refresh();
     }

@@ -248,6 +248,11 @@ impl Device for Libblkio {
         self.pins
     }
 
+    /// One of its drivers shares it with another process; which one is not known here.
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let Some(queue) = lock(&self.home.queues).pop() else {
             let max = self.info.queues_max;

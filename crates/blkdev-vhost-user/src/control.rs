@@ -52,6 +52,7 @@ pub(crate) struct Control {
     name: Name,
     life: Arc<Life>,
     timeout: Duration,
+    huge_pages: bool,
     features: u64,
     protocol: VhostUserProtocolFeatures,
     queues_max: u16,
@@ -90,6 +91,7 @@ impl Control {
         name: Name,
         left: Duration,
         timeout: Duration,
+        huge_pages: bool,
     ) -> io::Result<Self> {
         let life = Life::in_another_process(format!("vhost-user {target}"));
         let (ours, requests) = UnixStream::pair()?;
@@ -99,6 +101,7 @@ impl Control {
             name,
             life,
             timeout: left,
+            huge_pages,
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             queues_max: 1,
@@ -445,6 +448,10 @@ impl Transport for Control {
 
     fn is_replaced(&self) -> bool {
         self.name.is_of_another()
+    }
+
+    fn shares_memory(&self) -> bool {
+        !self.huge_pages
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {

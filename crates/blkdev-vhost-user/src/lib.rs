@@ -54,6 +54,10 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// How long a request may take before the back end is given up. 30 s.
     pub request_timeout: Duration,
+    /// Use the reserved huge pages, where there are enough of them, for memory that is shared with the back end. SPDK needs
+    /// them where there is no IOMMU. The back end is trusted then: with a hole in the memory it could end this process by
+    /// SIGBUS. Default: no.
+    pub huge_pages: bool,
 }
 
 impl Options {
@@ -68,6 +72,7 @@ impl Options {
             queue_size: 256,
             connect_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(30),
+            huge_pages: false,
         }
     }
 }
@@ -91,7 +96,8 @@ impl VhostUser {
         let name = connect::Name::new(&options.path);
         let stream = connect::connect(&options.path, options.connect_timeout).map_err(named)?;
         let left = options.connect_timeout.saturating_sub(begin.elapsed());
-        let control = Control::negotiate(stream, target.clone(), name, left, options.connect_timeout);
+        let (timeout, huge_pages) = (options.connect_timeout, options.huge_pages);
+        let control = Control::negotiate(stream, target.clone(), name, left, timeout, huge_pages);
         let control = control.map_err(named)?;
         let device = VirtioBlk::open(
             control,
@@ -128,6 +134,10 @@ impl Device for VhostUser {
 
     fn pins_memory(&self) -> bool {
         self.device.pins_memory()
+    }
+
+    fn shares_memory(&self) -> bool {
+        self.device.shares_memory()
     }
 
     fn refresh(&self) {

@@ -194,7 +194,8 @@ impl<T: Transport> VirtioBlk<T> {
         transport.accept(features)?;
 
         let layout = Layout::new(format, queue_size, config.segments, indirect);
-        let rings = Mapping::new(PROBE + usize::from(queues) * layout.len())?;
+        let len = PROBE + usize::from(queues) * layout.len();
+        let rings = if transport.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
         transport.register(&rings)?;
 
         let read_only = options.read_only || config.read_only;
@@ -286,6 +287,10 @@ impl<T: Transport> Device for VirtioBlk<T> {
             let (driver, target) = (self.core.info.driver, &self.core.info.target);
             log::warn!("{driver} {target}: cannot remove {} MiB of memory: {e}", mapping.len() >> 20);
         }
+    }
+
+    fn shares_memory(&self) -> bool {
+        self.core.transport.shares_memory()
     }
 
     /// An IOMMU holds on to the pages; so does a back end in another process that maps them for hardware of its own, as SPDK

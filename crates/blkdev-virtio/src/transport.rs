@@ -79,6 +79,11 @@ pub trait Transport: Send + Sync + 'static {
         false
     }
 
+    /// Whether another process maps registered memory, and is not trusted with reserved huge pages.
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     /// Starts queue `index`: the device works on the ring from the return on, or from [`run`](Self::run) on where queues
     /// cannot be [restarted](Self::RESTARTS).
     ///

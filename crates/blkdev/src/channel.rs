@@ -56,7 +56,8 @@ impl Plan {
             self.reserve.checked_add(own(info)).and_then(|n| n.checked_next_multiple_of(ASIDE)).ok_or_else(too_much)?;
         let each = self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::PAGE));
         let each = each.and_then(|n| n.checked_add(aside)).ok_or_else(too_much)?;
-        let mapping = Mapping::new(each.checked_mul(count).ok_or_else(too_much)?)?;
+        let len = each.checked_mul(count).ok_or_else(too_much)?;
+        let mapping = if device.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
         device.register(&mapping)?;
         let registered = Arc::new(Registered { device: Arc::clone(device), mapping: Arc::clone(&mapping) });
         let passes = Gate::passes(count)?;

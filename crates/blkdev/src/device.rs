@@ -31,6 +31,11 @@ pub trait Device: Send + Sync {
         true
     }
 
+    /// Whether another process maps registered memory, and is not trusted with reserved huge pages: see [`Mapping::shared`].
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     /// Asks the device for its size again, for devices that do not report a change on their own. Returns within a fraction
     /// of a second, whatever the device does.
     fn refresh(&self) {}

@@ -124,6 +124,10 @@ impl<D: Device> Device for Fault<D> {
         self.device.pins_memory()
     }
 
+    fn shares_memory(&self) -> bool {
+        self.device.shares_memory()
+    }
+
     fn refresh(&self) {
         self.device.refresh();
     }

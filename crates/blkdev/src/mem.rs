@@ -68,6 +68,20 @@ impl Mapping {
         Self::with(len, libc::MFD_HUGETLB).or_else(|_| Self::with(len, 0)).map(Arc::new)
     }
 
+    /// As [`new`](Self::new), for a device that another process stands behind. Not of the reserved huge pages: with a hole in the
+    /// file the process could give such a page back, and the next access here would raise SIGBUS when there is none to replace
+    /// it. Huge pages that the kernel makes by itself are not affected.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn shared(len: usize) -> io::Result<Arc<Self>> {
+        let len = len.max(1).checked_next_multiple_of(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
+        if exceeds_file_size(len) {
+            return Self::unshareable(len).map(Arc::new);
+        }
+        Self::with(len, 0).map(Arc::new)
+    }
+
     fn with(len: usize, flags: libc::c_uint) -> io::Result<Self> {
         // SAFETY: the name is a NUL-terminated constant; a new descriptor is ours alone.
         let fd = unsafe {
@@ -332,6 +346,18 @@ mod tests {
         }
         // SAFETY: plain system call on a descriptor that lives.
         assert!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) } < 0, "seals are final");
+    }
+
+    #[test]
+    fn a_hole_in_shared_memory_reads_as_zeroes() {
+        let m = Mapping::shared(2 * ALIGN).unwrap();
+        let mut buf = m.arenas(1).remove(0).alloc(2 * ALIGN).unwrap();
+        buf.copy_from(0, &[1; 8192]);
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: plain system call on a descriptor that lives; the content changes under our hands, as a peer could have it.
+        assert_eq!(unsafe { libc::fallocate(m.as_fd().as_raw_fd(), punch, 0, 4096) }, 0);
+        assert!(buf.is_zero(0, 4096));
+        assert_eq!(buf.to_vec()[4096..8192], [1; 4096]);
     }
 
     #[test]
