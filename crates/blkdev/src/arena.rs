@@ -43,7 +43,7 @@ struct Pool {
 
 impl Arena {
     pub(crate) fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Self {
-        let pages = len / PAGE;
+        let pages = (len / PAGE).min(u32::MAX as usize);
         let used = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0 }
     }
@@ -70,17 +70,24 @@ impl Arena {
         self.alloc_in(0..self.reserved, before, len, after)
     }
 
-    #[inline]
+    #[inline(always)]
     fn alloc_in(&mut self, words: Range<usize>, before: usize, len: usize, after: usize) -> Option<Buf> {
-        let pages = (before + len + after).div_ceil(PAGE);
+        let whole = before + len + after;
+        // So all the parts fit, as page numbers do (see `new`).
+        if whole > u32::MAX as usize {
+            return None;
+        }
+        let pages = whole.div_ceil(PAGE);
         let page = self.pool.take(words, pages)?;
-        self.recent = self.recent.max(page + pages);
+        if page + pages > self.recent {
+            self.recent = page + pages;
+        }
         Some(Buf {
             pool: Arc::clone(&self.pool),
-            page: u32::try_from(page).ok()?,
-            pages: u32::try_from(pages).ok()?,
-            start: u32::try_from(before).ok()?,
-            len: u32::try_from(len).ok()?,
+            page: page as u32,
+            pages: pages as u32,
+            start: before as u32,
+            len: len as u32,
         })
     }
 

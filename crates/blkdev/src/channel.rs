@@ -18,7 +18,7 @@ use crate::{
     Arena, Buf, Completion, Device, Error, Extent, Info, Mapping, Op, Queue, Request,
     gate::{Gate, Pass},
     job::{Job, Way, margins},
-    slots::{Ages, Kind, NEVER, Slot, Slots, Verdict},
+    slots::{Ages, Kind, NEVER, Overdue, Slot, Slots, Verdict},
 };
 
 /// How to open channels on a device.
@@ -207,8 +207,8 @@ pub struct Channel {
     prompt: bool,
     /// The device has completed nothing for as long as its time-out. It is used again when it has returned all it has.
     stalled: bool,
-    /// The queue was dead at the last `reap`.
-    dead: bool,
+    /// It was stalled or dead at the last `reap`.
+    refuses: bool,
     /// Payload memory of overdue requests.
     overdue_bytes: u64,
 }
@@ -254,7 +254,7 @@ impl Channel {
             asked: false,
             prompt: false,
             stalled: false,
-            dead: false,
+            refuses: false,
             overdue_bytes: 0,
             info,
         })
@@ -307,7 +307,7 @@ impl Channel {
     /// was dead or stalled at the last [`reap`](Self::reap).
     #[inline]
     pub fn refuses(&self) -> bool {
-        self.stalled || self.dead
+        self.refuses
     }
 
     /// Whether everything had ended at the last [`reap`](Self::reap) after a [`submit`](Self::submit): the device does its
@@ -375,7 +375,7 @@ impl Channel {
     pub fn reap(&mut self, done: &mut Vec<Done>) {
         done.append(&mut self.ready);
         self.queue.reap(&mut self.completions);
-        self.dead = self.queue.is_dead();
+        self.refuses = self.stalled || self.queue.is_dead();
         if !self.completions.is_empty() {
             self.ages.advance();
             let mut completions = std::mem::take(&mut self.completions);
@@ -476,7 +476,7 @@ impl Channel {
     /// The device does not answer: everything ends now.
     #[cold]
     fn stall(&mut self) {
-        self.stalled = true;
+        (self.stalled, self.refuses) = (true, true);
         let count = self.slots.in_use;
         for request in std::mem::take(&mut self.held) {
             let mut done = Vec::new();
@@ -490,7 +490,7 @@ impl Channel {
                     job.error.get_or_insert(Error::Gone);
                 }
                 Slot::Direct { .. } | Slot::Job(_) => self.expire(slot),
-                Slot::Free { .. } | Slot::Overdue { .. } => {}
+                Slot::Free { .. } | Slot::Overdue(_) => {}
             }
         }
         // Jobs that were waiting.
@@ -517,7 +517,10 @@ impl Channel {
                 if kind == Kind::Write && self.is_gated() {
                     self.pass.leave();
                 }
-                (Done { tag, io, result: Err(Error::Gone) }, Slot::Overdue { changes, held: len.into(), job: None })
+                (
+                    Done { tag, io, result: Err(Error::Gone) },
+                    Overdue { changes, held: len.into(), job: None, edges: None },
+                )
             }
             Slot::Job(mut job) => {
                 if job.inside {
@@ -534,17 +537,15 @@ impl Channel {
                         self.arena.alloc_reserved(0, edges_len(&self.info), 0).unwrap_or_else(|| self.arena.empty());
                     edges = Some(std::mem::replace(&mut self.edges, fresh));
                 }
-                (job.overdue(empty), Slot::Overdue { changes, held, job: Some((job, edges)) })
+                (job.overdue(empty), Overdue { changes, held, job: Some(job), edges })
             }
-            Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("only what is in flight expires"),
+            Slot::Free { .. } | Slot::Overdue(_) => unreachable!("only what is in flight expires"),
         };
-        if let Slot::Overdue { changes, held, .. } = &overdue {
-            self.overdue_bytes += held;
-            if let Some((at, len)) = *changes {
-                self.pass.add_overdue(at, len);
-            }
+        self.overdue_bytes += overdue.held;
+        if let Some((at, len)) = overdue.changes {
+            self.pass.add_overdue(at, len);
         }
-        self.slots.list[number as usize] = overdue;
+        self.slots.list[number as usize] = Slot::Overdue(Box::new(overdue));
         self.slots.in_use -= 1;
         self.slots.overdue += 1;
         self.ready.push(done);
@@ -555,29 +556,29 @@ impl Channel {
     fn forget(&mut self, number: u32, op: Op) {
         // A loan is returned before what it was lent from.
         drop(op);
-        let Slot::Overdue { changes, held, job } = &mut self.slots.list[number as usize] else {
+        let Slot::Overdue(overdue) = &mut self.slots.list[number as usize] else {
             unreachable!("only overdue requests are forgotten")
         };
-        if let Some((job, _)) = job {
+        if let Some(job) = &mut overdue.job {
             job.out -= 1;
             if job.out > 0 {
                 return;
             }
         }
-        self.overdue_bytes -= *held;
-        if let Some((at, len)) = *changes {
+        self.overdue_bytes -= overdue.held;
+        if let Some((at, len)) = overdue.changes {
             self.pass.remove_overdue(at, len);
         }
-        if let Some((_, Some(edges))) = job
+        if let Some(edges) = overdue.edges.take()
             && self.edges.is_empty()
         {
-            self.edges = std::mem::replace(edges, self.arena.empty());
+            self.edges = edges;
         }
         self.slots.overdue -= 1;
         self.slots.in_use += 1;
         self.slots.remove(number);
         if self.stalled && self.slots.overdue == 0 {
-            self.stalled = false;
+            (self.stalled, self.refuses) = (false, self.queue.is_dead());
             log::warn!("{} {}: the device answers again, and is used again", self.info.driver, self.info.target);
         }
     }
@@ -603,7 +604,7 @@ impl Channel {
             let tag = match &self.slots.list[request.tag as usize] {
                 Slot::Direct { tag, .. } => *tag,
                 Slot::Job(job) => job.tag,
-                Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("a held request is in flight"),
+                Slot::Free { .. } | Slot::Overdue(_) => unreachable!("a held request is in flight"),
             };
             if which(tag) {
                 let Request { tag, op } = request;
@@ -627,7 +628,7 @@ impl Channel {
             Io::Write { at, buf, .. } => (*at, buf.len() as u64, true),
             Io::Zero { at, len, .. } | Io::Discard { at, len, .. } => (*at, *len, true),
             Io::Status { at, len, .. } | Io::Prefetch { at, len } => (*at, *len, false),
-            Io::Flush if self.refuses() => return Some(Err(Error::Gone)),
+            Io::Flush if self.refuses => return Some(Err(Error::Gone)),
             Io::Flush => return (!caps.flush).then_some(Ok(())),
         };
         if changes && caps.read_only {
@@ -636,7 +637,7 @@ impl Channel {
         if at.checked_add(len).is_none_or(|end| end > self.registered.device.capacity()) {
             return Some(Err(Error::OutOfRange));
         }
-        if self.refuses() || (changes && self.pass.is_overdue(at, len)) {
+        if self.refuses || (changes && self.pass.is_overdue(at, len)) {
             return Some(Err(Error::Gone));
         }
         let supported = match io {
@@ -683,7 +684,7 @@ impl Channel {
             Err(done) => return self.ready.push(*done),
         };
         let way = job.way;
-        let slot = self.slots.insert(Slot::Job(job));
+        let slot = self.slots.insert(Slot::Job(Box::new(job)));
         if way == Way::Free || !self.is_gated() {
             return self.run(slot);
         }
@@ -804,7 +805,7 @@ impl Channel {
             match &mut self.slots.list[slot] {
                 Slot::Direct { born, .. } => *born = self.ages.now(),
                 Slot::Job(job) => job.born = self.ages.now(),
-                Slot::Free { .. } | Slot::Overdue { .. } => unreachable!("a held request is in flight"),
+                Slot::Free { .. } | Slot::Overdue(_) => unreachable!("a held request is in flight"),
             }
         }
     }
@@ -842,7 +843,7 @@ impl Channel {
                 }
                 self.run(slot);
             }
-            Slot::Overdue { .. } => self.forget(slot, op),
+            Slot::Overdue(_) => self.forget(slot, op),
             Slot::Free { .. } => panic!("a queue completes each request once, with its own tag"),
         }
     }

@@ -28,16 +28,25 @@ pub(crate) enum Slot {
         len: u32,
         at: u64,
     },
-    Job(Job),
-    /// Its owner was told that it failed; what comes back from the device is thrown away. With its memory, if it was a job.
-    Overdue {
-        /// What the device may still change: first byte and length.
-        changes: Option<(u64, u64)>,
-        /// Payload memory that is not free until then, bytes.
-        held: u64,
-        job: Option<(Job, Option<Buf>)>,
-    },
+    // Boxed, as all slots are moved about, and few are jobs.
+    Job(Box<Job>),
+    Overdue(Box<Overdue>),
 }
+
+/// A request whose owner was told that it failed. What comes back from the device is thrown away.
+#[derive(Debug)]
+pub(crate) struct Overdue {
+    /// What the device may still change: first byte and length.
+    pub(crate) changes: Option<(u64, u64)>,
+    /// Payload memory that is not free until then, bytes.
+    pub(crate) held: u64,
+    /// A job, with its memory.
+    pub(crate) job: Option<Box<Job>>,
+    /// What the job used of the channel's memory.
+    pub(crate) edges: Option<Buf>,
+}
+
+const _: () = assert!(size_of::<Slot>() <= 32);
 
 /// What a direct request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
