@@ -18,7 +18,10 @@ pub enum Command {
         df: bool,
     },
     /// Make durable every write that was replied to.
-    Flush,
+    Flush {
+        /// The offset of the request. It is reserved and means nothing, but an extended reply repeats it.
+        at: u64,
+    },
     /// The range is not needed any more.
     Trim {
         /// Where, in bytes.
@@ -66,7 +69,7 @@ impl Command {
     pub const fn kind(&self) -> CommandKind {
         match self {
             Self::Read { .. } => CommandKind::READ,
-            Self::Flush => CommandKind::FLUSH,
+            Self::Flush { .. } => CommandKind::FLUSH,
             Self::Trim { .. } => CommandKind::TRIM,
             Self::Cache { .. } => CommandKind::CACHE,
             Self::Zero { .. } => CommandKind::WRITE_ZEROES,
@@ -74,11 +77,11 @@ impl Command {
         }
     }
 
-    /// Where, in bytes; 0 for what has no place.
+    /// The offset of the request, which an extended reply repeats.
     pub const fn at(&self) -> u64 {
         match *self {
-            Self::Flush => 0,
             Self::Read { at, .. }
+            | Self::Flush { at }
             | Self::Trim { at, .. }
             | Self::Cache { at, .. }
             | Self::Zero { at, .. }
@@ -186,9 +189,10 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
             Ok(Judged::Write(Write { at, len, fua }))
         }
         Kind::FLUSH => {
-            // Offset and length are reserved, and every server in use but one ignores them (nbd.md, 2.1): so do we.
+            // Offset and length are reserved, and every server in use but one ignores them (nbd.md, 2.1): so do we,
+            // but for repeating the offset.
             advertised(terms, TransmissionFlags::SEND_FLUSH)?;
-            Ok(Judged::Command(Command::Flush))
+            Ok(Judged::Command(Command::Flush { at }))
         }
         Kind::TRIM => {
             writable(terms)?;

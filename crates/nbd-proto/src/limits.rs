@@ -29,16 +29,26 @@ pub const OPTION_MAX: usize = 64 << 10;
 /// as the protocol does not let a server call less than that an attack anywhere else.
 pub const OPTION_SKIP_MAX: u32 = 32 << 20;
 
-/// Options a client may send before GO. libnbd's longest course takes ten; a client that asks for more never means to
-/// begin.
+/// Options a client may send before GO, unless [`Offer::options_max`](crate::Offer::options_max) says otherwise. libnbd's
+/// longest course for one export takes ten; a client that asks for more never means to begin.
 pub const OPTIONS_MAX: u32 = 256;
 
-/// Bytes of options a client may send before GO, all together: two of the longest that are read past.
+/// Bytes of options a client may send before GO, all together, under [`OPTIONS_MAX`]: two of the longest that are read past.
 pub const OPTION_BYTES_MAX: u64 = 64 << 20;
 
-/// Bytes of lists that one handshake may cause, 4 MiB. A LIST or a context option that would pass it is answered with
+/// The same when so many options are allowed: each further one may name an export, with as much again of queries.
+pub const fn option_bytes_max(options_max: u32) -> u64 {
+    OPTION_BYTES_MAX + options_max.saturating_sub(OPTIONS_MAX) as u64 * 2 * NAME_MAX as u64
+}
+
+/// Bytes of lists that one handshake may cause under [`OPTIONS_MAX`], 4 MiB. A LIST or a context option that would pass it is answered with
 /// `ERR_TOO_BIG`, so that sixteen bytes asked two hundred times do not fill the server's memory.
 pub const REPLIES_MAX: usize = 4 << 20;
+
+/// The same when so many options are allowed: each further one may be answered with a context, 39 bytes.
+pub const fn replies_max(options_max: u32) -> usize {
+    REPLIES_MAX + options_max.saturating_sub(OPTIONS_MAX) as usize * 64
+}
 
 /// Metadata contexts of one export that can be negotiated: so many fit the word of a [`ContextSet`](crate::ContextSet).
 pub const CONTEXTS_MAX: usize = 64;

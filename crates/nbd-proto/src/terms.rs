@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::limits::{CONTEXTS_MAX, PAYLOAD_MAX};
+use crate::limits::{CONTEXTS_MAX, OPTIONS_MAX, PAYLOAD_MAX};
 use crate::wire::{Mode, Opt, Rep, TransmissionFlags};
 
 /// Sizes that requests should keep to (proto.md, "Block size constraints"), in bytes.
@@ -118,12 +118,22 @@ pub struct Offer {
     pub block_size_required: bool,
     /// Refuse unaligned requests with EINVAL instead of handing them out.
     pub enforce_alignment: bool,
+    /// Options a client may send before GO. A client that asks about every export sends some for each, so this should grow
+    /// with their number. Bytes of options and of lists have limits that grow with it.
+    pub options_max: u32,
 }
 
 impl Default for Offer {
     /// Everything but TLS, nothing required.
     fn default() -> Self {
-        Self { structured: true, extended: true, tls: Tls::Off, block_size_required: false, enforce_alignment: false }
+        Self {
+            structured: true,
+            extended: true,
+            tls: Tls::Off,
+            block_size_required: false,
+            enforce_alignment: false,
+            options_max: OPTIONS_MAX,
+        }
     }
 }
 
@@ -255,8 +265,8 @@ pub enum Fatal {
     OptionMagic(u64),
     /// An option longer than [`OPTION_SKIP_MAX`](crate::limits::OPTION_SKIP_MAX).
     OptionLength(Opt, u32),
-    /// More options than [`OPTIONS_MAX`](crate::limits::OPTIONS_MAX), or more bytes of them than
-    /// [`OPTION_BYTES_MAX`](crate::limits::OPTION_BYTES_MAX).
+    /// More options than [`Offer::options_max`], or more bytes of them than
+    /// [`option_bytes_max`](crate::limits::option_bytes_max).
     Options(u32),
     /// An option that a client without FIXED_NEWSTYLE must not send, for it would not understand the answer.
     NotFixed(Opt),

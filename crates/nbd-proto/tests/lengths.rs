@@ -220,3 +220,45 @@ fn lists_are_bounded() {
     }
     assert!(total < limits::REPLIES_MAX + 20 * 10_000, "{total} bytes");
 }
+
+/// A client that asks about each of many exports is answered, when the server has told how many options that takes. Here
+/// it needs more options, more bytes of options and more bytes of lists than there are for a single export.
+#[test]
+fn the_limits_grow_with_the_number_of_exports() {
+    use nbd_proto::{Catalog, Export, Handshake, Refusal, Step, limits};
+    struct Many;
+    impl Catalog for Many {
+        fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal> {
+            (0..COUNT).for_each(|n| each(&name(n), ""));
+            Ok(())
+        }
+        fn find(&self, name: &str) -> Result<Export, Refusal> {
+            common::Exports.find("disk").map(|export| Export { name: name.to_owned(), ..export })
+        }
+    }
+    const COUNT: u32 = 9000;
+    fn name(n: u32) -> String {
+        format!("{n:0>400}")
+    }
+    let mut out = Vec::new();
+    let options_max = limits::OPTIONS_MAX + 8 * COUNT;
+    let mut handshake = Handshake::new(Offer { options_max, ..Offer::default() }, &mut out);
+    let mut ask = |said: &[u8]| {
+        let mut out = Vec::new();
+        assert_eq!(handshake.next(&mut &said[..], &Many, &mut out), Ok(Step::More));
+        types(&out)
+    };
+    ask(&[&[0, 0, 0, 3], &option(8, &[])[..]].concat());
+    assert_eq!(ask(&option(LIST, &[])).last(), Some(&1));
+    for n in 0..COUNT {
+        let name = [&400u32.to_be_bytes()[..], name(n).as_bytes()].concat();
+        let query = [&name[..], &[0, 0, 0, 1, 0, 0, 0, 15], b"base:allocation"].concat();
+        let info = [&name[..], &1000u16.to_be_bytes(), &[0x7f; 2000]].concat();
+        for what in [LIST_META, SET_META, LIST_META, SET_META] {
+            assert_eq!(ask(&option(what, &query)), [4, 1], "option {what} for export {n}");
+        }
+        for _ in 0..3 {
+            assert_eq!(ask(&option(INFO, &info)), [3, 1], "INFO for export {n}");
+        }
+    }
+}

@@ -126,6 +126,7 @@ fn check(mode: Mode, export: u16, contexts: bool, kind: u16, flags: u16) {
     let event = receiver.next(&mut input).unwrap().expect("the request is whole");
     let fate = match event {
         Event::Command(Cookie(7), command) => {
+            assert_eq!(command.at(), AT, "{}", row());
             right_command(command, kind, flags, mode);
             Fate::Accepted
         }
@@ -149,7 +150,7 @@ fn check(mode: Mode, export: u16, contexts: bool, kind: u16, flags: u16) {
         return;
     }
     match receiver.next(&mut input).unwrap() {
-        Some(Event::Command(Cookie(8), Command::Flush)) => assert!(export & 4 != 0, "{}", row()),
+        Some(Event::Command(Cookie(8), Command::Flush { at: 0 })) => assert!(export & 4 != 0, "{}", row()),
         Some(Event::Reject(Cookie(8), rejection)) => {
             assert!(
                 rejection.kind == CommandKind::FLUSH && rejection.error == WireError::Inval && export & 4 == 0,
@@ -167,7 +168,7 @@ fn right_command(command: Command, kind: u16, flags: u16, mode: Mode) {
     let is = |bit: u16| flags & bit != 0;
     let expected = match kind {
         0 => Command::Read { at: AT, len: 20, df: is(4) },
-        3 => Command::Flush,
+        3 => Command::Flush { at: AT },
         4 => Command::Trim { at: AT, len: LEN, fua: is(1) },
         5 => Command::Cache { at: AT, len: LEN },
         6 => Command::Zero { at: AT, len: LEN, unmap: !is(2), fast: is(16), fua: is(1) },

@@ -28,7 +28,7 @@ fn write_and_flush(at: u64, len: u32) -> Vec<u8> {
     stream
 }
 
-const FLUSH: Event<'_> = Event::Command(Cookie(2), Command::Flush);
+const FLUSH: Event<'_> = Event::Command(Cookie(2), Command::Flush { at: 0 });
 
 /// Other servers cut the line at 33 MiB, or eat from the wrong stream: here 33 MiB and 64 MiB are refused in step.
 #[test]

@@ -396,7 +396,7 @@ impl Session {
                 };
                 (at, len.into(), Io::Read { at, buf })
             }
-            Command::Flush => (0, 0, Io::Flush),
+            Command::Flush { at } => (at, 0, Io::Flush),
             Command::Trim { at, len, fua } => (at, len, Io::Discard { at, len, fua }),
             Command::Cache { at, len } => (at, len, Io::Prefetch { at, len }),
             Command::Zero { at, len, unmap, fast, fua } => (at, len, Io::Zero { at, len, fua, unmap, fast }),

@@ -5,7 +5,7 @@ mod meta;
 mod option;
 mod reply;
 
-use crate::limits::{NAME_MAX, OPTION_BYTES_MAX, OPTION_MAX, OPTION_SKIP_MAX, OPTIONS_MAX, REPLIES_MAX, SIZE_MAX};
+use crate::limits::{NAME_MAX, OPTION_MAX, OPTION_SKIP_MAX, SIZE_MAX, option_bytes_max, replies_max};
 use crate::reader::{Reader, string, take_up_to};
 use crate::terms::{Catalog, ContextSet, Export, Fatal, Negotiated, Offer, Refusal, Terms, Tls};
 use crate::wire::{
@@ -98,7 +98,7 @@ impl Handshake {
             have: Vec::new(),
             options: 0,
             bytes: 0,
-            budget: REPLIES_MAX,
+            budget: replies_max(offer.options_max),
         }
     }
 
@@ -191,7 +191,7 @@ impl Handshake {
     /// The header of an option: what can be said without its data.
     fn option(&mut self, opt: Opt, len: u32, catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Option<Step>, Fatal> {
         self.options += 1;
-        if self.options > OPTIONS_MAX {
+        if self.options > self.offer.options_max {
             return Err(Fatal::Options(self.options));
         }
         if opt == Opt::EXPORT_NAME {
@@ -204,7 +204,7 @@ impl Handshake {
             return Err(Fatal::OptionLength(opt, len));
         }
         self.bytes += u64::from(len);
-        if self.bytes > OPTION_BYTES_MAX {
+        if self.bytes > option_bytes_max(self.offer.options_max) {
             return Err(Fatal::Options(self.options));
         }
         if opt == Opt::SET_META_CONTEXT {
@@ -326,7 +326,10 @@ impl Handshake {
         self.budget = self.budget.saturating_sub(replies.len());
         match full {
             false => Ok(()),
-            true => Err(Refusal::new(Rep::ERR_TOO_BIG, format!("the list is longer than {REPLIES_MAX} bytes"))),
+            true => {
+                let max = replies_max(self.offer.options_max);
+                Err(Refusal::new(Rep::ERR_TOO_BIG, format!("the lists are longer than {max} bytes")))
+            }
         }
     }
 

@@ -16,6 +16,7 @@ pub fn handshake(data: &[u8]) {
         tls,
         block_size_required: head & 16 != 0,
         enforce_alignment: head & 32 != 0,
+        ..Offer::default()
     };
     let whole = serve(offer, &mut [said].into_iter());
     // Under TLS the end of a piece has a meaning: what stands behind STARTTLS in the same piece is refused.

@@ -231,7 +231,7 @@ impl Live {
                 replier.done(out, cookie, at, command.kind());
             }
             Command::Trim { at, .. } | Command::Cache { at, .. } => replier.done(out, cookie, at, command.kind()),
-            Command::Flush => replier.done(out, cookie, 0, command.kind()),
+            Command::Flush { at } => replier.done(out, cookie, at, command.kind()),
             Command::Status { at, len, one, contexts } => {
                 let hole = AllocationFlags::HOLE.with(AllocationFlags::ZERO).0;
                 let all = [Extent { len: len.min(4096), flags: 0 }, Extent { len: len - len.min(4096), flags: hole }];
