@@ -849,6 +849,15 @@ impl Channel {
     }
 }
 
+impl Drop for Channel {
+    /// A queue that is dropped waits for what is in flight. There is no use in that if the device does not answer.
+    fn drop(&mut self) {
+        if self.stalled {
+            self.queue.give_up();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::{

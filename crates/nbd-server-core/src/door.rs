@@ -1,24 +1,29 @@
 //! The door: accepts connections and shakes hands, on one thread, away from the workers. It never touches a device.
 
 use std::{
-    io,
+    cmp::Reverse,
+    collections::HashMap,
+    fmt, io, mem,
     os::fd::{AsFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
     time::{Duration, Instant},
 };
 
-use nbd_proto::{Handshake, Negotiated, Offer, Step};
-use nix::{errno::Errno, sys::eventfd::EventFd};
+use nbd_proto::{Handshake, Negotiated, Offer, Step, limits::OPTIONS_MAX};
+use nix::sys::eventfd::EventFd;
 use rustix::io::ioctl_fionbio;
 
 use crate::{
-    Limits, Listener, Peer, listener,
+    End, Limits, Listener, Peer, end,
+    listener::{self, Obstacle},
+    peer::Party,
     poll::{Happened, Interest, Poll},
-    roster::{Ticket, View, lock},
+    roster::{Ticket, View, Views},
     stream::{Received, STAGING_MIN, Stream},
     tls::{Shaking, Tls},
     worker::{Arrival, Handle},
@@ -27,16 +32,28 @@ use crate::{
 /// The accepting thread's state.
 pub(crate) struct Door {
     poll: Poll,
-    listeners: Vec<OwnedFd>,
-    view: Arc<Mutex<View>>,
+    /// By number.
+    listeners: Vec<Option<Ear>>,
+    views: Arc<Views>,
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
     limits: Limits,
+    end: End,
     staging: Box<[u8]>,
     /// Until when nobody is let in: there were no descriptors left.
     closed_until: Option<Instant>,
+    turned_away: Seldom,
+    cut_off: Seldom,
+    closed: Seldom,
+}
+
+/// A listening socket.
+struct Ear {
+    socket: OwnedFd,
+    /// Whether the poll tells of it.
+    watched: bool,
 }
 
 /// A connection in its handshake.
@@ -56,6 +73,8 @@ struct Guest {
     sent: Vec<u8>,
     ending: Option<Ending>,
     deadline: Instant,
+    /// When it last sent something, or came.
+    heard: Instant,
 }
 
 /// What becomes of a guest when `out` is sent.
@@ -72,42 +91,54 @@ const LISTENER: u64 = 1 << 32;
 /// Received at a time. Options are short, and what comes after them is bounded by this.
 const STAGING: usize = STAGING_MIN;
 
+/// Options a client may send about each export, beyond those that every client may send.
+const OPTIONS_EACH: u32 = 8;
+
+/// Who has said nothing for so long has to go when there is no room for another connection. Until then it may be a client
+/// like any other.
+const SILENT: Duration = Duration::from_secs(1);
+
 /// How long to wait when there are no descriptors left for another connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
 impl Door {
     pub(crate) fn new(
         listeners: Vec<Listener>,
-        view: Arc<Mutex<View>>,
+        views: Arc<Views>,
         workers: Arc<[Handle]>,
         bell: Arc<EventFd>,
         stop: Arc<AtomicBool>,
         limits: Limits,
+        end: End,
     ) -> io::Result<Self> {
         let poll = Poll::new()?;
         poll.add_level(&*bell, BELL)?;
         let mut door = Self {
             poll,
             listeners: Vec::new(),
-            view,
+            views,
             workers,
             guests: Vec::new(),
             bell,
             stop,
             limits,
+            end,
             staging: vec![0; STAGING].into_boxed_slice(),
             closed_until: None,
+            turned_away: Seldom::default(),
+            cut_off: Seldom::default(),
+            closed: Seldom::default(),
         };
         for listener in listeners {
             match listener {
                 Listener::Listening(socket) => {
                     ioctl_fionbio(&socket, true)?;
                     door.poll.add_level(&socket, LISTENER | door.listeners.len() as u64)?;
-                    door.listeners.push(socket);
+                    door.listeners.push(Some(Ear { socket, watched: true }));
                 }
                 Listener::Connected { socket, over } => {
                     let peer = listener::prepare(socket.as_fd())?;
-                    door.receive(socket, peer, Some(over))?;
+                    door.receive(socket, peer, Some(over));
                 }
             }
         }
@@ -132,9 +163,13 @@ impl Door {
             if event.token == BELL {
                 let _ = self.bell.read();
             } else if event.token & LISTENER != 0 {
-                self.accept((event.token & !LISTENER) as usize)?;
+                self.accept((event.token & !LISTENER) as usize);
             } else {
-                self.talk(event.token as usize);
+                let number = event.token as usize;
+                if let Some(guest) = self.guests[number].as_mut().filter(|_| event.readable) {
+                    guest.heard = now;
+                }
+                self.talk(number);
             }
         }
         let now = Instant::now();
@@ -145,65 +180,144 @@ impl Door {
             }
         }
         if self.closed_until.is_some_and(|t| t <= now) {
-            self.closed_until = None;
-            for (n, listener) in self.listeners.iter().enumerate() {
-                self.poll.add_level(listener, LISTENER | n as u64)?;
-            }
+            self.open();
         }
         Ok(())
     }
 
-    fn accept(&mut self, listener: usize) -> io::Result<()> {
-        let (socket, peer) = match listener::accept(self.listeners[listener].as_fd()) {
-            Ok(accepted) => accepted,
-            Err(e) if is_out_of_room(&e) => {
-                // The connection stays in the backlog; without a pause this loop would only spin.
-                log::warn!("cannot accept a connection: {e}");
-                if self.closed_until.is_none() {
-                    for listener in &self.listeners {
-                        self.poll.remove(listener)?;
+    fn accept(&mut self, number: usize) {
+        // Another one of this turn may have closed the door.
+        let Some(ear) = self.listeners[number].as_ref().filter(|_| self.closed_until.is_none()) else { return };
+        match listener::accept(ear.socket.as_fd()) {
+            Ok(socket) => match listener::prepare(socket.as_fd()) {
+                Ok(peer) => self.receive(socket, peer, None),
+                Err(e) => log::debug!("a client was dropped before its handshake: {e}"),
+            },
+            Err(Obstacle::Gone) => {}
+            // The connection stays in the backlog; if somebody goes for it, it is accepted in the next turn.
+            Err(Obstacle::Room(_)) if self.make_room(SILENT) => {}
+            Err(Obstacle::Room(e) | Obstacle::Other(e)) => {
+                if let Some(times) = self.closed.due() {
+                    log::warn!("cannot accept a connection: {e}{times}");
+                }
+                self.close();
+            }
+            Err(Obstacle::Dead(e)) => self.give_up(number, e.into()),
+        }
+    }
+
+    /// Lets nobody in for a while: without a pause the door would only spin.
+    fn close(&mut self) {
+        for ear in self.listeners.iter_mut().flatten().filter(|ear| ear.watched) {
+            // If it fails, the ear is only heard in vain.
+            ear.watched = self.poll.remove(&ear.socket).is_err();
+        }
+        self.closed_until = Some(Instant::now() + PAUSE);
+    }
+
+    fn open(&mut self) {
+        self.closed_until = None;
+        for (number, ear) in self.listeners.iter_mut().enumerate() {
+            let Some(ear) = ear.as_mut().filter(|ear| !ear.watched) else { continue };
+            match self.poll.add_level(&ear.socket, LISTENER | number as u64) {
+                Ok(()) => ear.watched = true,
+                Err(e) => {
+                    if let Some(times) = self.closed.due() {
+                        log::warn!("cannot wait for connections, and tries again: {e}{times}");
                     }
                     self.closed_until = Some(Instant::now() + PAUSE);
                 }
-                return Ok(());
             }
-            // The client has gone again, or somebody else took it.
-            Err(_) => return Ok(()),
-        };
-        self.receive(socket, peer, None)
+        }
+        if self.closed_until.is_some() {
+            // All or none, so that `accept` knows what it is to do.
+            self.close();
+        }
     }
 
-    /// Begins a handshake, if there is room for one more.
-    fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) -> io::Result<()> {
-        let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
-        let served: usize = self.workers.iter().map(Handle::load).sum();
+    /// Does without a listening socket that will never have another connection.
+    fn give_up(&mut self, number: usize, error: io::Error) {
+        log::error!("a listening socket is of no use any more, and is closed: {error}");
+        if let Some(ear) = self.listeners[number].take() {
+            // Somebody else may have another descriptor for it, so that closing ours would not end its events.
+            let _ = self.poll.remove(&ear.socket);
+        }
+        if self.listeners.iter().all(Option::is_none) {
+            self.end.failed(format_args!("no listening socket is left: {error}"));
+        }
+    }
+
+    /// Begins a handshake, if there is room for one more, or can be made.
+    fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) {
+        let served: usize = self.workers.iter().filter(|worker| worker.is_alive()).map(Handle::load).sum();
         let shaking = self.guests.iter().flatten().count();
-        if shaking >= self.limits.handshakes || shaking + served >= self.limits.connections {
-            log::warn!("{peer} was turned away: {shaking} are in their handshake, {served} are served");
-            return Ok(());
+        let fits = (shaking < self.limits.handshakes || self.make_room(Duration::ZERO))
+            && (self.guests.iter().flatten().count() + served < self.limits.connections || self.make_room(SILENT));
+        if !fits {
+            if let Some(times) = self.turned_away.due() {
+                log::warn!("{peer} was turned away: {shaking} are in their handshake, {served} are served{times}");
+            }
+            return;
+        }
+        let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
+        if let Err(e) = self.poll.add_edge(&socket, number as u64, Interest::Both) {
+            if let Some(times) = self.turned_away.due() {
+                log::warn!("{peer} was turned away: cannot wait for what it says: {e}{times}");
+            }
+            return;
         }
         let mut out = Vec::new();
-        let tls = lock(&self.view).tls.clone();
-        let handshake = Handshake::new(
-            Offer { tls: policy(tls.as_ref()), block_size_required: self.limits.block_size_required, ..OFFER },
-            &mut out,
-        );
-        let deadline = Instant::now() + self.limits.handshake_timeout;
-        self.poll.add_edge(&socket, number as u64, Interest::Both)?;
-        let (stream, sent) = (socket.into(), Vec::new());
-        let guest = Guest { stream, tls, shaking: None, peer, over, handshake, out, sent, ending: None, deadline };
+        let view = self.views.look();
+        let tls = view.tls.clone();
+        let exports = u32::try_from(view.exports.list().len()).unwrap_or(u32::MAX);
+        drop(view);
+        let offer = Offer {
+            tls: policy(tls.as_ref()),
+            block_size_required: self.limits.block_size_required,
+            options_max: OPTIONS_MAX.saturating_add(exports.saturating_mul(OPTIONS_EACH)),
+            ..OFFER
+        };
+        let handshake = Handshake::new(offer, &mut out);
+        let (stream, sent, heard) = (socket.into(), Vec::new(), Instant::now());
+        let deadline = heard + self.limits.handshake_timeout;
+        let (shaking, ending) = (None, None);
+        let guest = Guest { stream, tls, shaking, peer, over, handshake, out, sent, ending, deadline, heard };
         if number == self.guests.len() {
             self.guests.push(None);
         }
         self.guests[number] = Some(guest);
         self.talk(number);
-        Ok(())
+    }
+
+    /// Cuts somebody off who has been silent for so long, if there is anybody.
+    fn make_room(&mut self, silent: Duration) -> bool {
+        let now = Instant::now();
+        let guests = self.guests.iter().enumerate().filter_map(|(number, guest)| {
+            let guest = guest.as_ref()?;
+            let is_silent = now.saturating_duration_since(guest.heard) >= silent;
+            is_silent.then(|| (number, guest.peer.party(), guest.heard))
+        });
+        let Some(guest) = most_idle(guests).and_then(|number| self.guests[number].take()) else { return false };
+        if let Some(times) = self.cut_off.due() {
+            let silence = now.saturating_duration_since(guest.heard);
+            log::info!(
+                "{} was cut off in its handshake, silent for {silence:.1?}, for somebody else{times}",
+                guest.peer
+            );
+        }
+        true
     }
 
     /// Goes on with a handshake as far as the client has.
     fn talk(&mut self, number: usize) {
         let Some(guest) = &mut self.guests[number] else { return };
-        let talked = guest.talk(&lock(&self.view), &mut self.staging);
+        // What a device does when it is asked for its size is not the door's to know. The guest is dropped afterwards, and
+        // nothing is left of what it may have left half done.
+        let talked = catch_unwind(AssertUnwindSafe(|| guest.talk(&self.views, &mut self.staging)));
+        let talked = talked.unwrap_or_else(|panic| {
+            log::error!("{} was turned away: its handshake panicked: {}", guest.peer, end::words(&*panic));
+            Err(io::Error::other("its handshake panicked"))
+        });
         match talked {
             Ok(false) => {}
             Ok(true) => {
@@ -226,20 +340,20 @@ impl Door {
         if let Err(e) = stream.offload() {
             return log::warn!("{peer} was turned away: {e}");
         }
-        log::info!("{peer} opens export {:?}: {stream:?}", negotiated.export.name);
-        if let Some(worker) = ticket.workers.iter().map(|n| &self.workers[*n]).min_by_key(|worker| worker.load()) {
-            worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
-        }
+        let name = &negotiated.export.name;
+        let living = ticket.workers.iter().map(|n| &self.workers[*n]).filter(|worker| worker.is_alive());
+        let Some(worker) = living.min_by_key(|worker| worker.load()) else {
+            return log::error!("{peer} was turned away: no worker for export {name:?} is alive");
+        };
+        log::info!("{peer} opens export {name:?}: {stream:?}");
+        worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
     }
 }
 
 impl Guest {
     /// `true`: the handshake is over, one way or the other, and all is sent.
-    fn talk(&mut self, view: &View, staging: &mut [u8]) -> io::Result<bool> {
-        // What is there now may be meant for nobody without TLS.
-        if policy(self.tls.as_ref()) != policy(view.tls.as_ref()) {
-            return Err(io::Error::other("it began before TLS was switched on or off"));
-        }
+    fn talk(&mut self, views: &Views, staging: &mut [u8]) -> io::Result<bool> {
+        self.check_policy(&views.look())?;
         loop {
             if let Some(mut shaking) = self.shaking.take() {
                 if !shaking.go(self.stream.as_fd(), staging)? {
@@ -269,6 +383,8 @@ impl Guest {
                 Err(e) => return Err(e),
             };
             let mut input = &staging[..staged];
+            let view = views.look();
+            self.check_policy(&view)?;
             let seen = view.exports.seen_by(&self.peer, self.handshake.secure());
             match self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)? {
                 Step::More => {}
@@ -286,6 +402,60 @@ impl Guest {
             }
         }
     }
+
+    /// What is there now may be meant for nobody without TLS.
+    fn check_policy(&self, view: &View) -> io::Result<()> {
+        match policy(self.tls.as_ref()) == policy(view.tls.as_ref()) {
+            true => Ok(()),
+            false => Err(io::Error::other("it began before TLS was switched on or off")),
+        }
+    }
+}
+
+/// Of the parties that have the most guests, the guest that was not heard for longest.
+fn most_idle(guests: impl Iterator<Item = (usize, Party, Instant)>) -> Option<usize> {
+    let mut parties: HashMap<Party, (usize, Instant, usize)> = HashMap::new();
+    for (number, party, heard) in guests {
+        let (count, oldest, idle) = parties.entry(party).or_insert((0, heard, number));
+        *count += 1;
+        if heard < *oldest {
+            (*oldest, *idle) = (heard, number);
+        }
+    }
+    let worst = parties.into_values().max_by_key(|(count, oldest, _)| (*count, Reverse(*oldest)));
+    worst.map(|(_, _, number)| number)
+}
+
+/// Keeps what clients can make happen as often as they like from filling the log.
+#[derive(Debug, Default)]
+struct Seldom {
+    last: Option<Instant>,
+    unsaid: u32,
+}
+
+impl Seldom {
+    /// Whether it is to be said now, and then how often it was not said before.
+    fn due(&mut self) -> Option<Unsaid> {
+        let now = Instant::now();
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) < Duration::from_secs(1)) {
+            self.unsaid = self.unsaid.saturating_add(1);
+            return None;
+        }
+        self.last = Some(now);
+        Some(Unsaid(mem::take(&mut self.unsaid)))
+    }
+}
+
+/// How often something has happened that was not said.
+struct Unsaid(u32);
+
+impl fmt::Display for Unsaid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " ({count} more before that)"),
+        }
+    }
 }
 
 /// What the handshake is to say of TLS.
@@ -300,10 +470,38 @@ const OFFER: Offer = Offer {
     tls: nbd_proto::Tls::Off,
     block_size_required: false,
     enforce_alignment: false,
+    options_max: OPTIONS_MAX,
 };
 
-/// Whether the system has nothing left for another connection.
-fn is_out_of_room(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    #[test]
+    fn the_most_idle_guest_of_the_most_crowded_party_has_to_go() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let ip = |text: &str| Party::Ip(text.parse::<IpAddr>().unwrap());
+        let pick = |guests: &[(Party, u64)]| {
+            most_idle(guests.iter().enumerate().map(|(number, (party, heard))| (number, *party, at(*heard))))
+        };
+        assert_eq!(pick(&[]), None);
+        assert_eq!(pick(&[(Party::User(1), 5)]), Some(0));
+        // The lonely one stays, however idle it is.
+        assert_eq!(pick(&[(ip("::1"), 0), (Party::User(1), 7), (Party::User(1), 6), (Party::User(1), 8)]), Some(2));
+        assert_eq!(pick(&[(Party::User(1), 0), (ip("::1"), 9), (ip("::1"), 8), (Party::Unknown, 1)]), Some(2));
+        // Of two that are as crowded the one with the more idle guest.
+        assert_eq!(pick(&[(Party::Machine(3), 4), (ip("::1"), 3), (Party::Machine(3), 2), (ip("::1"), 5)]), Some(2));
+    }
+
+    #[test]
+    fn what_happens_often_is_said_seldom() {
+        let mut seldom = Seldom::default();
+        assert_eq!(seldom.due().unwrap().to_string(), "");
+        assert!(seldom.due().is_none() && seldom.due().is_none());
+        seldom.last = seldom.last.map(|last| last - Duration::from_secs(2));
+        assert_eq!(seldom.due().unwrap().to_string(), " (2 more before that)");
+    }
 }

@@ -30,8 +30,10 @@ pub struct Export {
 }
 
 impl Export {
-    /// What the handshake tells about it. Asks the device nothing that takes time.
+    /// What the handshake tells about it. Asks the device nothing that takes more than a moment.
     fn told(&self, payload_max: u32, multi_conn: bool) -> nbd_proto::Export {
+        // A device that does not report a change of its size must be asked, or a new client would be told the old one.
+        self.device.refresh();
         let info = self.device.info();
         let writable = !(self.read_only || info.caps.read_only);
         // All connections reach the same open device, so a flush on one covers the writes of all.

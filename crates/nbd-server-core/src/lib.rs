@@ -18,6 +18,7 @@
 
 mod access;
 mod door;
+mod end;
 mod export;
 mod lines;
 mod listener;
@@ -37,6 +38,7 @@ pub mod tls;
 mod worker;
 
 pub use access::{Access, Rule};
+pub use end::End;
 pub use export::{Export, Exports, Seen};
 pub use lines::{Grant, Lines, Part};
 pub use listener::Listener;

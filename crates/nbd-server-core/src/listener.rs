@@ -4,7 +4,7 @@ use std::{
     io,
     net::TcpListener,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{BorrowedFd, OwnedFd},
         unix::net::UnixListener,
     },
     sync::mpsc,
@@ -14,7 +14,10 @@ use nix::sys::socket::{
     getsockopt, setsockopt,
     sockopt::{AcceptConn, KeepAlive, SockType, TcpNoDelay},
 };
-use rustix::net::{SocketFlags, accept_with};
+use rustix::{
+    io::Errno,
+    net::{SocketFlags, accept_with},
+};
 
 use crate::{Peer, peer::Origin};
 
@@ -59,10 +62,38 @@ impl Listener {
 }
 
 /// Takes the next connection of a listening socket, which need not wait for one.
-pub(crate) fn accept(listening: BorrowedFd<'_>) -> io::Result<(OwnedFd, Peer)> {
-    let socket = accept_with(listening, SocketFlags::CLOEXEC)?;
-    let peer = prepare(socket.as_fd())?;
-    Ok((socket, peer))
+pub(crate) fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Obstacle> {
+    Ok(accept_with(listening, SocketFlags::CLOEXEC)?)
+}
+
+/// Why there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    /// The client has gone again, or somebody else took it. The next one may be there already.
+    Gone,
+    /// Others may go for it to go away: descriptors or memory.
+    Room(Errno),
+    /// It may go away by itself.
+    Other(Errno),
+    /// This socket will never give one again.
+    Dead(Errno),
+}
+
+impl From<Errno> for Obstacle {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            // accept(2) also tells what was wrong with the connection that it would have been.
+            Errno::AGAIN | Errno::INTR | Errno::CONNABORTED | Errno::CONNRESET | Errno::TIMEDOUT | Errno::PROTO => {
+                Self::Gone
+            }
+            Errno::NETDOWN | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::HOSTUNREACH => Self::Gone,
+            Errno::NOPROTOOPT | Errno::NONET | Errno::PIPE => Self::Gone,
+            Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Self::Room(errno),
+            // EINVAL: somebody has called shutdown(2).
+            Errno::INVAL | Errno::BADF | Errno::NOTSOCK | Errno::OPNOTSUPP => Self::Dead(errno),
+            _ => Self::Other(errno),
+        }
+    }
 }
 
 /// Makes a connection ready to serve.

@@ -56,7 +56,29 @@ pub struct Identity {
     pub psk: Option<String>,
 }
 
+/// Whoever has all the connections that come from one place, as far as can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Party {
+    Unknown,
+    Ip(IpAddr),
+    User(u32),
+    Machine(u32),
+}
+
 impl Peer {
+    /// Of an IPv6 address only the network counts: a host may have as many addresses in there as it likes.
+    pub(crate) fn party(&self) -> Party {
+        match self.origin {
+            Origin::Unknown => Party::Unknown,
+            Origin::Tcp(address) => Party::Ip(match address.ip() {
+                IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() >> 64 << 64).into()),
+                ip => ip,
+            }),
+            Origin::Unix { uid, .. } => Party::User(uid),
+            Origin::Vsock { cid, .. } => Party::Machine(cid),
+        }
+    }
+
     /// What the kernel says of the other end of a connected socket; of anything else, nothing.
     pub fn of(socket: BorrowedFd<'_>) -> Self {
         use std::os::fd::AsRawFd;
@@ -120,6 +142,18 @@ mod tests {
 
         assert_eq!(Peer::of(listener.as_fd()), Peer::default());
         assert_eq!(Peer::of(std::io::pipe().unwrap().0.as_fd()), Peer::default());
+    }
+
+    #[test]
+    fn a_party_is_all_that_comes_from_one_place() {
+        let party = |text: &str| Peer { origin: Origin::Tcp(text.parse().unwrap()), identity: None }.party();
+        assert_eq!(party("192.0.2.1:1"), party("192.0.2.1:2"));
+        assert_ne!(party("192.0.2.1:1"), party("192.0.2.2:1"));
+        assert_eq!(party("[2001:db8::1]:1"), party("[2001:db8::ffff:0:2]:1"));
+        assert_ne!(party("[2001:db8::1]:1"), party("[2001:db8:0:1::1]:1"));
+        let user = |uid, pid| Peer { origin: Origin::Unix { uid, gid: 0, pid }, identity: None }.party();
+        assert_eq!(user(7, 1), user(7, 2));
+        assert_ne!(user(7, 1), user(8, 1));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
-    thread::JoinHandle,
+    thread::{self, JoinHandle},
 };
 
 use blkdev::{Channel, Device, Plan};
@@ -72,18 +72,19 @@ pub(crate) struct Seat {
     pub(crate) workers: Vec<usize>,
     /// Connections to it.
     pub(crate) clients: AtomicUsize,
-    /// Tickets for it.
+    /// Tickets for it, and views that have it.
     coming: AtomicUsize,
 }
 
 impl Seat {
-    /// Whether a client has been let in that no worker has yet. Once nobody finds the export any more, nobody new is.
+    /// Whether a client has been let in that no worker has yet, or somebody still looks at a view in which one may be. Once
+    /// nobody finds the export any more, nobody new is.
     pub(crate) fn is_awaited(&self) -> bool {
         self.coming.load(Ordering::Relaxed) > 0
     }
 }
 
-/// A client's way to a seat, from when it is told that it may until a worker has it.
+/// A way to a seat: a client's, from when it is told that it may until a worker has it, and a view's.
 #[derive(Debug)]
 pub(crate) struct Ticket(Arc<Seat>);
 
@@ -111,15 +112,57 @@ impl Drop for Ticket {
 /// What a handshake sees: the exports, where each is served, and what protects them.
 #[derive(Debug)]
 pub(crate) struct View {
+    /// As long as anybody looks at this, clients may come to these. They are let go of first: whoever finds a device closed
+    /// is to find the export gone.
+    seats: Vec<Ticket>,
     pub(crate) exports: Exports,
     pub(crate) tls: Option<Tls>,
-    seats: Vec<Arc<Seat>>,
 }
 
 impl View {
     /// To where an export is served.
     pub(crate) fn ticket(&self, position: usize) -> Ticket {
-        Ticket::new(&self.seats[position])
+        Ticket::new(&self.seats[position].0)
+    }
+}
+
+/// The view that counts now. It is locked only to take it or to replace it: whoever looks at one keeps it for as long.
+#[derive(Debug)]
+pub(crate) struct Views {
+    current: Mutex<Arc<View>>,
+    /// Where it is told who closes a device.
+    closers: mpsc::Sender<JoinHandle<()>>,
+}
+
+impl Views {
+    pub(crate) fn look(&self) -> Look<'_> {
+        Look { view: Some(Arc::clone(&lock(&self.current))), views: self }
+    }
+}
+
+/// A view that somebody looks at.
+pub(crate) struct Look<'a> {
+    view: Option<Arc<View>>,
+    views: &'a Views,
+}
+
+impl Deref for Look<'_> {
+    type Target = View;
+
+    fn deref(&self) -> &View {
+        self.view.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Look<'_> {
+    fn drop(&mut self) {
+        // It was replaced meanwhile. Closing a device can take its time, which is not that of other clients.
+        if let Some(view) = self.view.take().and_then(Arc::into_inner)
+            && !view.seats.is_empty()
+            && let Ok(thread) = thread::Builder::new().name("closing".into()).spawn(move || drop(view))
+        {
+            let _ = self.views.closers.send(thread);
+        }
     }
 }
 
@@ -127,7 +170,7 @@ impl View {
 /// all: handshakes and workers only hear of those that have succeeded.
 #[derive(Debug)]
 pub(crate) struct Roster {
-    view: Arc<Mutex<View>>,
+    views: Arc<Views>,
     workers: Arc<[Handle]>,
     plan: Plan,
     state: Mutex<State>,
@@ -159,27 +202,28 @@ struct Opened {
 }
 
 impl Roster {
-    /// `exports`: none yet. `closers` is where the workers tell who closes a device for them.
+    /// `exports`: none yet. `closers` is where it is told who closes a device.
     pub(crate) fn new(
         workers: Arc<[Handle]>,
         plan: Plan,
         exports: Exports,
-        closers: mpsc::Receiver<JoinHandle<()>>,
+        (sender, closers): (mpsc::Sender<JoinHandle<()>>, mpsc::Receiver<JoinHandle<()>>),
     ) -> Self {
         let view = View { exports, tls: None, seats: Vec::new() };
         let state = State { lanes: Vec::new(), leaving: Vec::new(), closing: Vec::new(), closers };
-        Self { view: Arc::new(Mutex::new(view)), workers, plan, state: Mutex::new(state) }
+        let views = Views { current: Mutex::new(Arc::new(view)), closers: sender };
+        Self { views: Arc::new(views), workers, plan, state: Mutex::new(state) }
     }
 
     /// For the door.
-    pub(crate) fn view(&self) -> Arc<Mutex<View>> {
-        Arc::clone(&self.view)
+    pub(crate) fn views(&self) -> Arc<Views> {
+        Arc::clone(&self.views)
     }
 
     /// See [`Server::add`](crate::Server::add).
     pub(crate) fn add(&self, export: Export) -> io::Result<()> {
         let mut state = lock(&self.state);
-        let mut exports = lock(&self.view).exports.list().to_vec();
+        let mut exports = self.views.look().exports.list().to_vec();
         exports.push(export);
         self.set(&mut state, exports, self.tls(), &|_| Removal::Hide)
     }
@@ -188,7 +232,7 @@ impl Roster {
     pub(crate) fn remove(&self, name: &str, removal: Removal) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.tidy();
-        let mut exports = lock(&self.view).exports.list().to_vec();
+        let mut exports = self.views.look().exports.list().to_vec();
         let count = exports.len();
         exports.retain(|export| export.name != name);
         if exports.len() == count && !state.leaving.iter().any(|leaving| leaving.name == name) {
@@ -212,7 +256,7 @@ impl Roster {
     }
 
     fn tls(&self) -> Option<Tls> {
-        lock(&self.view).tls.clone()
+        self.views.look().tls.clone()
     }
 
     fn set(
@@ -223,12 +267,10 @@ impl Roster {
         removal: &dyn Fn(&str) -> Removal,
     ) -> io::Result<()> {
         state.tidy();
-        let (before, seats) = {
-            let view = lock(&self.view);
-            (view.exports.clone(), view.seats.clone())
-        };
-        let exports = before.with(list)?;
-        let mut old: Vec<_> = before.list().iter().zip(seats).collect();
+        let before = self.views.look();
+        let exports = before.exports.with(list)?;
+        let mut old: Vec<_> =
+            before.exports.list().iter().zip(before.seats.iter().map(|ticket| Arc::clone(&ticket.0))).collect();
         // Nothing is told to anybody before all that can fail has succeeded.
         let (mut seats, mut opened) = (Vec::new(), Vec::new());
         for new in exports.list() {
@@ -250,8 +292,9 @@ impl Roster {
                 self.workers[worker].open(Arc::clone(&seat), channel);
             }
         }
+        let seats = seats.iter().map(Ticket::new).collect();
         // `before` lives on, so no device is closed under the lock that the door takes.
-        *lock(&self.view) = View { exports, tls, seats };
+        *lock(&self.views.current) = Arc::new(View { exports, tls, seats });
         for (export, seat) in old {
             let (name, removal) = (export.name.clone(), removal(&export.name));
             self.retire(&seat, removal);
@@ -263,10 +306,13 @@ impl Roster {
     /// Opens the queues of a device.
     fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<Opened> {
         let lane = state.lanes.iter().position(|seat| Arc::strong_count(seat) == 1).unwrap_or(state.lanes.len());
-        let total = self.workers.len();
-        let count = total.min(device.info().queues_max.into());
+        let living: Vec<usize> = (0..self.workers.len()).filter(|n| self.workers[*n].is_alive()).collect();
+        if living.is_empty() {
+            return Err(io::Error::other("no worker of this server is alive to serve it: start the server anew"));
+        }
+        let count = living.len().min(device.info().queues_max.into());
         // Devices with few queues are spread over the workers.
-        let workers: Vec<usize> = (0..count).map(|n| (lane + n) % total).collect();
+        let workers: Vec<usize> = (0..count).map(|n| living[(lane + n) % living.len()]).collect();
         let channels: Vec<_> = workers.iter().copied().zip(self.plan.open(device, count)?).collect();
         for (worker, channel) in &channels {
             self.workers[*worker].watch(lane, channel)?;
@@ -287,7 +333,7 @@ impl Roster {
     pub(crate) fn status(&self) -> Vec<Status> {
         let mut state = lock(&self.state);
         state.tidy();
-        let view = lock(&self.view);
+        let view = self.views.look();
         let status = |name: &str, removal, seat: &Seat| {
             let clients = seat.clients.load(Ordering::Relaxed);
             Status { name: name.into(), clients, removal }

@@ -16,7 +16,7 @@ use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    Export, Exports, Listener, Removal, Status,
+    End, Export, Exports, Listener, Removal, Status,
     door::Door,
     poll::bell,
     roster::Roster,
@@ -35,9 +35,11 @@ pub struct Limits {
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
-    /// Connections, in their handshake or served; more are closed at once. If it is 1, clients are told so: no multi-conn.
+    /// Connections, in their handshake or served. For one more, somebody who has been silent in the handshake for a second
+    /// is cut off; if there is nobody, it is closed at once. If it is 1, clients are told so: no multi-conn.
     pub connections: usize,
-    /// Connections in their handshake; more are closed at once.
+    /// Connections in their handshake. For one more, the one of the most crowded peer (address, user, virtual machine) that
+    /// has been silent for longest is cut off.
     pub handshakes: usize,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
@@ -84,6 +86,7 @@ pub struct Server {
     workers: Arc<[Handle]>,
     roster: Roster,
     threads: Vec<JoinHandle<()>>,
+    end: End,
 }
 
 impl Server {
@@ -102,28 +105,52 @@ impl Server {
         let (stop, bell) = (Arc::new(AtomicBool::new(false)), Arc::new(bell()?));
         let (mut workers, mut threads) = (Vec::new(), Vec::new());
         let (sender, closers) = mpsc::channel();
+        let end = End::default();
+        let mut failed = None;
         for n in 0..limits.workers {
-            let (handle, thread) = worker::start(format!("worker {n}"), &limits, &stop, sender.clone())?;
-            workers.push(handle);
-            threads.push(thread);
+            match worker::start(format!("worker {n}"), &limits, &stop, sender.clone(), &end) {
+                Ok((handle, thread)) => {
+                    workers.push(handle);
+                    threads.push(thread);
+                }
+                Err(e) => {
+                    failed = Some(e);
+                    break;
+                }
+            }
         }
         let workers: Arc<[Handle]> = workers.into();
         let plan = Plan { memory: limits.memory, reserve: limits.memory / RESERVE, depth: limits.depth };
-        let roster =
-            Roster::new(Arc::clone(&workers), plan, Exports::none(payload_max, limits.connections > 1), closers);
+        let roster = Roster::new(
+            Arc::clone(&workers),
+            plan,
+            Exports::none(payload_max, limits.connections > 1),
+            (sender, closers),
+        );
         // From here on dropping `server` ends what was started.
-        let mut server =
-            Self { stop: Arc::clone(&stop), bell: Arc::clone(&bell), workers: Arc::clone(&workers), roster, threads };
+        let mut server = Self {
+            stop: Arc::clone(&stop),
+            bell: Arc::clone(&bell),
+            workers: Arc::clone(&workers),
+            roster,
+            threads,
+            end: end.clone(),
+        };
+        if let Some(e) = failed {
+            return Err(e);
+        }
         server.replace(exports, tls, |_| Removal::Hide)?;
-        let door = Door::new(listeners, server.roster.view(), workers, bell, stop, limits)?;
-        server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(move || door.run())?);
+        let door = Door::new(listeners, server.roster.views(), workers, bell, Arc::clone(&stop), limits, end.clone())?;
+        let door = move || end.watch("door", &stop, || door.run());
+        server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(door)?);
         Ok(server)
     }
 
     /// Serves one more export. Its device's queues are opened on this thread.
     ///
     /// # Errors
-    /// A name that is taken or cannot be, or what the device or the kernel said. Nothing has changed then.
+    /// A name that is taken or cannot be, what the device or the kernel said, or that all workers have failed. Nothing has
+    /// changed then.
     pub fn add(&self, export: Export) -> io::Result<()> {
         self.roster.add(export)
     }
@@ -155,6 +182,16 @@ impl Server {
         self.roster.status()
     }
 
+    /// Blocks until the server has failed: see [`End::wait`]. It is still to be dropped then.
+    pub fn wait(&self) -> io::Error {
+        io::Error::other(self.end.wait().unwrap_or_else(|| "the server was stopped".into()))
+    }
+
+    /// The way to wait for its end without the server itself, as on another thread.
+    pub fn end(&self) -> End {
+        self.end.clone()
+    }
+
     /// Stops listening, cuts the connections, lets the devices finish what they have, in bounded time.
     pub fn stop(self) {}
 }
@@ -168,6 +205,7 @@ impl Drop for Server {
         }
         self.threads.drain(..).for_each(|thread| await_end(&thread));
         self.roster.await_closed();
+        self.end.stopped();
     }
 }
 

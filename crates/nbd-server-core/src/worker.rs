@@ -26,7 +26,7 @@ use nix::sys::{
 };
 
 use crate::{
-    Grant, Limits, Lines, Part, Removal, Session, Stall,
+    End, Grant, Limits, Lines, Part, Removal, Session, Stall,
     lull::Lull,
     pace::Pace,
     poll::{Happened, Interest, Poll, Watch, bell},
@@ -66,10 +66,16 @@ pub(crate) struct Handle {
     bell: Arc<EventFd>,
     /// Connections it has.
     load: Arc<AtomicUsize>,
+    alive: Arc<AtomicBool>,
     watch: Watch,
 }
 
 impl Handle {
+    /// Whether it serves whoever is sent to it: its thread has not ended.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Relaxed)
+    }
+
     /// How many connections it has.
     pub(crate) fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
@@ -215,7 +221,7 @@ const BELL: u64 = u64::MAX;
 /// Tokens of lanes have this bit; those of connections are their numbers.
 const LANE: u64 = 1 << 32;
 
-/// Starts a worker. Who closes a device for it is told to `closers`.
+/// Starts a worker. Who closes a device for it is told to `closers`, and when it ends too early, `end`.
 ///
 /// # Errors
 /// No descriptors or threads left.
@@ -224,11 +230,19 @@ pub(crate) fn start(
     limits: &Limits,
     stop: &Arc<AtomicBool>,
     closers: mpsc::Sender<JoinHandle<()>>,
+    end: &End,
 ) -> io::Result<(Handle, JoinHandle<()>)> {
     let (sender, inbox) = mpsc::channel();
     let (poll, bell, load) = (Poll::new()?, Arc::new(bell()?), Arc::new(AtomicUsize::new(0)));
     poll.add_level(&*bell, BELL)?;
-    let handle = Handle { inbox: sender, bell: Arc::clone(&bell), load: Arc::clone(&load), watch: poll.watch() };
+    let alive = Arc::new(AtomicBool::new(true));
+    let handle = Handle {
+        inbox: sender,
+        bell: Arc::clone(&bell),
+        load: Arc::clone(&load),
+        alive: Arc::clone(&alive),
+        watch: poll.watch(),
+    };
     let now = Instant::now();
     let worker = Worker {
         poll,
@@ -255,8 +269,23 @@ pub(crate) fn start(
         stall_timeout: limits.stall_timeout,
         farewell: limits.farewell,
     };
-    let thread = thread::Builder::new().name(name).spawn(move || worker.run())?;
+    let (end, stop) = (end.clone(), Arc::clone(stop));
+    let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+        end.watch(&name, &stop, || {
+            let _death = Death(alive);
+            worker.run();
+        });
+    })?;
     Ok((handle, thread))
+}
+
+/// Says that a worker is dead when it is dropped, however that comes.
+struct Death(Arc<AtomicBool>);
+
+impl Drop for Death {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Worker {
