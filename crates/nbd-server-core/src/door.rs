@@ -15,7 +15,7 @@ use std::{
 };
 
 use nbd_proto::{Handshake, Negotiated, Offer, Step, limits::OPTIONS_MAX};
-use nix::sys::eventfd::EventFd;
+use nix::{errno::Errno, sys::eventfd::EventFd};
 use rustix::io::ioctl_fionbio;
 
 use crate::{
@@ -163,7 +163,7 @@ impl Door {
             if event.token == BELL {
                 let _ = self.bell.read();
             } else if event.token & LISTENER != 0 {
-                self.accept((event.token & !LISTENER) as usize);
+                self.accept((event.token & !LISTENER) as usize, event.ended);
             } else {
                 let number = event.token as usize;
                 if let Some(guest) = self.guests[number].as_mut().filter(|_| event.readable) {
@@ -185,7 +185,8 @@ impl Door {
         Ok(())
     }
 
-    fn accept(&mut self, number: usize) {
+    /// `ended`: nothing comes after what is there.
+    fn accept(&mut self, number: usize, ended: bool) {
         // Another one of this turn may have closed the door.
         let Some(ear) = self.listeners[number].as_ref().filter(|_| self.closed_until.is_none()) else { return };
         match listener::accept(ear.socket.as_fd()) {
@@ -193,7 +194,9 @@ impl Door {
                 Ok(peer) => self.receive(socket, peer, None),
                 Err(e) => log::debug!("a client was dropped before its handshake: {e}"),
             },
-            Err(Obstacle::Gone) => {}
+            // Of some sockets that were shut down accept only says that nothing is there.
+            Err(Obstacle::None) if ended => self.give_up(number, &Errno::EINVAL.into()),
+            Err(Obstacle::None | Obstacle::Gone) => {}
             // The connection stays in the backlog; if somebody goes for it, it is accepted in the next turn.
             Err(Obstacle::Room(_)) if self.make_room(SILENT) => {}
             Err(Obstacle::Room(e) | Obstacle::Other(e)) => {
@@ -202,7 +205,7 @@ impl Door {
                 }
                 self.close();
             }
-            Err(Obstacle::Dead(e)) => self.give_up(number, e.into()),
+            Err(Obstacle::Dead(e)) => self.give_up(number, &e.into()),
         }
     }
 
@@ -236,7 +239,7 @@ impl Door {
     }
 
     /// Does without a listening socket that will never have another connection.
-    fn give_up(&mut self, number: usize, error: io::Error) {
+    fn give_up(&mut self, number: usize, error: &io::Error) {
         log::error!("a listening socket is of no use any more, and is closed: {error}");
         if let Some(ear) = self.listeners[number].take() {
             // Somebody else may have another descriptor for it, so that closing ours would not end its events.

@@ -69,7 +69,9 @@ pub(crate) fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Obstacle> {
 /// Why there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
-    /// The client has gone again, or somebody else took it. The next one may be there already.
+    /// Nothing is there: somebody else took it.
+    None,
+    /// The client has gone again. The next one may be there already.
     Gone,
     /// Others may go for it to go away: descriptors or memory.
     Room(Errno),
@@ -82,10 +84,9 @@ pub(crate) enum Obstacle {
 impl From<Errno> for Obstacle {
     fn from(errno: Errno) -> Self {
         match errno {
+            Errno::AGAIN => Self::None,
             // accept(2) also tells what was wrong with the connection that it would have been.
-            Errno::AGAIN | Errno::INTR | Errno::CONNABORTED | Errno::CONNRESET | Errno::TIMEDOUT | Errno::PROTO => {
-                Self::Gone
-            }
+            Errno::INTR | Errno::CONNABORTED | Errno::CONNRESET | Errno::TIMEDOUT | Errno::PROTO => Self::Gone,
             Errno::NETDOWN | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::HOSTUNREACH => Self::Gone,
             Errno::NOPROTOOPT | Errno::NONET | Errno::PIPE => Self::Gone,
             Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Self::Room(errno),

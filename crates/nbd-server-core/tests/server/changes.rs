@@ -285,7 +285,7 @@ fn await_closed(device: &Weak<dyn Device>) {
 }
 
 #[track_caller]
-fn eventually(mut test: impl FnMut() -> bool) {
+pub(crate) fn eventually(mut test: impl FnMut() -> bool) {
     let start = Instant::now();
     while !test() {
         assert!(start.elapsed() < PATIENCE, "it does not come to that");

@@ -1,6 +1,7 @@
 //! The loop itself, over real sockets: who waits is served, who blocks others is cut off, and stopping ends.
 
 mod changes;
+mod door;
 
 use std::{
     io::{self, Read, Write},
@@ -127,11 +128,12 @@ fn a_handshake_has_a_deadline_and_room_for_so_many() {
         limits.handshakes = 2;
     });
     let mut idlers: Vec<UnixStream> = (0..3).map(|_| server.connect()).collect();
-    let mut greeting = [0; 18];
-    idlers[0].read_exact(&mut greeting).unwrap();
-    idlers[1].read_exact(&mut greeting).unwrap();
-    assert_eq!(idlers[2].read(&mut [0; 1]).unwrap_or(0), 0, "one too many");
-    assert_eq!(idlers[0].read(&mut [0; 1]).unwrap_or(0), 0, "too slow");
+    for idler in &mut idlers {
+        idler.read_exact(&mut [0; 18]).unwrap();
+    }
+    for idler in &mut idlers {
+        assert_eq!(idler.read(&mut [0; 1]).unwrap_or(0), 0, "one made room for another, the others were too slow");
+    }
     let mut client = server.client("");
     client.encoder.flush(&mut client.out, Cookie(3));
     client.send();
