@@ -34,6 +34,8 @@ pub(crate) enum Event {
     Stop(Signal),
     /// The command of `--run`, or the client of `--single`, ended with this status.
     Ended(u8),
+    /// The server has failed: a thread of it has ended, or it has nothing left to listen on.
+    Failed(String),
     /// It was announced that the server is ready, or that failed.
     Announced(anyhow::Result<Ready>),
     /// The file is to be read again, and a client of the control socket perhaps waits for the result.

@@ -114,6 +114,14 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     };
     thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
 
+    let (end, events) = (server.end(), control.sender());
+    let failed = move || {
+        if let Some(why) = end.wait() {
+            let _ = events.send(Event::Failed(why));
+        }
+    };
+    thread::Builder::new().name("end".into()).spawn(failed).context("starting a thread")?;
+
     let server = Arc::new(server);
     let mut reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
     let mut captive: Option<Captive> = None;
@@ -127,6 +135,8 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
                 None => break Ok(0),
             },
             Event::Ended(status) => break Ok(status),
+            // Whoever started it has to start it again.
+            Event::Failed(why) => break Err(anyhow!("the server ends: {why}")),
             Event::Announced(Err(error)) => break Err(error),
             Event::Announced(Ok(ready)) => {
                 announced = Some(ready);
