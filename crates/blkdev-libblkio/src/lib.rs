@@ -226,6 +226,13 @@ impl Device for Libblkio {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         let mut blkio = lock(&self.home.blkio);
+        if !mapping.is_shareable() && blkio.get_bool("needs-mem-region-fd").unwrap_or(true) {
+            let (target, len) = (&self.info.target, mapping.len());
+            return Err(io::Error::other(format!(
+                "libblkio {target}: {len} bytes of memory cannot be shared with the back end: a file of that size exceeds \
+                 ulimit -f (LimitFSIZE=); raise that, or use less memory (--memory)"
+            )));
+        }
         blkio.map_mem_region(&region(mapping)).map_err(|error| {
             let (target, len) = (&self.info.target, mapping.len());
             io::Error::other(format!("libblkio {target}: registering {len} bytes of memory: {error}"))
