@@ -3,14 +3,14 @@
 
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, symlink},
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
 };
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
-use nbdblk_tests::{Cmd, Daemon, Dir, Nbdblk, Output, deadline, eventually, nbdblk, nbdsh, tool};
+use nbdblk_tests::{Cmd, Daemon, Dir, Nbdblk, Output, deadline, eventually, nbdblk, nbdinfo, nbdsh, tool};
 use nix::sys::signal::Signal;
 
 use crate::MIB;
@@ -339,6 +339,91 @@ fn one_server_may_open_an_image_more_than_once() {
     drop(old);
     assert!(server.terminate().success());
     accepted(&dir, &["io_uring=d.img"]);
+}
+
+#[test]
+fn one_server_exports_an_image_for_reading_twice() {
+    let dir = Dir::new();
+    fs::write(dir.sparse("d.img", MIB), vec![7; MIB as usize]).unwrap();
+    let properties = [
+        &["a:io_uring=d.img,read-only=true", "b:io_uring=d.img,read-only=true"][..],
+        &["a:io_uring=d.img", "b:io_uring=d.img", "--read-only"],
+    ];
+    for args in properties {
+        let server = Nbdblk::unix(&dir, args);
+        let mut clients = ["a", "b"].map(|name| Raw::enter(server.address(), Mode::Structured, name));
+        for client in &mut clients {
+            assert_eq!(client.read(4096, 512), [7; 512]);
+            assert_ne!(client.call(0, cmd::WRITE, 0, 1, b"x").error, 0, "it is read-only");
+        }
+        // The lock is the process's until both are closed.
+        refused(&dir, &["io_uring=d.img"], &["d.img is in use"]);
+        drop(clients);
+        assert!(server.terminate().success());
+        accepted(&dir, &["io_uring=d.img"]);
+    }
+}
+
+#[test]
+fn a_reload_opens_the_file_that_has_taken_the_place_of_another() {
+    let dir = Dir::new();
+    let image = dir.sparse("disk.img", MIB);
+    symlink("disk.img", dir.at("link.img")).unwrap();
+    let exports = [("x", "disk.img"), ("same", "disk.img,read-only=true"), ("link", "link.img,force-share=true")];
+    let exports =
+        exports.map(|(name, device)| format!("[[export]]\nname = \"{name}\"\ndevice = \"io_uring={device}\"\n"));
+    fs::write(dir.at("nbdblk.toml"), format!("control = \"c\"\n{}", exports.concat())).unwrap();
+    let server = Nbdblk::unix(&dir, &["--config", "nbdblk.toml"]);
+    let reload = || nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
+    let changes = || {
+        let Output { status, out, err } = reload();
+        assert!(status.success(), "{err}");
+        out.trim().to_owned()
+    };
+    let enter = |name: &str| Raw::enter(server.address(), Mode::Structured, name);
+    let size = |name: &str| nbdinfo(&server.uri_of(name))["exports"][0]["export-size"].as_u64().unwrap();
+    let mut old = enter("x");
+    old.write(0, b"old");
+    assert_eq!(changes(), "nothing has changed");
+
+    // A file that is being written elsewhere is refused, and the server goes on as it was.
+    let new = dir.sparse("new.img", 2 * MIB);
+    fs::File::options().write(true).open(&new).unwrap().write_all_at(b"new", 0).unwrap();
+    let writer = Nbdblk::unix(&dir, &["io_uring=new.img"]);
+    fs::rename(&new, &image).unwrap();
+    let told = reload();
+    assert!(!told.status.success() && told.err.contains("disk.img is in use"), "{}", told.err);
+    assert_eq!((size("x"), enter("x").read(0, 3)), (MIB, b"old".to_vec()));
+    assert!(writer.terminate().success());
+
+    assert_eq!(changes(), r#"reopened: "x", "same", "link""#);
+    for name in ["x", "same", "link"] {
+        assert_eq!((size(name), enter(name).read(0, 3)), (2 * MIB, b"new".to_vec()), "{name}");
+    }
+    old.write(3, b" goes on");
+    assert_eq!(old.read(0, 11), b"old goes on");
+    assert_eq!(enter("x").read(0, 3), b"new");
+    assert_eq!(changes(), "nothing has changed");
+    // Its lock follows: this is the image in use now.
+    refused(&dir, &["io_uring=disk.img"], &["disk.img is in use"]);
+    // With its last client the server closes the file that has no name any more.
+    drop(old);
+    let fds = PathBuf::from(format!("/proc/{}/fd", server.pid()));
+    let gone =
+        |fd: fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|f| f.to_string_lossy().ends_with("disk.img (deleted)"));
+    eventually("the server has closed the deleted file", || !fs::read_dir(&fds).unwrap().flatten().any(gone));
+
+    // A link that points elsewhere names another file as well.
+    dir.sparse("other.img", 3 * MIB);
+    symlink("other.img", dir.at("new-link")).unwrap();
+    fs::rename(dir.at("new-link"), dir.at("link.img")).unwrap();
+    assert_eq!(changes(), r#"reopened: "link""#);
+    assert_eq!((size("x"), size("link")), (2 * MIB, 3 * MIB));
+    // Where there is no other file, the one that is open goes on.
+    fs::remove_file(&image).unwrap();
+    assert_eq!(changes(), "nothing has changed");
+    assert_eq!(enter("x").read(0, 3), b"new");
+    assert!(server.terminate().success());
 }
 
 #[test]
