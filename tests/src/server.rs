@@ -112,6 +112,14 @@ impl Nbdblk {
         self.daemon.log()
     }
 
+    /// Waits until it has said this. What it logs may come a moment after what it answers.
+    ///
+    /// # Panics
+    /// If it does not within the deadline.
+    pub fn await_log(&self, text: &str) {
+        crate::eventually(&format!("{text:?} in the log"), || self.log().contains(text));
+    }
+
     /// Whether it still runs.
     pub fn is_alive(&mut self) -> bool {
         self.daemon.is_alive()

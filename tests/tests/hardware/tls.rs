@@ -1,6 +1,6 @@
 //! TLS in the kernel, which only the machine's kernel has. Keys need no tool, as certificates would.
 
-use nbdblk_tests::{Dir, Nbdblk, Version, assert_equal, tool, write_runs};
+use nbdblk_tests::{Dir, Nbdblk, Version, assert_equal, eventually, tool, write_runs};
 
 use crate::target::check;
 
@@ -29,8 +29,8 @@ fn exchange() {
         nbdcopy().args([&image, &uri]).ok();
         nbdcopy().args([&uri, &copy]).ok();
         assert_equal(image.as_ref(), copy.as_ref());
-        let log = server.log();
-        assert!(log.lines().any(|line| line.contains(&format!("{version:?}")) && line.ends_with(ways)), "{log}");
+        let says = |line: &str| line.contains(&format!("{version:?}")) && line.ends_with(ways);
+        eventually("the log says how", || server.log().lines().any(says));
     }
     assert!(server.terminate().success());
 }
