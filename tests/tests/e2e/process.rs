@@ -104,7 +104,7 @@ fn a_stderr_that_nobody_reads_delays_nothing() {
 }
 
 #[test]
-fn repeated_warnings_are_counted_and_not_written() {
+fn repeated_warnings_are_few_lines() {
     let dir = Dir::new();
     let args = ["serve", "memory=1M", "-U", "nbd.sock", "--connections", "1"];
     let mut server = nbdblk().args(args).within(dir.path()).spawn(dir.at("log"));
@@ -118,11 +118,8 @@ fn repeated_warnings_are_counted_and_not_written() {
     server.signal(Signal::SIGTERM);
     let (status, log) = server.await_end();
     assert!(status.success(), "{log}");
-    let (summaries, lines): (Vec<_>, Vec<_>) =
-        log.lines().filter(|line| line.contains("turned away")).partition(|line| line.contains("left out"));
-    let count = |line: &&str| line.split(' ').nth(1).and_then(|word| word.parse::<usize>().ok()).expect("a number");
-    assert_eq!(lines.len() + summaries.iter().map(count).sum::<usize>(), 700, "{log}");
-    assert!(lines.len() < 700 && !summaries.is_empty(), "{log}");
+    let lines = log.lines().filter(|line| line.contains("turned away")).count();
+    assert!((1..50).contains(&lines), "{lines} lines for 700 clients: {log}");
 }
 
 #[test]
