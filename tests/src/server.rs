@@ -163,6 +163,9 @@ impl Nbdblk {
         self.daemon.signal(Signal::SIGTERM);
         let (status, log) = self.daemon.await_end();
         assert!(!log.contains("panicked"), "the server panicked:\n{log}");
+        if !status.success() {
+            eprintln!("the server ended with {status}:\n{log}");
+        }
         status
     }
 }

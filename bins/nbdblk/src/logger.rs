@@ -18,7 +18,10 @@ use std::{
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{signal::SigSet, stat::fstat},
+    sys::{
+        signal::{SigSet, SigmaskHow},
+        stat::fstat,
+    },
 };
 
 /// Lines and bytes that may wait for stderr.
@@ -48,8 +51,6 @@ pub(crate) fn start(verbose: u8) {
 /// From here on a thread writes to stderr, and no other thread waits for it. Panics are logged the same way.
 pub(crate) fn detach() {
     let write = || {
-        // The signals are for the thread that reads them; a log file may not kill the server with SIGXFSZ either.
-        let _ = SigSet::all().thread_block();
         let mut state = lock();
         loop {
             let now = Instant::now();
@@ -69,7 +70,13 @@ pub(crate) fn detach() {
     };
     // Held until the thread is known to run, so that no line is queued for a thread that never was.
     let mut state = lock();
+    // The signals are for the thread that reads them; a log file may not kill the server with SIGXFSZ either. The thread
+    // inherits this. If it blocked them itself, a signal could come first.
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     state.detached = thread::Builder::new().name("log".into()).spawn(write).is_ok();
+    if let Ok(mask) = mask {
+        let _ = mask.thread_set_mask();
+    }
     drop(state);
     panic::set_hook(Box::new(|panic| {
         let name = thread::current().name().unwrap_or("?").to_owned();
