@@ -319,7 +319,7 @@ impl Lane {
                     break None;
                 }
             }
-            if state.channel.is_dead() {
+            if state.channel.refuses() || state.channel.is_dead() {
                 break None;
             }
             state = match self.memory.wait_timeout(state, LOOK) {
