@@ -6,7 +6,11 @@
 //! word. What must hold in every one of them: each request of a living client is answered exactly once and rightly, what was
 //! acknowledged is there, no buffer is lost, and all of it ends.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blkdev::{
     Channel, Device, Done, Plan,
@@ -40,6 +44,63 @@ fn dying_devices() {
     run_seeds(20_000..21_000, |rng, faults| faults.death = Some(rng.below(200)));
 }
 
+/// Some requests are never completed: they end all the same, and so does everything that waits behind them.
+#[test]
+fn silent_devices() {
+    run_seeds(30_000..31_000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
+}
+
+/// However many clients ask for long replies and take none of them, small requests and those without payload are answered.
+#[test]
+fn greedy_clients_keep_nobody_waiting() {
+    for seed in 40_000..40_300 {
+        let mut world = World::new(seed, |_, _| {});
+        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
+        let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
+        world.channels = plan.open(&device, 1).unwrap();
+        world.lines = vec![Lines::default()];
+        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
+        let greedy = world.rng.range(1, 60) as usize;
+        world.clients = (0..=greedy).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        for n in 0..greedy {
+            for _ in 0..world.rng.range(1, 100) {
+                let (client, len) = (&mut world.clients[n], world.rng.range(17 << 10, DEVICE - 1));
+                client.next += 1;
+                client.encoder.request(&mut client.wire, Cookie(client.next), Kind::READ, Flags::NONE, 0, len);
+            }
+        }
+        let has_contexts = !world.clients[greedy].session.terms().contexts.is_empty();
+        let requests = [(Kind::READ, 4096), (Kind::FLUSH, 0), (Kind::WRITE_ZEROES, 4096), (Kind::BLOCK_STATUS, 4096)];
+        let count = if has_contexts { 4 } else { 3 };
+        for n in 0..=greedy {
+            let honest = n == greedy;
+            for &(kind, len) in requests[..count].iter().filter(|_| honest) {
+                let client = &mut world.clients[n];
+                client.next += 1;
+                client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, 0, len);
+            }
+            let len = world.clients[n].wire.len();
+            world.feed(n, len);
+            (0..20).for_each(|_| world.turn());
+        }
+        let honest = &mut world.clients[greedy].session;
+        assert_eq!((honest.in_flight(), honest.wants()), (0, None), "seed {seed}: the honest client is served");
+        assert!(honest.outbox().heads() >= 16 * count, "seed {seed}: and gets its replies");
+    }
+}
+
+fn export(device: Arc<dyn Device>, read_only: bool) -> Export {
+    Export {
+        name: "disk".into(),
+        description: String::new(),
+        device,
+        read_only,
+        access: Access::default(),
+        tls_only: false,
+        block_size_required: false,
+    }
+}
+
 fn run_seeds(seeds: std::ops::Range<u64>, worsen: fn(&mut Rng, &mut Faults)) {
     for seed in seeds {
         // What panics inside names the seed, which is all it takes to see it again.
@@ -61,6 +122,8 @@ struct World {
     /// The longest of them, in bytes.
     longest: u64,
     faulty: bool,
+    /// The time that the channels are told.
+    now: Instant,
 }
 
 /// What the device must hold: a byte, or anything.
@@ -106,7 +169,8 @@ impl World {
         let mut rng = Rng::new(seed);
         let mut faults = Faults::new(rng.next());
         worsen(&mut rng, &mut faults);
-        let faulty = faults.death.is_some() || faults.errors.read > 0.0;
+        let silent = faults.lost > 0.0;
+        let faulty = silent || faults.death.is_some() || faults.errors.read > 0.0;
         let block = *rng.pick(&[1u32, 512, 4096]);
         let memory = Memory::new(DEVICE).with(|info| {
             info.block_size = block;
@@ -115,6 +179,7 @@ impl World {
             info.discard_max = *rng.pick(&[8192, u64::MAX]);
             info.discard_alignment = block.max(*rng.pick(&[1, 4096]));
             info.queues_max = 4;
+            info.timeout = silent.then_some(Duration::from_secs(8));
             let caps = &mut info.caps;
             caps.zero = rng.chance(0.7);
             caps.discard = rng.chance(0.8);
@@ -135,15 +200,7 @@ impl World {
             depth: rng.range(1, 32) as u16,
         };
         let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
-        let export = Export {
-            name: "disk".into(),
-            description: String::new(),
-            device: dynamic,
-            read_only: rng.chance(0.1),
-            access: Access::default(),
-            tls_only: false,
-            block_size_required: false,
-        };
+        let export = export(dynamic, rng.chance(0.1));
         let exports = Exports::new(vec![export], 1 << 20).unwrap();
         let clients = (0..rng.range(1, 5))
             .map(|n| Client::shake_hands(&exports, n as usize, rng.below(channels.len() as u64) as usize, &mut rng))
@@ -153,7 +210,7 @@ impl World {
         // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
         let lines = channels.iter().map(|_| Lines::default()).collect();
-        Self { rng, device, model, channels, lines, clients, budget, longest, faulty }
+        Self { rng, device, model, channels, lines, clients, budget, longest, faulty, now: Instant::now() }
     }
 
     fn run(mut self) {
@@ -430,8 +487,10 @@ impl World {
 
     /// The server's loop: devices and replies move on.
     fn turn(&mut self) {
+        self.now += Duration::from_millis(self.rng.below(600));
         self.feed_waiting();
         for channel in &mut self.channels {
+            channel.tick(self.now);
             channel.kick();
             let mut done: Vec<Done> = Vec::new();
             channel.reap(&mut done);
