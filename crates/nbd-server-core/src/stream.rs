@@ -129,6 +129,13 @@ impl Stream {
         }
     }
 
+    /// Returns what a burst has left of capacity.
+    pub(crate) fn shrink(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.shrink();
+        }
+    }
+
     /// Takes leave, where there is a form for that. `staging` may be overwritten.
     pub(crate) fn close(&mut self, staging: &mut [u8]) {
         if let Some(tls) = &mut self.tls {

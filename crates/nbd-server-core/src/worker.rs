@@ -731,6 +731,9 @@ impl Worker {
         }
         for conn in self.conns.iter_mut().flatten() {
             conn.session.shrink();
+            if let Some(stream) = &mut conn.stream {
+                stream.shrink();
+            }
             if conn.backlog.is_empty() {
                 conn.backlog = Vec::new();
             }

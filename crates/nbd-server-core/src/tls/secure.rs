@@ -48,6 +48,12 @@ impl Secure {
         self.part.len()
     }
 
+    /// Returns what a burst has left of capacity.
+    pub(crate) fn shrink(&mut self) {
+        self.part.shrink_to_fit();
+        self.unsent.shrink_to_fit();
+    }
+
     /// Gives the kernel what it can do as well; from where things stand now.
     ///
     /// # Errors
