@@ -41,15 +41,40 @@ fn search_path() -> String {
     format!("/usr/bin:/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default())
 }
 
+/// A wait with an end. Every half minute it says what it waits for, and not by `eprintln`, which tests hold back.
+struct Wait<'a> {
+    what: &'a str,
+    start: Instant,
+    said: u64,
+}
+
+impl<'a> Wait<'a> {
+    fn new(what: &'a str) -> Self {
+        Self { what, start: Instant::now(), said: 0 }
+    }
+
+    /// Sleeps a moment. `false`: the deadline has passed.
+    fn goes_on(&mut self) -> bool {
+        let seconds = self.start.elapsed().as_secs();
+        if seconds / 30 > self.said {
+            self.said = seconds / 30;
+            let test = std::thread::current().name().unwrap_or("a test").to_owned();
+            let line = format!("{test}: waiting since {seconds} s: {}\n", self.what);
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        self.start.elapsed() < deadline()
+    }
+}
+
 /// Waits until `test` holds.
 ///
 /// # Panics
 /// If it does not within the deadline; `what` says what was waited for.
 pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
-    let start = Instant::now();
+    let mut wait = Wait::new(what);
     while !test() {
-        assert!(start.elapsed() < deadline(), "not within {} s: {what}", deadline().as_secs());
-        std::thread::sleep(Duration::from_millis(10));
+        assert!(wait.goes_on(), "not within {} s: {what}", deadline().as_secs());
     }
 }
 
@@ -139,7 +164,7 @@ impl Cmd {
         let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
         let out = collect(child.0.stdout.take().expect("stdout is piped"));
         let err = collect(child.0.stderr.take().expect("stderr is piped"));
-        let status = wait(&mut child.0, deadline());
+        let status = wait(&mut child.0, &shown);
         drop(child);
         let text = |reader: JoinHandle<Vec<u8>>| {
             String::from_utf8_lossy(&reader.join().expect("a reader does not panic")).into_owned()
@@ -197,16 +222,17 @@ fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
-fn wait(child: &mut Child, within: Duration) -> Option<ExitStatus> {
-    let start = Instant::now();
+/// Waits for the end of a child; `shown` is what it is called.
+fn wait(child: &mut Child, shown: &str) -> Option<ExitStatus> {
+    let what = format!("the end of {shown}");
+    let mut wait = Wait::new(&what);
     loop {
         if let Some(status) = child.try_wait().expect("a child can be waited for") {
             return Some(status);
         }
-        if start.elapsed() > within {
+        if !wait.goes_on() {
             return None;
         }
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -278,15 +304,14 @@ impl Daemon {
     /// # Panics
     /// If it ends before, or does not within the deadline.
     pub fn await_that(&mut self, what: &str, test: impl Fn(&str) -> bool) {
-        let start = Instant::now();
+        let mut wait = Wait::new(what);
         loop {
             let alive = self.is_alive();
             if test(&self.log()) {
                 return;
             }
             assert!(alive, "{} ended before {what}; it said:\n{}", self.shown, self.log());
-            assert!(start.elapsed() < deadline(), "{} hangs before {what}; it said:\n{}", self.shown, self.log());
-            std::thread::sleep(Duration::from_millis(5));
+            assert!(wait.goes_on(), "{} hangs before {what}; it said:\n{}", self.shown, self.log());
         }
     }
 
@@ -295,7 +320,7 @@ impl Daemon {
     /// # Panics
     /// If it does not within the deadline.
     pub fn await_end(mut self) -> (ExitStatus, String) {
-        let status = wait(&mut self.child.0, deadline());
+        let status = wait(&mut self.child.0, &self.shown);
         (status.unwrap_or_else(|| panic!("{} hangs; it said:\n{}", self.shown, self.log())), self.log())
     }
 }
