@@ -549,6 +549,23 @@ fn a_full_file_system_is_reported_for_every_operation() {
 }
 
 #[test]
+fn a_new_client_gets_the_current_size() {
+    let dir = Dir::new();
+    let image = dir.sparse("d.img", MIB);
+    let server = Nbdblk::unix(&dir, &["io_uring=d.img"]);
+    let mut old = Raw::enter(server.address(), Mode::Structured, "");
+    for size in [2 * MIB, MIB / 2, 3 * MIB] {
+        fs::File::options().write(true).open(&image).unwrap().set_len(size).unwrap();
+        assert_eq!(nbdinfo(&server.uri())["exports"][0]["export-size"], size);
+        let mut new = Raw::enter(server.address(), Mode::Extended, "");
+        new.write(size - 4096, &[7; 4096]);
+        assert_eq!(new.read(size - 4096, 4096), [7; 4096]);
+        assert_eq!(old.read(0, 4096).len(), 4096, "earlier clients go on");
+    }
+    assert!(server.terminate().success());
+}
+
+#[test]
 fn an_end_that_direct_access_cannot_reach_is_refused() {
     let dir = Dir::new();
     dir.sparse("d.img", 1000);
