@@ -192,6 +192,9 @@ const CHUNK: usize = 64 << 10;
 /// that are written.
 const REGION: u64 = 32;
 
+/// A status looks at so many regions at most, or at a range of this length: 256 MiB.
+const STATUS_REGIONS: usize = 128;
+
 /// Neighbouring regions are spread over this many locks, so that queues seldom meet.
 const SHARDS: u64 = 256;
 
@@ -280,7 +283,10 @@ impl Chunks {
         }
     }
 
+    /// Of a disk that holds much, the answer is about the first part of the range: all of it would take milliseconds.
     fn status(&self, at: u64, len: u64, extents: &mut Vec<Extent>) {
+        let regions: usize = self.shards.iter().map(|shard| read(shard).0.len()).sum();
+        let len = if regions > STATUS_REGIONS { len.min(STATUS_REGIONS as u64 * REGION * CHUNK as u64) } else { len };
         let chunks = chunks(at, len);
         let mut present = Vec::new();
         for shard in &self.shards {

@@ -21,6 +21,9 @@ const HEADS_MAX: usize = 64 << 10;
 /// if the [device has answered](Channel::is_prompt) by then: more than that would not be in the cache any more when it is sent.
 pub(crate) const TURN: usize = 256 << 10;
 
+/// What a request that makes a device search or change its map counts for in a turn, beside bytes of memory.
+const SEARCH: usize = TURN / 16;
+
 /// Up to this fraction of a channel's memory nobody asks whether a client has its share: one 64th, 1 MiB of the usual 64.
 const MODEST: usize = 64;
 
@@ -47,6 +50,8 @@ pub struct Session {
     outbox: Outbox,
     /// Bytes of payload memory in requests: filling, or at the device.
     held: usize,
+    /// Counted for requests without payload that take a prompt device long.
+    spent: usize,
     /// The client said goodbye.
     disconnecting: bool,
     /// The export is going: what has not begun never will.
@@ -105,6 +110,7 @@ impl Session {
             wants: None,
             filling: None,
             landed: 0,
+            spent: 0,
             outbox: Outbox::default(),
             held: 0,
             disconnecting: false,
@@ -152,11 +158,15 @@ impl Session {
             return self.refuse_all(input, channel);
         }
         let enough = if channel.is_prompt() { self.held + TURN } else { usize::MAX };
+        self.spent = 0;
         while let Some(event) = self.receiver.next(input)? {
             let stall = match event {
                 Event::Command(cookie, command) => {
+                    if let Command::Status { .. } | Command::Zero { .. } | Command::Trim { .. } = command {
+                        self.spent += SEARCH;
+                    }
                     let stall = self.begin(cookie, Asked::Command(command), channel, grant);
-                    stall.or_else(|| (self.held >= enough && !input.is_empty()).then_some(Stall::Turn))
+                    stall.or_else(|| (self.held + self.spent >= enough && !input.is_empty()).then_some(Stall::Turn))
                 }
                 Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel, grant),
                 Event::Payload(bytes) => {
@@ -325,6 +335,11 @@ impl Session {
     #[inline]
     pub fn in_flight(&self) -> usize {
         self.calls.in_use
+    }
+
+    /// What it has taken of a turn beside memory, when it was last asked.
+    pub(crate) fn spent(&self) -> usize {
+        self.spent
     }
 
     /// Bytes of payload memory in requests that are not done.

@@ -592,7 +592,8 @@ impl Worker {
             self.spin.count(conn.backlog.len() / REQUEST_LEN);
         }
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
-        if lane.channel.is_prompt() { conn.session.held().saturating_sub(held) } else { 0 }
+        let taken = conn.session.held().saturating_sub(held) + conn.session.spent();
+        if lane.channel.is_prompt() { taken } else { 0 }
     }
 
     /// Takes what a connection has sent until that is all, it must wait, or others should have their turn. `false`: it was at
