@@ -184,8 +184,10 @@ pub struct Done {
 pub struct Channel {
     /// Before the memory it uses: fields are dropped in this order, and a queue drains when dropped.
     queue: Box<dyn Queue>,
-    registered: Arc<Registered>,
+    device: Arc<dyn Device>,
     info: Info,
+    /// See [`memory`](Self::memory).
+    memory: usize,
     arena: Arena,
     zeroes: Buf,
     edges: Buf,
@@ -211,6 +213,8 @@ pub struct Channel {
     refuses: bool,
     /// Payload memory of overdue requests.
     overdue_bytes: u64,
+    /// Last: when it is dropped the queue must be closed.
+    _registered: Arc<Registered>,
 }
 
 /// How often to look for a turn at the gate without being woken.
@@ -238,7 +242,8 @@ impl Channel {
         let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
         Ok(Self {
             queue: device.open_queue(depth)?,
-            registered: Arc::clone(registered),
+            device: Arc::clone(device),
+            memory: arena.capacity().saturating_sub(margins_max(&info)),
             arena,
             zeroes,
             edges,
@@ -257,6 +262,7 @@ impl Channel {
             refuses: false,
             overdue_bytes: 0,
             info,
+            _registered: Arc::clone(registered),
         })
     }
 
@@ -267,7 +273,7 @@ impl Channel {
 
     /// Size of the device in bytes, now.
     pub fn capacity(&self) -> u64 {
-        self.registered.device.capacity()
+        self.device.capacity()
     }
 
     /// Payload memory that no request holds now, in bytes, without the [reserve](Plan::reserve).
@@ -277,8 +283,9 @@ impl Channel {
 
     /// Payload memory in all, in bytes, without the [reserve](Plan::reserve). The longest request that ever gets a buffer is
     /// as long.
+    #[inline]
     pub fn memory(&self) -> usize {
-        self.arena.capacity().saturating_sub(margins_max(&self.info))
+        self.memory
     }
 
     /// Payload memory that no request holds now, the [reserve](Plan::reserve) included: not 0 even when there is none for a
@@ -335,7 +342,7 @@ impl Channel {
     /// Returns payload memory to the system that was not used since the last call, if the device allows it
     /// ([`Device::pins_memory`]). Returns whether there is more, for a call some seconds later.
     pub fn trim(&mut self) -> bool {
-        !self.registered.device.pins_memory() && self.arena.trim()
+        !self.device.pins_memory() && self.arena.trim()
     }
 
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
@@ -345,20 +352,32 @@ impl Channel {
         if let Some(result) = self.verdict(&io) {
             return self.ready.push(Done { tag, io, result });
         }
-        let (kind, at, len, op) = match io {
-            Io::Read { at, buf } if self.fits(at, &buf) => (Kind::Read, at, buf.len(), Op::Read { at, buf }),
+        match io {
+            Io::Read { at, buf } if self.fits(at, &buf) => {
+                let slot = self.claim(tag, Kind::Read, at, buf.len());
+                self.issue(slot, Op::Read { at, buf });
+            }
             Io::Write { at, buf, fua } if self.fits(at, &buf) && self.can_write_directly(fua) => {
                 let fua = fua && self.info.caps.fua;
                 if self.is_gated() && !self.enter() {
                     return self.start(tag, Io::Write { at, buf, fua });
                 }
-                (Kind::Write, at, buf.len(), Op::Write { at, buf, fua })
+                let slot = self.claim(tag, Kind::Write, at, buf.len());
+                self.issue(slot, Op::Write { at, buf, fua });
             }
-            Io::Flush => (Kind::Flush, 0, 0, Op::Flush),
-            io => return self.start(tag, io),
-        };
-        let slot = self.slots.insert(Slot::Direct { tag, born: NEVER, kind, len: len as u32, at });
-        self.issue(Request { tag: slot.into(), op });
+            Io::Flush => {
+                let slot = self.claim(tag, Kind::Flush, 0, 0);
+                self.issue(slot, Op::Flush);
+            }
+            io => self.start(tag, io),
+        }
+    }
+
+    /// A slot for a request that goes to the queue as it is.
+    #[inline(always)]
+    fn claim(&mut self, tag: u64, kind: Kind, at: u64, len: usize) -> u32 {
+        let born = if self.held.is_empty() { self.ages.now() } else { NEVER };
+        self.slots.insert(Slot::Direct { tag, born, kind, len: len as u32, at })
     }
 
     /// One doorbell for everything since the last one.
@@ -634,7 +653,7 @@ impl Channel {
         if changes && caps.read_only {
             return Some(Err(Error::ReadOnly));
         }
-        if at.checked_add(len).is_none_or(|end| end > self.registered.device.capacity()) {
+        if at.checked_add(len).is_none_or(|end| end > self.device.capacity()) {
             return Some(Err(Error::OutOfRange));
         }
         if self.refuses || (changes && self.pass.is_overdue(at, len)) {
@@ -770,13 +789,11 @@ impl Channel {
     }
 
     /// Pushes a request of a new direct slot, or holds it back.
-    #[inline]
-    fn issue(&mut self, request: Request) {
+    #[inline(always)]
+    fn issue(&mut self, slot: u32, op: Op) {
+        let request = Request { tag: slot.into(), op };
         if !self.held.is_empty() {
             return self.held.push_back(request);
-        }
-        if let Slot::Direct { born, .. } = &mut self.slots.list[request.tag as usize] {
-            *born = self.ages.now();
         }
         self.pushed = true;
         if let Err(request) = self.queue.push(request) {

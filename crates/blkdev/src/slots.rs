@@ -72,9 +72,10 @@ impl Slots {
         let index = self.free;
         match self.list.get_mut(index as usize) {
             Some(place) => {
-                let Slot::Free { next } = *place else { unreachable!("the free list holds free slots") };
+                let Slot::Free { next } = std::mem::replace(place, slot) else {
+                    unreachable!("the free list holds free slots")
+                };
                 self.free = next;
-                *place = slot;
                 index
             }
             None => {

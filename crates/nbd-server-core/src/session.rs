@@ -426,15 +426,33 @@ impl Session {
     ///
     /// A client that holds some may have as much as then stays free, and no more. A client that holds none may have what it
     /// asks for. Small requests of clients that hold little come from a reserve; see [`Lines`](crate::Lines).
-    #[inline]
+    #[inline(always)]
     fn alloc(&mut self, at: u64, len: usize, channel: &mut Channel, grant: &mut Grant) -> Result<Buf, Stall> {
+        let small = self.held + self.outbox.held() + len <= channel.memory() / MODEST;
+        if small
+            && grant.reserve
+            && let Some(buf) = channel.alloc_reserved(at, len)
+        {
+            grant.take();
+            self.held += len;
+            return Ok(buf);
+        }
+        self.alloc_common(at, len, small, channel, grant)
+    }
+
+    /// What the reserve does not have, or is not for.
+    #[inline(never)]
+    fn alloc_common(
+        &mut self,
+        at: u64,
+        len: usize,
+        small: bool,
+        channel: &mut Channel,
+        grant: &mut Grant,
+    ) -> Result<Buf, Stall> {
         let mine = self.held + self.outbox.held();
-        let buf = if mine + len <= channel.memory() / MODEST {
-            let buf = if grant.reserve { channel.alloc_reserved(at, len) } else { None };
-            match buf {
-                None if grant.spill => channel.alloc(at, len),
-                buf => buf,
-            }
+        let buf = if small {
+            if grant.spill { channel.alloc(at, len) } else { None }
         } else {
             // Counting what is free takes a moment, and is not worth it for small requests.
             if mine > 0 && mine + 2 * len > channel.memory_free() {
@@ -443,7 +461,6 @@ impl Session {
             if grant.common { channel.alloc(at, len) } else { None }
         };
         let Some(buf) = buf else {
-            let small = mine + len <= channel.memory() / MODEST;
             self.wants = Some(if small { Part::Reserve } else { Part::Common });
             return Err(Stall::Memory);
         };
