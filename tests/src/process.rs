@@ -203,7 +203,7 @@ impl Cmd {
     }
 }
 
-/// A pipe that is full: whoever writes into it waits until the returned end is read.
+/// A full pipe: a writer blocks until the returned end is read.
 ///
 /// # Panics
 /// If the kernel gives no pipe.

@@ -112,7 +112,7 @@ fn identity(path: &Path) -> io::Result<Identity> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino(), found.created().ok()))
 }
 
-/// Opens a regular file for reading, and nothing else: opening a FIFO, or reading from it, could wait for ever.
+/// Opens a regular file for reading, and nothing else: opening a FIFO, or reading from it, could block forever.
 pub(crate) fn open_regular(path: &Path) -> io::Result<fs::File> {
     let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
     let file = std::os::unix::fs::OpenOptionsExt::custom_flags(fs::File::options().read(true), flags).open(path)?;

@@ -168,7 +168,7 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Finds what is wrong with the arguments, before anything is opened.
+    /// Checks the arguments before anything is opened.
     pub(crate) fn check(args: &Serve, are_passed: bool) -> anyhow::Result<()> {
         let places = places(args)?;
         match args.socket_access() {

@@ -248,7 +248,7 @@ fn is_journal() -> bool {
     fstat(io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// Writes all of it, whether stderr blocks or not. If stderr is closed or full, nobody can be told.
+/// Writes all of it, whether stderr blocks or not. If stderr is closed or full, the error cannot be reported.
 fn put(mut bytes: &[u8]) {
     while !bytes.is_empty() {
         match io::stderr().write(bytes) {

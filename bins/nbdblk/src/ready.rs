@@ -25,7 +25,7 @@ pub(crate) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 /// How long the service manager may take to receive a message.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whom to tell, and how.
+/// Where to report that the server is ready.
 #[derive(Debug)]
 pub(crate) struct Ready {
     pid: Option<(OwnFile, PathBuf)>,

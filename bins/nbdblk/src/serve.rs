@@ -79,7 +79,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         workers: args.threads.unwrap_or(defaults.workers),
         memory: args.memory.unwrap_or(defaults.memory),
         connections: match args.connections {
-            // Nobody else can come.
+            // No further client can connect.
             _ if args.single => 1,
             Some(connections) => connections.get(),
             None => defaults.connections,
@@ -135,7 +135,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
                 None => break Ok(0),
             },
             Event::Ended(status) => break Ok(status),
-            // Whoever started it has to start it again.
+            // The operator has to start it again.
             Event::Failed(why) => break Err(anyhow!("the server ends: {why}")),
             Event::Announced(Err(error)) => break Err(error),
             Event::Announced(Ok(ready)) => {
@@ -185,7 +185,7 @@ struct Reloads {
     path: Option<PathBuf>,
     server: Weak<Server>,
     events: mpsc::Sender<Event>,
-    /// Since when the file is being read, and who waits for that.
+    /// When reading of the file began, and the clients that wait for it.
     running: Option<(Instant, Vec<Asker>)>,
     /// The file may have changed since then: read it once more, for these.
     again: Option<Vec<Asker>>,

@@ -106,7 +106,7 @@ fn how_to_build(feature: &str) -> String {
     )
 }
 
-/// The file may be missing, which others report better. Reading from a FIFO could wait for ever.
+/// The file may be missing, which others report better. Reading from a FIFO could block forever.
 #[cfg(feature = "tls")]
 fn check_regular(file: &Path) -> anyhow::Result<()> {
     match open_regular(file) {

@@ -139,7 +139,7 @@ extern "C" fn get_ready() -> c_int {
         host::pass_on_logs();
         plugin::get_ready()?;
         host::before_fork(before_fork);
-        // nbdkit tells nothing where it fails to start after this.
+        // If nbdkit fails to start after this, it does not inform the plugin.
         host::at_exit(cleanup);
         Ok(0)
     })

@@ -178,7 +178,7 @@ fn absolute(path: &OsStr) -> Result<OsString, Fault> {
     host::absolute_path(path).ok_or_else(|| Fault { errno: libc::EINVAL, text: String::new() })
 }
 
-/// nbdkit makes `driver=WORD` of every word without `=`.
+/// nbdkit turns every argument without `=` into `driver=ARGUMENT`.
 fn second_driver(first: &str, second: &str) -> Fault {
     let text = "'driver' property set more than once";
     let hint = match (find(first), find(second)) {

@@ -77,7 +77,7 @@ pub(crate) fn at_exit(act: extern "C" fn()) {
     unsafe { libc::atexit(act) };
 }
 
-/// Waits for a second; `true`: nbdkit is told to end. In a thread that is not nbdkit's: there it also ends for a client's sake.
+/// Waits for a second; `true`: nbdkit was asked to end. In a thread that is not nbdkit's: there it also ends for a client's sake.
 #[cfg(not(test))]
 pub(crate) fn is_ending() -> bool {
     abi::nbdkit_nanosleep(1, 0) != 0

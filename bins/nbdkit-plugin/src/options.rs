@@ -1,4 +1,4 @@
-//! What nbdkit was told on its command line, and tells plugins too late or never: `-r`, which decides how a device is opened,
+//! Options of nbdkit's command line that it reports to plugins too late or never: `-r`, which decides how a device is opened,
 //! and `--run`, with which nbdkit forks to serve.
 
 /// Whether the command line of this process asks for read-only service. Where it cannot be read the answer is no; nbdkit

@@ -70,7 +70,7 @@ pub(crate) fn config_complete() -> Result<(), Fault> {
     Ok(())
 }
 
-/// Before nbdkit may fork: whatever will be wrong shows here. The device stays open for the process that serves, which is
+/// Before nbdkit may fork: errors show up here. The device stays open for the process that serves, which is
 /// this one unless nbdkit [forks](before_fork).
 ///
 /// With `--run` it always forks, and a back end behind a socket may serve one front end only. Such a device is opened by the
@@ -119,7 +119,7 @@ pub(crate) fn after_fork() -> Result<(), Fault> {
             return Ok(());
         }
         State::Ready(choice, plugin) => {
-            // Of another process, which did not tell that it forks: what this drops is not there any more.
+            // Another process opened it and forked without notice: what this drops exists no more.
             std::mem::forget(plugin);
             choice
         }

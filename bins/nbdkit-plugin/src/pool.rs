@@ -491,7 +491,7 @@ impl Lane {
 }
 
 /// Sees to it that a device that does not answer does not keep nbdkit from ending, whatever its time-out. Where nbdkit waits
-/// for its threads, and none of their requests ends for a while, the device is given up.
+/// for its threads, and none of their requests ends for a while, it declares the device dead.
 fn guard(lane: &Weak<Lane>) {
     let look = || {
         let lane = lane.upgrade()?;
@@ -819,7 +819,7 @@ mod tests {
             let held = drain(&pool.lanes[0]);
             assert!(held.len() > 1000);
             thread::scope(|scope| {
-                // Somebody waits for memory, and is first.
+                // A waiting request comes first.
                 let reader = scope.spawn(|| pool.read(0, 0, &mut [0; 4096]));
                 while pool.lanes[0].hungry.load(Ordering::SeqCst) == 0 {
                     thread::yield_now();

@@ -62,7 +62,7 @@ pub fn find(name: &str) -> Result<&'static Driver, Error> {
     })
 }
 
-/// The driver that others call by another name.
+/// The driver that other programs know under this name.
 pub(crate) fn meant(name: &str) -> Option<&'static str> {
     Some(match name.to_ascii_lowercase().replace('_', "-").as_str() {
         "file" | "path" | "filename" | "raw" | "disk" | "image" | "img" | "dev" | "device" | "block" | "bdev"

@@ -18,7 +18,7 @@ impl Spec {
     /// From one argument. Paths in it need not be UTF-8.
     ///
     /// # Errors
-    /// What is wrong with the words, in one line.
+    /// The arguments are invalid; the error is one line.
     pub fn parse(text: &OsStr) -> Result<Self, Error> {
         let (bytes, shown) = (text.as_bytes(), text.display());
         let equals = bytes.iter().position(|byte| *byte == b'=').unwrap_or(bytes.len());
@@ -87,7 +87,7 @@ impl FromStr for Spec {
     }
 }
 
-/// What to write, if two words were meant as one.
+/// The corrected argument, if two arguments were meant as one.
 fn comma(before: &[u8], word: &[u8]) -> String {
     let twice = |word: &[u8]| OsStr::from_bytes(word).display().to_string().replace(',', ",,");
     format!("; write \",,\" for a comma in a value: {},,{}", twice(before), twice(word))

@@ -138,7 +138,7 @@ impl IoUring {
                 );
                 Handle::new(file, access | direct_flag, keeper)
             }
-            // Whoever passed the descriptor on holds it too.
+            // The process that passed the descriptor holds it too.
             None => Handle::shared(file),
         };
         let info = Info {

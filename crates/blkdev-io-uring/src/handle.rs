@@ -39,7 +39,7 @@ pub(crate) enum Handle {
     /// On a file system with a server behind it (FUSE, NFS), which may hang. To close a descriptor waits for that server,
     /// and nothing interrupts it, not even SIGKILL when the process ends. So there is none: rings hold the file.
     Far {
-        /// `O_PATH`: it names the file and reaches its metadata, and closing it asks nobody.
+        /// `O_PATH`: it names the file and reaches its metadata, and closing it asks no server.
         path: File,
         /// The flags to open it with.
         flags: OFlag,
@@ -64,7 +64,7 @@ impl Handle {
         }
     }
 
-    /// As [`new`](Self::new), for a descriptor that somebody else holds as well.
+    /// As [`new`](Self::new), for a descriptor that another process holds as well.
     pub(crate) fn shared(file: File) -> Self {
         Self::Near(Arc::new(file))
     }

@@ -42,7 +42,7 @@
 //! # File systems that hang
 //! FUSE and NFS have a server behind them, which may stop. Nothing here waits for it on the thread that drives a queue, and
 //! the process holds no descriptor of such a file, since closing one waits for the server and cannot be interrupted. Files
-//! of FUSE have no block status for that reason. [`Source::Fd`] cannot help it: whoever passed the descriptor holds it too.
+//! of FUSE have no block status for that reason. [`Source::Fd`] cannot avoid that: the sender holds the descriptor too.
 //!
 //! # Sizes
 //! The size of a file is asked for when it is opened, when a queue is, and on

@@ -35,7 +35,7 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// Nobody else may do this, whether the image is written here or only read.
+/// No other process may do this, whether the image is written here or only read.
 const EXCLUDED: [i64; 2] = [WRITE, RESIZE];
 
 /// Another opening by this process, kept open with the locks, and the claim to a block device, that it has.
@@ -103,7 +103,7 @@ fn try_acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> i
 }
 
 enum Failure {
-    /// Somebody holds the byte: the process, if it is known.
+    /// A process holds the byte; its number, if known.
     Held(i64, i32),
     NoLocks(Errno),
 }

@@ -37,7 +37,7 @@ const TRIES_MAX: u8 = 100;
 /// One of the device's queues: a ring.
 #[derive(Debug)]
 pub(crate) struct FileQueue {
-    /// Before the device, so that who finds the device's descriptor closed finds the file closed.
+    /// Dropped before the device: once the device's descriptor is closed, the file is closed.
     ring: Ring<Flight>,
     /// What has ended without the ring.
     done: Vec<Completion>,
@@ -188,7 +188,7 @@ impl Moving {
         Ok(Completion { tag: self.request.tag, op: self.request.op, result: end })
     }
 
-    /// What an errno means, which the log is told of. 0: the file has ended.
+    /// Logs an errno and returns its meaning. 0: the file has ended.
     #[cold]
     fn failed(&self, errno: i32, shared: &Shared) -> Error {
         let (operation, at, len) = match &self.request.op {
@@ -323,7 +323,7 @@ impl FileQueue {
     }
 }
 
-/// Hands out the answers in `mailbox`. What they are not the answer to was given up.
+/// Hands out the answers in `mailbox`. Answers to abandoned requests are dropped.
 #[cold]
 fn collect(mailbox: &Mailbox, asked: &mut Vec<Asked>, done: &mut Vec<Completion>, shared: &Shared) {
     for Answer { number, result } in mailbox.take() {
@@ -425,7 +425,7 @@ impl Queue for FileQueue {
                 done.push(Completion { tag, op, result: Err(Error::Gone) });
             }
         });
-        // Answers that come late find nobody who asked.
+        // Late answers belong to no request.
         done.extend(self.asked.drain(..).map(|asked| asked.end(Err(Error::Gone))));
     }
 

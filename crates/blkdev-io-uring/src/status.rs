@@ -25,7 +25,7 @@ use nix::{
 
 use crate::device::Shared;
 
-/// How many extents one `Status` is answered with at most: each costs a system call or two.
+/// Most extents that one `Status` gets: each costs a system call or two.
 const EXTENTS_MAX: usize = 64;
 
 /// How long one `Status` may go on to the next extent. So a client that asks much does not delay the others of the device.
@@ -134,7 +134,7 @@ fn answer(question: Question) {
         file.and_then(|file| extents(&file, at, len))
     });
     shared.helper.open.fetch_sub(1, Ordering::Relaxed);
-    // Before the answer: whoever has it may close the device and expect the file to be closed.
+    // Before the answer: the receiver may close the device and expect the file to be closed.
     drop(shared);
     if let Some(result) = result {
         mailbox.put(Answer { number, result });

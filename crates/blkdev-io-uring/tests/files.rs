@@ -343,7 +343,7 @@ fn status_requests_do_not_hold_up_the_end() {
             assert!(queue.is_dead());
             let done = wait(&mut *queue, 16);
             assert!(done.iter().all(|done| matches!(done.result, Ok(()) | Err(Error::Gone))), "{done:?}");
-            // Late answers are nobody's.
+            // Late answers belong to no request.
             thread::sleep(Duration::from_millis(300));
             let mut more = Vec::new();
             queue.reap(&mut more);

@@ -117,7 +117,7 @@ impl Libblkio {
         Ok(Self { info, capacity, pins, home: Arc::new(Home::new(blkio, queues)) })
     }
 
-    /// How long a request may take before the device is given up. `None`: for ever. Before channels are opened.
+    /// How long a request may take before the device is declared dead. `None`: forever. Before channels are opened.
     #[must_use]
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.info.timeout = timeout;

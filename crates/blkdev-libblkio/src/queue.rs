@@ -41,7 +41,7 @@ impl Home {
         }
     }
 
-    /// Whether a queue was given up with requests in flight: nothing of this is ever dropped then.
+    /// Whether a queue was abandoned with requests in flight: nothing of this is ever dropped then.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }

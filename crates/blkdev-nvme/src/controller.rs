@@ -37,7 +37,7 @@ pub struct Options {
     pub queues: Option<u16>,
     /// Places in each I/O queue, 2 to 1024; the controller may have fewer. One less can be in use.
     pub queue_size: u16,
-    /// How long a queue with commands may go without completing any before the device is given up; `None`: for ever. Before
+    /// How long a queue with commands may go without completing any before the device is declared dead; `None`: forever. Before
     /// that commands are aborted, and then the controller is reset. See the [crate](crate) on when.
     pub timeout: Option<Duration>,
 }
@@ -212,7 +212,7 @@ const CSTS_SHUTDOWN_DONE: u32 = 2 << 2;
 /// Trouble that no reset helps against.
 pub(crate) const TAKEN_AWAY: &str = "its registers read as all ones: it was taken away";
 
-/// Larger memory pages are of no use, and a queue takes several.
+/// Larger memory pages gain nothing, and a queue takes several.
 const PAGE_SHIFT_MAX: u32 = 16;
 
 /// What a device that is not there reads as.

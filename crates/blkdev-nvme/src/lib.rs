@@ -24,7 +24,7 @@
 //! overdue ones are aborted, and fail. After three quarters of it, the controller is reset. One command that is lost while
 //! others of its queue complete is aborted alone, after 10 times the time-out.
 //!
-//! When none of that helps, the owner of the queue gives the device up: the controller is disabled, everything in flight ends
+//! When none of that helps, the queue's owner declares the device dead: the controller is disabled, everything in flight ends
 //! with [`Error::Gone`](blkdev::Error::Gone), and memory that it may still have been writing to is not used again. The same
 //! happens when the controller answers what was not asked, is taken away, or fails (`CSTS.CFS`) again after several resets.
 //!

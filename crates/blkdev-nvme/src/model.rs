@@ -607,7 +607,7 @@ impl State {
     }
 }
 
-/// What a controller says that says anything.
+/// Random answers of a hostile controller.
 struct Noise {
     rng: Rng,
     /// One answer in so many is not the right one.
@@ -847,7 +847,7 @@ impl Shared {
                     return INVALID_FIELD;
                 }
                 let is_new = id <= self.spec.queues && !state.completion.contains_key(&id);
-                // A driver that was told lies may be wrong about that.
+                // A driver that got false values may be wrong about that.
                 assert!(id > 0 && (is_new || state.noise.is_some()), "a new queue");
                 let queue = CompletionQueue::new(command.prp(0), size, (words[11] >> 16) as u16);
                 state.completion.insert(id, queue);

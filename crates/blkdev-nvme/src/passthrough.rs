@@ -44,7 +44,7 @@ pub struct PassthroughOptions {
     /// Queues whose completions are polled for (`IOPOLL`): they have no descriptor to wait on. The kernel's driver needs
     /// queues for that (`nvme.poll_queues`).
     pub polled: bool,
-    /// How long a request may take before the device is given up. `None`: for ever.
+    /// How long a request may take before the device is declared dead. `None`: forever.
     ///
     /// Half of it is the time-out that the kernel's driver gets for each command. The kernel counts from when it hands the
     /// command to the controller, and looks at that age alone: a command that the controller keeps behind others for so long
@@ -205,7 +205,7 @@ impl Sysfs {
         self.text(name)?.parse().ok()
     }
 
-    /// The size in bytes, in whole blocks of `2^shift`; `None`: it is not told, or makes no sense.
+    /// The size in bytes, in whole blocks of `2^shift`; `None`: the size is unknown or invalid.
     fn size(&self, shift: u8) -> Option<u64> {
         // In sectors of 512 bytes, whatever the block size.
         let bytes = self.number("../size")?.checked_mul(512)?;

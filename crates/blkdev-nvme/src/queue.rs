@@ -215,7 +215,7 @@ impl Drop for IoQueue {
         loop {
             self.reap(&mut done);
             if !done.is_empty() {
-                // Other queues are in use: a controller that is only slow must not be given up for this one.
+                // Other queues are in use: a slow controller must not be declared dead for this one.
                 deadline = (Instant::now() + patience).min(last);
             }
             done.clear();

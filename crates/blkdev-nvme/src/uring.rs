@@ -243,8 +243,8 @@ impl Drop for Ring {
         if !self.drain(Instant::now() + DRAIN_MAX) {
             return self.give_up(drop);
         }
-        // The kernel lets go of a ring's files and memory some time after the ring is closed. Who closes a device may want to
-        // unbind it right away. Not above: with commands in flight the kernel would wait for them here.
+        // The kernel frees a ring's files and memory some time after the ring is closed. A caller that closes a device may
+        // unbind it at once. Not above: with commands in flight the kernel would wait for them here.
         let submitter = self.ring.submitter();
         let _ = submitter.unregister_files();
         let _ = submitter.unregister_buffers();

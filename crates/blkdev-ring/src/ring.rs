@@ -287,7 +287,7 @@ impl<T: Operation> fmt::Debug for Ring<T> {
     }
 }
 
-/// Waits for what is in flight, at most 10 seconds; what is left then is [given up](Ring::give_up).
+/// Waits for what is in flight, at most 10 seconds; what is left then is [abandoned](Ring::give_up).
 impl<T: Operation> Drop for Ring<T> {
     fn drop(&mut self) {
         if self.state == State::GivenUp {
@@ -300,7 +300,7 @@ impl<T: Operation> Drop for Ring<T> {
         // file system is busy, and a program cannot be executed ("text file busy"). So the file leaves the ring first. Only
         // here, where nothing is in flight: kernels before 6.13 wait for operations that use the file.
         let submitter = self.ring.submitter();
-        // An operation that a worker thread of the kernel's has completed lets go of the file in the task that submitted it.
+        // If a kernel worker completed an operation, the task that submitted it releases the file.
         fetch(&submitter);
         let _ = submitter.unregister_files();
     }

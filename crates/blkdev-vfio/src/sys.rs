@@ -53,7 +53,7 @@ impl Packet {
 /// The longest answer that makes sense: capabilities take a few hundred bytes.
 const ANSWER_MAX: usize = 1 << 20;
 
-/// Asks for a structure that may be longer than its fixed part of `len` bytes, as the answer's first field tells then.
+/// Asks for a structure that may be longer than its fixed part of `len` bytes, as the answer's first field shows then.
 /// `fill` sets the fields of the question.
 pub(crate) fn ask(fd: BorrowedFd<'_>, what: Exchange, len: usize, fill: impl Fn(&mut Packet)) -> io::Result<Packet> {
     let once = |len| {

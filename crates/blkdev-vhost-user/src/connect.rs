@@ -1,4 +1,4 @@
-//! Connects to a Unix socket and finds out whether a vhost-user back end is behind it, in bounded time and with an error that
+//! Connects to a Unix socket and checks whether a vhost-user back end is behind it, in bounded time and with an error that
 //! says what is wrong.
 
 use std::{
@@ -44,7 +44,7 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let deadline = Instant::now() + timeout;
     loop {
-        // connect(2) waits while the listener's backlog is full, and honours this. 0 would mean to wait for ever.
+        // connect(2) waits while the listener's backlog is full, and honours this. 0 would mean to wait forever.
         let left = deadline.saturating_duration_since(Instant::now());
         let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(micros))?;
@@ -68,7 +68,7 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
 const GET_FEATURES: u32 = 1;
 const SET_OWNER: u32 = 3;
 
-/// The first words, and whether the answer is one. `vhost`'s front end would wait for the rest of an answer that is none.
+/// Sends the first message and checks the answer. `vhost`'s front end would wait for the rest of an answer that is none.
 pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
     let stranger =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a vhost-user back end: {what}"));

@@ -79,7 +79,7 @@ struct Running {
     call: EventFd,
     /// The queue's owner kicks with this one,
     bell: Arc<Notifier>,
-    /// and who starts the queue again with this.
+    /// and the thread that restarts the queue with this.
     nudge: Arc<Notifier>,
 }
 
@@ -292,7 +292,7 @@ impl Control {
         if let Err(e) = &replaced
             && !running.is_empty()
         {
-            // One that is no refusal is told by `fatal`.
+            // `fatal` reports an error that is no refusal.
             if is_refusal(e) {
                 let why = format!("the back end refuses another memory table ({e}); the device is not used any more");
                 self.watch.end(&why);

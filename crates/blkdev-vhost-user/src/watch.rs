@@ -1,4 +1,4 @@
-//! A thread that watches the control socket: it notices that the back end has gone, that it is late with an answer, and that
+//! A thread that watches the control socket: it notices that the back end is gone, that it is late with an answer, and that
 //! it has made a thread of ours block.
 //!
 //! Receive time-outs on the socket would not do: `vhost`'s front end takes EAGAIN for "try again", for ever.

@@ -288,7 +288,7 @@ fn of_a_flood_of_changes_a_few_are_looked_at_and_the_last() {
 
 #[test]
 fn answers_about_the_configuration_that_are_late_or_nonsense() {
-    // The length that is told, what the back end then is.
+    // The length that is reported, what the back end then is.
     for (config, good) in [
         (Answer::Nonsense(0, u32::MAX, 60), true),
         (Answer::Nonsense(0, 0, 60), false),

@@ -106,7 +106,7 @@ pub(crate) struct Core<T: Transport> {
     config: Config,
     /// Bytes, a multiple of the block size.
     capacity: AtomicU64,
-    /// What the device said last.
+    /// The device's latest report.
     block_size: AtomicU32,
     format: Format,
     indirect: bool,
@@ -435,7 +435,7 @@ impl<T: Transport> Core<T> {
         }
     }
 
-    /// Whoever uses the device relies on the block size, so a new one counts only for those who open it from now on.
+    /// Callers rely on the block size, so a new one counts only for callers that open the device from now on.
     fn compare_blocks(&self, bytes: &[u8]) {
         let Some(now) = config::block_size(bytes).filter(|_| self.config.tells_block_size) else { return };
         if self.block_size.swap(now, Ordering::Relaxed) != now && now != self.config.block_size {

@@ -256,7 +256,7 @@ impl Model {
         let _ = self.config_changes.write(1);
     }
 
-    /// Sets four bytes of the configuration from byte `at` on, and tells the driver.
+    /// Sets four bytes of the configuration from byte `at` on, and notifies the driver.
     ///
     /// # Panics
     /// When the configuration does not reach so far.

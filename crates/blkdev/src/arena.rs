@@ -96,7 +96,7 @@ impl Arena {
         Buf { pool: Arc::clone(&self.pool), page: 0, pages: 0, start: 0, len: 0 }
     }
 
-    /// Bytes that nobody owns at the moment, without those set aside. They need not lie side by side.
+    /// Free bytes, without those set aside. They need not lie side by side.
     pub fn free(&self) -> usize {
         let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
         let used: usize = self.pool.used[self.reserved..].iter().map(used).sum();
@@ -114,7 +114,7 @@ impl Arena {
             let used = (word.trailing_ones() as usize).min(left);
             let free = ((word >> used.min(WORD - 1)).trailing_zeros() as usize).min(left - used);
             if used < left && free > 0 {
-                // Claimed by nobody else meanwhile, since only this arena claims.
+                // No other party can claim it meanwhile, since only this arena claims.
                 let at = self.pool.start + (page + used) * PAGE;
                 self.pool.mapping.discard(at..at + free * PAGE);
             }
@@ -124,7 +124,7 @@ impl Arena {
         from > 0
     }
 
-    /// Bytes that nobody owns at the moment, those set aside included.
+    /// Free bytes, those set aside included.
     pub(crate) fn unused(&self) -> usize {
         let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
         (self.pool.pages - self.pool.used.iter().map(used).sum::<usize>()) * PAGE

@@ -427,7 +427,7 @@ impl Channel {
         self.ready.is_empty() && self.queue.arm()
     }
 
-    /// Readable when requests that wait for those of another channel can go on: to be watched beside
+    /// Readable when requests that wait for those of another channel can go on: to be watched alongside
     /// [`wake_fd`](Self::wake_fd). `None`: no request ever waits so.
     pub fn turn_fd(&self) -> Option<BorrowedFd<'_>> {
         if self.is_gated() { self.pass.turn_fd() } else { None }
@@ -448,7 +448,7 @@ impl Channel {
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
-    /// Tells the time, at every turn.
+    /// Advances the clock; the caller calls this at every turn.
     ///
     /// A device that completes nothing for [`Info::timeout`], though it has a request that is older, is stalled: all its
     /// requests end with [`Error::Gone`], and so does every new one until the device has returned all that it has, which is
@@ -723,7 +723,7 @@ impl Channel {
                 job.error.get_or_insert(Error::Gone);
             }
             if job.error.is_some() {
-                // It was withdrawn while it waited, perhaps for the gate to be quiet.
+                // It was cancelled while it waited, perhaps for the gate to be quiet.
                 self.pass.open();
             } else if !self.pass.has_turn() {
                 return;
@@ -867,7 +867,7 @@ impl Channel {
 }
 
 impl Drop for Channel {
-    /// A queue that is dropped waits for what is in flight. There is no use in that if the device does not answer.
+    /// A queue that is dropped waits for what is in flight. That is pointless if the device does not answer.
     fn drop(&mut self) {
         if self.stalled {
             self.queue.give_up();
@@ -1051,7 +1051,7 @@ mod tests {
             let start = Instant::now();
             channel.tick(start);
             (0..4).for_each(|tag| write(&mut channel, tag, order[tag as usize], 1));
-            // However long nobody looked (the process was stopped, the machine slept), that is not held against the device.
+            // However long nothing looked (the process was stopped, the machine slept), that is not held against the device.
             channel.tick(start + Duration::from_secs(3600));
             assert_eq!(ends(&mut channel), []);
             for second in 1..=12 {

@@ -7,7 +7,7 @@
 //!
 //! Channels that were turned away, and those that want to close the gate, stand in line. The first of them has its turn: it
 //! begins the changes that wait, up to and including one merge, and goes to the end of the line if more are waiting. So
-//! merges and other writes alternate, whoever sends them.
+//! merges and other writes alternate, whichever channel sends them.
 
 use std::{
     collections::VecDeque,

@@ -270,7 +270,7 @@ impl Job {
         fua && info.caps.flush
     }
 
-    /// What its owner is told when the device does not answer in time. The memory stays with the job.
+    /// The result that its owner gets when the device does not answer in time. The memory stays with the job.
     pub(crate) fn overdue(&mut self, empty: Buf) -> Done {
         let io = match &mut self.io {
             Io::Read { at, .. } => Io::Read { at: *at, buf: empty },

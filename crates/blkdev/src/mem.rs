@@ -70,7 +70,7 @@ impl Mapping {
 
     /// As [`new`](Self::new), for a device that another process stands behind. Not of the reserved huge pages: with a hole in the
     /// file the process could give such a page back, and the next access here would raise SIGBUS when there is none to replace
-    /// it. Huge pages that the kernel makes by itself are not affected.
+    /// it. Huge pages that the kernel makes on its own are not affected.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -150,10 +150,10 @@ impl Mapping {
         }
     }
 
-    /// Returns the memory of a range to the system; it reads as zeroes then. Whoever has pinned its pages keeps the old ones.
+    /// Returns the memory of a range to the system; it reads as zeroes then. A device that has pinned its pages keeps the old ones.
     pub(crate) fn discard(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len, "a range lies in its mapping");
-        // SAFETY: a range of this mapping, which nobody owns at the moment: it is free in its arena. A refusal (huge pages
+        // SAFETY: a range of this mapping, which is free in its arena at the moment. A refusal (huge pages
         // that it covers in part) leaves everything as it is.
         unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
     }

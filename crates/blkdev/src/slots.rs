@@ -33,7 +33,7 @@ pub(crate) enum Slot {
     Overdue(Box<Overdue>),
 }
 
-/// A request whose owner was told that it failed. What comes back from the device is thrown away.
+/// A request that was reported to its owner as failed. What comes back from the device is thrown away.
 #[derive(Debug)]
 pub(crate) struct Overdue {
     /// What the device may still change: first byte and length.

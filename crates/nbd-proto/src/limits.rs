@@ -45,7 +45,7 @@ pub const fn option_bytes_max(options_max: u32) -> u64 {
 /// `ERR_TOO_BIG`, so that sixteen bytes asked two hundred times do not fill the server's memory.
 pub const REPLIES_MAX: usize = 4 << 20;
 
-/// The same when so many options are allowed: each further one may be answered with a context, 39 bytes.
+/// The same when so many options are allowed: each further one may get a context, 39 bytes.
 pub const fn replies_max(options_max: u32) -> usize {
     REPLIES_MAX + options_max.saturating_sub(OPTIONS_MAX) as usize * 64
 }

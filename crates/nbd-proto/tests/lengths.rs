@@ -221,7 +221,7 @@ fn lists_are_bounded() {
     assert!(total < limits::REPLIES_MAX + 20 * 10_000, "{total} bytes");
 }
 
-/// A client that asks about each of many exports is answered, when the server has told how many options that takes. Here
+/// A client that asks about each of many exports gets answers if the server has set the number of options for that. Here
 /// it needs more options, more bytes of options and more bytes of lists than there are for a single export.
 #[test]
 fn the_limits_grow_with_the_number_of_exports() {

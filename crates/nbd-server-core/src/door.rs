@@ -52,7 +52,7 @@ pub(crate) struct Door {
 /// A listening socket.
 struct Ear {
     socket: OwnedFd,
-    /// Whether the poll tells of it.
+    /// Whether the poll reports it.
     watched: bool,
 }
 
@@ -94,7 +94,7 @@ const STAGING: usize = STAGING_MIN;
 /// Options a client may send about each export, beyond those that every client may send.
 const OPTIONS_EACH: u32 = 8;
 
-/// Who has said nothing for so long has to go when there is no room for another connection. Until then it may be a client
+/// A client that is silent for so long is cut off when there is no room for another connection. Until then it is a client
 /// like any other.
 const SILENT: Duration = Duration::from_secs(1);
 
@@ -197,7 +197,7 @@ impl Door {
             // Of some sockets that were shut down accept only says that nothing is there.
             Err(Obstacle::None) if ended => self.give_up(number, &Errno::EINVAL.into()),
             Err(Obstacle::None | Obstacle::Gone) => {}
-            // The connection stays in the backlog; if somebody goes for it, it is accepted in the next turn.
+            // The connection stays in the backlog; if a client is cut off for it, it is accepted in the next turn.
             Err(Obstacle::Room(_)) if self.make_room(SILENT) => {}
             Err(Obstacle::Room(e) | Obstacle::Other(e)) => {
                 if let Some(times) = self.closed.due() {
@@ -209,7 +209,7 @@ impl Door {
         }
     }
 
-    /// Lets nobody in for a while: without a pause the door would only spin.
+    /// Accepts no client for a while: without a pause the door would only spin.
     fn close(&mut self) {
         for ear in self.listeners.iter_mut().flatten().filter(|ear| ear.watched) {
             // If it fails, the ear is only heard in vain.
@@ -242,7 +242,7 @@ impl Door {
     fn give_up(&mut self, number: usize, error: &io::Error) {
         log::error!("a listening socket is of no use any more, and is closed: {error}");
         if let Some(ear) = self.listeners[number].take() {
-            // Somebody else may have another descriptor for it, so that closing ours would not end its events.
+            // Another process may hold a descriptor for it, so that closing ours would not end its events.
             let _ = self.poll.remove(&ear.socket);
         }
         if self.listeners.iter().all(Option::is_none) {
@@ -292,7 +292,7 @@ impl Door {
         self.talk(number);
     }
 
-    /// Cuts somebody off who has been silent for so long, if there is anybody.
+    /// Cuts off a client that has been silent for so long, if there is one.
     fn make_room(&mut self, silent: Duration) -> bool {
         let now = Instant::now();
         let guests = self.guests.iter().enumerate().filter_map(|(number, guest)| {
@@ -406,7 +406,7 @@ impl Guest {
         }
     }
 
-    /// What is there now may be meant for nobody without TLS.
+    /// What is there now may not be meant for a client without TLS.
     fn check_policy(&self, view: &View) -> io::Result<()> {
         match policy(self.tls.as_ref()) == policy(view.tls.as_ref()) {
             true => Ok(()),

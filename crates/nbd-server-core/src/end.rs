@@ -1,4 +1,4 @@
-//! [`End`]: what becomes of a server, for whoever waits for that.
+//! [`End`]: how a server ends, for a caller that waits for that.
 
 use std::{
     any::Any,
@@ -12,7 +12,7 @@ use std::{
 
 use crate::roster::lock;
 
-/// Tells how a [`Server`](crate::Server) ends. Cheap to clone, and valid when the server has gone.
+/// Reports how a [`Server`](crate::Server) ends. Cheap to clone, and valid when the server has gone.
 #[derive(Clone, Debug, Default)]
 pub struct End(Arc<Inner>);
 
@@ -66,7 +66,7 @@ impl End {
         }
     }
 
-    /// Runs the body of a thread, and tells when that has ended although `stop` was not set.
+    /// Runs the body of a thread, and reports when that has ended although `stop` was not set.
     pub(crate) fn watch(&self, name: &str, stop: &AtomicBool, body: impl FnOnce()) {
         // All that the body has is gone afterwards, but for what is behind a lock, which is always whole.
         match catch_unwind(AssertUnwindSafe(body)) {

@@ -30,9 +30,9 @@ pub struct Export {
 }
 
 impl Export {
-    /// What the handshake tells about it. Asks the device nothing that takes more than a moment.
+    /// What the handshake reports about it. Asks the device nothing that takes more than a moment.
     fn told(&self, payload_max: u32, multi_conn: bool) -> nbd_proto::Export {
-        // A device that does not report a change of its size must be asked, or a new client would be told the old one.
+        // A device that does not report a change of its size must be asked, or a new client would get the old one.
         self.device.refresh();
         let info = self.device.info();
         let writable = !(self.read_only || info.caps.read_only);

@@ -1,7 +1,7 @@
 //! [`Lines`]: which connection gets payload memory next. First come, first served.
 //!
 //! A channel's memory has two parts, and a line of waiting connections for each. Small requests of connections that hold little
-//! are served from a reserve that nothing else can use up, so that a few clients with large requests keep nobody else
+//! are served from a reserve that nothing else can use up, so that a few clients with large requests keep no other client
 //! waiting. All other requests wait for the common part. Small requests may use the common part as well, but not while
 //! a connection waits for it.
 //!
@@ -103,7 +103,7 @@ impl Lines {
         }
     }
 
-    /// A connection has gone.
+    /// A connection has closed.
     pub fn forget(&mut self, number: u32) {
         self.reserve.retain(|&other| other != number);
         self.common.retain(|&other| other != number);

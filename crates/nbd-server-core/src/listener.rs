@@ -69,13 +69,13 @@ pub(crate) fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Obstacle> {
 /// Why there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
-    /// Nothing is there: somebody else took it.
+    /// Nothing is there: another process took it.
     None,
     /// The client has gone again. The next one may be there already.
     Gone,
     /// Others may go for it to go away: descriptors or memory.
     Room(Errno),
-    /// It may go away by itself.
+    /// It may go away on its own.
     Other(Errno),
     /// This socket will never give one again.
     Dead(Errno),
@@ -85,12 +85,12 @@ impl From<Errno> for Obstacle {
     fn from(errno: Errno) -> Self {
         match errno {
             Errno::AGAIN => Self::None,
-            // accept(2) also tells what was wrong with the connection that it would have been.
+            // accept(2) also returns errors of the connection that it would have returned.
             Errno::INTR | Errno::CONNABORTED | Errno::CONNRESET | Errno::TIMEDOUT | Errno::PROTO => Self::Gone,
             Errno::NETDOWN | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::HOSTUNREACH => Self::Gone,
             Errno::NOPROTOOPT | Errno::NONET | Errno::PIPE => Self::Gone,
             Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Self::Room(errno),
-            // EINVAL: somebody has called shutdown(2).
+            // EINVAL: a process has called shutdown(2).
             Errno::INVAL | Errno::BADF | Errno::NOTSOCK | Errno::OPNOTSUPP => Self::Dead(errno),
             _ => Self::Other(errno),
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::Session;
 
-/// A client's progress since it was first looked at while others waited.
+/// A client's progress since the first check while others waited.
 #[derive(Debug)]
 pub(crate) struct Pace {
     since: Instant,

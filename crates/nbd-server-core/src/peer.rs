@@ -56,7 +56,7 @@ pub struct Identity {
     pub psk: Option<String>,
 }
 
-/// Whoever has all the connections that come from one place, as far as can be told.
+/// The party behind all connections from one place, as far as can be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Party {
     Unknown,

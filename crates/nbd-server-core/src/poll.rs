@@ -65,7 +65,7 @@ impl Poll {
         Watch(Arc::clone(&self.epoll))
     }
 
-    /// Tells as long as the descriptor is readable, or its peer has closed.
+    /// Reports as long as the descriptor is readable, or its peer has closed.
     pub(crate) fn add_level(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, token))?)
     }

@@ -77,14 +77,14 @@ pub(crate) struct Seat {
 }
 
 impl Seat {
-    /// Whether a client has been let in that no worker has yet, or somebody still looks at a view in which one may be. Once
-    /// nobody finds the export any more, nobody new is.
+    /// Whether a client has been let in that no worker has yet, or a thread still uses a view in which one may be. Once
+    /// no handshake finds the export any more, no new client is.
     pub(crate) fn is_awaited(&self) -> bool {
         self.coming.load(Ordering::Relaxed) > 0
     }
 }
 
-/// A way to a seat: a client's, from when it is told that it may until a worker has it, and a view's.
+/// A claim to a seat: a client's, from its admission until a worker has it, and a view's.
 #[derive(Debug)]
 pub(crate) struct Ticket(Arc<Seat>);
 
@@ -112,8 +112,8 @@ impl Drop for Ticket {
 /// What a handshake sees: the exports, where each is served, and what protects them.
 #[derive(Debug)]
 pub(crate) struct View {
-    /// As long as anybody looks at this, clients may come to these. They are let go of first: whoever finds a device closed
-    /// is to find the export gone.
+    /// While a thread uses this, clients may come to these. They are dropped first: a thread that finds a device closed
+    /// must find the export gone.
     seats: Vec<Ticket>,
     pub(crate) exports: Exports,
     pub(crate) tls: Option<Tls>,
@@ -126,11 +126,11 @@ impl View {
     }
 }
 
-/// The view that counts now. It is locked only to take it or to replace it: whoever looks at one keeps it for as long.
+/// The view that counts now. It is locked only to take or to replace it: a thread that uses a view keeps it.
 #[derive(Debug)]
 pub(crate) struct Views {
     current: Mutex<Arc<View>>,
-    /// Where it is told who closes a device.
+    /// Receives the threads that close a device.
     closers: mpsc::Sender<JoinHandle<()>>,
 }
 
@@ -140,7 +140,7 @@ impl Views {
     }
 }
 
-/// A view that somebody looks at.
+/// A view in use by a thread.
 pub(crate) struct Look<'a> {
     view: Option<Arc<View>>,
     views: &'a Views,
@@ -202,7 +202,7 @@ struct Opened {
 }
 
 impl Roster {
-    /// `exports`: none yet. `closers` is where it is told who closes a device.
+    /// `exports`: none yet. `closers` receives the threads that close a device.
     pub(crate) fn new(
         workers: Arc<[Handle]>,
         plan: Plan,

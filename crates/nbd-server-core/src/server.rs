@@ -35,8 +35,8 @@ pub struct Limits {
     pub memory: usize,
     /// Requests in a device's queue.
     pub depth: u16,
-    /// Connections, in their handshake or served. For one more, somebody who has been silent in the handshake for a second
-    /// is cut off; if there is nobody, it is closed at once. If it is 1, clients are told so: no multi-conn.
+    /// Connections, in their handshake or served. For one more, a client that has been silent in the handshake for a second
+    /// is cut off; if there is none, the new one is closed at once. If it is 1, multi-conn is not advertised.
     pub connections: usize,
     /// Connections in their handshake. For one more, the one of the most crowded peer (address, user, virtual machine) that
     /// has been silent for longest is cut off.

@@ -21,7 +21,7 @@ const HEADS_MAX: usize = 64 << 10;
 /// if the [device has answered](Channel::is_prompt) by then: more than that would not be in the cache any more when it is sent.
 pub(crate) const TURN: usize = 256 << 10;
 
-/// What a request that makes a device search or change its map counts for in a turn, beside bytes of memory.
+/// What a request that makes a device search or change its map counts for in a turn, in addition to bytes of memory.
 const SEARCH: usize = TURN / 16;
 
 /// Up to this fraction of a channel's memory nobody asks whether a client has its share: one 64th, 1 MiB of the usual 64.
@@ -337,7 +337,7 @@ impl Session {
         self.calls.in_use
     }
 
-    /// What it has taken of a turn beside memory, when it was last asked.
+    /// What it has taken of a turn in addition to memory, when it was last asked.
     pub(crate) fn spent(&self) -> usize {
         self.spent
     }

@@ -71,7 +71,7 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Whether it serves whoever is sent to it: its thread has not ended.
+    /// Whether it serves clients that are sent to it: its thread has not ended.
     pub(crate) fn is_alive(&self) -> bool {
         self.alive.load(Ordering::Relaxed)
     }
@@ -221,7 +221,7 @@ const BELL: u64 = u64::MAX;
 /// Tokens of lanes have this bit; those of connections are their numbers.
 const LANE: u64 = 1 << 32;
 
-/// Starts a worker. Who closes a device for it is told to `closers`, and when it ends too early, `end`.
+/// Starts a worker. `closers` receives the threads that close its devices; `end` learns when it ends too early.
 ///
 /// # Errors
 /// No descriptors or threads left.
@@ -279,7 +279,7 @@ pub(crate) fn start(
     Ok((handle, thread))
 }
 
-/// Says that a worker is dead when it is dropped, however that comes.
+/// Marks the worker dead when dropped, for whatever reason.
 struct Death(Arc<AtomicBool>);
 
 impl Drop for Death {

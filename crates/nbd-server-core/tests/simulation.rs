@@ -114,7 +114,7 @@ struct World {
     device: Arc<Fault<Memory>>,
     model: Model,
     channels: Vec<Channel>,
-    /// Who waits for memory of each channel.
+    /// Connections that wait for memory of each channel.
     lines: Vec<Lines>,
     clients: Vec<Client>,
     /// Requests that the clients will send yet.
@@ -122,7 +122,7 @@ struct World {
     /// The longest of them, in bytes.
     longest: u64,
     faulty: bool,
-    /// The time that the channels are told.
+    /// The time that the channels get.
     now: Instant,
 }
 
@@ -356,7 +356,7 @@ impl World {
         let mut grant = lines.grant(n as u32);
         let free = channel.memory_unused();
         client.stall = client.session.take(&mut input, channel, &mut grant).expect("the client keeps to the protocol");
-        // First come, first served: whoever has others ahead of it in both lines gets nothing.
+        // First come, first served: a session with others ahead of it in both lines gets nothing.
         let ahead = |part| lines.first(part).is_some_and(|first| first != n as u32);
         assert!(
             !(ahead(Part::Reserve) && ahead(Part::Common)) || channel.memory_unused() == free,

@@ -92,7 +92,7 @@ fn fio_verifies_vhost_user() {
     verified_by_fio(Behind::VhostUser);
 }
 
-/// A client that opens as many connections as it is told that it may.
+/// A client that opens as many connections as the server permits.
 #[test]
 fn a_server_for_one_connection_says_so() {
     let dir = Dir::new();

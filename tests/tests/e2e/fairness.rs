@@ -1,4 +1,4 @@
-//! A slow or greedy client delays nobody else, and a slow device is not a dead one.
+//! A slow or greedy client delays no other client, and a slow device is not a dead one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use crate::{Behind, KIB, MIB};
 const SIZE: u64 = 64 * MIB;
 const LONGEST: u32 = 32 << 20;
 
-/// Threads that go on until they are told to stop, or their connection ends.
+/// Threads that go on until they are asked to stop, or their connection ends.
 struct Crowd {
     stop: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -47,7 +47,7 @@ fn slow_reader(crowd: &mut Crowd, address: &Address) {
     });
 }
 
-/// One worker and thus one memory for everybody.
+/// One worker and thus one memory for all clients.
 fn stand(behind: Behind) -> (Dir, Option<Qsd>, Nbdblk) {
     let dir = Dir::new();
     let image = dir.at("disk.raw");
@@ -70,7 +70,7 @@ fn slow_readers_of_long_replies_delay_nobody() {
             raw.write(n * 4096, &[n as u8; 4096]);
             assert_eq!(raw.read(n * 4096, 4096), [n as u8; 4096]);
         }
-        // And a long one gets its memory when those who are too slow have been cut off.
+        // And a long one gets its memory when clients that are too slow have been cut off.
         let mut long = Raw::enter(server.address(), Mode::Structured, "");
         let cookie = long.request(0, cmd::READ, 0, LONGEST, b"");
         // What needs no memory goes past it, on the same connection.
@@ -133,7 +133,7 @@ fn refused_requests_pile_up_no_replies() {
     settle();
     let before = server.resident_private();
     let mut crowd: Vec<Raw> = (0..50).map(|_| Raw::enter(server.address(), Mode::Structured, "")).collect();
-    // Unknown commands, whose refusals nobody reads: until the server does not listen any more.
+    // Unknown commands, whose refusals are not read: until the server does not listen any more.
     for raw in &mut crowd {
         let flood: Vec<u8> = (0..20_000).flat_map(|n| Mode::Structured.header(0, 77, n, 0, 0)).collect();
         raw.flood(&flood);

@@ -1,5 +1,5 @@
-//! What the server owes the files and disks that it serves, and those who share them: it closes them, waits for none of them for
-//! ever, and respects the locks of others.
+//! The server and the files and disks that it serves: it closes them, never waits for one of them forever, and respects the
+//! locks of other programs.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use crate::MIB;
 struct Mount(PathBuf);
 
 impl Mount {
-    /// A file system in memory, on the directory `m`. `None`, and a loud word about it: there is no right to mount here.
+    /// A file system in memory, on the directory `m`. `None`, with a loud notice: there is no right to mount here.
     fn tmpfs(dir: &Dir) -> Option<Self> {
         let path = dir.at("m");
         let _ = fs::create_dir(&path);
@@ -51,7 +51,7 @@ impl Drop for Mount {
 struct Loop(PathBuf);
 
 impl Loop {
-    /// `None`, and a loud word about it: there is no right to make one here.
+    /// `None`, with a loud notice: there is no right to make one here.
     fn new(file: &Path) -> Option<Self> {
         match Command::new("losetup").args(["--find", "--show"]).arg(file).output() {
             Ok(made) if made.status.success() => Some(Self(String::from_utf8(made.stdout).unwrap().trim().into())),
@@ -80,7 +80,7 @@ struct Fuse {
 }
 
 impl Fuse {
-    /// `None`, and a loud word about it: there is no FUSE here.
+    /// `None`, with a loud notice: there is no FUSE here.
     fn new(dir: &Dir) -> Option<Self> {
         if !Path::new("/dev/fuse").exists() {
             eprintln!("SKIPPED: there is no /dev/fuse here");
@@ -118,14 +118,14 @@ fn serve_briefly(dir: &Dir, args: &[&str]) -> Output {
     nbdblk().args(["serve"]).args(args).args(["--run", "true"]).within(dir.path()).run()
 }
 
-/// It starts, and ends well.
+/// The server starts, and ends with success.
 #[track_caller]
 fn accepted(dir: &Dir, args: &[&str]) {
     let Output { status, err, .. } = serve_briefly(dir, args);
     assert!(status.success(), "{args:?}: {err}");
 }
 
-/// It is refused with these words, in one line.
+/// The server refuses with this text, in one line.
 #[track_caller]
 fn refused(dir: &Dir, args: &[&str], words: &[&str]) {
     let Output { status, err, .. } = serve_briefly(dir, args);

@@ -1,4 +1,4 @@
-//! The process and its surroundings: limits, signals, pipes that nobody reads, files that are none, peers that are silent.
+//! The process and its surroundings: limits, signals, unread pipes, files that are not regular, silent peers.
 
 use std::fs;
 use std::io::Read;
@@ -68,7 +68,7 @@ fn a_write_beyond_the_limit_of_file_sizes_finds_no_space() {
         |memory: &str| format!("ulimit -f 8192; exec \"$N\" serve {} --memory {memory} -t 1 --run true", qsd.spec());
     sh(&dir, &serve("2M")).ok();
     if sh(&dir, "ulimit -f 1; ulimit -f 2").run().status.success() {
-        // Whoever may raise limits is not bound by them.
+        // A user that may raise limits is not bound by them.
         sh(&dir, &serve("64M")).ok();
     } else {
         let output = sh(&dir, &serve("64M")).run();

@@ -156,7 +156,7 @@ pub struct Quirks {
     pub config: Answer,
     /// Messages that are never answered.
     pub mute: Vec<u32>,
-    /// Messages that are answered with an error, where they have an acknowledgement.
+    /// Messages that get an error reply, where they have an acknowledgement.
     pub refuse: Vec<u32>,
     /// Messages that are answered twice.
     pub twice: Vec<u32>,

@@ -1,4 +1,4 @@
-//! Whoever knocks: nobody keeps others out, whatever they, the devices and the listening sockets do.
+//! Handshakes: no client keeps others out, whatever clients, devices and listening sockets do.
 
 use std::{
     fs::File,
@@ -195,12 +195,12 @@ fn a_change_does_not_wait_for_a_handshake_and_the_handshake_does_not_lose() {
             done.send(server.exports().len()).unwrap();
         });
         let changed = changed.recv_timeout(PATIENCE);
-        // A while for those who might give up too early.
+        // A pause for servers that might give up too early.
         thread::sleep(Duration::from_millis(100));
         open();
         let mut client = client.join().unwrap();
         assert_eq!(changed, Ok(3), "the change has waited for the handshake");
-        // It was told that the export is there, so that is what it has.
+        // The server reported that the export is there, so the client has it.
         is_served(&mut client);
     });
     eventually(|| watched.strong_count() == 0);
@@ -312,7 +312,7 @@ fn a_listening_socket_that_was_shut_down_is_closed_and_the_others_go_on() {
         shut_down_next();
         let text = server.end().wait().expect("nothing is left to listen on");
         assert!(text.contains("no listening socket is left"), "{text}");
-        // Who is there is served on.
+        // Connected clients are still served.
         is_served(&mut client);
     }
     std::fs::remove_file(path).unwrap();
@@ -347,7 +347,7 @@ fn silent_connections_keep_nobody_out() {
     let mut crowd: Vec<UnixStream> = (0..CROWD).map(|_| server.connect()).collect();
     for _ in 0..20 {
         is_served(&mut server.client(""));
-        // Whoever was cut off is back at once.
+        // A client that was cut off is back at once.
         crowd.drain(..20);
         crowd.extend((0..40).map(|_| server.connect()));
     }
@@ -385,7 +385,7 @@ fn who_says_something_stays_longer_than_who_does_not() {
         let mut silent = server.connect();
         silent.read_exact(&mut [0; 18]).unwrap();
         crowd.push(silent);
-        // An option that nobody knows, and the answer to it.
+        // An unknown option, and the answer to it.
         talking.write_all(b"IHAVEOPT\0\0\0\x63\0\0\0\0").unwrap();
         let mut head = [0; 20];
         talking.read_exact(&mut head).unwrap();
