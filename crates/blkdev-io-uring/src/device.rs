@@ -257,6 +257,10 @@ impl Shared {
             .map_err(|e| annotate(&e, "asking for the size of", &self.info.target))?;
         let block = u64::from(self.info.block_size);
         let whole = size / block * block;
+        if size == 0 && self.target.is_disk && self.capacity.load(Ordering::Relaxed) > 0 {
+            // A disk that was taken away. Its requests are to fail with EIO, not for their range.
+            return Ok(size);
+        }
         let before = self.capacity.swap(whole, Ordering::Relaxed);
         if before != whole && before != 0 {
             let end = if size == whole { String::new() } else { format!(", of which {whole} can be reached directly") };

@@ -225,7 +225,8 @@ impl Device for Passthrough {
     /// The kernel's driver hears of a new size from the controller. To ask the controller itself could take long.
     fn refresh(&self) {
         let Shared { sysfs, disk, capacity, .. } = &*self.shared;
-        if let Some(size) = sysfs.size(disk.block_shift) {
+        // 0: it was taken away. Its requests are to fail with EIO, not for their range.
+        if let Some(size) = sysfs.size(disk.block_shift).filter(|&size| size > 0) {
             capacity.store(size, Ordering::Relaxed);
         }
     }
