@@ -26,6 +26,8 @@ pub struct Arena {
     /// Pages below this were handed out since the last [`trim`](Self::trim), and pages below `resident` since the one before.
     recent: usize,
     resident: usize,
+    /// Pages below this are never returned: their owner keeps them.
+    floor: usize,
 }
 
 /// Pages that one word of the bitmap stands for.
@@ -45,7 +47,7 @@ impl Arena {
     pub(crate) fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Self {
         let pages = (len / PAGE).min(u32::MAX as usize);
         let used = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0 }
+        Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0, floor: 0 }
     }
 
     /// Sets the first `len` bytes aside for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
@@ -91,6 +93,11 @@ impl Arena {
         })
     }
 
+    /// What has been handed out so far stays with its owner.
+    pub(crate) fn keep(&mut self) {
+        self.floor = std::mem::take(&mut self.recent);
+    }
+
     /// A buffer of no bytes.
     pub(crate) fn empty(&self) -> Buf {
         Buf { pool: Arc::clone(&self.pool), page: 0, pages: 0, start: 0, len: 0 }
@@ -106,8 +113,8 @@ impl Arena {
     /// Returns the memory of free pages to the system that were not handed out since the last call. `false`: there is none
     /// left to return. Not for memory that a device has pinned.
     pub(crate) fn trim(&mut self) -> bool {
-        let from = std::mem::take(&mut self.recent);
-        let mut page = from;
+        let from = std::mem::take(&mut self.recent).max(self.floor);
+        let (mut page, mut kept) = (from, from);
         while page < self.resident {
             let word = self.pool.word_from(page);
             let left = (WORD - page % WORD).min(self.resident - page);
@@ -118,10 +125,14 @@ impl Arena {
                 let at = self.pool.start + (page + used) * PAGE;
                 self.pool.mapping.discard(at..at + free * PAGE);
             }
+            if used > 0 {
+                // For a later call, when it is free.
+                kept = page + used;
+            }
             page += (used + free).max(1);
         }
-        self.resident = from;
-        from > 0
+        self.resident = kept;
+        kept > self.floor
     }
 
     /// Free bytes, those set aside included.
@@ -467,9 +478,12 @@ mod tests {
         drop(bufs);
         assert!(a.trim(), "all of it was used just now");
         assert!(kept.is_zero(0, 0) && kept.to_vec() == [7; 3 * PAGE]);
-        assert!(!a.trim());
+        assert!(a.trim(), "some is in use");
         assert_eq!(kept.to_vec(), [7; 3 * PAGE]);
         assert_eq!(blocks() * 512, 3 * PAGE as u64, "only what is in use is left");
+        drop(kept);
+        assert!(!a.trim());
+        assert_eq!(blocks(), 0, "what was in use is returned later");
         let again = a.alloc(200 * PAGE).unwrap();
         assert!(again.is_zero(0, again.len()));
     }

@@ -240,6 +240,7 @@ impl Channel {
             || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
         let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
         let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
+        arena.keep();
         Ok(Self {
             queue: device.open_queue(depth)?,
             device: Arc::clone(device),
