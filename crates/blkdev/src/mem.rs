@@ -374,6 +374,29 @@ mod tests {
     }
 
     #[test]
+    fn memory_without_a_file_is_consolidated_and_discarded_as_well() {
+        let m = Arc::new(Mapping::unshareable(4 * ALIGN).unwrap());
+        assert!(!m.is_shareable());
+        assert_eq!((m.as_ptr() as usize % ALIGN, m.len()), (0, 4 * ALIGN));
+        assert!(m.iova().get() < HIGHEST as u64);
+        let mut buf = m.arenas(1).remove(0).alloc(4 * ALIGN).unwrap();
+        // Nobody has touched the last piece before it is consolidated.
+        for at in [ALIGN - 2, 2 * ALIGN + 9] {
+            buf.copy_from(at, b"kept");
+        }
+        m.consolidate();
+        let mut resident = vec![0_u8; m.len() / 4096];
+        // SAFETY: the whole mapping, and one byte for each page of it.
+        assert_eq!(unsafe { libc::mincore(m.as_ptr().cast(), m.len(), resident.as_mut_ptr()) }, 0);
+        assert!(resident.iter().all(|byte| byte & 1 == 1));
+        assert_eq!(buf.to_vec()[ALIGN - 2..ALIGN + 2], *b"kept");
+        assert!(buf.is_zero(3 * ALIGN, ALIGN));
+        m.discard(2 * ALIGN..3 * ALIGN);
+        assert!(buf.is_zero(2 * ALIGN, ALIGN), "what was given back reads as zeroes");
+        assert_eq!(buf.to_vec()[ALIGN - 2..ALIGN + 2], *b"kept");
+    }
+
+    #[test]
     #[should_panic(expected = "a mapping is divided once")]
     fn no_byte_has_two_owners() {
         let m = Mapping::new(1).unwrap();
