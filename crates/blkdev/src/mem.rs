@@ -380,7 +380,7 @@ mod tests {
         assert_eq!((m.as_ptr() as usize % ALIGN, m.len()), (0, 4 * ALIGN));
         assert!(m.iova().get() < HIGHEST as u64);
         let mut buf = m.arenas(1).remove(0).alloc(4 * ALIGN).unwrap();
-        // Nobody has touched the last piece before it is consolidated.
+        // The last piece is not written to before it is consolidated.
         for at in [ALIGN - 2, 2 * ALIGN + 9] {
             buf.copy_from(at, b"kept");
         }

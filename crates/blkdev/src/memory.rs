@@ -195,6 +195,9 @@ const REGION: u64 = 32;
 /// A status looks at so many regions at most, or at a range of this length: 256 MiB.
 const STATUS_REGIONS: usize = 128;
 
+/// Extents in one answer, at most.
+const EXTENTS_MAX: usize = 1024;
+
 /// Neighbouring regions are spread over this many locks, so that queues seldom meet.
 const SHARDS: u64 = 256;
 
@@ -308,6 +311,8 @@ impl Chunks {
         if next < at + len {
             extent::append(extents, Extent { at: next, len: at + len - next, kind: ExtentKind::Hole });
         }
+        // The owner asks for the rest.
+        extents.truncate(EXTENTS_MAX);
     }
 }
 

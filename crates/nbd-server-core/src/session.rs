@@ -21,6 +21,12 @@ const HEADS_MAX: usize = 64 << 10;
 /// if the [device has answered](Channel::is_prompt) by then: more than that would not be in the cache any more when it is sent.
 pub(crate) const TURN: usize = 256 << 10;
 
+/// The longest descriptor of an extent in a reply, in bytes.
+const EXTENT_LEN: usize = 16;
+
+/// Block status requests of one connection that may be in flight at a time: each holds a list of extents.
+const STATUSES_MAX: usize = 16;
+
 /// What a request that makes a device search or change its map counts for in a turn, in addition to bytes of memory.
 const SEARCH: usize = TURN / 16;
 
@@ -50,6 +56,8 @@ pub struct Session {
     outbox: Outbox,
     /// Bytes of payload memory in requests: filling, or at the device.
     held: usize,
+    /// Block status requests at the device.
+    statuses: usize,
     /// Counted for requests without payload that take a prompt device long.
     spent: usize,
     /// The client said goodbye.
@@ -110,6 +118,7 @@ impl Session {
             wants: None,
             filling: None,
             landed: 0,
+            statuses: 0,
             spent: 0,
             outbox: Outbox::default(),
             held: 0,
@@ -298,6 +307,9 @@ impl Session {
         if matches!(done.io, Io::Read { .. } | Io::Write { .. }) {
             self.held -= len as usize;
         }
+        if matches!(done.io, Io::Status { .. }) {
+            self.statuses -= 1;
+        }
         if self.closed {
             return;
         }
@@ -311,7 +323,9 @@ impl Session {
                 out.payload(buf);
             }
             (Ok(()), Io::Status { extents, .. }) => {
-                let wanted = if one { 1 } else { extents.len() };
+                // Fewer than asked for when much is unsent already: every request in flight may still add its reply.
+                let room = HEADS_MAX.saturating_sub(out.heads()) / EXTENT_LEN + 1;
+                let wanted = if one { 1 } else { extents.len().min(room) };
                 let extents =
                     extents[..wanted].iter().map(|e| nbd_proto::Extent { len: e.len, flags: allocation(e.kind) });
                 replier.status(out, cookie, at, ALLOCATION, extents, true);
@@ -415,7 +429,11 @@ impl Session {
             Command::Trim { at, len, fua } => (at, len, Io::Discard { at, len, fua }),
             Command::Cache { at, len } => (at, len, Io::Prefetch { at, len }),
             Command::Zero { at, len, unmap, fast, fua } => (at, len, Io::Zero { at, len, fua, unmap, fast }),
-            Command::Status { at, len, one: _, contexts: _ } => (at, len, Io::Status { at, len, extents: Vec::new() }),
+            Command::Status { .. } if self.statuses == STATUSES_MAX => return Some(Stall::Calls),
+            Command::Status { at, len, one: _, contexts: _ } => {
+                self.statuses += 1;
+                (at, len, Io::Status { at, len, extents: Vec::new() })
+            }
         };
         let one = matches!(command, Command::Status { one: true, .. } | Command::Read { df: true, .. });
         self.submit(Call { cookie, at, len, one }, io, channel);

@@ -161,6 +161,8 @@ struct Lane {
     conns: usize,
     leaving: Option<Leaving>,
     lines: Lines,
+    /// Connections have gone whose requests are to be cancelled.
+    cancels: bool,
     /// Memory that was free when it did not suffice for those at the front.
     too_little: usize,
 }
@@ -364,6 +366,10 @@ impl Worker {
                 timeout = Some(TIDY.saturating_sub(self.now.duration_since(self.tidied)));
             }
             for lane in self.lanes.iter_mut().flatten() {
+                if lane.cancels {
+                    timeout = Some(Duration::ZERO);
+                    break;
+                }
                 if lane.channel.awaits_device() {
                     if !lane.channel.arm() {
                         timeout = Some(Duration::ZERO);
@@ -424,8 +430,8 @@ impl Worker {
             self.lanes.resize_with(number + 1, || None);
         }
         assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
-        let (lines, too_little) = (Lines::default(), 0);
-        let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, lines, too_little };
+        let (lines, cancels, too_little) = (Lines::default(), false, 0);
+        let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, lines, cancels, too_little };
         self.lanes[number] = Some(lane);
     }
 
@@ -622,6 +628,12 @@ impl Worker {
     fn reap(&mut self) {
         let mut in_flight = 0;
         for lane in self.lanes.iter_mut().flatten() {
+            // First: the channel sends what it held back when it is reaped.
+            if std::mem::take(&mut lane.cancels) {
+                let conns = &self.conns;
+                let gone = |number: u32| conns[number as usize].as_ref().is_none_or(|conn| conn.stream.is_none());
+                lane.channel.cancel(|tag| gone(Session::number_of(tag)));
+            }
             lane.channel.kick();
             lane.channel.reap(&mut self.done);
             in_flight += lane.channel.in_flight();
@@ -699,7 +711,8 @@ impl Worker {
             *slot = None;
             self.free.push(number);
         } else {
-            lane.channel.cancel(|tag| Session::number_of(tag) == number);
+            // Later, for all that have gone in this turn at once: each time costs a look at every request.
+            lane.cancels = true;
         }
     }
 
@@ -748,6 +761,7 @@ impl Worker {
         }
         let start = Instant::now();
         for lane in self.lanes.iter_mut().flatten() {
+            lane.channel.cancel(|_| true);
             while lane.channel.in_flight() > 0 && start.elapsed() < WIND_UP {
                 lane.channel.reap(&mut self.done);
                 self.done.clear();

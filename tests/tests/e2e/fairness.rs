@@ -146,6 +146,30 @@ fn refused_requests_pile_up_no_replies() {
 }
 
 #[test]
+fn block_status_replies_that_are_not_read_are_bounded() {
+    let dir = Dir::new();
+    let server = Nbdblk::unix(&dir, &["--threads=1", "memory=1G"]);
+    let mut raw = Raw::enter(server.address(), Mode::Extended, "");
+    for n in 0..4000 {
+        raw.write(n * 128 * KIB, &[1; 512]);
+    }
+    let before = server.resident_private();
+    let mut crowd: Vec<Raw> = (0..20).map(|_| Raw::enter(server.address(), Mode::Extended, "")).collect();
+    for client in &mut crowd {
+        let header = |n| Mode::Extended.header(0, cmd::BLOCK_STATUS, n, 0, 1 << 30);
+        client.flood(&(0..1000).flat_map(header).collect::<Vec<u8>>());
+    }
+    // All of them have had a turn when a later client has had several.
+    for _ in 0..1000 {
+        assert_eq!(raw.read(0, 512), [1; 512]);
+    }
+    let grown = server.resident_private().saturating_sub(before);
+    assert!(grown < 16 * MIB, "{grown} bytes of replies that are not read");
+    drop(crowd);
+    assert!(server.terminate().success());
+}
+
+#[test]
 fn payload_memory_is_given_back_when_it_is_idle() {
     for spec in ["io_uring=disk.raw", "memory=64M"] {
         let dir = Dir::new();
