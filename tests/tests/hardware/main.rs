@@ -27,7 +27,7 @@ macro_rules! targets {
         row! { $test, nvme_io_uring,     "nvme-io_uring=$NBDBLK_NG",                   512,  Other::Disk("$NBDBLK_NVME_KERNEL") }
         row! { $test, vdpa,              "vdpa=$NBDBLK_VDPA",                          512,  Other::File("/tmp/vduse0.img") }
         row! { $test, vdpa_pci,          "vdpa=$NBDBLK_VDPA_PCI",                      512,  Other::VirtioPci("$NBDBLK_VBLK_VDPA") }
-        row! { $test, virtio_pci,        "virtio-pci=$NBDBLK_VBLK",                    512,  Other::VirtioPci("$NBDBLK_VBLK") }
+        row! { $test, virtio_pci,        "virtio-pci=$NBDBLK_VBLK,ring=split",         512,  Other::VirtioPci("$NBDBLK_VBLK") }
         row! { $test, virtio_pci_packed, "virtio-pci=$NBDBLK_VBLK_PACKED,ring=packed", 512,  Other::VirtioPci("$NBDBLK_VBLK_PACKED") }
     };
 }
@@ -42,7 +42,7 @@ macro_rules! more_targets {
         row! { $test, nvme_small_mdts,   "nvme=$NBDBLK_NVME_MDTS/1",                   512,  Other::Nvme("$NBDBLK_NVME_MDTS", 1) }
         row! { $test, vdpa_pci_split,    "vdpa=$NBDBLK_VDPA_PCI,ring=split",           512,  Other::VirtioPci("$NBDBLK_VBLK_VDPA") }
         row! { $test, vhost_user,        "vhost-user=$NBDBLK_VHOST_USER",              512,  Other::File("/tmp/vhost-user.img") }
-        row! { $test, virtio_pci_4k,     "virtio-pci=$NBDBLK_VBLK4K",                  4096, Other::VirtioPci("$NBDBLK_VBLK4K") }
+        row! { $test, virtio_pci_4k,     "virtio-pci=$NBDBLK_VBLK4K,ring=split",       4096, Other::VirtioPci("$NBDBLK_VBLK4K") }
     };
 }
 

@@ -47,7 +47,7 @@ const NVME: Bay = Bay { address: "$NBDBLK_NVME_MDTS", id: "nvme-mdts", next: "nv
 const VIRTIO: Bay = Bay {
     address: "$NBDBLK_VBLK_SOCKET",
     id: "vblk-socket",
-    next: "virtio-blk-pci,bus=socket2,disable-legacy=on,iommu_platform=on,num-queues=4",
+    next: "virtio-blk-pci,bus=socket2,disable-legacy=on,iommu_platform=on,num-queues=4,packed=on",
 };
 
 impl Bay {

@@ -218,9 +218,12 @@ impl Machine<'_> {
     fn add_disks(&self, qemu: &mut Command, dir: &Path) {
         let platform = if self.iommu { "on" } else { "off" };
         let blocks_4k = "logical_block_size=4096,physical_block_size=4096";
+        // All of them offer packed rings, which is what the guest's kernel takes. With its split rings of 1024 entries a used-ring
+        // entry lies across two pages, and QEMU 10.0 writes the second half of such an entry to the wrong page when an IOMMU
+        // translates: the guest's memory was destroyed in each minute of tests. (nbdblk's own split rings have no such entry.)
         let virtio = |id: &str, place: &str, more: &str| {
             format!(
-                "virtio-blk-pci,id={id},drive={id},serial={id},{place},disable-legacy=on,iommu_platform={platform},num-queues=4{more}"
+                "virtio-blk-pci,id={id},drive={id},serial={id},{place},disable-legacy=on,iommu_platform={platform},num-queues=4,packed=on{more}"
             )
         };
         let disks_and_devices = [
@@ -234,8 +237,8 @@ impl Machine<'_> {
             (Some("vfio-metadata"), "nvme-ns,drive=vfio-metadata,bus=nvme-vfio,nsid=3,ms=8".into()),
             (Some("vblk-512"), virtio("vblk-512", "addr=0x7", "")),
             (Some("vblk-4k"), virtio("vblk-4k", "addr=0x8", &format!(",vectors=2,{blocks_4k}"))),
-            (Some("vblk-packed"), virtio("vblk-packed", "addr=0x9", ",packed=on")),
-            (Some("vblk-vdpa"), virtio("vblk-vdpa", "addr=0xa", ",packed=on")),
+            (Some("vblk-packed"), virtio("vblk-packed", "addr=0x9", "")),
+            (Some("vblk-vdpa"), virtio("vblk-vdpa", "addr=0xa", "")),
             // Behind ports of their own, so that they can be pulled out.
             (None, "pcie-root-port,id=socket,addr=0x1c,chassis=1".into()),
             (None, "pcie-root-port,id=socket2,addr=0x1d,chassis=2".into()),
