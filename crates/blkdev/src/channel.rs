@@ -192,6 +192,7 @@ pub struct Channel {
     zeroes: Buf,
     edges: Buf,
     pass: Pass,
+    depth: usize,
     slots: Slots,
     /// What the queue had no room for, in order.
     held: VecDeque<Request>,
@@ -249,6 +250,7 @@ impl Channel {
             zeroes,
             edges,
             pass,
+            depth: depth.into(),
             slots: Slots::default(),
             held: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -388,6 +390,17 @@ impl Channel {
             self.pushed = false;
             self.queue.kick();
         }
+    }
+
+    /// Requests that the queue takes at a time.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Whether more requests are in flight than the queue takes: some of them wait here.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.slots.in_use > self.depth
     }
 
     /// Appends what has ended since the last call, and sets going what waited for it.

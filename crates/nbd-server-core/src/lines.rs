@@ -1,4 +1,4 @@
-//! [`Lines`]: which connection gets payload memory next. First come, first served.
+//! [`Lines`]: which connection gets payload memory next, and how much of the device's queue. First come, first served.
 //!
 //! A channel's memory has two parts, and a line of waiting connections for each. Small requests of connections that hold little
 //! are served from a reserve that nothing else can use up, so that a few clients with large requests keep no other client
@@ -7,6 +7,9 @@
 //!
 //! A connection takes memory only when no other one is ahead of it in its line. Where others wait behind it, it gets
 //! memory for one request at a time, and goes to the end of the line for the next.
+//!
+//! No connection waits in line for the queue. While more requests are in flight than the queue takes, a connection begins none
+//! beyond its share: twice the queue's depth, divided by the number of connections that have requests in flight.
 
 use std::collections::VecDeque;
 
@@ -30,13 +33,16 @@ pub struct Grant {
     pub common: bool,
     /// For one request only, since others wait.
     pub once: bool,
+    /// So many requests in flight, while more are than the queue takes.
+    pub calls: usize,
     /// Memory was taken.
     pub used: bool,
 }
 
 impl Grant {
     /// Everything that is free: no connection waits.
-    pub const ALL: Self = Self { reserve: true, spill: true, common: true, once: false, used: false };
+    pub const ALL: Self =
+        Self { reserve: true, spill: true, common: true, once: false, calls: usize::MAX, used: false };
 
     /// Notes that memory was taken.
     #[inline]
@@ -49,13 +55,34 @@ impl Grant {
 }
 
 /// The connections that wait for memory of one channel, by their numbers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lines {
     reserve: VecDeque<u32>,
     common: VecDeque<u32>,
+    /// Requests that the queue takes.
+    depth: usize,
+    /// Connections with requests in flight.
+    busy: usize,
 }
 
 impl Lines {
+    /// The lines of a channel whose queue takes `depth` requests.
+    pub fn new(depth: usize) -> Self {
+        Self { reserve: VecDeque::new(), common: VecDeque::new(), depth, busy: 0 }
+    }
+
+    /// A connection had `before` requests in flight, and has `now`.
+    #[inline]
+    pub fn count(&mut self, before: usize, now: usize) {
+        self.busy = self.busy + usize::from(now > 0) - usize::from(before > 0);
+    }
+
+    /// How many requests each connection may have in flight while more are than the queue takes.
+    #[inline]
+    fn share(&self) -> usize {
+        (2 * self.depth / self.busy.max(1)).max(1)
+    }
+
     /// Whether no connection waits.
     #[inline]
     pub fn is_empty(&self) -> bool {
@@ -71,12 +98,13 @@ impl Lines {
     #[inline]
     pub fn grant(&self, number: u32) -> Grant {
         if self.is_empty() {
-            return Grant::ALL;
+            return Grant { calls: self.share(), ..Grant::ALL };
         }
         let ahead = |line: &VecDeque<u32>| line.front().is_some_and(|&first| first != number);
         let (reserve, common) = (!ahead(&self.reserve), !ahead(&self.common));
         let once = !(reserve && common && self.reserve.len() <= 1 && self.common.len() <= 1);
-        Grant { reserve, spill: reserve && self.common.is_empty(), common, once, used: false }
+        let calls = self.share();
+        Grant { reserve, spill: reserve && self.common.is_empty(), common, once, calls, used: false }
     }
 
     /// A connection had its turn under `grant`, and waits now for `wants`.
@@ -130,7 +158,7 @@ mod tests {
 
     #[test]
     fn first_come_first_served() {
-        let mut lines = Lines::default();
+        let mut lines = Lines::new(256);
         for number in [7, 8, 9] {
             lines.settle(number, lines.grant(number), Some(Part::Common));
         }
@@ -150,7 +178,7 @@ mod tests {
 
     #[test]
     fn small_requests_pass_large_ones_but_take_nothing_of_theirs() {
-        let mut lines = Lines::default();
+        let mut lines = Lines::new(256);
         lines.settle(1, lines.grant(1), Some(Part::Common));
         let grant = lines.grant(2);
         assert!(grant.reserve && !grant.spill && !grant.common);
@@ -158,5 +186,20 @@ mod tests {
         assert!(!lines.grant(3).reserve && lines.grant(2).reserve && lines.grant(1).common);
         lines.settle(1, lines.grant(1), None);
         assert!(lines.grant(2).spill && !lines.grant(3).spill);
+    }
+
+    #[test]
+    fn the_queue_is_shared_by_those_that_use_it() {
+        let mut lines = Lines::new(8);
+        assert_eq!(lines.grant(1).calls, 16);
+        for _ in 0..4 {
+            lines.count(0, 3);
+            lines.count(3, 5);
+        }
+        assert_eq!(lines.grant(1).calls, 4);
+        (0..100).for_each(|_| lines.count(0, 1));
+        assert_eq!(lines.grant(1).calls, 1, "everyone has one");
+        (0..103).for_each(|_| lines.count(1, 0));
+        assert_eq!(lines.grant(1).calls, 16);
     }
 }

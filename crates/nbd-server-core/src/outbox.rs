@@ -5,8 +5,11 @@ use std::{collections::VecDeque, io, os::fd::BorrowedFd};
 use blkdev::{Buf, socket::Gather};
 use nbd_proto::Put;
 
-/// What is still to be sent. A payload is sent from the memory the device put it in, and given back when its last byte is
-/// out.
+/// What is still to be sent. A payload is sent from the memory that the device put it in, which is free again when the last
+/// byte is out.
+///
+/// When others need that memory, it can be [taken](Self::reclaim) earlier: then only the place of the payload on the device is
+/// kept, and the payload is read again, in parts, when the client takes it.
 #[derive(Debug, Default)]
 pub struct Outbox {
     items: VecDeque<Item>,
@@ -25,7 +28,10 @@ pub struct Outbox {
 enum Item {
     /// So many of `bytes`.
     Heads(usize),
-    Payload(Buf),
+    /// What the device holds at `at`.
+    Payload { buf: Buf, at: u64 },
+    /// The same, to be read again.
+    Missing { at: u64, len: usize },
 }
 
 impl Put for Outbox {
@@ -40,13 +46,50 @@ impl Put for Outbox {
 }
 
 impl Outbox {
-    /// Adds a payload, to be sent after everything that was put before.
+    /// Adds a payload, to be sent after everything that was put before. The device holds it at `at`.
     #[inline]
-    pub fn payload(&mut self, buf: Buf) {
+    pub fn payload(&mut self, buf: Buf, at: u64) {
         if !buf.is_empty() {
             self.held += buf.len();
-            self.items.push_back(Item::Payload(buf));
+            self.items.push_back(Item::Payload { buf, at });
         }
+    }
+
+    /// Frees the memory of all payloads.
+    #[cold]
+    pub fn reclaim(&mut self) {
+        let mut sent = std::mem::take(&mut self.payload_sent);
+        for item in &mut self.items {
+            if let Item::Payload { buf, at } = item {
+                *item = Item::Missing { at: *at + sent as u64, len: buf.len() - sent };
+            }
+            sent = 0;
+        }
+        self.held = 0;
+    }
+
+    /// What must be read before anything else can be sent: first byte and length.
+    #[inline]
+    pub fn missing(&self) -> Option<(u64, usize)> {
+        match self.items.front() {
+            Some(&Item::Missing { at, len }) => Some((at, len)),
+            _ => None,
+        }
+    }
+
+    /// Takes the first part of what is [missing](Self::missing), or all of it.
+    ///
+    /// # Panics
+    /// If nothing is, or not as much.
+    #[cold]
+    pub fn restore(&mut self, buf: Buf) {
+        let Some(Item::Missing { at, len }) = self.items.pop_front() else { panic!("no payload is missing") };
+        let rest = len.checked_sub(buf.len()).expect("no more is restored than is missing");
+        if rest > 0 {
+            self.items.push_front(Item::Missing { at: at + buf.len() as u64, len: rest });
+        }
+        self.held += buf.len();
+        self.items.push_front(Item::Payload { buf, at });
     }
 
     /// Whether everything is sent.
@@ -85,12 +128,12 @@ impl Outbox {
         self.held
     }
 
-    /// Sends until all is out (`true`) or the socket is full (`false`).
+    /// Sends until all is out or something is [missing](Self::missing) (`true`), or the socket is full (`false`).
     ///
     /// # Errors
     /// The connection is broken.
     pub fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
-        while !self.items.is_empty() {
+        while !matches!(self.items.front(), None | Some(Item::Missing { .. })) {
             let mut list = Gather::new();
             let wanted = self.gather(&mut list);
             match list.send(socket) {
@@ -108,19 +151,19 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Moves up to `into.len()` bytes out, for who has no socket. Tells how many.
+    /// Moves up to `into.len()` bytes out, for owners without a socket. Returns how many.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let mut done = 0;
         while done < into.len() {
             let room = into.len() - done;
             let n = match self.items.front() {
-                None => break,
+                None | Some(Item::Missing { .. }) => break,
                 Some(Item::Heads(len)) => {
                     let n = room.min(*len);
                     into[done..done + n].copy_from_slice(&self.bytes[self.start..self.start + n]);
                     n
                 }
-                Some(Item::Payload(buf)) => {
+                Some(Item::Payload { buf, .. }) => {
                     let n = room.min(buf.len() - self.payload_sent);
                     buf.copy_to(self.payload_sent, &mut into[done..done + n]);
                     n
@@ -132,7 +175,7 @@ impl Outbox {
         done
     }
 
-    /// Lists what comes first, as much as one system call takes; tells how many bytes that is.
+    /// Lists what comes first, as much as one system call takes. Returns how many bytes that is.
     fn gather<'a>(&'a self, list: &mut Gather<'a>) -> usize {
         let (mut head, mut sent, mut total) = (self.start, self.payload_sent, 0);
         for item in &self.items {
@@ -145,10 +188,11 @@ impl Outbox {
                     head += len;
                     total += len;
                 }
-                Item::Payload(buf) => {
+                Item::Payload { buf, .. } => {
                     list.buf(buf, sent);
                     total += buf.len() - sent;
                 }
+                Item::Missing { .. } => break,
             }
             sent = 0;
         }
@@ -169,7 +213,7 @@ impl Outbox {
                         break;
                     }
                 }
-                Some(Item::Payload(buf)) => {
+                Some(Item::Payload { buf, .. }) => {
                     let n = sent.min(buf.len() - self.payload_sent);
                     self.payload_sent += n;
                     sent -= n;
@@ -179,7 +223,7 @@ impl Outbox {
                     self.payload_sent = 0;
                     self.held -= buf.len();
                 }
-                None => unreachable!("no more is sent than there is"),
+                None | Some(Item::Missing { .. }) => unreachable!("no more is sent than there is"),
             }
             self.items.pop_front();
         }
@@ -202,26 +246,45 @@ mod tests {
 
     use super::*;
 
+    /// What a device holds.
+    fn content(at: u64, len: usize) -> Vec<u8> {
+        (at..at + len as u64).map(|n| (n * 7 + n / 251) as u8).collect()
+    }
+
     #[test]
     fn comes_out_as_it_went_in_whatever_the_pieces() {
         let mut arena = Mapping::new(1 << 20).unwrap().arenas(1).remove(0);
-        for piece in [1, 3, 7, 64, 1000, 100_000] {
+        // After every so many pieces the memory is taken.
+        for (piece, reclaims) in [(1, 97), (3, 10), (7, 0), (64, 5), (1000, 1), (100_000, 0)] {
             let (mut outbox, mut expected) = (Outbox::default(), Vec::new());
+            let mut fill = |at: u64, len: usize| {
+                let mut buf = arena.alloc(len).unwrap();
+                buf.copy_from(0, &content(at, len));
+                buf
+            };
             for n in 0..40u8 {
                 outbox.put(&[n; 16]);
                 expected.extend([n; 16]);
                 if n % 3 > 0 {
-                    let mut buf = arena.alloc(usize::from(n) * 11).unwrap();
-                    let content = vec![n ^ 0xff; buf.len()];
-                    buf.copy_from(0, &content);
-                    outbox.payload(buf);
-                    expected.extend(content);
+                    let (at, len) = (u64::from(n) << 20, usize::from(n) * 11);
+                    outbox.payload(fill(at, len), at);
+                    expected.extend(content(at, len));
                 }
             }
             let (mut got, mut part) = (Vec::new(), vec![0; piece]);
-            while !outbox.is_empty() {
+            for turn in 1.. {
+                if outbox.is_empty() {
+                    break;
+                }
                 let n = outbox.read(&mut part);
                 got.extend_from_slice(&part[..n]);
+                if turn % reclaims.max(1) == 0 && reclaims > 0 {
+                    outbox.reclaim();
+                    assert_eq!(outbox.held(), 0);
+                }
+                if let Some((at, len)) = outbox.missing() {
+                    outbox.restore(fill(at, len.min(100)));
+                }
             }
             assert_eq!(got, expected);
             assert_eq!(arena.free(), arena.capacity(), "every Buf came back");

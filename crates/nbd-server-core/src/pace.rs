@@ -2,52 +2,80 @@
 
 use std::time::{Duration, Instant};
 
-use crate::Session;
-
-/// A client's progress since the first check while others waited.
+/// A client's progress since the last check while others waited.
 #[derive(Debug)]
 pub(crate) struct Pace {
     since: Instant,
-    sent: u64,
-    landed: u64,
-    /// Bytes of replies that it had to take then.
-    unsent: usize,
-    /// Bytes of the payload that it had to send then.
-    filling: usize,
+    /// Bytes that it had taken or sent then.
+    done: u64,
+    /// Bytes that it had to take or to send then.
+    due: usize,
 }
 
-/// Parts of the time that a client has for all of it, after each of which it must have done its share.
-const SHARES: u32 = 5;
+/// How slow a client may be while others wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    /// It must be able to do all that is due within this time, at its pace …
+    pub(crate) all: Duration,
+    /// … of so long.
+    pub(crate) window: Duration,
+}
+
+impl Limit {
+    /// For taking replies. One that is slower loses nothing: its replies are read again when it takes them. So that those who
+    /// wait need not wait long, this is not a long time.
+    pub(crate) fn taking(stall_timeout: Duration) -> Self {
+        Self { all: stall_timeout / 10, window: (stall_timeout / 200).max(Duration::from_millis(1)) }
+    }
+
+    /// For sending payloads. One that is slower is cut off.
+    pub(crate) fn sending(stall_timeout: Duration) -> Self {
+        Self { all: stall_timeout, window: stall_timeout / 5 }
+    }
+
+    /// How often to look.
+    pub(crate) fn interval(self) -> Duration {
+        (self.window / 2).clamp(Duration::from_millis(1), Duration::from_secs(1))
+    }
+}
 
 impl Pace {
-    fn of(session: &mut Session, now: Instant) -> Self {
-        let (filling, landed) = (session.filling(), session.landed_bytes());
-        let outbox = session.outbox();
-        Self { since: now, sent: outbox.sent(), landed, unsent: outbox.held(), filling }
-    }
-
-    /// How often to look, if a client has `limit` for all that it holds.
-    pub(crate) fn interval(limit: Duration) -> Duration {
-        (limit / SHARES / 2).clamp(Duration::from_millis(1), Duration::from_secs(1))
-    }
-
-    /// Whether a client is too slow: it has to take replies, or to send a payload, whose memory others wait for, and needs longer
-    /// than `limit` for all of it at the pace of the last fifth of that time.
-    pub(crate) fn is_too_slow(pace: &mut Option<Self>, session: &mut Session, now: Instant, limit: Duration) -> bool {
+    /// Whether a client is too slow that has done `done` bytes so far, and has to do `due` more.
+    pub(crate) fn is_too_slow(pace: &mut Option<Self>, done: u64, due: usize, now: Instant, limit: Limit) -> bool {
+        if due == 0 {
+            *pace = None;
+            return false;
+        }
         let Some(before) = pace else {
-            *pace = Some(Self::of(session, now));
+            *pace = Some(Self { since: now, done, due });
             return false;
         };
         let elapsed = now.saturating_duration_since(before.since);
-        if elapsed < limit / SHARES {
+        if elapsed < limit.window {
             return false;
         }
-        let due = |bytes: usize| (bytes as f64 * elapsed.as_secs_f64() / limit.as_secs_f64()) as u64;
-        let after = Self::of(session, now);
-        let slow = |was: usize, is: usize, done: u64| was > 0 && is > 0 && done < due(was.min(is)).max(1);
-        let too_slow = slow(before.unsent, after.unsent, after.sent - before.sent)
-            || slow(before.filling, after.filling, after.landed - before.landed);
-        *before = after;
+        let share = before.due.min(due) as f64 * elapsed.as_secs_f64() / limit.all.as_secs_f64();
+        let too_slow = done - before.done < (share as u64).max(1);
+        *before = Self { since: now, done, due };
         too_slow
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_must_keep_up_with_its_share() {
+        let (start, limit) = (Instant::now(), Limit::sending(Duration::from_secs(10)));
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut pace = None;
+        assert!(!Pace::is_too_slow(&mut pace, 0, 1000, at(0), limit));
+        assert!(!Pace::is_too_slow(&mut pace, 0, 1000, at(1900), limit), "not before the window has passed");
+        assert!(!Pace::is_too_slow(&mut pace, 200, 800, at(2000), limit));
+        assert!(Pace::is_too_slow(&mut pace, 300, 700, at(4000), limit), "140 were due");
+        assert!(!Pace::is_too_slow(&mut pace, 300, 0, at(4100), limit), "nothing is due");
+        assert!(!Pace::is_too_slow(&mut pace, 300, 1, at(9000), limit), "it begins anew");
+        assert!(Pace::is_too_slow(&mut pace, 300, 1, at(11_000), limit), "no byte at all");
     }
 }

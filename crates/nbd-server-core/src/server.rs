@@ -46,8 +46,9 @@ pub struct Limits {
     /// Refuse clients that do not ask for block sizes, such as the Linux kernel, where blocks are larger than a byte. They
     /// are served otherwise, but each write of a part of a block stops the other writes of the device for a moment.
     pub block_size_required: bool,
-    /// The time that a client has, while others wait for the memory, to take its replies and to send a payload that it has
-    /// announced. A client whose pace, measured over a fifth of this, is too slow for that is cut off.
+    /// The time that a client has, while others wait for the memory, to send a payload that it has announced. A client whose
+    /// pace, measured over a fifth of this, is too slow for that is cut off. To take its replies it has a tenth of this; if
+    /// it is slower, measured over a 200th of this, the replies lose their memory, and are read again when it takes them.
     pub stall_timeout: Duration,
     /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
     pub farewell: Duration,

@@ -30,6 +30,9 @@ const STATUSES_MAX: usize = 16;
 /// What a request that makes a device search or change its map counts for in a turn, in addition to bytes of memory.
 const SEARCH: usize = TURN / 16;
 
+/// The longest part of a reply that is read again at a time, after its memory was taken: what a socket buffers, about.
+const REFILL: usize = 128 << 10;
+
 /// Up to this fraction of a channel's memory nobody asks whether a client has its share: one 64th, 1 MiB of the usual 64.
 const MODEST: usize = 64;
 
@@ -60,6 +63,10 @@ pub struct Session {
     statuses: usize,
     /// Counted for requests without payload that take a prompt device long.
     spent: usize,
+    /// A part of a reply is being read again.
+    refilling: bool,
+    /// A reply that has been sent in part cannot be completed.
+    broken: bool,
     /// The client said goodbye.
     disconnecting: bool,
     /// The export is going: what has not begun never will.
@@ -122,6 +129,8 @@ impl Session {
             spent: 0,
             outbox: Outbox::default(),
             held: 0,
+            refilling: false,
+            broken: false,
             disconnecting: false,
             refusing: false,
             closed: false,
@@ -152,6 +161,11 @@ impl Session {
         grant: &mut Grant,
     ) -> Result<Option<Stall>, Fatal> {
         self.wants = None;
+        if self.is_short()
+            && let Some(stall) = self.refill(channel, grant)
+        {
+            return Ok(Some(stall));
+        }
         if !self.waiting.is_empty() && self.serve_waiting(channel, grant) {
             return Ok(Some(Stall::Calls));
         }
@@ -198,12 +212,63 @@ impl Session {
         Ok(None)
     }
 
+    /// Frees the memory of replies that the client has not taken. They are read again when it does.
+    pub fn reclaim(&mut self) {
+        self.outbox.reclaim();
+    }
+
+    /// Whether a reply must be read again before it can be sent: [`take`](Self::take) does it, with or without input.
+    #[inline]
+    pub fn is_short(&self) -> bool {
+        self.outbox.missing().is_some() && !self.refilling
+    }
+
+    /// Whether the connection must be dropped: a reply that has been sent in part could not be read again.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Reads a part of a reply again, into memory of the reserve, so that requests that wait for more do not delay it.
+    #[cold]
+    fn refill(&mut self, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
+        let (at, len) = self.outbox.missing()?;
+        let len = len.min(REFILL - (at % REFILL as u64) as usize);
+        let reserve = if grant.reserve { channel.alloc_reserved(at, len) } else { None };
+        let Some(buf) = reserve.or_else(|| if grant.spill { channel.alloc(at, len) } else { None }) else {
+            self.wants = Some(Part::Reserve);
+            return Some(Stall::Memory);
+        };
+        grant.take();
+        self.held += len;
+        self.refilling = true;
+        let call = Call { cookie: Cookie(0), at, len: len as u64, one: false, refill: true };
+        self.submit(call, Io::Read { at, buf }, channel);
+        None
+    }
+
+    /// What was read again, or why it could not be.
+    #[cold]
+    fn refilled(&mut self, done: Done) {
+        self.refilling = false;
+        match (done.result, done.io) {
+            _ if self.closed => {}
+            (Ok(()), Io::Read { buf, .. }) => self.outbox.restore(buf),
+            (result, _) => {
+                log::info!("a client is dropped: a reply that was sent in part could not be read again ({result:?})");
+                self.broken = true;
+            }
+        }
+    }
+
     /// Begins the READs that wait, in order. Returns whether the client must first take replies.
     #[cold]
     fn serve_waiting(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
         while let Some(&Waiting { cookie, at, len, df }) = self.waiting.front() {
             if self.refusing {
                 self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
+            } else if self.has_its_share(channel, grant) {
+                return true;
             } else {
                 match self.command(cookie, Command::Read { at, len, df }, channel, grant) {
                     None => {}
@@ -226,6 +291,12 @@ impl Session {
     #[inline]
     fn has_room(&self) -> bool {
         self.calls.in_use + self.waiting.len() + self.outbox.len() < CALLS_MAX && self.outbox.heads() < HEADS_MAX
+    }
+
+    /// Whether it has as many requests in flight as it may while more are than the queue takes.
+    #[inline]
+    fn has_its_share(&self, channel: &Channel, grant: &Grant) -> bool {
+        self.calls.in_use >= grant.calls && channel.is_full()
     }
 
     /// From now on every request is answered with ESHUTDOWN, upon which a client MUST say goodbye (proto.md, "Terminating
@@ -303,12 +374,15 @@ impl Session {
 
     /// A request of this session has ended: its reply goes to the outbox.
     pub fn complete(&mut self, done: Done) {
-        let Call { cookie, at, len, one } = self.calls.end(done.tag as u32);
+        let Call { cookie, at, len, one, refill } = self.calls.end(done.tag as u32);
         if matches!(done.io, Io::Read { .. } | Io::Write { .. }) {
             self.held -= len as usize;
         }
         if matches!(done.io, Io::Status { .. }) {
             self.statuses -= 1;
+        }
+        if refill {
+            return self.refilled(done);
         }
         if self.closed {
             return;
@@ -320,7 +394,7 @@ impl Session {
                     return sparse(replier, out, cookie, at, buf);
                 }
                 replier.read_head(out, cookie, at, buf.len() as u32);
-                out.payload(buf);
+                out.payload(buf, at);
             }
             (Ok(()), Io::Status { extents, .. }) => {
                 // Fewer than asked for when much is unsent already: every request in flight may still add its reply.
@@ -368,11 +442,6 @@ impl Session {
         self.disconnecting && self.calls.in_use == 0 && self.waiting.is_empty() && self.outbox.is_empty()
     }
 
-    /// Whether memory is held for a client that must act: it has to send the rest of a payload, or take its replies.
-    pub fn is_client_due(&self) -> bool {
-        self.filling.is_some() || !self.outbox.is_empty()
-    }
-
     /// Gives back what the connection held, now that it is gone. What is at the device comes back by `complete`.
     pub fn close(&mut self) {
         if let Some(filling) = self.filling.take() {
@@ -392,6 +461,7 @@ impl Session {
             Some(Stall::Calls)
         } else {
             match asked {
+                _ if self.has_its_share(channel, grant) => Some(Stall::Calls),
                 Asked::Command(Command::Read { at, len, df }) if !self.waiting.is_empty() => {
                     self.waiting.push_back(Waiting { cookie, at, len, df });
                     None
@@ -436,7 +506,7 @@ impl Session {
             }
         };
         let one = matches!(command, Command::Status { one: true, .. } | Command::Read { df: true, .. });
-        self.submit(Call { cookie, at, len, one }, io, channel);
+        self.submit(Call { cookie, at, len, one, refill: false }, io, channel);
         None
     }
 
@@ -514,7 +584,7 @@ impl Session {
     #[inline]
     fn write_if_filled(&mut self, channel: &mut Channel) {
         if let Some(Filling { cookie, write, buf, .. }) = self.filling.take_if(|f| f.have == f.buf.len()) {
-            let call = Call { cookie, at: write.at, len: write.len.into(), one: false };
+            let call = Call { cookie, at: write.at, len: write.len.into(), one: false, refill: false };
             self.submit(call, Io::Write { at: write.at, buf, fua: write.fua }, channel);
         }
     }
@@ -557,7 +627,7 @@ fn sparse(replier: &Replier, out: &mut Outbox, cookie: Cookie, at: u64, mut buf:
             replier.hole_chunk(out, cookie, at, part, len as u32, rest.is_none());
         } else {
             replier.data_chunk(out, cookie, at, part, len as u32, rest.is_none());
-            out.payload(buf);
+            out.payload(buf, part);
         }
         let Some(rest) = rest else { return };
         (buf, part) = (rest, part + len as u64);
@@ -620,6 +690,8 @@ struct Call {
     len: u64,
     /// To be answered in one piece: a status with one extent, a read with one chunk.
     one: bool,
+    /// A part of a reply that is read again: the request is answered already.
+    refill: bool,
 }
 
 impl Calls {

@@ -28,7 +28,7 @@ use nix::sys::{
 use crate::{
     End, Grant, Limits, Lines, Part, Removal, Session, Stall,
     lull::Lull,
-    pace::Pace,
+    pace::{Limit, Pace},
     poll::{Happened, Interest, Poll, Watch, bell},
     roster::{Seat, Ticket},
     session::TURN,
@@ -202,8 +202,11 @@ struct Conn {
     queued: bool,
     /// In `active`.
     active: bool,
-    /// How fast it acts on memory that others wait for.
-    pace: Option<Pace>,
+    /// How fast it takes replies, and sends payload, whose memory others wait for.
+    taking: Option<Pace>,
+    sending: Option<Pace>,
+    /// Counted as one with requests in flight.
+    busy: bool,
     /// Only of a unix socket, which tells what its peer has not read.
     lull: Option<Lull>,
     is_tcp: bool,
@@ -322,7 +325,7 @@ impl Worker {
         }
         self.reap();
         self.output();
-        if self.now.duration_since(self.swept) >= Pace::interval(self.stall_timeout) {
+        if self.now.duration_since(self.swept) >= Limit::taking(self.stall_timeout).interval() {
             self.sweep();
         }
         if self.is_untidy && self.now.duration_since(self.tidied) >= TIDY {
@@ -378,10 +381,10 @@ impl Worker {
                     timeout = [timeout, lane.channel.due()].into_iter().flatten().min();
                 }
                 if !lane.lines.is_empty() {
-                    // Replies that have left gave memory back after the waiting connections had their turn; and a client that
-                    // is too slow has to be cut off.
+                    // Replies that have left freed memory after the waiting connections had their turn. And memory is taken
+                    // from clients that are too slow.
                     let freed = lane.channel.memory_unused() > lane.too_little || lane.channel.refuses();
-                    let again = if freed { Duration::ZERO } else { Pace::interval(self.stall_timeout) };
+                    let again = if freed { Duration::ZERO } else { Limit::taking(self.stall_timeout).interval() };
                     timeout = Some(timeout.map_or(again, |t| t.min(again)));
                 }
                 if let Some(deadline) = lane.leaving.as_ref().and_then(|leaving| leaving.deadline) {
@@ -430,7 +433,7 @@ impl Worker {
             self.lanes.resize_with(number + 1, || None);
         }
         assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
-        let (lines, cancels, too_little) = (Lines::default(), false, 0);
+        let (lines, cancels, too_little) = (Lines::new(channel.depth()), false, 0);
         let lane = Lane { channel, seat, clients: 0, conns: 0, leaving: None, lines, cancels, too_little };
         self.lanes[number] = Some(lane);
     }
@@ -544,7 +547,9 @@ impl Worker {
             writable: true,
             queued: false,
             active: false,
-            pace: None,
+            taking: None,
+            sending: None,
+            busy: false,
             lull,
             is_tcp,
             _over: over,
@@ -608,7 +613,10 @@ impl Worker {
         let Some(conn) = &mut self.conns[number as usize] else { return false };
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         let mut grant = lane.lines.grant(number);
-        let waited = conn.stall.take().is_some() || !conn.backlog.is_empty() || conn.session.wants().is_some();
+        let waited = conn.stall.take().is_some()
+            || !conn.backlog.is_empty()
+            || conn.session.wants().is_some()
+            || conn.session.is_short();
         let mut alive = !waited || conn.take_backlog(&mut lane.channel, &mut grant);
         for _ in 0..RECEIVES {
             if !alive || conn.stall.is_some() || conn.blocked || !conn.readable {
@@ -617,6 +625,7 @@ impl Worker {
             alive = conn.receive(&mut self.staging, &mut lane.channel, &mut grant);
         }
         if alive {
+            conn.count(&mut lane.lines);
             lane.lines.settle(number, grant, conn.session.wants());
         } else {
             self.bury(number);
@@ -680,8 +689,11 @@ impl Worker {
             {
                 self.behind = Some(number);
             }
+            if let Some(lane) = &mut self.lanes[conn.lane] {
+                conn.count(&mut lane.lines);
+            }
             let alive = conn.send(&mut self.staging, &self.poll, number);
-            let over = conn.session.is_over() && !conn.blocked;
+            let over = (conn.session.is_over() && !conn.blocked) || conn.session.is_broken();
             // Each request that ends makes room, and queues it again.
             let has_room = conn.session.in_flight() == 0;
             if !alive || over {
@@ -704,6 +716,9 @@ impl Worker {
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect("a connection is where its export is served");
         lane.lines.forget(number);
+        if std::mem::take(&mut conn.busy) {
+            lane.lines.count(1, 0);
+        }
         lane.clients -= 1;
         lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
         if conn.session.in_flight() == 0 {
@@ -716,18 +731,27 @@ impl Worker {
         }
     }
 
-    /// Cuts off clients that are too slow with memory that others wait for.
+    /// Takes memory that others wait for from clients that are too slow: those that do not take their replies get them later,
+    /// and those that do not send their payloads are cut off.
     fn sweep(&mut self) {
         self.swept = self.now;
+        let (taking, sending) = (Limit::taking(self.stall_timeout), Limit::sending(self.stall_timeout));
         for number in 0..self.conns.len() as u32 {
             let Some(conn) = &mut self.conns[number as usize] else { continue };
             let awaited = self.lanes[conn.lane].as_ref().is_some_and(|lane| !lane.lines.is_empty());
             if !awaited || conn.stream.is_none() {
-                conn.pace = None;
-            } else if Pace::is_too_slow(&mut conn.pace, &mut conn.session, self.now, self.stall_timeout) {
+                (conn.taking, conn.sending) = (None, None);
+                continue;
+            }
+            let session = &mut conn.session;
+            let (sent, unsent) = (session.outbox().sent(), session.outbox().held());
+            if Pace::is_too_slow(&mut conn.taking, sent, unsent, self.now, taking) {
+                session.reclaim();
+            }
+            if Pace::is_too_slow(&mut conn.sending, session.landed_bytes(), session.filling(), self.now, sending) {
                 log::warn!(
-                    "a client was cut off: others wait for the memory of its requests, and at its pace it would take longer \
-                     than {:?} to take their replies or to send their payload",
+                    "a client was cut off: others wait for the memory of its WRITE, and at its pace it would need longer than \
+                     {:?} to send the payload",
                     self.stall_timeout
                 );
                 self.bury(number);
@@ -840,10 +864,22 @@ impl Conn {
         }
     }
 
+    /// Notes for the others whether it has requests in flight.
+    #[inline]
+    fn count(&mut self, lines: &mut Lines) {
+        let busy = self.session.in_flight() > 0;
+        if busy != self.busy {
+            lines.count(self.busy.into(), busy.into());
+            self.busy = busy;
+        }
+    }
+
     /// Whether it has something to do in a turn. `has_room`: for one more of its requests, if that is what it waits for.
     fn wants_turn(&mut self, has_room: bool) -> bool {
         match self.stall {
             _ if self.stream.is_none() => false,
+            // A reply must be read again, and the socket has room for it.
+            _ if self.session.is_short() && !self.blocked => self.session.wants() != Some(Part::Reserve),
             // Blocked or not, so that there are replies to send when there is room for them again, but not too many.
             Some(Stall::Turn) => self.session.outbox().held() < TURN,
             _ if self.blocked => false,

@@ -50,7 +50,7 @@ fn silent_devices() {
     run_seeds(30_000..31_000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
 }
 
-/// However many clients ask for long replies and take none of them, small requests and those without payload are answered.
+/// However many clients ask for long replies and take none of them, others are answered, and nobody is cut off.
 #[test]
 fn greedy_clients_keep_nobody_waiting() {
     for seed in 40_000..40_300 {
@@ -58,7 +58,7 @@ fn greedy_clients_keep_nobody_waiting() {
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
         let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
         world.channels = plan.open(&device, 1).unwrap();
-        world.lines = vec![Lines::default()];
+        world.lines = vec![Lines::new(plan.depth.into())];
         let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         let greedy = world.rng.range(1, 60) as usize;
         world.clients = (0..=greedy).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
@@ -70,8 +70,10 @@ fn greedy_clients_keep_nobody_waiting() {
             }
         }
         let has_contexts = !world.clients[greedy].session.terms().contexts.is_empty();
-        let requests = [(Kind::READ, 4096), (Kind::FLUSH, 0), (Kind::WRITE_ZEROES, 4096), (Kind::BLOCK_STATUS, 4096)];
-        let count = if has_contexts { 4 } else { 3 };
+        let long = (Kind::READ, 200 << 10);
+        let requests =
+            [(Kind::READ, 4096), long, (Kind::FLUSH, 0), (Kind::WRITE_ZEROES, 4096), (Kind::BLOCK_STATUS, 4096)];
+        let count = if has_contexts { 5 } else { 4 };
         for n in 0..=greedy {
             let honest = n == greedy;
             for &(kind, len) in requests[..count].iter().filter(|_| honest) {
@@ -81,11 +83,55 @@ fn greedy_clients_keep_nobody_waiting() {
             }
             let len = world.clients[n].wire.len();
             world.feed(n, len);
-            (0..20).for_each(|_| world.turn());
+            for _ in 0..if honest { 400 } else { 20 } {
+                world.turn();
+                // They are too slow for those who wait.
+                (0..greedy).for_each(|n| world.clients[n].session.reclaim());
+            }
         }
         let honest = &mut world.clients[greedy].session;
         assert_eq!((honest.in_flight(), honest.wants()), (0, None), "seed {seed}: the honest client is served");
         assert!(honest.outbox().heads() >= 16 * count, "seed {seed}: and gets its replies");
+    }
+}
+
+/// However many clients fill the queue with requests, those of one that comes later do not wait behind all of them.
+#[test]
+fn a_flood_of_requests_does_not_fill_the_queue() {
+    for seed in 50_000..50_050 {
+        let mut world = World::new(seed, |_, _| {});
+        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
+        let depth = world.rng.range(1, 32) as u16;
+        world.channels = Plan { memory: 1 << 20, reserve: 128 << 10, depth }.open(&device, 1).unwrap();
+        world.lines = vec![Lines::new(depth.into())];
+        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
+        let count = world.rng.range(1, 60) as usize;
+        world.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        // Unaligned zeroes wait for each other elsewhere than in the queue.
+        let (kind, at, len) =
+            *world.rng.pick(&[(Kind::FLUSH, 0, 0), (Kind::READ, 0, 512), (Kind::WRITE_ZEROES, 1, 100)]);
+        for client in &mut world.clients {
+            for _ in 0..500 {
+                client.next += 1;
+                client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, at, len);
+            }
+        }
+        for turn in 0..200 {
+            for n in 0..count {
+                let len = world.clients[n].wire.len();
+                world.feed(n, len);
+                assert!(turn > 100 || world.clients[n].session.outbox().len() < 1000);
+            }
+            world.turn();
+            let most = (1..=count).map(|n| 2 * usize::from(depth) / n + 1).sum::<usize>() + 2 * usize::from(depth);
+            let in_flight = world.channels[0].in_flight();
+            assert!(
+                in_flight <= most,
+                "seed {seed}: {in_flight} in flight of {count} clients, the queue takes {depth}"
+            );
+        }
+        let busiest = world.clients.iter().map(|client| client.session.in_flight()).max().unwrap();
+        assert!(busiest <= 2 * usize::from(depth) + 1, "seed {seed}: {busiest} of one client");
     }
 }
 
@@ -209,7 +255,7 @@ impl World {
         let budget = rng.range(20, 200) as u32;
         // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
-        let lines = channels.iter().map(|_| Lines::default()).collect();
+        let lines = channels.iter().map(|channel| Lines::new(channel.depth())).collect();
         Self { rng, device, model, channels, lines, clients, budget, longest, faulty, now: Instant::now() }
     }
 
@@ -230,6 +276,14 @@ impl World {
                 self.clients[client].session.refuse();
             }
             let n = self.rng.below(self.clients.len() as u64) as usize;
+            if self.rng.chance(0.02) {
+                // Others wait for its memory.
+                self.clients[n].session.reclaim();
+            }
+            if self.clients[n].session.is_broken() {
+                assert!(self.faulty, "only a faulty device cannot be read again");
+                self.kill(n);
+            }
             match self.rng.below(4) {
                 0 | 1 => self.deliver(n),
                 2 => self.collect(n),
@@ -330,8 +384,12 @@ impl World {
     /// Some bytes of a client reach its session, as a socket would bring them.
     fn deliver(&mut self, n: usize) {
         let client = &mut self.clients[n];
-        let idle = client.wire.is_empty() && client.stall.is_none() && client.session.wants().is_none();
-        if client.gone || client.stall == Some(Stall::Disconnect) || idle {
+        let idle = client.wire.is_empty()
+            && client.stall.is_none()
+            && client.session.wants().is_none()
+            && !client.session.is_short();
+        let over = client.stall == Some(Stall::Disconnect) && !client.session.is_short();
+        if client.gone || over || idle {
             return;
         }
         let channel = &mut self.channels[client.channel];
@@ -341,7 +399,9 @@ impl World {
             // Straight into place, as `receive` does it; what is more goes the other way.
             let direct = piece.min(buf.len() - at);
             buf.copy_from(at, &client.wire[..direct]);
+            let before = client.session.in_flight();
             client.session.landed(direct, channel);
+            self.lines[client.channel].count(before, client.session.in_flight());
             client.wire.drain(..direct);
             piece -= direct;
         }
@@ -354,7 +414,7 @@ impl World {
         let (channel, lines) = (&mut self.channels[client.channel], &mut self.lines[client.channel]);
         let mut input = &client.wire[..piece];
         let mut grant = lines.grant(n as u32);
-        let free = channel.memory_unused();
+        let (free, before) = (channel.memory_unused(), client.session.in_flight());
         client.stall = client.session.take(&mut input, channel, &mut grant).expect("the client keeps to the protocol");
         // First come, first served: a session with others ahead of it in both lines gets nothing.
         let ahead = |part| lines.first(part).is_some_and(|first| first != n as u32);
@@ -364,6 +424,7 @@ impl World {
         );
         let taken = piece - input.len();
         client.wire.drain(..taken);
+        lines.count(before, client.session.in_flight());
         lines.settle(n as u32, grant, client.session.wants());
     }
 
@@ -495,7 +556,10 @@ impl World {
             let mut done: Vec<Done> = Vec::new();
             channel.reap(&mut done);
             for done in done {
-                self.clients[Session::number_of(done.tag) as usize].session.complete(done);
+                let client = &mut self.clients[Session::number_of(done.tag) as usize];
+                let before = client.session.in_flight();
+                client.session.complete(done);
+                self.lines[client.channel].count(before, client.session.in_flight());
             }
         }
     }
@@ -503,7 +567,7 @@ impl World {
     /// A client vanishes.
     fn kill(&mut self, n: usize) {
         let client = &mut self.clients[n];
-        if client.gone || client.goodbye {
+        if client.gone || (client.goodbye && !client.session.is_broken()) {
             return;
         }
         client.gone = true;

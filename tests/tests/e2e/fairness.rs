@@ -70,7 +70,7 @@ fn slow_readers_of_long_replies_delay_nobody() {
             raw.write(n * 4096, &[n as u8; 4096]);
             assert_eq!(raw.read(n * 4096, 4096), [n as u8; 4096]);
         }
-        // And a long one gets its memory when clients that are too slow have been cut off.
+        // And a long one gets its memory, which those that are too slow do not take yet.
         let mut long = Raw::enter(server.address(), Mode::Structured, "");
         let cookie = long.request(0, cmd::READ, 0, LONGEST, b"");
         // What needs no memory goes past it, on the same connection.
@@ -78,6 +78,38 @@ fn slow_readers_of_long_replies_delay_nobody() {
         let mut answers = [long.answer(), long.answer()];
         answers.sort_by_key(|answer| answer.cookie);
         assert_eq!(answers.each_ref().map(|answer| (answer.cookie, answer.error)), [(cookie, 0), (flush, 0)]);
+        assert!(!server.log().contains("cut off"), "{behind:?}: {}", server.log());
+    }
+}
+
+/// However many clients ask for long replies that they do not take, another one's is served; and they get theirs, whole, when
+/// they take it.
+#[test]
+fn replies_that_are_not_taken_keep_no_memory_that_others_wait_for() {
+    for behind in Behind::BOTH {
+        let (_dir, _qsd, server) = stand(behind);
+        let data = |at: u64, len: u64| -> Vec<u8> { (at..at + len).map(|n| (n / KIB) as u8).collect() };
+        let mut writer = Raw::enter(server.address(), Mode::Simple, "");
+        (0..SIZE / MIB).for_each(|n| writer.write(n * MIB, &data(n * MIB, MIB)));
+        let mut sleepers: Vec<(u64, Raw)> = (0..32)
+            .map(|n| {
+                let at = n * 511 * KIB + n;
+                let mode = if n % 2 == 0 { Mode::Simple } else { Mode::Structured };
+                let mut raw = Raw::enter(server.address(), mode, "");
+                raw.request(0, cmd::READ, at, 8 << 20, b"");
+                (at, raw)
+            })
+            .collect();
+        for _ in 0..3 {
+            let mut long = Raw::enter(server.address(), Mode::Structured, "");
+            assert!(long.read(0, LONGEST) == data(0, LONGEST.into()), "{behind:?}");
+        }
+        for (at, raw) in &mut sleepers {
+            let answer = raw.answer();
+            assert_eq!(answer.error, 0, "{behind:?}");
+            assert!(answer.data == data(*at, 8 * MIB), "{behind:?}: the reply at {at} is wrong");
+        }
+        assert!(!server.log().contains("cut off"), "{behind:?}: {}", server.log());
     }
 }
 
