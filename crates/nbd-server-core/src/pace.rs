@@ -2,6 +2,19 @@
 
 use std::time::{Duration, Instant};
 
+/// How far a connection has got with what holds memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that the client has taken since the connection began …
+    pub sent: u64,
+    /// … and that it has to take.
+    pub unsent: usize,
+    /// Bytes of payload that it has sent …
+    pub landed: u64,
+    /// … and the length of the payload that it is sending.
+    pub filling: usize,
+}
+
 /// A client's progress since the last check while others waited.
 #[derive(Debug)]
 pub(crate) struct Pace {

@@ -4,17 +4,19 @@ use std::{
     fmt, io,
     ops::Deref,
     str::FromStr,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering, mpsc},
     thread::{self, JoinHandle},
 };
 
 use blkdev::{Channel, Device, Plan};
 
-use crate::{Export, Exports, server::await_end, tls::Tls, worker::Handle};
+use crate::{
+    export::{Export, Exports},
+    seat::{Seat, Ticket},
+    server::await_end,
+    tls::Tls,
+    worker::Handle,
+};
 
 /// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
 /// finds it in any case.
@@ -63,52 +65,6 @@ pub struct Status {
     pub removal: Option<Removal>,
 }
 
-/// Where a device is served, as long as anybody may send a client there.
-#[derive(Debug)]
-pub(crate) struct Seat {
-    /// Its number with the workers, which is not used again before everybody else has let go of this.
-    pub(crate) lane: usize,
-    /// The workers that serve it.
-    pub(crate) workers: Vec<usize>,
-    /// Connections to it.
-    pub(crate) clients: AtomicUsize,
-    /// Tickets for it, and views that have it.
-    coming: AtomicUsize,
-}
-
-impl Seat {
-    /// Whether a client has been let in that no worker has yet, or a thread still uses a view in which one may be. Once
-    /// no handshake finds the export any more, no new client is.
-    pub(crate) fn is_awaited(&self) -> bool {
-        self.coming.load(Ordering::Relaxed) > 0
-    }
-}
-
-/// A claim to a seat: a client's, from its admission until a worker has it, and a view's.
-#[derive(Debug)]
-pub(crate) struct Ticket(Arc<Seat>);
-
-impl Ticket {
-    fn new(seat: &Arc<Seat>) -> Self {
-        seat.coming.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(seat))
-    }
-}
-
-impl Deref for Ticket {
-    type Target = Seat;
-
-    fn deref(&self) -> &Seat {
-        &self.0
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.0.coming.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// What a handshake sees: the exports, where each is served, and what protects them.
 #[derive(Debug)]
 pub(crate) struct View {
@@ -122,7 +78,7 @@ pub(crate) struct View {
 impl View {
     /// To where an export is served.
     pub(crate) fn ticket(&self, position: usize) -> Ticket {
-        Ticket::new(&self.seats[position].0)
+        self.seats[position].clone()
     }
 }
 
@@ -178,8 +134,8 @@ pub(crate) struct Roster {
 
 #[derive(Debug)]
 struct State {
-    /// By number; free are those that nobody else knows any more.
-    lanes: Vec<Arc<Seat>>,
+    /// By number. A number is free when its seat does not exist any more.
+    lanes: Vec<Weak<Seat>>,
     /// Removed, and perhaps still in use.
     leaving: Vec<Leaving>,
     /// Threads that close devices.
@@ -191,7 +147,7 @@ struct State {
 struct Leaving {
     name: String,
     removal: Removal,
-    seat: Arc<Seat>,
+    seat: Weak<Seat>,
 }
 
 /// Channels to a device that are open, but not told to the workers yet.
@@ -240,7 +196,9 @@ impl Roster {
         }
         for leaving in state.leaving.iter_mut().filter(|leaving| leaving.name == name && leaving.removal < removal) {
             leaving.removal = removal;
-            self.retire(&leaving.seat, removal);
+            if let Some(seat) = leaving.seat.upgrade() {
+                self.retire(&seat, removal);
+            }
         }
         self.set(&mut state, exports, self.tls(), &|_| removal)
     }
@@ -270,7 +228,7 @@ impl Roster {
         let before = self.views.look();
         let exports = before.exports.with(list)?;
         let mut old: Vec<_> =
-            before.exports.list().iter().zip(before.seats.iter().map(|ticket| Arc::clone(&ticket.0))).collect();
+            before.exports.list().iter().zip(before.seats.iter().map(|ticket| Arc::clone(ticket.seat()))).collect();
         // Nothing is told to anybody before all that can fail has succeeded.
         let (mut seats, mut opened) = (Vec::new(), Vec::new());
         for new in exports.list() {
@@ -298,14 +256,14 @@ impl Roster {
         for (export, seat) in old {
             let (name, removal) = (export.name.clone(), removal(&export.name));
             self.retire(&seat, removal);
-            state.leaving.push(Leaving { name, removal, seat });
+            state.leaving.push(Leaving { name, removal, seat: Arc::downgrade(&seat) });
         }
         Ok(())
     }
 
     /// Opens the queues of a device.
     fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<Opened> {
-        let lane = state.lanes.iter().position(|seat| Arc::strong_count(seat) == 1).unwrap_or(state.lanes.len());
+        let lane = state.lanes.iter().position(|seat| seat.upgrade().is_none()).unwrap_or(state.lanes.len());
         let living: Vec<usize> = (0..self.workers.len()).filter(|n| self.workers[*n].is_alive()).collect();
         if living.is_empty() {
             return Err(io::Error::other("no worker of this server is alive to serve it: start the server anew"));
@@ -317,10 +275,10 @@ impl Roster {
         for (worker, channel) in &channels {
             self.workers[*worker].watch(lane, channel)?;
         }
-        let seat = Arc::new(Seat { lane, workers, clients: AtomicUsize::new(0), coming: AtomicUsize::new(0) });
+        let seat = Seat::new(lane, workers);
         match state.lanes.get_mut(lane) {
-            Some(free) => *free = Arc::clone(&seat),
-            None => state.lanes.push(Arc::clone(&seat)),
+            Some(free) => *free = Arc::downgrade(&seat),
+            None => state.lanes.push(Arc::downgrade(&seat)),
         }
         Ok(Opened { seat, channels })
     }
@@ -339,7 +297,8 @@ impl Roster {
             Status { name: name.into(), clients, removal }
         };
         let present = view.exports.list().iter().zip(&view.seats).map(|(e, seat)| status(&e.name, None, seat));
-        let leaving = state.leaving.iter().map(|l| status(&l.name, Some(l.removal), &l.seat));
+        let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
+        let leaving = seats.map(|(leaving, seat)| status(&leaving.name, Some(leaving.removal), &seat));
         present.chain(leaving).collect()
     }
 
@@ -354,8 +313,7 @@ impl Roster {
 impl State {
     /// Forgets what is over.
     fn tidy(&mut self) {
-        // One is in `lanes`.
-        self.leaving.retain(|leaving| Arc::strong_count(&leaving.seat) > 2);
+        self.leaving.retain(|leaving| leaving.seat.upgrade().is_some());
         self.closing.extend(self.closers.try_iter());
         self.closing.retain(|thread| !thread.is_finished());
     }

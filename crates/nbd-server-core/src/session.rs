@@ -9,7 +9,11 @@ use nbd_proto::{
     wire::{AllocationFlags, CommandKind},
 };
 
-use crate::{Grant, Outbox, Part};
+use crate::{
+    lines::{Grant, Part},
+    outbox::Outbox,
+    pace::Progress,
+};
 
 /// Requests of one connection that may be in flight, waiting or unsent at a time. A client that asks for more waits.
 pub(crate) const CALLS_MAX: usize = 1024;
@@ -351,14 +355,14 @@ impl Session {
         }
     }
 
-    /// Bytes of the payload that is being received, all of them; 0: none is.
-    pub(crate) fn filling(&self) -> usize {
-        self.filling.as_ref().map_or(0, |filling| filling.buf.len())
-    }
-
-    /// Bytes of payload received since the connection began.
-    pub(crate) fn landed_bytes(&self) -> u64 {
-        self.landed
+    /// How far the client has got with what holds memory.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            sent: self.outbox.sent(),
+            unsent: self.outbox.held(),
+            landed: self.landed,
+            filling: self.filling.as_ref().map_or(0, |filling| filling.buf.len()),
+        }
     }
 
     /// Returns what a burst has left of capacity.
@@ -426,7 +430,7 @@ impl Session {
     }
 
     /// What it has taken of a turn in addition to memory, when it was last asked.
-    pub(crate) fn spent(&self) -> usize {
+    pub fn spent(&self) -> usize {
         self.spent
     }
 

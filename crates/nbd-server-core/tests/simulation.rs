@@ -1,5 +1,5 @@
-//! A whole server without sockets and without a clock: clients, sessions, channels and a disorderly device, all driven by a
-//! seed and held against a model.
+//! A whole server without sockets and without a clock: clients, sessions, the policy of a worker ([`Turns`]), channels and
+//! a disorderly device, all driven by a seed and held against a model.
 //!
 //! Each seed makes another device (block sizes, limits, capabilities), another mode of the protocol, another set of faults
 //! and several clients at once, whose bytes arrive and leave in pieces of any size; some clients vanish in the middle of a
@@ -22,7 +22,7 @@ use nbd_proto::{
     client::{self, Chunk, Course, Decoder, Encoder, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
-use nbd_server_core::{Access, Export, Exports, Lines, Part, Peer, Session, Stall};
+use nbd_server_core::{Access, Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Stall, Turns};
 
 #[test]
 fn orderly_devices() {
@@ -57,41 +57,44 @@ fn greedy_clients_keep_nobody_waiting() {
         let mut world = World::new(seed, |_, _| {});
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
         let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
-        world.channels = plan.open(&device, 1).unwrap();
-        world.lines = vec![Lines::new(plan.depth.into())];
+        world.floor.channels = plan.open(&device, 1).unwrap();
         let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         let greedy = world.rng.range(1, 60) as usize;
-        world.clients = (0..=greedy).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        world.floor.clients = (0..=greedy).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        world.seat();
         for n in 0..greedy {
             for _ in 0..world.rng.range(1, 100) {
-                let (client, len) = (&mut world.clients[n], world.rng.range(17 << 10, DEVICE - 1));
+                let (client, len) = (&mut world.floor.clients[n], world.rng.range(17 << 10, DEVICE - 1));
                 client.next += 1;
                 client.encoder.request(&mut client.wire, Cookie(client.next), Kind::READ, Flags::NONE, 0, len);
             }
         }
-        let has_contexts = !world.clients[greedy].session.terms().contexts.is_empty();
+        let has_contexts = !world.floor.clients[greedy].session.terms().contexts.is_empty();
         let long = (Kind::READ, 200 << 10);
         let requests =
             [(Kind::READ, 4096), long, (Kind::FLUSH, 0), (Kind::WRITE_ZEROES, 4096), (Kind::BLOCK_STATUS, 4096)];
-        let count = if has_contexts { 5 } else { 4 };
+        let (count, mut taken) = (if has_contexts { 5 } else { 4 }, 0);
         for n in 0..=greedy {
             let honest = n == greedy;
             for &(kind, len) in requests[..count].iter().filter(|_| honest) {
-                let client = &mut world.clients[n];
+                let client = &mut world.floor.clients[n];
                 client.next += 1;
                 client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, 0, len);
             }
-            let len = world.clients[n].wire.len();
-            world.feed(n, len);
-            for _ in 0..if honest { 400 } else { 20 } {
+            world.arrive(n, usize::MAX);
+            for _ in 0..if honest { 2000 } else { 20 } {
+                let session = &world.floor.clients[greedy].session;
+                if taken > 0 && session.in_flight() == 0 && session.wants().is_none() {
+                    break;
+                }
                 world.turn();
-                // They are too slow for those who wait.
-                (0..greedy).for_each(|n| world.clients[n].session.reclaim());
+                taken += world.floor.clients[greedy].session.outbox().read(&mut vec![0; 1 << 20]);
             }
         }
-        let honest = &mut world.clients[greedy].session;
+        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: nobody is cut off");
+        let honest = &world.floor.clients[greedy].session;
         assert_eq!((honest.in_flight(), honest.wants()), (0, None), "seed {seed}: the honest client is served");
-        assert!(honest.outbox().heads() >= 16 * count, "seed {seed}: and gets its replies");
+        assert!(taken >= 16 * count, "seed {seed}: and gets its replies");
     }
 }
 
@@ -102,35 +105,32 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
         let mut world = World::new(seed, |_, _| {});
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
         let depth = world.rng.range(1, 32) as u16;
-        world.channels = Plan { memory: 1 << 20, reserve: 128 << 10, depth }.open(&device, 1).unwrap();
-        world.lines = vec![Lines::new(depth.into())];
+        world.floor.channels = Plan { memory: 1 << 20, reserve: 128 << 10, depth }.open(&device, 1).unwrap();
         let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         let count = world.rng.range(1, 60) as usize;
-        world.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        world.seat();
         // Unaligned zeroes wait for each other elsewhere than in the queue.
         let (kind, at, len) =
             *world.rng.pick(&[(Kind::FLUSH, 0, 0), (Kind::READ, 0, 512), (Kind::WRITE_ZEROES, 1, 100)]);
-        for client in &mut world.clients {
+        for client in &mut world.floor.clients {
             for _ in 0..500 {
                 client.next += 1;
                 client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, at, len);
             }
         }
         for turn in 0..200 {
-            for n in 0..count {
-                let len = world.clients[n].wire.len();
-                world.feed(n, len);
-                assert!(turn > 100 || world.clients[n].session.outbox().len() < 1000);
-            }
+            (0..count).for_each(|n| world.arrive(n, usize::MAX));
             world.turn();
+            assert!(turn > 100 || world.floor.clients.iter_mut().all(|c| c.session.outbox().len() < 1000));
             let most = (1..=count).map(|n| 2 * usize::from(depth) / n + 1).sum::<usize>() + 2 * usize::from(depth);
-            let in_flight = world.channels[0].in_flight();
+            let in_flight = world.floor.channels[0].in_flight();
             assert!(
                 in_flight <= most,
                 "seed {seed}: {in_flight} in flight of {count} clients, the queue takes {depth}"
             );
         }
-        let busiest = world.clients.iter().map(|client| client.session.in_flight()).max().unwrap();
+        let busiest = world.floor.clients.iter().map(|client| client.session.in_flight()).max().unwrap();
         assert!(busiest <= 2 * usize::from(depth) + 1, "seed {seed}: {busiest} of one client");
     }
 }
@@ -159,10 +159,9 @@ struct World {
     rng: Rng,
     device: Arc<Fault<Memory>>,
     model: Model,
-    channels: Vec<Channel>,
-    /// Connections that wait for memory of each channel.
-    lines: Vec<Lines>,
-    clients: Vec<Client>,
+    floor: Floor,
+    /// The policy of a worker, as it is.
+    turns: Turns,
     /// Requests that the clients will send yet.
     budget: u32,
     /// The longest of them, in bytes.
@@ -170,6 +169,12 @@ struct World {
     faulty: bool,
     /// The time that the channels get.
     now: Instant,
+}
+
+/// What a worker serves.
+struct Floor {
+    channels: Vec<Channel>,
+    clients: Vec<Client>,
 }
 
 /// What the device must hold: a byte, or anything.
@@ -189,6 +194,8 @@ struct Client {
     next: u64,
     /// Encoded, not yet with the server.
     wire: Vec<u8>,
+    /// With the server, not yet taken.
+    arrived: Vec<u8>,
     /// The reply that is coming in: of which request, and where its next byte belongs.
     incoming: Option<(u64, u64)>,
     stall: Option<Stall>,
@@ -209,6 +216,9 @@ struct Asked {
 }
 
 const DEVICE: u64 = 256 << 10;
+
+/// For clients that are slower than this; see `Limits::stall_timeout`.
+const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl World {
     fn new(seed: u64, worsen: fn(&mut Rng, &mut Faults)) -> Self {
@@ -255,8 +265,21 @@ impl World {
         let budget = rng.range(20, 200) as u32;
         // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
-        let lines = channels.iter().map(|channel| Lines::new(channel.depth())).collect();
-        Self { rng, device, model, channels, lines, clients, budget, longest, faulty, now: Instant::now() }
+        let (floor, turns) = (Floor { channels, clients }, Turns::default());
+        let mut world = Self { rng, device, model, floor, turns, budget, longest, faulty, now: Instant::now() };
+        world.seat();
+        world
+    }
+
+    /// All clients come in.
+    fn seat(&mut self) {
+        self.turns = Turns::default();
+        for (lane, channel) in self.floor.channels.iter().enumerate() {
+            self.turns.open(lane, channel.depth());
+        }
+        for (n, client) in self.floor.clients.iter().enumerate() {
+            self.turns.enter(n as u32, client.channel);
+        }
     }
 
     fn run(mut self) {
@@ -266,23 +289,22 @@ impl World {
                 self.ask();
             }
             if self.rng.chance(0.002) {
-                let n = self.rng.below(self.clients.len() as u64) as usize;
-                self.kill(n);
+                let n = self.rng.below(self.floor.clients.len() as u64) as usize;
+                if !self.floor.clients[n].goodbye {
+                    self.kill(n);
+                }
             }
             if self.rng.chance(0.001) {
                 // Its export goes softly.
-                let client = self.rng.below(self.clients.len() as u64) as usize;
-                self.clients[client].refused = true;
-                self.clients[client].session.refuse();
+                let client = self.rng.below(self.floor.clients.len() as u64) as usize;
+                self.floor.clients[client].refused = true;
+                self.floor.clients[client].session.refuse();
             }
-            let n = self.rng.below(self.clients.len() as u64) as usize;
+            let n = self.rng.below(self.floor.clients.len() as u64) as usize;
             if self.rng.chance(0.02) {
-                // Others wait for its memory.
-                self.clients[n].session.reclaim();
-            }
-            if self.clients[n].session.is_broken() {
-                assert!(self.faulty, "only a faulty device cannot be read again");
-                self.kill(n);
+                // As if others waited for its memory.
+                self.floor.clients[n].session.reclaim();
+                self.turns.enqueue(n as u32);
             }
             match self.rng.below(4) {
                 0 | 1 => self.deliver(n),
@@ -298,18 +320,18 @@ impl World {
 
     /// All has been said, all has been answered.
     fn is_over(&mut self) -> bool {
-        for client in self.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.asked.is_empty()) {
+        for client in self.floor.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.asked.is_empty()) {
             client.goodbye = true;
             client.encoder.disconnect(&mut client.wire, Cookie(0));
         }
-        self.clients.iter().all(|c| if c.gone { c.session.in_flight() == 0 } else { c.session.is_over() })
+        self.floor.clients.iter().all(|c| if c.gone { c.session.in_flight() == 0 } else { c.session.is_over() })
     }
 
     /// A client makes up a request.
     fn ask(&mut self) {
-        let n = self.rng.below(self.clients.len() as u64) as usize;
+        let n = self.rng.below(self.floor.clients.len() as u64) as usize;
         let rng = &mut self.rng;
-        let client = &mut self.clients[n];
+        let client = &mut self.floor.clients[n];
         if client.gone || client.goodbye {
             self.budget -= 1;
             return;
@@ -383,73 +405,33 @@ impl World {
 
     /// Some bytes of a client reach its session, as a socket would bring them.
     fn deliver(&mut self, n: usize) {
-        let client = &mut self.clients[n];
-        let idle = client.wire.is_empty()
-            && client.stall.is_none()
-            && client.session.wants().is_none()
-            && !client.session.is_short();
-        let over = client.stall == Some(Stall::Disconnect) && !client.session.is_short();
-        if client.gone || over || idle {
+        let longest = *self.rng.pick(&[1, 40, 5000, 100_000]);
+        let len = self.rng.range(0, longest) as usize + 1;
+        self.arrive(n, len);
+    }
+
+    /// So many bytes of a client reach the server.
+    fn arrive(&mut self, n: usize, len: usize) {
+        let client = &mut self.floor.clients[n];
+        let len = len.min(client.wire.len());
+        if client.gone || len == 0 {
             return;
         }
-        let channel = &mut self.channels[client.channel];
-        let longest = *self.rng.pick(&[1, 40, 5000, 100_000]);
-        let mut piece = (self.rng.range(0, longest) as usize + 1).min(client.wire.len());
-        if let Some((buf, at)) = client.session.landing() {
-            // Straight into place, as `receive` does it; what is more goes the other way.
-            let direct = piece.min(buf.len() - at);
-            buf.copy_from(at, &client.wire[..direct]);
-            let before = client.session.in_flight();
-            client.session.landed(direct, channel);
-            self.lines[client.channel].count(before, client.session.in_flight());
-            client.wire.drain(..direct);
-            piece -= direct;
-        }
-        self.feed(n, piece);
-    }
-
-    /// A session takes what it may, and its place in line after that.
-    fn feed(&mut self, n: usize, piece: usize) {
-        let client = &mut self.clients[n];
-        let (channel, lines) = (&mut self.channels[client.channel], &mut self.lines[client.channel]);
-        let mut input = &client.wire[..piece];
-        let mut grant = lines.grant(n as u32);
-        let (free, before) = (channel.memory_unused(), client.session.in_flight());
-        client.stall = client.session.take(&mut input, channel, &mut grant).expect("the client keeps to the protocol");
-        // First come, first served: a session with others ahead of it in both lines gets nothing.
-        let ahead = |part| lines.first(part).is_some_and(|first| first != n as u32);
-        assert!(
-            !(ahead(Part::Reserve) && ahead(Part::Common)) || channel.memory_unused() == free,
-            "memory went past the waiting line"
-        );
-        let taken = piece - input.len();
-        client.wire.drain(..taken);
-        lines.count(before, client.session.in_flight());
-        lines.settle(n as u32, grant, client.session.wants());
-    }
-
-    /// Those at the front of the lines have their turn.
-    fn feed_waiting(&mut self) {
-        for channel in 0..self.lines.len() {
-            for part in [Part::Reserve, Part::Common] {
-                if let Some(first) = self.lines[channel].first(part) {
-                    self.feed(first as usize, 0);
-                }
-            }
-        }
+        client.arrived.extend(client.wire.drain(..len));
+        self.turns.enqueue(n as u32);
     }
 
     /// Some bytes of replies reach a client.
     fn collect(&mut self, n: usize) {
-        if self.clients[n].gone {
+        if self.floor.clients[n].gone {
             return;
         }
         let longest = *self.rng.pick(&[1, 100, 10_000, 200_000]);
         let mut piece = vec![0; self.rng.range(0, longest) as usize + 1];
-        let got = self.clients[n].session.outbox().read(&mut piece);
+        let got = self.floor.clients[n].session.outbox().read(&mut piece);
         let mut input = &piece[..got];
         loop {
-            let client = &mut self.clients[n];
+            let client = &mut self.floor.clients[n];
             match client.decoder.next(&mut input).expect("the server keeps to the protocol") {
                 None => break,
                 Some(client::Event::Simple(cookie, result)) => {
@@ -518,11 +500,11 @@ impl World {
 
     /// A request is answered: exactly once, and rightly.
     fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
-        let asked = self.clients[n].asked.remove(&cookie).expect("one answer for each request");
+        let asked = self.floor.clients[n].asked.remove(&cookie).expect("one answer for each request");
         self.model.busy.remove(&(n, cookie));
         if result == Err(WireError::Shutdown) {
             // Nothing has changed, so the model has not either.
-            return assert!(self.clients[n].refused, "only who is refused is told so");
+            return assert!(self.floor.clients[n].refused, "only who is refused is told so");
         }
         if let Some(expected) = asked.expected {
             return assert_eq!(result, Err(expected), "{:?} {:?}", asked.kind, asked.flags);
@@ -546,34 +528,45 @@ impl World {
         }
     }
 
-    /// The server's loop: devices and replies move on.
+    /// A turn of the server's loop.
     fn turn(&mut self) {
         self.now += Duration::from_millis(self.rng.below(600));
-        self.feed_waiting();
-        for channel in &mut self.channels {
-            channel.tick(self.now);
-            channel.kick();
+        self.floor.channels.iter_mut().for_each(|channel| channel.tick(self.now));
+        self.turns.round(&mut self.floor);
+        for lane in 0..self.floor.channels.len() {
             let mut done: Vec<Done> = Vec::new();
-            channel.reap(&mut done);
+            self.floor.channels[lane].kick();
+            self.floor.channels[lane].reap(&mut done);
             for done in done {
-                let client = &mut self.clients[Session::number_of(done.tag) as usize];
-                let before = client.session.in_flight();
+                let n = Session::number_of(done.tag);
+                let client = &mut self.floor.clients[n as usize];
                 client.session.complete(done);
-                self.lines[client.channel].count(before, client.session.in_flight());
+                self.turns.count(n, client.session.in_flight());
+            }
+        }
+        for slow in self.turns.sweep(self.now, STALL_TIMEOUT, &mut self.floor) {
+            self.kill(slow as usize);
+        }
+        for n in 0..self.floor.clients.len() as u32 {
+            if self.floor.clients[n as usize].session.is_broken() {
+                assert!(self.faulty, "only a faulty device cannot be read again");
+                self.kill(n as usize);
+            } else if self.floor.is_ready(n) && self.floor.clients[n as usize].stall != Some(Stall::Memory) {
+                self.turns.enqueue(n);
             }
         }
     }
 
     /// A client vanishes.
     fn kill(&mut self, n: usize) {
-        let client = &mut self.clients[n];
-        if client.gone || (client.goodbye && !client.session.is_broken()) {
+        let client = &mut self.floor.clients[n];
+        if client.gone {
             return;
         }
         client.gone = true;
         client.session.close();
-        self.lines[client.channel].forget(n as u32);
-        self.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
+        self.turns.leave(n as u32);
+        self.floor.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
         for (cookie, asked) in client.asked.drain() {
             self.model.forget(&asked);
             // What is at the device may still happen: keep others away from there until the end.
@@ -584,15 +577,56 @@ impl World {
     }
 
     fn check_the_end(mut self) {
-        for channel in &self.channels {
+        for channel in &self.floor.channels {
             assert_eq!(channel.in_flight(), 0);
             assert!(self.faulty || channel.memory_free() == channel.memory(), "every buffer came back");
         }
-        assert!(self.clients.iter().all(|c| c.gone || c.asked.is_empty()), "every request was answered");
-        self.channels.clear();
+        assert!(self.floor.clients.iter().all(|c| c.gone || c.asked.is_empty()), "every request was answered");
+        self.floor.channels.clear();
         let mut content = vec![0; DEVICE as usize];
         self.device.device().read(0, &mut content);
         self.model.must_hold(0, &content);
+    }
+}
+
+impl Connections for Floor {
+    fn is_ready(&mut self, number: u32) -> bool {
+        let client = &self.clients[number as usize];
+        let waits = client.stall.is_some() || client.session.wants().is_some();
+        let over = client.gone || client.stall == Some(Stall::Disconnect);
+        !client.gone && (client.session.is_short() || (!over && (waits || !client.arrived.is_empty())))
+    }
+
+    fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed> {
+        let client = &mut self.clients[number as usize];
+        let channel = &mut self.channels[client.channel];
+        if let Some((buf, at)) = client.session.landing() {
+            // Straight into place, as `receive` does it; what is more goes the other way.
+            let direct = client.arrived.len().min(buf.len() - at);
+            buf.copy_from(at, &client.arrived[..direct]);
+            client.session.landed(direct, channel);
+            client.arrived.drain(..direct);
+        }
+        let (free, may) = (channel.memory_unused(), grant.reserve || grant.common);
+        let mut input = &client.arrived[..];
+        client.stall = client.session.take(&mut input, channel, grant).expect("the client keeps to the protocol");
+        // First come, first served: a session with others ahead of it in both lines gets nothing.
+        assert!(may || channel.memory_unused() == free, "memory went past the waiting line");
+        let taken = client.arrived.len() - input.len();
+        client.arrived.drain(..taken);
+        Some(Fed { wants: client.session.wants(), in_flight: client.session.in_flight(), taken: 0 })
+    }
+
+    fn memory_unused(&self, lane: usize) -> usize {
+        self.channels[lane].memory_unused()
+    }
+
+    fn progress(&mut self, number: u32) -> Progress {
+        self.clients[number as usize].session.progress()
+    }
+
+    fn reclaim(&mut self, number: u32) {
+        self.clients[number as usize].session.reclaim();
     }
 }
 
@@ -671,6 +705,7 @@ impl Client {
             asked: HashMap::new(),
             next: 1,
             wire: Vec::new(),
+            arrived: Vec::new(),
             incoming: None,
             stall: None,
             goodbye: false,

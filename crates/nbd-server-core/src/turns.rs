@@ -1,0 +1,243 @@
+//! [`Turns`]: which connection has the next turn, and what it may take then. This is the whole policy of a worker; it knows no
+//! socket and no clock, so the seeded simulation runs it as it is.
+//!
+//! In a round the connections that wait for memory come first, in the order of their [`Lines`]. Then those that have something
+//! to do come in the order in which they asked, until they have taken as much memory as fits the cache.
+//!
+//! While a connection waits for memory, the pace of those that hold some is measured. Replies that are not taken lose their
+//! memory; a connection that does not send the payload of its WRITE is to be cut off.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    lines::{Grant, Lines, Part},
+    pace::{Limit, Pace, Progress},
+    session::TURN,
+};
+
+/// What [`Turns`] asks of the owner of the connections.
+pub trait Connections {
+    /// A connection has its turn. Returns whether there is something to take.
+    fn is_ready(&mut self, number: u32) -> bool;
+
+    /// A connection takes what it has received, as far as `grant` allows. `None`: it has ended.
+    fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed>;
+
+    /// Memory of a lane's channel that is free, in bytes.
+    fn memory_unused(&self, lane: usize) -> usize;
+
+    /// How far a connection has got.
+    fn progress(&mut self, number: u32) -> Progress;
+
+    /// The replies of a connection are to give up their memory.
+    fn reclaim(&mut self, number: u32);
+}
+
+/// What has become of a connection that was fed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fed {
+    /// The memory that it waits for.
+    pub wants: Option<Part>,
+    /// Its requests in flight.
+    pub in_flight: usize,
+    /// What it has taken of the round: bytes of memory, where the device has answered by the end of the round.
+    pub taken: usize,
+}
+
+/// The connections of a worker, and the order of their turns.
+#[derive(Debug, Default)]
+pub struct Turns {
+    /// Connections with something to do.
+    queue: VecDeque<u32>,
+    /// By number.
+    members: Vec<Option<Member>>,
+    /// By number.
+    lanes: Vec<Option<Lane>>,
+}
+
+#[derive(Debug)]
+struct Member {
+    lane: usize,
+    /// In `queue`.
+    queued: bool,
+    /// Counted as one with requests in flight.
+    busy: bool,
+    /// How fast it takes replies, and sends payload, whose memory others wait for.
+    taking: Option<Pace>,
+    sending: Option<Pace>,
+}
+
+/// A channel's share of the policy.
+#[derive(Debug)]
+struct Lane {
+    lines: Lines,
+    /// Memory that was free when it did not suffice for those at the front.
+    too_little: usize,
+}
+
+impl Turns {
+    /// A channel is served from now on whose queue takes `depth` requests.
+    pub fn open(&mut self, lane: usize, depth: usize) {
+        if self.lanes.len() <= lane {
+            self.lanes.resize_with(lane + 1, || None);
+        }
+        self.lanes[lane] = Some(Lane { lines: Lines::new(depth), too_little: 0 });
+    }
+
+    /// A channel without connections is not served any more.
+    pub fn close(&mut self, lane: usize) {
+        self.lanes[lane] = None;
+    }
+
+    /// A connection to an open lane begins.
+    pub fn enter(&mut self, number: u32, lane: usize) {
+        let index = number as usize;
+        if self.members.len() <= index {
+            self.members.resize_with(index + 1, || None);
+        }
+        self.members[index] = Some(Member { lane, queued: false, busy: false, taking: None, sending: None });
+    }
+
+    /// A connection has ended.
+    pub fn leave(&mut self, number: u32) {
+        let Some(member) = self.members[number as usize].take() else { return };
+        if let Some(lane) = &mut self.lanes[member.lane] {
+            lane.lines.forget(number);
+            lane.lines.count(member.busy.into(), 0);
+        }
+    }
+
+    /// A connection has something to do: it gets a turn.
+    #[inline]
+    pub fn enqueue(&mut self, number: u32) {
+        if let Some(member) = &mut self.members[number as usize]
+            && !member.queued
+        {
+            member.queued = true;
+            self.queue.push_back(number);
+        }
+    }
+
+    /// Whether no connection has something to do.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// A connection has so many requests in flight now.
+    #[inline]
+    pub fn count(&mut self, number: u32, in_flight: usize) {
+        let Some(member) = &mut self.members[number as usize] else { return };
+        let busy = in_flight > 0;
+        if busy != member.busy
+            && let Some(lane) = &mut self.lanes[member.lane]
+        {
+            lane.lines.count(member.busy.into(), busy.into());
+            member.busy = busy;
+        }
+    }
+
+    /// Whether connections of a lane wait for memory.
+    #[inline]
+    pub fn is_awaited(&self, lane: usize) -> bool {
+        self.lanes[lane].as_ref().is_some_and(|lane| !lane.lines.is_empty())
+    }
+
+    /// Whether more memory is free than when it did not suffice.
+    pub fn may_go_on(&self, lane: usize, unused: usize) -> bool {
+        self.lanes[lane].as_ref().is_some_and(|lane| unused > lane.too_little)
+    }
+
+    /// The place of a lane's waiting connections, for those who check it.
+    pub fn lines(&self, lane: usize) -> Option<&Lines> {
+        self.lanes[lane].as_ref().map(|lane| &lane.lines)
+    }
+
+    /// Connections take what they have received, in turn.
+    pub fn round(&mut self, connections: &mut impl Connections) {
+        self.feed_waiting(connections);
+        let mut room = TURN;
+        while room > 0
+            && let Some(number) = self.queue.pop_front()
+        {
+            // What is left of one that has gone, or of one that had this number before.
+            let Some(member) = self.members[number as usize].as_mut().filter(|member| member.queued) else { continue };
+            member.queued = false;
+            if connections.is_ready(number)
+                && let Some(fed) = self.feed(number, connections)
+            {
+                room = room.saturating_sub(fed.taken);
+            }
+        }
+    }
+
+    /// Connections that wait for memory go on, in order, as far as there is some now.
+    fn feed_waiting(&mut self, connections: &mut impl Connections) {
+        for lane in 0..self.lanes.len() {
+            let mut short = false;
+            for part in [Part::Reserve, Part::Common] {
+                // Each of them once, at most: those at the end of the line again have had their turn.
+                let mut last = None;
+                while let Some(number) = self.lanes[lane].as_ref().and_then(|lane| lane.lines.first(part)) {
+                    if last == Some(number) {
+                        break;
+                    }
+                    let alive = self.feed(number, connections).is_some();
+                    if alive && self.lanes[lane].as_ref().is_some_and(|lane| lane.lines.first(part) == Some(number)) {
+                        // There is nothing for it, or it is alone and has got what there was.
+                        short = true;
+                        break;
+                    }
+                    last.get_or_insert(number);
+                }
+            }
+            if short && let Some(place) = &mut self.lanes[lane] {
+                place.too_little = connections.memory_unused(lane);
+            }
+        }
+    }
+
+    /// A connection has its turn, and gets its place in line after that. `None`: it has ended.
+    #[inline]
+    fn feed(&mut self, number: u32, connections: &mut impl Connections) -> Option<Fed> {
+        let lane = self.members[number as usize].as_ref()?.lane;
+        let mut grant = self.lanes[lane].as_ref()?.lines.grant(number);
+        let Some(fed) = connections.feed(number, &mut grant) else {
+            self.leave(number);
+            return None;
+        };
+        self.count(number, fed.in_flight);
+        self.lanes[lane].as_mut()?.lines.settle(number, grant, fed.wants);
+        Some(fed)
+    }
+
+    /// How often to [sweep](Self::sweep) while a connection waits for memory.
+    pub fn interval(stall_timeout: Duration) -> Duration {
+        Limit::taking(stall_timeout).interval()
+    }
+
+    /// Takes memory that others wait for from connections that are too slow. Returns those that are to be cut off; see
+    /// [`Limits::stall_timeout`](crate::Limits::stall_timeout).
+    pub fn sweep(&mut self, now: Instant, stall_timeout: Duration, connections: &mut impl Connections) -> Vec<u32> {
+        let (taking, sending) = (Limit::taking(stall_timeout), Limit::sending(stall_timeout));
+        let mut slow = Vec::new();
+        for number in 0..self.members.len() as u32 {
+            let Some(member) = &mut self.members[number as usize] else { continue };
+            if self.lanes[member.lane].as_ref().is_none_or(|lane| lane.lines.is_empty()) {
+                (member.taking, member.sending) = (None, None);
+                continue;
+            }
+            let Progress { sent, unsent, landed, filling } = connections.progress(number);
+            if Pace::is_too_slow(&mut member.taking, sent, unsent, now, taking) {
+                connections.reclaim(number);
+            }
+            if Pace::is_too_slow(&mut member.sending, landed, filling, now, sending) {
+                slow.push(number);
+            }
+        }
+        slow
+    }
+}

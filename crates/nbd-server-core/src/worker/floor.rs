@@ -1,0 +1,329 @@
+//! [`Floor`]: what a worker serves, its connections and its lanes, and how bytes move between them.
+
+use std::{
+    os::fd::{AsFd, AsRawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use blkdev::{Channel, Done, socket};
+use nbd_proto::wire::REQUEST_LEN;
+use nix::sys::socket::{SockaddrStorage, getsockname};
+
+use super::{
+    conn::Conn,
+    handle::Arrival,
+    lane::{Lane, Leaving},
+};
+use crate::{
+    limits::Limits,
+    lines::Grant,
+    lull::Lull,
+    pace::Progress,
+    poll::{Interest, Poll},
+    roster::Removal,
+    seat::Seat,
+    session::{Session, Stall},
+    spin::Spin,
+    stream::STAGING_MIN,
+    turns::{Connections, Fed, Turns},
+};
+
+/// Bytes received at a time: a hundred small writes, or thousands of other requests. Larger does not save system calls that
+/// matter, and would fall out of the cache.
+const STAGING: usize = 256 << 10;
+const _: () = assert!(STAGING >= STAGING_MIN);
+
+/// Receives of one connection in a turn, before others have theirs.
+const RECEIVES: usize = 4;
+
+/// Why a connection's lane is there.
+const SERVED: &str = "a connection is where its export is served";
+
+pub(super) struct Floor {
+    /// By number; `None` where others serve the export, and where there is none.
+    pub(super) lanes: Vec<Option<Lane>>,
+    /// By number; a number stays taken until nothing of its connection is at a device.
+    pub(super) conns: Vec<Option<Conn>>,
+    free: Vec<u32>,
+    /// Those of this turn, that replies may have come together for.
+    active: Vec<u32>,
+    /// A client that had not read its earlier replies when those of this turn were sent.
+    pub(super) behind: Option<u32>,
+    staging: Box<[u8]>,
+    done: Vec<Done>,
+    pub(super) spin: Spin,
+    /// Something has grown, or memory was used, since it was last tidied up.
+    pub(super) is_untidy: bool,
+    /// Connections, for other threads.
+    pub(super) load: Arc<AtomicUsize>,
+}
+
+impl Floor {
+    pub(super) fn new(limits: &Limits, load: Arc<AtomicUsize>) -> Self {
+        Self {
+            lanes: Vec::new(),
+            conns: Vec::new(),
+            free: Vec::new(),
+            active: Vec::new(),
+            behind: None,
+            staging: vec![0; STAGING].into_boxed_slice(),
+            done: Vec::new(),
+            spin: Spin::new(limits.poll),
+            is_untidy: false,
+            load,
+        }
+    }
+
+    pub(super) fn open(&mut self, seat: Arc<Seat>, channel: Channel) {
+        let number = seat.lane;
+        if self.lanes.len() <= number {
+            self.lanes.resize_with(number + 1, || None);
+        }
+        assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
+        self.lanes[number] = Some(Lane::new(channel, seat));
+    }
+
+    /// Serves a connection from now on. Returns its number, unless its export has gone.
+    pub(super) fn welcome(&mut self, arrival: Arrival, poll: &Poll) -> Option<u32> {
+        let Arrival { stream, negotiated, ticket, sent, over } = arrival;
+        let turned_away = |load: &AtomicUsize| {
+            load.fetch_sub(1, Ordering::Relaxed);
+            ticket.clients.fetch_sub(1, Ordering::Relaxed);
+        };
+        let Some(lane) = self.lanes[ticket.lane].as_mut().filter(|lane| !lane.refuses()) else {
+            turned_away(&self.load);
+            return None;
+        };
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.conns.push(None);
+            self.conns.len() as u32 - 1
+        });
+        if let Err(e) = poll.add_edge(&stream, number.into(), Interest::Read) {
+            log::warn!("a client was turned away: {e}");
+            turned_away(&self.load);
+            self.free.push(number);
+            return None;
+        }
+        (lane.clients, lane.conns) = (lane.clients + 1, lane.conns + 1);
+        if let Some(leaving) = &mut lane.leaving {
+            leaving.deadline = None;
+        }
+        let name = getsockname::<SockaddrStorage>(stream.as_fd().as_raw_fd()).ok();
+        let is_unix = name.is_some_and(|name| name.as_unix_addr().is_some());
+        let is_tcp = name.is_some_and(|name| name.as_sockaddr_in().is_some() || name.as_sockaddr_in6().is_some());
+        self.conns[number as usize] = Some(Conn {
+            stream: Some(stream),
+            session: Session::new(&negotiated, number),
+            lane: ticket.lane,
+            backlog: sent,
+            stall: None,
+            readable: true,
+            ended: false,
+            blocked: false,
+            writable: true,
+            active: false,
+            lull: is_unix.then(Lull::default),
+            is_tcp,
+            _over: over,
+        });
+        Some(number)
+    }
+
+    /// Deals with the clients of a lane that nobody new comes to. Returns whether the lane has begun to leave by that.
+    pub(super) fn retire(&mut self, number: usize, removal: Removal, farewell: Instant, turns: &mut Turns) -> bool {
+        // Its last client may have left after an earlier removal.
+        let Some(lane) = &mut self.lanes[number] else { return false };
+        let deadline = (removal == Removal::Soft).then_some(farewell);
+        let begins = lane.leaving.is_none();
+        lane.leaving = Some(Leaving { removal, deadline });
+        match removal {
+            Removal::Hide => {}
+            Removal::Soft => {
+                self.conns.iter_mut().flatten().filter(|conn| conn.lane == number).for_each(|c| c.session.refuse());
+            }
+            Removal::Hard => self.bury_all(number, turns),
+        }
+        begins
+    }
+
+    pub(super) fn bury_all(&mut self, lane: usize, turns: &mut Turns) {
+        for number in 0..self.conns.len() as u32 {
+            if self.conns[number as usize].as_ref().is_some_and(|conn| conn.lane == lane) {
+                self.bury(number, turns);
+            }
+        }
+    }
+
+    /// Ends a connection.
+    pub(super) fn bury(&mut self, number: u32, turns: &mut Turns) {
+        self.hang_up(number);
+        turns.leave(number);
+    }
+
+    /// Closes a connection. What it has at the device comes back later; what has not got there never will.
+    fn hang_up(&mut self, number: u32) {
+        let slot = &mut self.conns[number as usize];
+        let Some(conn) = slot else { return };
+        let Some(mut stream) = conn.stream.take() else { return };
+        stream.close(&mut self.staging);
+        self.load.fetch_sub(1, Ordering::Relaxed);
+        self.is_untidy = true;
+        conn.session.close();
+        let lane = self.lanes[conn.lane].as_mut().expect(SERVED);
+        lane.clients -= 1;
+        lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
+        if conn.session.in_flight() == 0 {
+            lane.conns -= 1;
+            *slot = None;
+            self.free.push(number);
+        } else {
+            // Later, for all that have gone in this turn at once: each time costs a look at every request.
+            lane.cancels = true;
+        }
+    }
+
+    /// Rings the devices, and turns what they have finished into replies. Returns how much that was.
+    pub(super) fn reap(&mut self, turns: &mut Turns) -> usize {
+        let mut in_flight = 0;
+        for lane in self.lanes.iter_mut().flatten() {
+            // First: the channel sends what it held back when it is reaped.
+            if std::mem::take(&mut lane.cancels) {
+                let conns = &self.conns;
+                let gone = |number: u32| conns[number as usize].as_ref().is_none_or(|conn| conn.stream.is_none());
+                lane.channel.cancel(|tag| gone(Session::number_of(tag)));
+            }
+            lane.channel.kick();
+            lane.channel.reap(&mut self.done);
+            in_flight += lane.channel.in_flight();
+        }
+        let mut done = std::mem::take(&mut self.done);
+        let count = done.len();
+        if count > 0 {
+            self.is_untidy = true;
+            self.spin.count(count + in_flight);
+        }
+        for done in done.drain(..) {
+            self.complete(done, turns);
+        }
+        self.done = done;
+        count
+    }
+
+    #[inline]
+    fn complete(&mut self, done: Done, turns: &mut Turns) {
+        let number = Session::number_of(done.tag);
+        let slot = &mut self.conns[number as usize];
+        let conn = slot.as_mut().expect("a number is kept while something of it is at a device");
+        if let Some(lull) = &mut conn.lull {
+            lull.count(&done.io);
+        }
+        conn.session.complete(done);
+        if conn.stream.is_some() {
+            activate(&mut self.active, number, conn);
+            if conn.stall == Some(Stall::Calls) {
+                turns.enqueue(number);
+            }
+        } else if conn.session.in_flight() == 0 {
+            self.lanes[conn.lane].as_mut().expect(SERVED).conns -= 1;
+            *slot = None;
+            self.free.push(number);
+        }
+    }
+
+    /// Sends replies, and gives another turn to those that have still something to do.
+    pub(super) fn output(&mut self, poll: &Poll, turns: &mut Turns) {
+        let mut active = std::mem::take(&mut self.active);
+        for number in active.drain(..) {
+            let Some(conn) = &mut self.conns[number as usize] else { continue };
+            conn.active = false;
+            let Some(stream) = &conn.stream else { continue };
+            if let Some(lull) = &mut conn.lull
+                && lull.is_due()
+                && socket::unread(stream.as_fd()) > 0
+            {
+                self.behind = Some(number);
+            }
+            let alive = conn.send(&mut self.staging, poll, number);
+            let over = (conn.session.is_over() && !conn.blocked) || conn.session.is_broken();
+            let in_flight = conn.session.in_flight();
+            turns.count(number, in_flight);
+            if !alive || over {
+                self.bury(number, turns);
+            } else if conn.wants_turn(in_flight == 0) {
+                // Each request that ends makes room, and queues it again.
+                turns.enqueue(number);
+            }
+        }
+        self.active = active;
+    }
+
+    /// Returns memory that was not used for a while.
+    #[cold]
+    pub(super) fn tidy(&mut self) {
+        self.is_untidy = false;
+        for lane in self.lanes.iter_mut().flatten() {
+            self.is_untidy |= lane.channel.trim();
+        }
+        self.conns.iter_mut().flatten().for_each(Conn::shrink);
+    }
+}
+
+impl Connections for Floor {
+    fn is_ready(&mut self, number: u32) -> bool {
+        let Some(conn) = &mut self.conns[number as usize] else { return false };
+        activate(&mut self.active, number, conn);
+        conn.wants_turn(true)
+    }
+
+    /// Takes what a connection has sent until that is all, it must wait, or others should have their turn.
+    fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed> {
+        let conn = self.conns[number as usize].as_mut()?;
+        activate(&mut self.active, number, conn);
+        let lane = self.lanes[conn.lane].as_mut().expect(SERVED);
+        let held = conn.session.held();
+        let mut alive = !conn.waits() || conn.take_backlog(&mut lane.channel, grant);
+        for _ in 0..RECEIVES {
+            if !alive || conn.stall.is_some() || conn.blocked || !conn.readable {
+                break;
+            }
+            alive = conn.receive(&mut self.staging, &mut lane.channel, grant);
+        }
+        if !alive {
+            self.hang_up(number);
+            return None;
+        }
+        if conn.stall == Some(Stall::Turn) {
+            // Nothing but headers, mostly.
+            self.spin.count(conn.backlog.len() / REQUEST_LEN);
+        }
+        let taken = conn.session.held().saturating_sub(held) + conn.session.spent();
+        let taken = if lane.channel.is_prompt() { taken } else { 0 };
+        Some(Fed { wants: conn.session.wants(), in_flight: conn.session.in_flight(), taken })
+    }
+
+    fn memory_unused(&self, lane: usize) -> usize {
+        self.lanes[lane].as_ref().map_or(0, |lane| lane.channel.memory_unused())
+    }
+
+    fn progress(&mut self, number: u32) -> Progress {
+        self.conns[number as usize].as_mut().map_or(Progress::default(), |conn| conn.session.progress())
+    }
+
+    fn reclaim(&mut self, number: u32) {
+        if let Some(conn) = &mut self.conns[number as usize] {
+            conn.session.reclaim();
+        }
+    }
+}
+
+#[inline]
+fn activate(active: &mut Vec<u32>, number: u32, conn: &mut Conn) {
+    if !conn.active {
+        conn.active = true;
+        active.push(number);
+    }
+}

@@ -1,0 +1,112 @@
+//! [`Handle`]: the way to a worker, for other threads.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+};
+
+use blkdev::Channel;
+use nbd_proto::Negotiated;
+use nix::sys::eventfd::EventFd;
+
+use super::lane::LANE;
+use crate::{
+    poll::Watch,
+    roster::Removal,
+    seat::{Seat, Ticket},
+    stream::Stream,
+};
+
+/// A client whose handshake is done.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) stream: Stream,
+    pub(crate) negotiated: Box<Negotiated>,
+    /// Where it is to be served.
+    pub(crate) ticket: Ticket,
+    /// What it sent after the last option.
+    pub(crate) sent: Vec<u8>,
+    /// Kept until nothing of the connection is left.
+    pub(crate) over: Option<mpsc::Sender<()>>,
+}
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    Arrival(Arrival),
+    /// A channel to serve from now on.
+    Open(Arc<Seat>, Box<Channel>),
+    /// Nobody new comes to this lane.
+    Retire(usize, Removal),
+}
+
+/// The way to a worker, for other threads.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    inbox: mpsc::Sender<Message>,
+    bell: Arc<EventFd>,
+    /// Connections it has.
+    load: Arc<AtomicUsize>,
+    alive: Arc<AtomicBool>,
+    watch: Watch,
+}
+
+impl Handle {
+    pub(super) fn new(
+        inbox: mpsc::Sender<Message>,
+        bell: Arc<EventFd>,
+        load: Arc<AtomicUsize>,
+        alive: Arc<AtomicBool>,
+        watch: Watch,
+    ) -> Self {
+        Self { inbox, bell, load, alive, watch }
+    }
+
+    /// Whether it serves clients that are sent to it: its thread has not ended.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Relaxed)
+    }
+
+    /// How many connections it has.
+    pub(crate) fn load(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    /// Hands a connection over.
+    pub(crate) fn welcome(&self, arrival: Arrival) {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        arrival.ticket.clients.fetch_add(1, Ordering::Relaxed);
+        self.send(Message::Arrival(arrival));
+    }
+
+    /// Wakes the worker for a channel that it will be given.
+    pub(crate) fn watch(&self, lane: usize, channel: &Channel) -> io::Result<()> {
+        let fds = [channel.wake_fd(), channel.turn_fd()];
+        fds.into_iter().flatten().try_for_each(|fd| self.watch.add_wake(fd, LANE | lane as u64))
+    }
+
+    /// Gives it a channel.
+    pub(crate) fn open(&self, seat: Arc<Seat>, channel: Channel) {
+        self.send(Message::Open(seat, Box::new(channel)));
+    }
+
+    /// Has it let go of a channel, when its clients have gone.
+    pub(crate) fn retire(&self, lane: usize, removal: Removal) {
+        self.send(Message::Retire(lane, removal));
+    }
+
+    /// A worker that has ended needs to know nothing any more.
+    fn send(&self, message: Message) {
+        let _ = self.inbox.send(message);
+        self.ring();
+    }
+
+    /// Wakes it.
+    pub(crate) fn ring(&self) -> bool {
+        self.bell.write(1).is_ok()
+    }
+}

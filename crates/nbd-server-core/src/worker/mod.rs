@@ -1,0 +1,344 @@
+//! [`Worker`]: one thread that moves bytes between its connections and its channels, in turns.
+//!
+//! A turn takes what all readable clients have sent, where that helps only as much as fits the cache, rings each device once,
+//! takes what the devices have finished and sends it. So under load everything happens in batches, without a lock, an
+//! allocation or another thread. Who has the next turn is decided by [`Turns`].
+
+mod conn;
+mod floor;
+mod handle;
+mod lane;
+
+use std::{
+    io,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use blkdev::{Channel, socket};
+use nix::sys::{eventfd::EventFd, prctl};
+
+use crate::{
+    end::End,
+    limits::Limits,
+    poll::{Happened, Poll, bell},
+    turns::Turns,
+};
+use conn::Conn;
+use floor::Floor;
+use handle::Message;
+pub(crate) use handle::{Arrival, Handle};
+use lane::{LANE, Lane, Step, WIND_UP};
+
+/// The token of the bell.
+const BELL: u64 = u64::MAX;
+
+/// How long memory stays where it is when it is not used.
+const TIDY: Duration = Duration::from_secs(2);
+
+/// One thread's connections and channels.
+struct Worker {
+    poll: Poll,
+    inbox: mpsc::Receiver<Message>,
+    bell: Arc<EventFd>,
+    stop: Arc<AtomicBool>,
+    turns: Turns,
+    floor: Floor,
+    /// Lanes that are to be let go of.
+    leaving: usize,
+    closers: mpsc::Sender<JoinHandle<()>>,
+    now: Instant,
+    swept: Instant,
+    tidied: Instant,
+    /// Since when there is nothing to do.
+    idle: Option<Instant>,
+    stall_timeout: Duration,
+    farewell: Duration,
+}
+
+/// Starts a worker. `closers` receives the threads that close its devices; `end` learns when it ends too early.
+///
+/// # Errors
+/// No descriptors or threads left.
+pub(crate) fn start(
+    name: String,
+    limits: &Limits,
+    stop: &Arc<AtomicBool>,
+    closers: mpsc::Sender<JoinHandle<()>>,
+    end: &End,
+) -> io::Result<(Handle, JoinHandle<()>)> {
+    let (sender, inbox) = mpsc::channel();
+    let (poll, bell, load) = (Poll::new()?, Arc::new(bell()?), Arc::new(AtomicUsize::new(0)));
+    poll.add_level(&*bell, BELL)?;
+    let alive = Arc::new(AtomicBool::new(true));
+    let handle = Handle::new(sender, Arc::clone(&bell), Arc::clone(&load), Arc::clone(&alive), poll.watch());
+    let now = Instant::now();
+    let worker = Worker {
+        poll,
+        inbox,
+        bell,
+        stop: Arc::clone(stop),
+        turns: Turns::default(),
+        floor: Floor::new(limits, load),
+        leaving: 0,
+        closers,
+        now,
+        swept: now,
+        tidied: now,
+        idle: None,
+        stall_timeout: limits.stall_timeout,
+        farewell: limits.farewell,
+    };
+    let (end, stop) = (end.clone(), Arc::clone(stop));
+    let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+        end.watch(&name, &stop, || {
+            let _death = Death(alive);
+            worker.run();
+        });
+    })?;
+    Ok((handle, thread))
+}
+
+/// Marks the worker dead when dropped, for whatever reason.
+struct Death(Arc<AtomicBool>);
+
+impl Drop for Death {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Worker {
+    fn run(mut self) {
+        // So that `Lull` sleeps for as short a time as it says. That it may not be set only makes it longer.
+        let _ = prctl::set_timerslack(1);
+        while !self.stop.load(Ordering::Relaxed) {
+            self.turn();
+            self.rest();
+            if let Err(e) = self.wait() {
+                log::error!("a worker cannot wait for events any more: {e}");
+                break;
+            }
+        }
+        self.wind_up();
+    }
+
+    fn turn(&mut self) {
+        self.now = Instant::now();
+        for lane in self.floor.lanes.iter_mut().flatten() {
+            lane.channel.tick(self.now);
+        }
+        if !self.turns.is_empty() {
+            self.idle = None;
+        }
+        self.turns.round(&mut self.floor);
+        if self.floor.reap(&mut self.turns) > 0 {
+            self.idle = None;
+        }
+        self.floor.output(&self.poll, &mut self.turns);
+        if self.now.duration_since(self.swept) >= Turns::interval(self.stall_timeout) {
+            self.sweep();
+        }
+        if self.floor.is_untidy && self.now.duration_since(self.tidied) >= TIDY {
+            self.tidied = self.now;
+            self.floor.tidy();
+        }
+        if self.leaving > 0 {
+            self.let_go();
+        }
+    }
+
+    /// Cuts off clients that are too slow with memory that others wait for.
+    fn sweep(&mut self) {
+        self.swept = self.now;
+        for number in self.turns.sweep(self.now, self.stall_timeout, &mut self.floor) {
+            log::warn!(
+                "a client was cut off: others wait for the memory of its WRITE, and at its pace it would need longer than \
+                 {:?} to send the payload",
+                self.stall_timeout
+            );
+            self.floor.bury(number, &mut self.turns);
+        }
+    }
+
+    /// Lets a lone client that is behind with reading its replies go on alone for a moment, when all is answered.
+    fn rest(&mut self) {
+        let Some(number) = self.floor.behind.take() else { return };
+        if self.turns.is_empty()
+            && self.floor.load.load(Ordering::Relaxed) == 1
+            && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) =
+                &mut self.floor.conns[number as usize]
+            && session.in_flight() == 0
+        {
+            lull.rest(|| socket::unread(stream.as_fd()) > 0);
+        }
+    }
+
+    /// Whether to look again rather than to sleep, with nothing to do.
+    fn spins(&mut self) -> bool {
+        let awaits_device = self.floor.lanes.iter().flatten().any(|lane| lane.channel.in_flight() > 0);
+        let idle = *self.idle.get_or_insert_with(Instant::now);
+        self.now.duration_since(idle) < self.floor.spin.time(awaits_device)
+    }
+
+    /// Waits until there is something to do, or only looks when there is already.
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = if !self.turns.is_empty() {
+            Some(Duration::ZERO)
+        } else if self.spins() {
+            // Whoever else wants this processor has it first: the client, or the device.
+            thread::yield_now();
+            Some(Duration::ZERO)
+        } else {
+            self.timeout()
+        };
+        let mut rung = false;
+        for Happened { token, readable, ended } in self.poll.wait(timeout)? {
+            if token == BELL {
+                rung = true;
+            } else if token & LANE == 0
+                && let Some(conn) = &mut self.floor.conns[token as usize]
+            {
+                conn.readable |= readable;
+                conn.ended |= ended;
+                // While it is blocked nothing else is waited for.
+                conn.writable |= conn.blocked;
+                self.turns.enqueue(token as u32);
+            }
+        }
+        if timeout != Some(Duration::ZERO)
+            && let Some(idle) = self.idle
+        {
+            self.floor.spin.slept(idle.elapsed());
+        }
+        if rung {
+            let _ = self.bell.read();
+            // It may have been a long sleep.
+            self.now = Instant::now();
+            while let Ok(message) = self.inbox.try_recv() {
+                self.hear(message);
+            }
+        }
+        Ok(())
+    }
+
+    /// How long to sleep, with nothing to do. Asks the devices for a wake-up.
+    fn timeout(&mut self) -> Option<Duration> {
+        let tidy = || TIDY.saturating_sub(self.now.duration_since(self.tidied));
+        let mut timeout = self.floor.is_untidy.then(tidy);
+        for (number, lane) in self.floor.lanes.iter_mut().enumerate() {
+            let Some(lane) = lane else { continue };
+            if lane.cancels {
+                return Some(Duration::ZERO);
+            }
+            if lane.channel.awaits_device() {
+                if !lane.channel.arm() {
+                    return Some(Duration::ZERO);
+                }
+                timeout = sooner(timeout, lane.channel.due());
+            }
+            if self.turns.is_awaited(number) {
+                // Replies that have left freed memory after the waiting connections had their turn. And memory is taken from
+                // clients that are too slow.
+                let may_go_on = self.turns.may_go_on(number, lane.channel.memory_unused()) || lane.channel.refuses();
+                let again = if may_go_on { Duration::ZERO } else { Turns::interval(self.stall_timeout) };
+                timeout = sooner(timeout, Some(again));
+            }
+            let deadline = lane.leaving.as_ref().and_then(|leaving| leaving.deadline);
+            timeout = sooner(timeout, deadline.map(|deadline| deadline.saturating_duration_since(self.now)));
+        }
+        timeout
+    }
+
+    fn hear(&mut self, message: Message) {
+        match message {
+            Message::Arrival(arrival) => {
+                let lane = arrival.ticket.lane;
+                if let Some(number) = self.floor.welcome(arrival, &self.poll) {
+                    self.turns.enter(number, lane);
+                    self.turns.enqueue(number);
+                }
+            }
+            Message::Open(seat, channel) => {
+                self.turns.open(seat.lane, channel.depth());
+                self.floor.open(seat, *channel);
+            }
+            Message::Retire(lane, removal) => {
+                let farewell = self.now + self.farewell;
+                self.leaving += usize::from(self.floor.retire(lane, removal, farewell, &mut self.turns));
+            }
+        }
+    }
+
+    /// Lets go of lanes that nobody needs any more, and sees to it that this comes to an end.
+    fn let_go(&mut self) {
+        for number in 0..self.floor.lanes.len() {
+            while let Some(lane) = &mut self.floor.lanes[number] {
+                match lane.step(self.now) {
+                    Step::Nothing => break,
+                    Step::CutOff => {
+                        log::warn!("{} clients of a removed export did not leave: cut off", lane.clients);
+                        self.floor.bury_all(number, &mut self.turns);
+                    }
+                    Step::GiveUp => {
+                        log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                        lane.channel.give_up();
+                    }
+                    Step::Close => {
+                        let Lane { channel, seat, .. } = self.floor.lanes[number].take().expect("just looked at");
+                        self.turns.close(number);
+                        self.leaving -= 1;
+                        // A thread that finds the device closed is to find the export gone.
+                        drop(seat);
+                        self.close(channel);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Closing a device can take its time, which is not that of other clients.
+    fn close(&self, channel: Channel) {
+        for fd in [channel.wake_fd(), channel.turn_fd()].into_iter().flatten() {
+            // Closing the descriptor does the same, unless there is another one for it somewhere.
+            let _ = self.poll.remove(fd);
+        }
+        match thread::Builder::new().name("closing".into()).spawn(move || drop(channel)) {
+            Ok(thread) => drop(self.closers.send(thread)),
+            Err(e) => log::warn!("a device was closed while clients waited: no thread for it: {e}"),
+        }
+    }
+
+    /// Ends all connections, and lets the devices finish what they have, in bounded time.
+    fn wind_up(&mut self) {
+        for number in 0..self.floor.conns.len() as u32 {
+            self.floor.bury(number, &mut self.turns);
+        }
+        let (start, mut done) = (Instant::now(), Vec::new());
+        for lane in self.floor.lanes.iter_mut().flatten() {
+            lane.channel.cancel(|_| true);
+            while lane.channel.in_flight() > 0 && start.elapsed() < WIND_UP {
+                lane.channel.reap(&mut done);
+                done.clear();
+                thread::sleep(Duration::from_millis(1));
+            }
+            if lane.channel.in_flight() > 0 {
+                log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                lane.channel.give_up();
+                lane.channel.reap(&mut done);
+                done.clear();
+            }
+        }
+    }
+}
+
+/// The shorter of two times, where there is one.
+fn sooner(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    [one, other].into_iter().flatten().min()
+}
