@@ -237,6 +237,10 @@ impl Session {
     #[cold]
     fn refill(&mut self, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
         let (at, len) = self.outbox.missing()?;
+        if channel.refuses() {
+            self.broken = true;
+            return None;
+        }
         let len = len.min(REFILL - (at % REFILL as u64) as usize);
         let reserve = if grant.reserve { channel.alloc_reserved(at, len) } else { None };
         let Some(buf) = reserve.or_else(|| if grant.spill { channel.alloc(at, len) } else { None }) else {
