@@ -28,7 +28,7 @@ pub struct Limits {
     /// pace, measured over a fifth of this, is too slow for that is cut off. To take its replies it has a tenth of this; if
     /// it is slower, measured over a 200th of this, the replies lose their memory, and are read again when it takes them.
     pub stall_timeout: Duration,
-    /// How long the clients of an export that is removed [softly](Removal::Soft) have to say goodbye.
+    /// How long the clients of an export that is removed [softly](crate::Removal::Soft) have to say goodbye.
     pub farewell: Duration,
     /// For how long, at most, a worker without anything to do looks again before it sleeps. It does so for devices that
     /// answer soon, and for clients that have few requests at a time but the next one soon: these are served without the
