@@ -9,7 +9,15 @@ use blkdev_vdpa as vdpa;
 use blkdev_vhost_user::{self as vhost_user, Format, WriteCache};
 use blkdev_virtio_pci as virtio_pci;
 
-use crate::{Error, Kind, Property, Settings, Value, fd::inherited, format, narrow::narrow, suggest::nearest};
+use crate::{
+    error::Error,
+    fd::inherited,
+    format,
+    narrow::narrow,
+    property::{Kind, Property, Value},
+    settings::Settings,
+    suggest::nearest,
+};
 
 /// A way to reach block devices.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use blkdev::{Device, Info, Mapping, Queue};
 
-use crate::Error;
+use crate::error::Error;
 
 /// The same device with `queues` queues at most; unchanged when nothing was asked for.
 ///

@@ -4,7 +4,12 @@ use std::{ffi::OsStr, io, path::PathBuf, sync::Arc, time::Duration};
 
 use blkdev::Device;
 
-use crate::{Access, Driver, Error, Kind, Property, Value, suggest::nearest};
+use crate::{
+    driver::Driver,
+    error::Error,
+    property::{Access, Kind, Property, Value},
+    suggest::nearest,
+};
 
 /// A driver and the values of its properties.
 ///

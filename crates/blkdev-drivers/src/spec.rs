@@ -2,7 +2,11 @@
 
 use std::{ffi::OsStr, os::unix::ffi::OsStrExt, str::FromStr};
 
-use crate::{Error, Settings, driver::meant, find};
+use crate::{
+    driver::{find, meant},
+    error::Error,
+    settings::Settings,
+};
 
 /// `[NAME:]DRIVER[=VALUE][,PROPERTY=VALUE]...`, parsed and checked, nothing opened. The grammar is in the
 /// [crate's documentation](crate#the-words).

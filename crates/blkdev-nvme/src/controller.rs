@@ -16,13 +16,13 @@ use blkdev_vfio::{Bar, PciDevice, Vfio};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::{
-    Target,
     admin::{self, Admin, Failure},
     life::Life,
     limits::{Disk, Found, Shape, check, invalid, is_nsid, unusable},
     pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX, Stage},
     queue::IoQueue,
     spec::{self, Command, Controller, Limits, Namespace, RANGE_LEN, cns},
+    target::Target,
     watch::Watch,
 };
 

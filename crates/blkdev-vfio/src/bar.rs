@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::Bar;
+use crate::pci::Bar;
 
 /// One region of a VFIO device.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use blkdev::Mapping;
 use vfio_bindings::bindings::vfio::{VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL};
 
 use crate::{
-    Translation,
     sys::{self, Exchange, Packet},
+    translation::Translation,
 };
 
 /// Memory that a device can reach, and the way in which it does.

@@ -4,7 +4,7 @@ use std::{fmt, io, os::fd::BorrowedFd, sync::Arc};
 
 use blkdev::Mapping;
 
-use crate::Translation;
+use crate::translation::Translation;
 
 /// A PCI device that this process has to itself.
 ///

@@ -21,12 +21,12 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::{
-    Bar, PciDevice, Translation,
     bar::Region,
     dma::{Dma, Way, capabilities},
     locate::Location,
-    pci::{COMMAND, COMMAND_BUS_MASTER, COMMAND_INTX_OFF, COMMAND_MEMORY},
+    pci::{Bar, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTX_OFF, COMMAND_MEMORY, PciDevice},
     sys::{self, Exchange, Packet},
+    translation::Translation,
 };
 
 /// How to open a device.

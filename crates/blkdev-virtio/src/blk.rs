@@ -23,13 +23,15 @@ use virtio_bindings::{
 };
 
 use crate::{
-    Doorbell, Format, Life, Notifier, Ring, Transport,
     config::{self, Config, SECTOR, WRITEBACK, has},
+    life::Life,
+    notifier::Notifier,
     packed::Packed,
     ring::{Chain, Data, Layout, Place, Used, Virtqueue},
     shared::Shared,
     slots::Slots,
     split::Split,
+    transport::{Doorbell, Format, Ring, Transport},
     watch::Watch,
 };
 

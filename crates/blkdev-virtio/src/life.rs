@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use crate::Notifier;
+use crate::notifier::Notifier;
 
 /// One for each device, shared by its transport and its queues. A device dies once, as a whole, and stays dead.
 #[derive(Debug)]

@@ -39,7 +39,12 @@ use virtio_bindings::{
     },
 };
 
-use crate::{Doorbell, Format, Life, Ring, Transport, config::WRITEBACK, ring::reaches};
+use crate::{
+    config::WRITEBACK,
+    life::Life,
+    ring::reaches,
+    transport::{Doorbell, Format, Ring, Transport},
+};
 
 const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
 const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;

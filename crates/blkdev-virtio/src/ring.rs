@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use blkdev::{Iova, Mapping};
 
-use crate::{Format, slots::Slots};
+use crate::{slots::Slots, transport::Format};
 
 /// Length of one cache line in bytes, and the alignment of whatever the two sides write by turns.
 const LINE: usize = 64;

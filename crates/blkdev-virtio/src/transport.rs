@@ -4,7 +4,7 @@ use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use blkdev::{Iova, Mapping};
 
-use crate::{Life, config::TRANSFER_MAX};
+use crate::{config::TRANSFER_MAX, life::Life};
 
 /// The way to a device: feature bits, configuration, memory, queues. Cold; doorbells are a type of their own.
 ///

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use crate::{Iova, Mapping};
+use crate::mem::{Iova, Mapping};
 
 /// Memory is handed out in multiples of this: 4096 bytes.
 pub const PAGE: usize = 4096;

@@ -15,9 +15,13 @@ use std::{
 };
 
 use crate::{
-    Arena, Buf, Completion, Device, Error, Extent, Info, Mapping, Op, Queue, Request,
+    arena::{Arena, Buf},
+    device::{Completion, Device, Info, Op, Queue, Request},
+    error::Error,
+    extent::Extent,
     gate::{Gate, Pass},
     job::{Job, Way, margins},
+    mem::Mapping,
     slots::{Ages, Kind, NEVER, Overdue, Slot, Slots, Verdict},
 };
 

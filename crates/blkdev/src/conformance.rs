@@ -20,7 +20,13 @@ mod steps;
 
 use std::{ops::Range, sync::Arc};
 
-use crate::{Device, Info, PAGE, Plan, fault::Rng, memory::Memory};
+use crate::{
+    arena::PAGE,
+    channel::Plan,
+    device::{Device, Info},
+    fault::Rng,
+    memory::Memory,
+};
 use rig::Rig;
 
 /// Holds a device against everything that this crate promises of devices.

@@ -2,7 +2,7 @@
 
 use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
-use crate::{Buf, Error, Extent, Mapping};
+use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping};
 
 /// Control plane of a block device: shared between threads, cold.
 pub trait Device: Send + Sync {

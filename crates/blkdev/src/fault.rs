@@ -12,7 +12,11 @@ use std::{
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::{Completion, Device, Error, Info, Mapping, Op, Queue, Request};
+use crate::{
+    device::{Completion, Device, Info, Op, Queue, Request},
+    error::Error,
+    mem::Mapping,
+};
 
 /// What goes wrong, and how often. Probabilities are from 0 (never) to 1 (always).
 ///

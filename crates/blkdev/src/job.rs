@@ -1,7 +1,15 @@
 //! [`Job`]: a request that the device cannot take as it is. It goes through stages, and each sends pieces to the queue, a few
 //! at a time, until its range is done.
 
-use crate::{Buf, Done, Error, Extent, ExtentKind, Info, Io, Op, extent, slots::NEVER};
+use crate::{
+    arena::Buf,
+    channel::{Done, Io},
+    device::{Info, Op},
+    error::Error,
+    extent,
+    extent::{Extent, ExtentKind},
+    slots::NEVER,
+};
 
 /// A request that takes more than one step.
 #[derive(Debug)]

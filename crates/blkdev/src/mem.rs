@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use crate::Arena;
+use crate::arena::Arena;
 
 /// An address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) makes one, so it always lies in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

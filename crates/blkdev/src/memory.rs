@@ -12,7 +12,12 @@ use std::{
 };
 
 use crate::{
-    Buf, Caps, Completion, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue, Request, extent, mem::Pages,
+    arena::Buf,
+    device::{Caps, Completion, Device, Info, Op, Queue, Request},
+    error::Error,
+    extent,
+    extent::{Extent, ExtentKind},
+    mem::{Mapping, Pages},
 };
 
 /// A RAM disk. Its memory comes with what is written, and is given back in pieces of 64 KiB that are zeroed with `unmap` or

@@ -6,7 +6,10 @@ use std::{
 };
 
 use crate::{
-    Caps, Device, Error, Extent, ExtentKind, Info, Mapping, Op, Queue,
+    device::{Caps, Device, Info, Op, Queue},
+    error::Error,
+    extent::{Extent, ExtentKind},
+    mem::Mapping,
     memory::{AtOnce, Serve, range},
 };
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{Buf, job::Job};
+use crate::{arena::Buf, job::Job};
 
 /// The requests that are not done, by the tag that the queue knows them by.
 #[derive(Debug)]

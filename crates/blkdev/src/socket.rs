@@ -9,7 +9,7 @@ use std::{
     ptr,
 };
 
-use crate::Buf;
+use crate::arena::Buf;
 
 /// Pieces that one [`Gather`] takes. Small enough for the stack; past a few hundred a longer list gains nothing.
 pub const PIECES: usize = 256;

@@ -6,10 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use crate::{
-    Peer,
-    peer::{Identity, Origin},
-};
+use crate::peer::{Identity, Origin, Peer};
 
 /// The rules of one export. Without any, everybody may open it; with some, whoever meets at least one of them, and nobody
 /// else.

@@ -19,9 +19,11 @@ use nix::{errno::Errno, sys::eventfd::EventFd};
 use rustix::io::ioctl_fionbio;
 
 use crate::{
-    End, Limits, Listener, Peer, end,
-    listener::{self, Obstacle},
-    peer::Party,
+    end,
+    end::End,
+    limits::Limits,
+    listener::{self, Listener, Obstacle},
+    peer::{Party, Peer},
     poll::{Happened, Interest, Poll},
     roster::{View, Views},
     seat::Ticket,

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, io, sync::Arc};
 
-use crate::{Access, Peer};
+use crate::{access::Access, peer::Peer};
 use blkdev::Device;
 use nbd_proto::{
     BlockSizes, Catalog, Refusal, limits,

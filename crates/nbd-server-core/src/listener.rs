@@ -19,7 +19,7 @@ use rustix::{
     net::{SocketFlags, accept_with},
 };
 
-use crate::{Peer, peer::Origin};
+use crate::peer::{Origin, Peer};
 
 /// Where connections come from.
 #[derive(Debug)]

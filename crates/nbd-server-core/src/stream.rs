@@ -11,7 +11,8 @@ use blkdev::{
 };
 
 use crate::{
-    Identity, Outbox,
+    outbox::Outbox,
+    peer::Identity,
     tls::{Secure, Shaking},
 };
 

@@ -6,7 +6,13 @@ use super::{
     rig::{Rig, wait},
     same,
 };
-use crate::{Done, Extent, ExtentKind, Info, Io, fault::Rng, memory::Memory};
+use crate::{
+    channel::{Done, Io},
+    device::Info,
+    extent::{Extent, ExtentKind},
+    fault::Rng,
+    memory::Memory,
+};
 
 /// Requests in flight at a time. More than a queue is deep.
 const IN_FLIGHT: usize = 48;

@@ -7,7 +7,13 @@ use super::{
     rig::{PATIENCE, readable},
     same,
 };
-use crate::{Arena, Completion, Device, Error, Extent, ExtentKind, Mapping, Op, Queue, Request};
+use crate::{
+    arena::Arena,
+    device::{Completion, Device, Op, Queue, Request},
+    error::Error,
+    extent::{Extent, ExtentKind},
+    mem::Mapping,
+};
 
 /// Memory for one step.
 fn arena(device: &dyn Device) -> Arena {

@@ -7,7 +7,10 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::{Buf, Channel, Done, Io};
+use crate::{
+    arena::Buf,
+    channel::{Channel, Done, Io},
+};
 
 /// How long anything may take before the suite calls it lost.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

@@ -14,7 +14,7 @@ use super::{
     rig::{PATIENCE, Rig, readable, wait},
     same,
 };
-use crate::{Error, Extent, Io, PAGE, fault::Rng};
+use crate::{arena::PAGE, channel::Io, error::Error, extent::Extent, fault::Rng};
 
 /// Noise everywhere, so that whatever is lost, moved or left out shows.
 pub(super) fn fill(bench: &mut Bench) {

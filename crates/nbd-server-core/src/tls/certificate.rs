@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::records::broken;
-use crate::Identity;
+use crate::peer::Identity;
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;

@@ -20,7 +20,7 @@ use std::{
 
 use blkdev::socket;
 
-use crate::{Identity, stream::push};
+use crate::{peer::Identity, stream::push};
 use records::Records;
 pub(crate) use secure::Secure;
 

@@ -17,7 +17,7 @@ use openssl::{
 use ring::{hkdf, hmac};
 
 use super::records::{Agreed, Cipher, Secret, Version, broken};
-use crate::Identity;
+use crate::peer::Identity;
 
 /// What all connections share.
 #[derive(Clone)]
