@@ -25,9 +25,10 @@ use crate::{
     listener::{self, Listener, Obstacle},
     peer::{Party, Peer},
     poll::{Happened, Interest, Poll},
+    received::{Received, STAGING_MIN},
     roster::{View, Views},
     seat::Ticket,
-    stream::{Received, STAGING_MIN, Stream},
+    stream::Stream,
     tls::{Shaking, Tls},
     worker::{Arrival, Handle},
 };

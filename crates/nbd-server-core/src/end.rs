@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use crate::roster::lock;
+use crate::threads::lock;
 
 /// Reports how a [`Server`](crate::Server) ends. Cheap to clone, and valid when the server has gone.
 #[derive(Clone, Debug, Default)]

@@ -1,10 +1,9 @@
 //! [`Roster`]: which exports there are and who serves them, changed as a whole while the server runs.
 
 use std::{
-    fmt, io,
+    io,
     ops::Deref,
-    str::FromStr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering, mpsc},
+    sync::{Arc, Mutex, Weak, atomic::Ordering, mpsc},
     thread::{self, JoinHandle},
 };
 
@@ -12,47 +11,12 @@ use blkdev::{Channel, Device, Plan};
 
 use crate::{
     export::{Export, Exports},
+    removal::Removal,
     seat::{Seat, Ticket},
-    server::await_end,
+    threads::{await_end, lock},
     tls::Tls,
     worker::Handle,
 };
-
-/// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
-/// finds it in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Removal {
-    /// They are served until they leave.
-    #[default]
-    Hide,
-    /// What they have asked for is carried out; whatever they ask from now on is answered with ESHUTDOWN, upon which a
-    /// client has to leave. Who has not after [`Limits::farewell`](crate::Limits::farewell) is cut off.
-    Soft,
-    /// They are cut off at once. What the device has of theirs already it finishes.
-    Hard,
-}
-
-impl FromStr for Removal {
-    type Err = io::Error;
-
-    fn from_str(text: &str) -> io::Result<Self> {
-        let all = [Self::Hide, Self::Soft, Self::Hard];
-        all.into_iter().find(|removal| removal.to_string() == text).ok_or_else(|| {
-            let text = format!("\"{text}\" is none of \"hide\", \"soft\" and \"hard\"");
-            io::Error::new(io::ErrorKind::InvalidInput, text)
-        })
-    }
-}
-
-impl fmt::Display for Removal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Hide => "hide",
-            Self::Soft => "soft",
-            Self::Hard => "hard",
-        })
-    }
-}
 
 /// An export as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -317,9 +281,4 @@ impl State {
         self.closing.extend(self.closers.try_iter());
         self.closing.retain(|thread| !thread.is_finished());
     }
-}
-
-/// What was left behind by a panic is whole: all changes are made at their end.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

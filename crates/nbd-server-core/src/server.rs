@@ -8,7 +8,6 @@ use std::{
         mpsc,
     },
     thread::{self, JoinHandle},
-    time::Duration,
 };
 
 use blkdev::Plan;
@@ -22,7 +21,9 @@ use crate::{
     limits::Limits,
     listener::Listener,
     poll::bell,
-    roster::{Removal, Roster, Status},
+    removal::Removal,
+    roster::{Roster, Status},
+    threads::await_end,
     tls::Tls,
     worker::{self, Handle},
 };
@@ -158,15 +159,5 @@ impl Drop for Server {
         self.threads.drain(..).for_each(|thread| await_end(&thread));
         self.roster.await_closed();
         self.end.stopped();
-    }
-}
-
-/// Waits until a thread has done its work. Not until it is gone: the kernel keeps a thread until the requests are over that it
-/// handed to an io_uring, and a file system that hangs does not end them. The end of the process does.
-pub(crate) fn await_end(thread: &JoinHandle<()>) {
-    let mut pause = Duration::from_micros(10);
-    while !thread.is_finished() {
-        thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
     }
 }

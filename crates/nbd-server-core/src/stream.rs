@@ -5,19 +5,14 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use blkdev::{
-    Buf,
-    socket::{self, Gather},
-};
+use blkdev::{Buf, socket};
 
 use crate::{
     outbox::Outbox,
     peer::Identity,
+    received::{Received, push},
     tls::{Secure, Shaking},
 };
-
-/// Staging that a stream needs at least, bytes.
-pub(crate) const STAGING_MIN: usize = 64 << 10;
 
 /// Bytes not worth a system call so that we are woken but once for them.
 const FEW: usize = 32 << 10;
@@ -31,17 +26,6 @@ pub(crate) struct Stream {
     tls: Option<Box<Secure>>,
     /// Bytes that the socket wakes us at.
     wakes_at: usize,
-}
-
-/// What was received.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Received {
-    /// Bytes where the caller wanted them.
-    pub(crate) landed: usize,
-    /// Bytes at the front of the staging buffer.
-    pub(crate) staged: usize,
-    /// There may be more, of which no event will tell.
-    pub(crate) more: bool,
 }
 
 impl Stream {
@@ -164,22 +148,6 @@ impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-/// Sends what the socket takes now, and tells how many bytes that was.
-pub(crate) fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-    let mut sent = 0;
-    while sent < bytes.len() {
-        let mut list = Gather::new();
-        list.bytes(&bytes[sent..]);
-        match list.send(socket) {
-            Ok(n) => sent += n,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(sent)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd};
 
-use crate::{peer::Identity, stream::Received};
+use crate::{peer::Identity, received::Received};
 
 /// What a server offers. It takes the feature `tls` to make one.
 #[derive(Clone, Debug)]

@@ -20,7 +20,7 @@ use std::{
 
 use blkdev::socket;
 
-use crate::{peer::Identity, stream::push};
+use crate::{peer::Identity, received::push};
 use records::Records;
 pub(crate) use secure::Secure;
 

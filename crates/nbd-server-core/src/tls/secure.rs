@@ -8,7 +8,7 @@ use super::{
     kernel,
     records::{Opened, RECORD_MAX, Records, SEALED_MAX, Version},
 };
-use crate::stream::{Received, STAGING_MIN, push};
+use crate::received::{Received, STAGING_MIN, push};
 
 /// Sealed at a time: enough for few system calls, little enough to stay in the cache, and to be kept for a client whose
 /// socket is full.

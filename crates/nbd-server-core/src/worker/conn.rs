@@ -8,8 +8,9 @@ use crate::{
     lines::{Grant, Part},
     lull::Lull,
     poll::{Interest, Poll},
+    received::Received,
     session::{Session, Stall, TURN},
-    stream::{Received, Stream},
+    stream::Stream,
 };
 
 /// A connection in the transmission phase.

@@ -24,11 +24,11 @@ use crate::{
     lull::Lull,
     pace::Progress,
     poll::{Interest, Poll},
-    roster::Removal,
+    received::STAGING_MIN,
+    removal::Removal,
     seat::Seat,
     session::{Session, Stall},
     spin::Spin,
-    stream::STAGING_MIN,
     turns::{Connections, Fed, Turns},
 };
 

@@ -16,7 +16,7 @@ use nix::sys::eventfd::EventFd;
 use super::lane::LANE;
 use crate::{
     poll::Watch,
-    roster::Removal,
+    removal::Removal,
     seat::{Seat, Ticket},
     stream::Stream,
 };

@@ -7,7 +7,7 @@ use std::{
 
 use blkdev::Channel;
 
-use crate::{roster::Removal, seat::Seat};
+use crate::{removal::Removal, seat::Seat};
 
 /// Tokens of lanes have this bit; those of connections are their numbers.
 pub(super) const LANE: u64 = 1 << 32;
