@@ -431,6 +431,18 @@ impl Drop for Buf {
     }
 }
 
+impl Mapping {
+    /// Divides the memory into `count` arenas of equal size, each with whole pages.
+    ///
+    /// # Panics
+    /// When called twice: every byte has one owner.
+    pub fn arenas(self: &Arc<Self>, count: usize) -> Vec<Arena> {
+        self.divide();
+        let each = self.len() / count.max(1) / PAGE * PAGE;
+        (0..count).map(|n| Arena::new(Arc::clone(self), n * each, each)).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::{fd::AsFd, unix::fs::MetadataExt};

@@ -15,14 +15,15 @@ use std::{
 };
 
 use crate::{
+    ages::{Ages, NEVER, Verdict},
     arena::{Arena, Buf},
     device::{Completion, Device, Info, Op, Queue, Request},
     error::Error,
-    extent::Extent,
     gate::{Gate, Pass},
+    io::{Done, Io},
     job::{Job, Way, margins},
     mem::Mapping,
-    slots::{Ages, Kind, NEVER, Overdue, Slot, Slots, Verdict},
+    slots::{Kind, Overdue, Slot, Slots},
 };
 
 /// How to open channels on a device.
@@ -105,78 +106,6 @@ fn edges_len(info: &Info) -> usize {
 fn zeroes_len(info: &Info) -> usize {
     // A multiple of any block size, and as long as one transfer may be.
     (128 << 10).min(info.transfer_max as usize / info.block_size as usize * info.block_size as usize)
-}
-
-/// What a consumer asks for. Offsets and lengths are bytes and need no alignment; `at` is the first byte.
-#[derive(Debug)]
-pub enum Io {
-    /// Fills `buf`, which [`Channel::alloc`] gave for the same `at`.
-    Read {
-        /// First byte on the device.
-        at: u64,
-        /// As long as the request.
-        buf: Buf,
-    },
-    /// Writes `buf`, which [`Channel::alloc`] gave for the same `at`.
-    Write {
-        /// First byte on the device.
-        at: u64,
-        /// As long as the request.
-        buf: Buf,
-        /// Durable before it is done.
-        fua: bool,
-    },
-    /// Makes a range read as zeroes.
-    Zero {
-        /// First byte on the device.
-        at: u64,
-        /// Length in bytes.
-        len: u64,
-        /// Durable before it is done.
-        fua: bool,
-        /// The space may be given back.
-        unmap: bool,
-        /// Fail with [`Error::NotSupported`] rather than write zeroes one by one.
-        fast: bool,
-    },
-    /// Hints that a range is not needed any more. Only whole blocks inside the range are touched.
-    Discard {
-        /// First byte on the device.
-        at: u64,
-        /// Length in bytes.
-        len: u64,
-        /// What it changed is durable before it is done.
-        fua: bool,
-    },
-    /// Everything that was done before becomes durable.
-    Flush,
-    /// Asks what a range holds. The answer starts at `at`, has no gaps and ends within the range, perhaps before its end.
-    Status {
-        /// First byte on the device.
-        at: u64,
-        /// Length in bytes.
-        len: u64,
-        /// The answer, once done.
-        extents: Vec<Extent>,
-    },
-    /// Hints that a range will be read soon.
-    Prefetch {
-        /// First byte on the device.
-        at: u64,
-        /// Length in bytes.
-        len: u64,
-    },
-}
-
-/// A request that has ended.
-#[derive(Debug)]
-pub struct Done {
-    /// That of [`Channel::submit`].
-    pub tag: u64,
-    /// The request, its buffer included; after an error the buffer may be empty ([`Buf::abandon`]).
-    pub io: Io,
-    /// How it ended.
-    pub result: Result<(), Error>,
 }
 
 /// One queue of a device, with memory and the requests in flight. Has one owner and never blocks.

@@ -2,13 +2,12 @@
 //! at a time, until its range is done.
 
 use crate::{
+    ages::NEVER,
     arena::Buf,
-    channel::{Done, Io},
     device::{Info, Op},
     error::Error,
-    extent,
-    extent::{Extent, ExtentKind},
-    slots::NEVER,
+    extent::{self, Extent, ExtentKind},
+    io::{Done, Io},
 };
 
 /// A request that takes more than one step.

@@ -17,12 +17,14 @@
 //! There is no runtime in here: a queue has a file descriptor that becomes readable ([`Queue::wake_fd`]) and a mode
 //! without one ([`Queue::reap`] in a loop), so epoll, an async runtime, a spin loop or plain threads can drive it.
 
+mod ages;
 mod arena;
 mod channel;
 mod device;
 mod error;
 mod extent;
 mod gate;
+mod io;
 mod job;
 mod mem;
 mod slots;
@@ -35,8 +37,9 @@ pub mod memory;
 pub mod null;
 
 pub use arena::{Arena, Buf, PAGE};
-pub use channel::{Channel, Done, Io, Plan};
+pub use channel::{Channel, Plan};
 pub use device::{Caps, Completion, Device, Info, Op, Queue, Request};
 pub use error::Error;
 pub use extent::{Extent, ExtentKind};
+pub use io::{Done, Io};
 pub use mem::{Iova, Mapping};

@@ -12,8 +12,6 @@ use std::{
     },
 };
 
-use crate::arena::Arena;
-
 /// An address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) makes one, so it always lies in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Iova(u64);
@@ -158,14 +156,12 @@ impl Mapping {
         unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
     }
 
-    /// Divides the memory into `count` arenas of equal size, each with whole pages.
+    /// Claims the memory for arenas.
     ///
     /// # Panics
     /// When called twice: every byte has one owner.
-    pub fn arenas(self: &Arc<Self>, count: usize) -> Vec<Arena> {
+    pub(crate) fn divide(&self) {
         assert!(!self.divided.swap(true, Ordering::Relaxed), "a mapping is divided once");
-        let each = self.len / count.max(1) / crate::PAGE * crate::PAGE;
-        (0..count).map(|n| Arena::new(Arc::clone(self), n * each, each)).collect()
     }
 
     /// First byte. To be used only through raw, volatile or atomic access: others write here.

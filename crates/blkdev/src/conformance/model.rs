@@ -7,10 +7,10 @@ use super::{
     same,
 };
 use crate::{
-    channel::{Done, Io},
     device::Info,
     extent::{Extent, ExtentKind},
     fault::Rng,
+    io::{Done, Io},
     memory::Memory,
 };
 

@@ -9,7 +9,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{
     arena::Buf,
-    channel::{Channel, Done, Io},
+    channel::Channel,
+    io::{Done, Io},
 };
 
 /// How long anything may take before the suite calls it lost.

@@ -14,7 +14,7 @@ use super::{
     rig::{PATIENCE, Rig, readable, wait},
     same,
 };
-use crate::{arena::PAGE, channel::Io, error::Error, extent::Extent, fault::Rng};
+use crate::{arena::PAGE, error::Error, extent::Extent, fault::Rng, io::Io};
 
 /// Noise everywhere, so that whatever is lost, moved or left out shows.
 pub(super) fn fill(bench: &mut Bench) {
