@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::BorrowedFd,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -11,7 +11,6 @@ use std::{
 use blkdev::Mapping;
 use blkdev_vfio::{Bar, PciDevice};
 use blkdev_virtio::{Doorbell, Life, Ring, Transport};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::{
     layout::{Layout, Place},
@@ -373,15 +372,4 @@ impl std::fmt::Debug for Control {
             .field("vectors", &self.vectors)
             .finish_non_exhaustive()
     }
-}
-
-/// An eventfd that nobody waits in.
-pub(crate) fn eventfd() -> io::Result<EventFd> {
-    Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
-}
-
-/// Rings an eventfd of somebody else's.
-pub(crate) fn signal(fd: BorrowedFd<'_>) {
-    // EAGAIN: it is full, and thus readable.
-    let _ = nix::unistd::write(fd.as_fd(), &1u64.to_ne_bytes());
 }

@@ -16,6 +16,7 @@
 //! is noticed while it is open. The device is reset when it is opened and when it is let go of.
 
 mod control;
+mod eventfd;
 mod layout;
 mod watch;
 

@@ -13,7 +13,7 @@ use nix::{
     sys::eventfd::EventFd,
 };
 
-use crate::control::{eventfd, signal};
+use crate::eventfd::{eventfd, signal};
 
 #[derive(Debug)]
 pub(crate) struct Watch {

@@ -9,11 +9,15 @@
 
 mod blk;
 mod config;
+mod core;
+mod layout;
 mod life;
 #[cfg(feature = "model")]
 pub mod model;
 mod notifier;
+mod options;
 mod packed;
+mod queue;
 mod ring;
 mod shared;
 mod slots;
@@ -21,7 +25,8 @@ mod split;
 mod transport;
 mod watch;
 
-pub use blk::{Options, VirtioBlk, WriteCache};
+pub use blk::VirtioBlk;
 pub use life::Life;
 pub use notifier::Notifier;
+pub use options::{Options, WriteCache};
 pub use transport::{Doorbell, Format, Ring, Transport};

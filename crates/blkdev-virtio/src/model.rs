@@ -41,8 +41,8 @@ use virtio_bindings::{
 
 use crate::{
     config::WRITEBACK,
+    layout::reaches,
     life::Life,
-    ring::reaches,
     transport::{Doorbell, Format, Ring, Transport},
 };
 

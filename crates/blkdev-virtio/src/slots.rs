@@ -10,7 +10,7 @@ use blkdev::Iova;
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 
 use crate::{
-    ring::{DESCRIPTOR, Data, HEADER, Layout, Nonsense, Used},
+    layout::{DESCRIPTOR, Data, HEADER, Layout, Nonsense, Used},
     shared::Shared,
 };
 

@@ -15,7 +15,8 @@ use virtio_bindings::virtio_ring::{
 };
 
 use crate::{
-    ring::{Chain, DESCRIPTOR, HEADER, Nonsense, Place, Used, Virtqueue, reaches},
+    layout::{Chain, DESCRIPTOR, HEADER, Nonsense, Place, Used, reaches},
+    ring::Virtqueue,
     slots::Slots,
 };
 

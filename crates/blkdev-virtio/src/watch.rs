@@ -13,7 +13,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use crate::{blk::Core, transport::Transport};
+use crate::{core::Core, transport::Transport};
 
 /// The time between two reads of the configuration, whatever the device says. The last change is always read.
 const PAUSE: Duration = Duration::from_millis(100);

@@ -1,0 +1,203 @@
+//! [`Queue`]: one open queue of a device.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+    time::Instant,
+};
+
+use blkdev::{Completion, Error, Op, Request};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use crate::{
+    config::SECTOR,
+    core::{Core, DRAIN, wait},
+    layout::{Chain, Data, Used},
+    notifier::Notifier,
+    ring::Virtqueue,
+    transport::{Doorbell, Transport},
+};
+
+/// One open queue.
+pub(crate) struct Queue<T: Transport, V: Virtqueue<Request>> {
+    core: Arc<Core<T>>,
+    index: u16,
+    ring: V,
+    bell: T::Doorbell,
+    call: Arc<Notifier>,
+    /// The eventfd may have been written to: since it was last emptied, the queue has been armed.
+    drain_call: bool,
+    /// What ended when it was pushed.
+    ended: Vec<Completion>,
+}
+
+impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
+    pub(crate) fn open(core: &Arc<Core<T>>, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
+        let index = core.claim()?;
+        let (ring, bell, call) = core.start::<V>(index, depth).inspect_err(|_| core.release(index))?;
+        let core = Arc::clone(core);
+        // Whoever had the queue before may have left the eventfd written to.
+        Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new() }))
+    }
+
+    /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
+    /// writes, too, because one that is still under way, in a back end that is only slow, would otherwise put on its disk
+    /// whatever the memory is used for next.
+    #[cold]
+    fn finish(&mut self, done: &mut Vec<Completion>) {
+        done.extend(self.ring.take_all().map(|Request { tag, mut op }| {
+            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
+                buf.abandon();
+            }
+            Completion { tag, op, result: Err(Error::Gone) }
+        }));
+    }
+
+    /// Ends a request that the device is not asked for.
+    #[cold]
+    fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
+        self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
+        Ok(())
+    }
+}
+
+impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
+    #[inline]
+    fn push(&mut self, mut request: Request) -> Result<(), Request> {
+        if self.core.life.is_dead() {
+            return self.refuse(request, Error::Gone);
+        }
+        let sector = |at: u64| at / SECTOR;
+        let (kind, at, data) = match &mut request.op {
+            Op::Read { at, buf } => {
+                if self.core.clear_reads {
+                    buf.zero(0, buf.len());
+                }
+                (VIRTIO_BLK_T_IN, *at, Data::In(buf.iova(), buf.len() as u32))
+            }
+            Op::Write { at, buf, .. } => (VIRTIO_BLK_T_OUT, *at, Data::Out(buf.iova(), buf.len() as u32)),
+            Op::Zero { at, len, unmap } => {
+                let unmap = *unmap && self.core.config.zero_may_unmap;
+                let flags = if unmap { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+                (VIRTIO_BLK_T_WRITE_ZEROES, 0, range(*at, *len, flags))
+            }
+            Op::Discard { at, len } => (VIRTIO_BLK_T_DISCARD, 0, range(*at, *len, 0)),
+            Op::Flush => (VIRTIO_BLK_T_FLUSH, 0, Data::None),
+            // Not among this device's Caps, so never asked for.
+            Op::Status { .. } | Op::Prefetch { .. } => return self.refuse(request, Error::NotSupported),
+        };
+        self.ring.push(&Chain { header: [u64::from(kind), sector(at)], data }, request)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        if self.ring.publish() {
+            self.bell.ring();
+        }
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.ended);
+        if self.core.life.is_dead() {
+            return self.finish(done);
+        }
+        loop {
+            match self.ring.pop() {
+                Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
+                Ok(None) => return,
+                Err(nonsense) => {
+                    self.core.end(&format!("queue {}: {nonsense}; the device is not used any more", self.index));
+                    return self.finish(done);
+                }
+            }
+        }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.call.as_fd())
+    }
+
+    fn arm(&mut self) -> bool {
+        if self.drain_call {
+            self.call.drain();
+            self.drain_call = false;
+        }
+        // After the eventfd was emptied: `Life::end` marks first and writes then.
+        fence(Ordering::SeqCst);
+        if self.core.life.is_dead() {
+            // With nothing to finish there is nothing to wake up for; see `Queue::push` for what comes later.
+            return self.ring.in_flight() == 0 && self.ended.is_empty();
+        }
+        self.drain_call = true;
+        self.ended.is_empty() && self.ring.arm()
+    }
+
+    fn give_up(&mut self) {
+        self.core.end(&format!(
+            "queue {}: given up with {} requests in flight; the device is not used any more",
+            self.index,
+            self.ring.in_flight()
+        ));
+    }
+
+    fn is_dead(&self) -> bool {
+        self.core.life.is_dead()
+    }
+}
+
+/// `struct virtio_blk_discard_write_zeroes` (5.2.6).
+#[inline]
+fn range(at: u64, len: u64, flags: u32) -> Data {
+    Data::Segment([at / SECTOR, (len / SECTOR) | (u64::from(flags) << 32)])
+}
+
+#[inline(always)]
+fn complete(used: Used<Request>, cleared: bool) -> Completion {
+    let Request { tag, op } = used.owner;
+    let result = match u32::from(used.status) {
+        VIRTIO_BLK_S_OK => match &op {
+            // What the device did not write is somebody else's old data.
+            Op::Read { buf, .. } if (used.len as usize) < buf.len() && !cleared => Err(Error::Io),
+            _ => Ok(()),
+        },
+        VIRTIO_BLK_S_UNSUPP => Err(Error::NotSupported),
+        VIRTIO_BLK_S_IOERR => Err(Error::Io),
+        _ => Err(Error::Io),
+    };
+    Completion { tag, op, result }
+}
+
+impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        let deadline = Instant::now() + self.core.info.timeout.map_or(DRAIN, |t| t.min(DRAIN));
+        blkdev::Queue::kick(self);
+        loop {
+            blkdev::Queue::reap(self, &mut done);
+            done.clear();
+            if self.ring.in_flight() == 0 || self.core.life.is_dead() {
+                break;
+            }
+            if blkdev::Queue::arm(self) && !wait(&self.call, &self.core.life, deadline) {
+                blkdev::Queue::give_up(self);
+            }
+        }
+        self.core.life.unwatch(&self.call);
+        if self.core.life.is_dead() {
+            // Its ring memory is not used again either: the queue stays taken.
+            return;
+        }
+        match self.core.stop(self.index, &self.ring) {
+            Ok(()) => self.core.release(self.index),
+            Err(e) => self.core.end(&format!("queue {} could not be stopped: {e}", self.index)),
+        }
+    }
+}
