@@ -34,6 +34,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "blkdev-nvme",
             "blkdev-vdpa",
             "blkdev-vhost-user",
+            "blkdev-virtio",
             "blkdev-virtio-pci",
         ],
     ),

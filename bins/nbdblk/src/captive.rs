@@ -17,13 +17,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{
-    activation,
-    control::{Control, Event},
-    ready::NOTIFY_SOCKET,
-    tls::Security,
-    uri::Address,
-};
+use crate::{activation, control::Control, events::Event, ready::NOTIFY_SOCKET, tls::Security, uri::Address};
 
 /// A command that runs.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use nbd_server_core::Rule;
 use nix::unistd::{Group, User};
 
-use crate::listen::{self, Place};
+use crate::place::{self, Place};
 
 /// Serves block devices as Network Block Devices
 ///
@@ -92,7 +92,7 @@ pub(crate) struct Serve {
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
     ///
     /// Without --allow, or TLS with --tls-verify-peer, whoever can connect can read, and write unless the export is read-only.
-    #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr", value_parser = listen::host)]
+    #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr", value_parser = place::host)]
     pub(crate) ip_addr: Vec<String>,
 
     /// Of a host's addresses, take only those of IPv4

@@ -1,17 +1,21 @@
 //! `nbdblk`: serves block devices as Network Block Devices. Arguments in, an exit status out; the work is in the libraries.
 
 mod activation;
+mod asker;
 mod captive;
 mod cli;
 mod config;
 mod control;
 mod drivers;
+mod events;
 mod exports;
 mod files;
 mod info;
 mod listen;
 mod logger;
 mod parent;
+mod place;
+mod plan;
 mod ready;
 mod reload;
 mod serve;

@@ -22,12 +22,12 @@ use nix::{
 };
 
 use crate::{
+    asker::Asker,
     cli,
     config::File,
-    control::Event,
+    events::Event,
     files::OwnFile,
     listen::{Access, bind_unix, connect_unix},
-    serve::Plan,
 };
 
 /// What a client says.
@@ -41,28 +41,6 @@ const SILENT_MAX: usize = 64;
 
 /// How long `nbdblk reload` waits.
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What became of it: what has changed, or what is wrong with the file.
-pub(crate) type Answer = Result<String, String>;
-
-/// A plan that is served now and what has changed, or why nothing has.
-pub(crate) type Outcome = Result<(Plan, String), String>;
-
-/// A client of the control socket that waits for an [`Answer`].
-#[derive(Debug)]
-pub(crate) struct Asker(UnixStream);
-
-impl Asker {
-    /// Answers. It never waits: what does not fit the socket's buffer is cut off.
-    pub(crate) fn tell(mut self, answer: &Answer) {
-        let text = match answer {
-            Ok(changes) => format!("ok {changes}\n"),
-            Err(error) => format!("error {}\n", error.replace('\n', "; ")),
-        };
-        // A client that has left does not want it.
-        let _ = self.0.write_all(text.as_bytes());
-    }
-}
 
 /// Has a server read its file again.
 pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {

@@ -3,33 +3,32 @@
 //! The main thread only waits for events. What may wait for a file system, or for a reader, has a thread of its own.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::{Arc, Weak, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, ensure};
-use blkdev::Device;
-use nbd_server_core::{Export, Limits, Removal, Server};
+use anyhow::{Context, anyhow};
+use nbd_server_core::{Limits, Server};
 use nix::{
     libc::RLIM_INFINITY,
     sys::resource::{Resource, getrlimit, setrlimit},
 };
 
 use crate::{
+    asker::Asker,
     captive::Captive,
     cli,
-    config::{File, Setting, Source},
-    control::{Control, Event, Phase, within},
-    exports::{self, Wanted},
+    control::{Control, Phase, within},
+    events::{Event, Outcome},
     files,
     listen::Sockets,
     logger, parent,
+    plan::Plan,
     ready::{self, Ready},
-    reload::{self, Asker, Outcome},
-    shortage, single,
+    reload, shortage, single,
     tls::Security,
 };
 
@@ -287,184 +286,5 @@ impl Drop for Lifted {
             // A limit can always be lowered.
             let _ = setrlimit(Resource::RLIMIT_FSIZE, soft, hard);
         }
-    }
-}
-
-/// What is to be served, as the command line or a file has it.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    wanted: Vec<Wanted>,
-    /// One for each of them, once they are open.
-    devices: Vec<Arc<dyn Device>>,
-    file: Option<(Source, Vec<Setting>)>,
-}
-
-impl Plan {
-    fn from_words(args: &cli::Serve) -> anyhow::Result<Self> {
-        ensure!(args.control.is_none(), "--control needs --config: there is no file to read again");
-        let wanted = exports::under(exports::from_words(&args.specs)?, args)?;
-        Ok(Self { wanted, devices: Vec::new(), file: None })
-    }
-
-    /// A file, and the arguments with what it adds to them.
-    fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve)> {
-        let file = File::read(path)?;
-        let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
-        let File { source, settings, exports } = file;
-        let mut plan = Self { wanted: Vec::new(), devices: Vec::new(), file: Some((source, settings)) };
-        plan.wanted = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
-        Ok((plan, args))
-    }
-
-    /// An error with the place of the first setting of that kind, if it stands in the file.
-    fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
-        let Some((source, settings)) = &self.file else { return error };
-        match settings.iter().find(|setting| setting.key.starts_with(kind)) {
-            Some(setting) => source.wrong(setting.at, format!("{error:#}")),
-            None => error,
-        }
-    }
-
-    /// Opens all devices, but those that another plan has open already, under a name that still stands for them.
-    fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
-        for wanted in &self.wanted {
-            let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(wanted))?]));
-            let device = match open.filter(|device| !device.is_replaced()) {
-                Some(device) => Arc::clone(device),
-                None => wanted.open().map_err(|error| match &self.file {
-                    Some((source, _)) => source.wrong(wanted.at, format!("{error:#}")),
-                    None => error,
-                })?,
-            };
-            self.devices.push(device);
-        }
-        Ok(())
-    }
-
-    fn exports(&self) -> Vec<Export> {
-        self.wanted.iter().zip(&self.devices).map(|(wanted, device)| wanted.export(Arc::clone(device))).collect()
-    }
-
-    fn find(&self, test: impl Fn(&Wanted) -> bool) -> Option<usize> {
-        self.wanted.iter().position(test)
-    }
-
-    fn named(&self, name: &str) -> Option<usize> {
-        self.find(|wanted| wanted.name == name)
-    }
-
-    /// Serves what the file says now: all of it, or, when anything is wrong, none. Returns the plan that is served then, and
-    /// what has changed.
-    fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
-        let (mut next, args) = Self::from_file(path)?;
-        let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
-        let open = next.open(Some(self));
-        open.map_err(|error| shortage::advise(error, &args, next.wanted.len()))?;
-        // For an export that changes the newer word counts.
-        let removal = |name: &str| {
-            let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
-            words.map_or(Removal::default(), |wanted| wanted.on_remove)
-        };
-        let server = server.upgrade().context("the server is stopping")?;
-        let replaced = server.replace(next.exports(), security.tls, removal).context("starting the exports");
-        let replaced = replaced.map_err(|error| shortage::advise(error, &args, next.wanted.len()));
-        replaced.with_context(|| path.display().to_string())?;
-        let changes = next.changes_since(self);
-        Ok((next, changes))
-    }
-
-    fn changes_since(&self, old: &Self) -> String {
-        let (mut added, mut reopened, mut updated) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut set, mut later) = (Vec::new(), Vec::new());
-        for (wanted, device) in self.wanted.iter().zip(&self.devices) {
-            let name = format!("{:?}", wanted.name);
-            match old.named(&wanted.name) {
-                None => added.push(name),
-                Some(n) if !Arc::ptr_eq(device, &old.devices[n]) => reopened.push(name),
-                Some(n) if !wanted.has_words_of(&old.wanted[n]) => updated.push(name),
-                Some(_) => {}
-            }
-        }
-        let gone = old.wanted.iter().filter(|wanted| self.named(&wanted.name).is_none());
-        let removed: Vec<_> = gone.map(|wanted| format!("{:?} ({})", wanted.name, wanted.on_remove)).collect();
-        let settings = |plan: &Self, key: &str| {
-            let all = plan.file.iter().flat_map(|(_, settings)| settings);
-            all.filter(|setting| setting.key == key).flat_map(|setting| setting.words.clone()).collect::<Vec<_>>()
-        };
-        for (_, list) in [&self.file, &old.file].into_iter().flatten() {
-            let keys = list.iter().map(|setting| &setting.key);
-            for key in keys.filter(|key| settings(self, key) != settings(old, key)) {
-                let at_once = AT_ONCE.contains(&key.as_str()) || key.starts_with("tls");
-                let keys = if at_once { &mut set } else { &mut later };
-                if !keys.contains(key) {
-                    keys.push(key.clone());
-                }
-            }
-        }
-        let kinds = [
-            ("added", added),
-            ("removed", removed),
-            ("reopened", reopened),
-            ("updated", updated),
-            ("set", set),
-            ("not before the next start", later),
-        ];
-        let said = kinds.into_iter().filter(|(_, names)| !names.is_empty());
-        let said: Vec<_> = said.map(|(kind, names)| format!("{kind}: {}", names.join(", "))).collect();
-        if said.is_empty() { "nothing has changed".into() } else { said.join("; ") }
-    }
-}
-
-/// Settings that take effect with the exports, beside those of TLS.
-const AT_ONCE: &[&str] = &["allow", "read-only"];
-
-#[cfg(test)]
-mod tests {
-    use std::io;
-
-    use blkdev::{Info, Mapping, Queue, memory::Memory};
-
-    use super::*;
-
-    /// A device whose name stands for another one now.
-    struct Replaced(Memory);
-
-    impl Device for Replaced {
-        fn info(&self) -> &Info {
-            self.0.info()
-        }
-
-        fn capacity(&self) -> u64 {
-            self.0.capacity()
-        }
-
-        fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
-            self.0.register(mapping)
-        }
-
-        fn is_replaced(&self) -> bool {
-            true
-        }
-
-        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-            self.0.open_queue(depth)
-        }
-    }
-
-    #[test]
-    fn a_device_whose_name_means_another_is_reopened() {
-        let plan = || Plan {
-            wanted: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
-            devices: Vec::new(),
-            file: None,
-        };
-        let mut old = plan();
-        old.open(None).expect("memory can be opened");
-        old.devices[1] = Arc::new(Replaced(Memory::new(1 << 20)));
-        let mut next = plan();
-        next.open(Some(&old)).expect("memory can be opened");
-        assert!(Arc::ptr_eq(&next.devices[0], &old.devices[0]));
-        assert!(!Arc::ptr_eq(&next.devices[1], &old.devices[1]));
-        assert_eq!(next.changes_since(&old), "reopened: \"b\"");
     }
 }

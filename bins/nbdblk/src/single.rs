@@ -19,7 +19,7 @@ use anyhow::{Context, ensure};
 use nbd_server_core::Listener;
 use nix::unistd::{dup2_stdin, dup2_stdout};
 
-use crate::control::{Control, Event};
+use crate::{control::Control, events::Event};
 
 /// Takes standard input and output as the only client; its end arrives at `control`.
 pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {

@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::{FileExt, OpenOptionsExt},
 };
 
-use blkdev_io_uring::Source;
+use blkdev::Source;
 
 /// How an image of a format starts.
 const MAGICS: &[(usize, &[u8], &str)] = &[

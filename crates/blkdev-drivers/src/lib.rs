@@ -47,10 +47,31 @@
 //! * `max-transfer` and `max-queue-size` are what the device says, not a constant, and never 0.
 //! * Sizes of `memory` and `null` take the suffixes `K` to `E`, and time-outs `ms` and `s`; libblkio has neither.
 //! * What describes libblkio's own calls (segments, alignment of buffers) and zones is absent.
+//!
+//! # Features
+//!
+//! Each driver has a feature of its name: `io-uring`, `vhost-user`, `nvme`, `nvme-io_uring`, `vdpa` and `virtio-pci`, which are on
+//! by default, and `libblkio`, which is not. `memory` and `null` are always there. A driver that is off is not built, and
+//! neither is what it depends on.
 
+#![cfg_attr(
+    not(all(
+        feature = "io-uring",
+        feature = "nvme",
+        feature = "nvme-io_uring",
+        feature = "vdpa",
+        feature = "vhost-user",
+        feature = "virtio-pci"
+    )),
+    allow(dead_code, reason = "what the drivers share is not used by each of them")
+)]
+
+mod common;
 mod driver;
+mod drivers;
 mod error;
 mod fd;
+#[cfg(feature = "io-uring")]
 mod format;
 mod narrow;
 mod property;
@@ -58,8 +79,11 @@ mod settings;
 mod spec;
 mod suggest;
 mod units;
+#[cfg(any(feature = "vhost-user", feature = "vdpa", feature = "virtio-pci"))]
+mod virtio;
 
-pub use driver::{Driver, drivers, find};
+pub use driver::Driver;
+pub use drivers::{drivers, find};
 pub use error::Error;
 pub use fd::inherited;
 pub use property::{Access, Kind, Property, Value};

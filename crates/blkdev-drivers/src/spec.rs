@@ -3,7 +3,7 @@
 use std::{ffi::OsStr, os::unix::ffi::OsStrExt, str::FromStr};
 
 use crate::{
-    driver::{find, meant},
+    drivers::{find, meant},
     error::Error,
     settings::Settings,
 };

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue};
+use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue, Source};
 use blkdev_ring::Ring;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -27,20 +27,12 @@ use crate::{
     status::Helper,
 };
 
-/// Where the file comes from.
-#[derive(Debug)]
-pub enum Source {
-    /// It is opened, for reading and writing unless [`Options::read_only`].
-    Path(PathBuf),
-    /// It is open already, in a mode that decides: a descriptor that was opened for reading only needs
-    /// [`Options::read_only`], and one with `O_DIRECT` is direct. Its file offset is not used, but moves.
-    Fd(OwnedFd),
-}
-
 /// How to open a file or block device.
 #[derive(Debug)]
 pub struct Options {
-    /// The file.
+    /// The file: opened for reading and writing unless [`read_only`](Self::read_only). The mode of one that is open already
+    /// decides: one that was opened for reading only needs `read_only`, and one with `O_DIRECT` is direct. Its file offset
+    /// is not used, but moves.
     pub source: Source,
     /// Past the page cache (`O_DIRECT`). Default: false.
     pub direct: bool,

@@ -58,4 +58,5 @@ mod queue;
 mod status;
 mod sys;
 
-pub use device::{IoUring, Options, Source};
+pub use blkdev::Source;
+pub use device::{IoUring, Options};

@@ -46,7 +46,8 @@ mod uring;
 mod watch;
 mod window;
 
+pub use blkdev::Source;
 pub use blkdev_vfio::Options as VfioOptions;
 pub use controller::{Nvme, Options};
-pub use passthrough::{Passthrough, PassthroughOptions, Source};
+pub use passthrough::{Passthrough, PassthroughOptions};
 pub use target::Target;

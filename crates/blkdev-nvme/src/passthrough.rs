@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{FileTypeExt, MetadataExt},
     },
     path::PathBuf,
@@ -15,22 +15,13 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Completion, Device, Error, Info, Mapping, Op, PAGE, Queue, Request};
+use blkdev::{Completion, Device, Error, Info, Mapping, Op, PAGE, Queue, Request, Source};
 
 use crate::{
     limits::{Disk, Found, Shape, check, invalid, settle, unusable},
     spec::{Controller, Limits, Namespace, RANGES_MAX, Status, cns},
     uring::{self, Ring},
 };
-
-/// Where a namespace's character device comes from.
-#[derive(Debug)]
-pub enum Source {
-    /// It is opened: `/dev/ngXnY`.
-    Path(PathBuf),
-    /// It is open already.
-    Fd(OwnedFd),
-}
 
 /// How to open a namespace's character device.
 #[derive(Debug)]

@@ -30,25 +30,17 @@ use std::{
     time::Duration,
 };
 
+pub use blkdev::Source;
 use blkdev::{Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// Which device it is.
-#[derive(Debug)]
-pub enum Source {
-    /// The character device, `/dev/vhost-vdpa-0`.
-    Path(PathBuf),
-    /// The same, opened for reading and writing by somebody who was allowed to.
-    Fd(OwnedFd),
-}
-
 /// What to open, and how to use it.
 #[derive(Debug)]
 pub struct Options {
-    /// Which device it is.
+    /// The character device, `/dev/vhost-vdpa-0`; one that is open already was opened for reading and writing.
     pub source: Source,
     /// Never write, even if the device would allow it.
     pub read_only: bool,

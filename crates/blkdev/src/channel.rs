@@ -59,7 +59,8 @@ impl Plan {
         // What is set aside ends where a word of the arena's bitmap does, and holds the channel's own buffers as well.
         let aside =
             self.reserve.checked_add(own(info)).and_then(|n| n.checked_next_multiple_of(ASIDE)).ok_or_else(too_much)?;
-        let each = self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::PAGE));
+        let each =
+            self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::arena::PAGE));
         let each = each.and_then(|n| n.checked_add(aside)).ok_or_else(too_much)?;
         let len = each.checked_mul(count).ok_or_else(too_much)?;
         let mapping = if device.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
@@ -86,11 +87,11 @@ impl Drop for Registered {
 }
 
 /// What is set aside is a multiple of this.
-const ASIDE: usize = 64 * crate::PAGE;
+const ASIDE: usize = 64 * crate::arena::PAGE;
 
 /// Memory for the channel's own buffers.
 fn own(info: &Info) -> usize {
-    zeroes_len(info).next_multiple_of(crate::PAGE) + edges_len(info)
+    zeroes_len(info).next_multiple_of(crate::arena::PAGE) + edges_len(info)
 }
 
 /// What the longest request takes beyond its length.
@@ -100,7 +101,7 @@ fn margins_max(info: &Info) -> usize {
 
 /// Two blocks: those that an unaligned request covers in part.
 fn edges_len(info: &Info) -> usize {
-    (2 * info.block_size as usize).next_multiple_of(crate::PAGE)
+    (2 * info.block_size as usize).next_multiple_of(crate::arena::PAGE)
 }
 
 fn zeroes_len(info: &Info) -> usize {
@@ -167,7 +168,7 @@ impl Channel {
             "block size is a power of two up to 64 KiB"
         );
         assert!(
-            info.transfer_max as usize >= crate::PAGE.max(info.block_size as usize),
+            info.transfer_max as usize >= crate::arena::PAGE.max(info.block_size as usize),
             "a page or a block can be moved"
         );
         let reserved =

@@ -190,7 +190,7 @@ pub struct Info {
     pub block_size: u32,
     /// Offsets and lengths that are multiples of this are fast: a power of two, at least 512 bytes.
     pub preferred_block_size: u32,
-    /// The longest `Read` or `Write`, in bytes: at least [`PAGE`](crate::PAGE) and a multiple of `block_size`.
+    /// The longest `Read` or `Write`, in bytes: at least [`PAGE`](crate::arena::PAGE) and a multiple of `block_size`.
     pub transfer_max: u32,
     /// The longest `Zero`, in bytes: a multiple of `block_size`, or `u64::MAX`.
     pub zero_max: u64,

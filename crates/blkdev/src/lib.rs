@@ -29,6 +29,7 @@ mod job;
 mod mem;
 mod slots;
 pub mod socket;
+mod source;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -43,3 +44,4 @@ pub use error::Error;
 pub use extent::{Extent, ExtentKind};
 pub use io::{Done, Io};
 pub use mem::{Iova, Mapping};
+pub use source::Source;

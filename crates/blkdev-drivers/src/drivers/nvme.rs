@@ -1,0 +1,57 @@
+//! NVMe controllers over VFIO.
+
+use std::sync::Arc;
+
+use crate::{
+    common::{
+        NUM_POLL_QUEUES, NUM_QUEUES, READ_ONLY, REQUEST_TIMEOUT, can_add_queues, may_pin_mem_regions,
+        needs_mem_regions, nvme_queue_size, u16_of,
+    },
+    driver::Driver,
+    property::{Kind, Property, Value},
+};
+
+pub(crate) const DRIVER: Driver = Driver {
+    name: "nvme",
+    aliases: &[],
+    about: "an NVMe controller of its own, over VFIO: nvme=ADDRESS[/NSID]",
+    value: "path",
+    open_ended: false,
+    own: &[
+        Property::created(
+            "path",
+            Kind::Str,
+            Some(""),
+            "the controller's PCI address or its path in sysfs, and perhaps /NSID: 0000:01:00.0/1",
+        ),
+        READ_ONLY,
+        Property::created("no-iommu", Kind::Bool, Some("false"), "does without an IOMMU where there is none: UNSAFE"),
+        NUM_QUEUES,
+        NUM_POLL_QUEUES,
+        Property::connected("queue-size", Kind::I32, Some("256"), "places in one queue, 2 to 1024")
+            .checked(nvme_queue_size),
+        REQUEST_TIMEOUT,
+        Property::constant("driver", Kind::Str, "nvme", "the driver's name; libblkio has none like it"),
+        Property::told(
+            "max-queue-size",
+            Kind::I32,
+            |device| Value::I32(i32::from(device.info().depth_max) + 1),
+            "the largest queue-size",
+        ),
+        can_add_queues("true"),
+        needs_mem_regions("true"),
+        may_pin_mem_regions("true"),
+    ],
+    open: |settings| {
+        let target = settings.needed("path")?.parse()?;
+        let how = blkdev_nvme::VfioOptions { no_iommu: settings.bool("no-iommu") };
+        let options = blkdev_nvme::Options {
+            nsid: None,
+            read_only: settings.bool("read-only"),
+            queues: u16_of(settings, "num-queues"),
+            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+            timeout: Some(settings.time("request-timeout")),
+        };
+        Ok(Arc::new(blkdev_nvme::Nvme::open_vfio(&target, &how, &options)?))
+    },
+};

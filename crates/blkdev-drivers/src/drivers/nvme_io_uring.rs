@@ -1,0 +1,52 @@
+//! NVMe namespaces through io_uring passthrough.
+
+use std::sync::Arc;
+
+use crate::{
+    common::{
+        DRIVER_ABOUT, NUM_POLL_QUEUES, NUM_QUEUES, PATH, READ_ONLY, REQUEST_TIMEOUT, can_add_queues,
+        may_pin_mem_regions, needs_mem_regions, num_entries, source, u16_of,
+    },
+    driver::Driver,
+    narrow::narrow,
+    property::{Kind, Property},
+};
+
+pub(crate) const DRIVER: Driver = Driver {
+    name: "nvme-io_uring",
+    aliases: &[],
+    about: "an NVMe namespace past the kernel's block layer: /dev/ngXnY",
+    value: "path",
+    open_ended: false,
+    own: &[
+        Property { about: "the namespace's character device, /dev/ngXnY", ..PATH },
+        Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+        READ_ONLY,
+        NUM_QUEUES,
+        NUM_POLL_QUEUES,
+        Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
+            .checked(num_entries),
+        Property::created(
+            "polled",
+            Kind::Bool,
+            Some("false"),
+            "polls for completions, which keeps a processor busy; the kernel needs nvme.poll_queues for it",
+        ),
+        REQUEST_TIMEOUT,
+        Property::constant("driver", Kind::Str, "nvme-io_uring", DRIVER_ABOUT),
+        can_add_queues("true"),
+        needs_mem_regions("false"),
+        may_pin_mem_regions("false"),
+    ],
+    open: |settings| {
+        let source = source(settings)?;
+        let options = blkdev_nvme::PassthroughOptions {
+            source,
+            read_only: settings.bool("read-only"),
+            entries: u16_of(settings, "num-entries").expect("num-entries has a default"),
+            polled: settings.bool("polled"),
+            timeout: Some(settings.time("request-timeout")),
+        };
+        narrow(Arc::new(blkdev_nvme::Passthrough::open(options)?), u16_of(settings, "num-queues"))
+    },
+};

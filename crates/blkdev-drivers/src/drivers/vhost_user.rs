@@ -1,0 +1,63 @@
+//! Vhost-user-blk servers.
+
+use std::sync::Arc;
+
+use crate::{
+    common::{
+        DRIVER_ABOUT, MAX_QUEUE_SIZE, NUM_POLL_QUEUES, NUM_QUEUES, PATH, QUEUE_SIZE, READ_ONLY, REQUEST_TIMEOUT, RING,
+        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, some_time, u16_of,
+    },
+    driver::Driver,
+    property::{Kind, Property},
+    virtio::{ring, write_cache},
+};
+
+pub(crate) const DRIVER: Driver = Driver {
+    name: "vhost-user",
+    aliases: &["virtio-blk-vhost-user"],
+    about: "a vhost-user-blk server, such as qemu-storage-daemon or SPDK",
+    value: "path",
+    open_ended: false,
+    own: &[
+        Property { about: "the socket that the server listens on", ..PATH },
+        READ_ONLY,
+        NUM_QUEUES,
+        NUM_POLL_QUEUES,
+        QUEUE_SIZE,
+        RING,
+        WRITE_CACHE,
+        Property::created(
+            "connect-timeout",
+            Kind::Time,
+            Some("5s"),
+            "how long the server may take to answer when the device is opened",
+        )
+        .checked(some_time),
+        REQUEST_TIMEOUT,
+        Property::created(
+            "huge-pages",
+            Kind::Bool,
+            Some("false"),
+            "uses reserved huge pages for the memory shared with the server, which is trusted not to punch holes in it",
+        ),
+        Property::constant("driver", Kind::Str, "virtio-blk-vhost-user", DRIVER_ABOUT),
+        MAX_QUEUE_SIZE,
+        can_add_queues("false"),
+        needs_mem_regions("true"),
+        may_pin_mem_regions("true"),
+    ],
+    open: |settings| {
+        let options = blkdev_vhost_user::Options {
+            path: settings.path("path").ok_or_else(|| settings.missing("path"))?,
+            read_only: settings.bool("read-only"),
+            num_queues: u16_of(settings, "num-queues"),
+            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+            connect_timeout: settings.time("connect-timeout"),
+            request_timeout: settings.time("request-timeout"),
+            ring: ring(settings),
+            write_cache: write_cache(settings),
+            huge_pages: settings.bool("huge-pages"),
+        };
+        Ok(Arc::new(blkdev_vhost_user::VhostUser::connect(&options)?))
+    },
+};

@@ -1,0 +1,56 @@
+//! Virtio-blk PCI devices over VFIO.
+
+use std::sync::Arc;
+
+use crate::{
+    common::{
+        DRIVER_ABOUT, MAX_QUEUE_SIZE, NUM_POLL_QUEUES, NUM_QUEUES, QUEUE_SIZE, READ_ONLY, REQUEST_TIMEOUT, RING,
+        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, num_vectors, u16_of,
+    },
+    driver::Driver,
+    property::{Kind, Property},
+    virtio::{ring, write_cache},
+};
+
+pub(crate) const DRIVER: Driver = Driver {
+    name: "virtio-pci",
+    aliases: &["virtio-blk-vfio-pci"],
+    about: "a virtio-blk PCI device, over VFIO",
+    value: "path",
+    open_ended: false,
+    own: &[
+        Property::created("path", Kind::Str, Some(""), "the device's PCI address or its path in sysfs"),
+        READ_ONLY,
+        NUM_QUEUES,
+        NUM_POLL_QUEUES,
+        QUEUE_SIZE,
+        RING,
+        WRITE_CACHE,
+        REQUEST_TIMEOUT,
+        Property::connected(
+            "num-vectors",
+            Kind::I32,
+            Some("65535"),
+            "interrupt vectors to use, at most; with too few for one each, queues share one",
+        )
+        .checked(num_vectors),
+        Property::constant("driver", Kind::Str, "virtio-blk-vfio-pci", DRIVER_ABOUT),
+        MAX_QUEUE_SIZE,
+        can_add_queues("false"),
+        needs_mem_regions("true"),
+        may_pin_mem_regions("true"),
+    ],
+    open: |settings| {
+        let options = blkdev_virtio_pci::Options {
+            address: settings.needed("path")?,
+            read_only: settings.bool("read-only"),
+            num_queues: u16_of(settings, "num-queues"),
+            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
+            ring: ring(settings),
+            write_cache: write_cache(settings),
+            vectors: u16_of(settings, "num-vectors").expect("num-vectors has a default"),
+            request_timeout: settings.time("request-timeout"),
+        };
+        Ok(Arc::new(blkdev_virtio_pci::VirtioPci::open(&options)?))
+    },
+};
