@@ -11,12 +11,11 @@ use crate::place::{self, Place};
 
 /// Serves block devices as Network Block Devices
 ///
-/// The device is opened once and shared by all clients; a device that cannot be opened is an error before anything
-/// listens.
+/// nbdblk opens each device once, and all clients share it. If it cannot open one, it fails before it listens.
 #[derive(Debug, Parser)]
 #[command(name = "nbdblk", version, disable_version_flag = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
-    /// Log more: -v what is opened and who connects, -vv details
+    /// Log more: -v devices and connections, -vv details
     #[arg(short, long, global = true, action = ArgAction::Count, display_order = 900)]
     pub(crate) verbose: u8,
 
@@ -30,9 +29,9 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Serve devices until a signal comes or the command of --run ends
+    /// Serve devices until a signal or the end of the command of --run
     Serve(Box<Serve>),
-    /// Have a server read its file again
+    /// Make a server read its file again
     Reload(Reload),
     /// Open a device and print its size, limits, capabilities and properties
     Info(Info),
@@ -40,23 +39,23 @@ pub(crate) enum Command {
     Drivers(Drivers),
 }
 
-/// Serve devices until a signal comes or the command of --run ends
+/// Serve devices until a signal or the end of the command of --run
 ///
-/// Several devices can be served, each under its name. The first one is also the default export: clients that ask for
-/// the empty name get it.
+/// Each device is served under its name. The first one is also the default export, which has the empty name.
 #[derive(Args, Debug)]
 #[command(after_help = SERVE_EXAMPLES)]
 pub(crate) struct Serve {
     /// What to serve: [NAME:]DRIVER=VALUE[,PROPERTY=VALUE]...
     ///
-    /// NAME is the export's name, and ends at a colon before the first "=". Write ",," for a comma in a value. "nbdblk
-    /// drivers" lists the drivers, "nbdblk drivers NAME" their properties.
+    /// NAME is the name of the export; it ends at a colon before the first "=". Write ",," for a comma in a value. "nbdblk
+    /// drivers" lists the drivers, "nbdblk drivers NAME" the properties of one.
     #[arg(value_name = "EXPORT", required_unless_present = "config")]
     pub(crate) specs: Vec<OsString>,
 
-    /// Read the exports, and options by their long names, from a TOML file
+    /// Read exports, and options by their long names, from a TOML file
     ///
-    /// SIGHUP and "nbdblk reload" have it read again. A file with a mistake is refused as a whole, with line and column.
+    /// SIGHUP and "nbdblk reload" make the server read it again. If it has an error, the server reports line and column and
+    /// changes nothing.
     #[arg(long, value_name = "FILE", conflicts_with = "specs")]
     pub(crate) config: Option<PathBuf>,
 
@@ -64,20 +63,20 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
 
-    /// Listen on a Unix domain socket; "-": on a private one, for --run. May be repeated
+    /// Listen on a Unix domain socket; "-": a private one, for --run. May be repeated
     ///
-    /// A socket that no server listens on any more is replaced. The socket is removed at the end. "@NAME" is one in the
-    /// abstract namespace, without a file.
+    /// A stale socket, on which no server listens, is replaced. The server removes the socket at exit. "@NAME" is a socket in
+    /// the abstract namespace, without a file.
     #[arg(short = 'U', long, value_name = "PATH")]
     pub(crate) unix: Vec<PathBuf>,
 
-    /// Permissions of the sockets of -U, octal, such as 0660 [default: what the umask leaves of 0777]
+    /// Permissions of the sockets of -U, octal, such as 0660 [default: 0777 without the bits of the umask]
     ///
-    /// A client needs write permission to connect. Owner, group and permissions are set before any client can.
+    /// A client needs write permission to connect. Owner, group and permissions are set before a client can connect.
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub(crate) socket_mode: Option<u32>,
 
-    /// Owner of the sockets of -U, a name or a number; only root can give them away
+    /// Owner of the sockets of -U, a name or a number; needs root
     #[arg(long, value_name = "USER", value_parser = user)]
     pub(crate) socket_owner: Option<u32>,
 
@@ -85,95 +84,95 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "GROUP", value_parser = group)]
     pub(crate) socket_group: Option<u32>,
 
-    /// Listen on a TCP port; 0: on a free one [default: 10809, when there is no -U]
+    /// Listen on a TCP port; 0: a free port [default: 10809, without -U]
     #[arg(short, long)]
     pub(crate) port: Option<u16>,
 
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
     ///
-    /// Without --allow, or TLS with --tls-verify-peer, whoever can connect can read, and write unless the export is read-only.
+    /// Without --allow, or TLS with --tls-verify-peer, every client that can connect can read the exports, and write to those
+    /// that are not read-only.
     #[arg(short, long, value_name = "ADDRESS", visible_alias = "bind", alias = "ipaddr", value_parser = place::host)]
     pub(crate) ip_addr: Vec<String>,
 
-    /// Of a host's addresses, take only those of IPv4
+    /// Use only the IPv4 addresses of a host
     #[arg(short = '4', long, conflicts_with = "ipv6_only")]
     pub(crate) ipv4_only: bool,
 
-    /// Of a host's addresses, take only those of IPv6
+    /// Use only the IPv6 addresses of a host
     #[arg(short = '6', long)]
     pub(crate) ipv6_only: bool,
 
-    /// Listen for virtual machines or for the host, on a port of vsock [default: that of --port, which is not TCP's then]
+    /// Listen on a vsock port [default: the number of --port, which then does not listen on TCP]
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true)]
     pub(crate) vsock: Option<Option<u32>>,
 
     /// Listen at a place: unix:PATH, tcp:PORT, tcp:HOST:PORT, tcp:[IPV6]:PORT or vsock:PORT. May be repeated
     ///
-    /// All ways to listen can be mixed. Sockets that systemd passes (socket activation: LISTEN_FDS) are used as they are,
-    /// and then no other can be asked for.
+    /// All options to listen can be combined. With sockets from systemd (socket activation, LISTEN_FDS), no other can be given.
     #[arg(short, long, value_name = "PLACE")]
     pub(crate) listen: Vec<Place>,
 
-    /// Serve one client on standard input and output, and stop when it leaves
+    /// Serve one client on standard input and output, and exit when it disconnects
     #[arg(short, long, visible_alias = "stdin", conflicts_with_all = ["unix", "port", "ip_addr", "ipv4_only", "ipv6_only", "vsock", "listen", "run", "print_uri", "socket_mode", "socket_owner", "socket_group"])]
     pub(crate) single: bool,
 
-    /// Who may open an export: [NAME:]KIND=VALUE, without NAME for all of them. May be repeated
+    /// Clients that may open an export: [NAME:]KIND=VALUE, without NAME for all exports. May be repeated
     ///
-    /// An export with rules is open to whoever meets at least one of them; to others it is as if it were not there. KIND
-    /// is one of ip (ADDRESS or ADDRESS/BITS: TCP clients), uid and gid (effective user and group: clients on a Unix domain
-    /// socket), cid (clients on vsock), dn (subject of the client's certificate), san (another name in it, such as
-    /// DNS:host.example) and psk (user of a pre-shared key).
+    /// A client must match at least one rule of the export; other clients cannot see it. KIND is one of ip (ADDRESS or
+    /// ADDRESS/BITS: TCP clients), uid and gid (effective user and group: clients on a Unix domain socket), cid (clients on
+    /// vsock), dn (subject of the client's certificate), san (another name in it, such as DNS:host.example) and psk (user of
+    /// a pre-shared key).
     #[arg(long, value_name = "RULE", value_parser = allowed)]
     pub(crate) allow: Vec<(Option<String>, Rule)>,
 
-    /// Connections at the same time; more are closed [default: 4096]
+    /// Most connections at a time; more are closed [default: 4096]
     #[arg(long, value_name = "N")]
     pub(crate) connections: Option<NonZeroUsize>,
 
-    /// How long a client may take to choose an export [default: 10s]
+    /// Longest handshake of a client [default: 10s]
     #[arg(long, value_name = "TIME", aliases = ["timeout", "time-out"], value_parser = timeout)]
     pub(crate) handshake_timeout: Option<Duration>,
 
-    /// Refuse clients that do not ask for block sizes, where blocks are larger than a byte
+    /// Refuse clients that do not ask for block sizes, if blocks are larger than a byte
     ///
-    /// Without it they are served: a part of a block is read, merged and written back. The Linux kernel never asks.
+    /// By default the server reads, merges and writes back the blocks of an unaligned write. The Linux kernel never asks.
     #[arg(long)]
     pub(crate) block_size_required: bool,
 
     #[command(flatten)]
     pub(crate) tls: Tls,
 
-    /// Refuse writes, and open the devices for reading only
+    /// Refuse writes, and open the devices read-only
     #[arg(short, long, visible_alias = "readonly")]
     pub(crate) read_only: bool,
 
-    /// Print the URIs on stdout, one a line, when the devices are open and the sockets listen; the default export's first
+    /// Print the URIs on stdout, one per line, once the server is ready; that of the default export first
     #[arg(long, aliases = ["print-url", "show-uri", "show-url"])]
     pub(crate) print_uri: bool,
 
-    /// Write the process id into this file when the server is ready, and remove it at the end
+    /// Write the process ID to this file once the server is ready, and remove the file at exit
     #[arg(short = 'P', long, value_name = "PATH", alias = "pid-file")]
     pub(crate) pidfile: Option<PathBuf>,
 
-    /// Write a newline to this inherited file descriptor when the server is ready, and close it
+    /// Write a newline to this inherited file descriptor once the server is ready, and close it
     ///
-    /// Where systemd asks for it (Type=notify, NOTIFY_SOCKET), it is told as well.
+    /// The server also notifies systemd (Type=notify, NOTIFY_SOCKET).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
     pub(crate) ready_fd: Option<i32>,
 
-    /// Stop when the process that started this one has ended
+    /// Exit when the parent process ends
     #[arg(long)]
     pub(crate) exit_with_parent: bool,
 
-    /// Do not go into the background, which nbdblk never does
+    /// Stay in the foreground; nbdblk always does
     #[arg(short, long, alias = "no-fork", hide = true)]
     foreground: bool,
 
-    /// Run a shell command and stop when it ends, with its exit status; implies "-U -" without another socket
+    /// Run a shell command, and exit with its status when it ends; implies "-U -" without another socket
     ///
-    /// The command finds $uri, $unixsocket, $port, $exportname and $nbd (the same as $uri) in its environment. SIGINT and
-    /// SIGQUIT are left to it, SIGTERM is passed on to it.
+    /// The environment of the command has $uri, $unixsocket, $port, $exportname and $nbd (the same as $uri). The server leaves
+    /// SIGINT and SIGQUIT to the command, and passes SIGTERM on.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) run: Option<OsString>,
 
@@ -181,17 +180,16 @@ pub(crate) struct Serve {
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<usize>,
 
-    /// Memory for payload, for each export and worker [default: 64M]
+    /// Payload memory for each export and worker [default: 64M]
     ///
-    /// It bounds what clients can make the server hold, and how long a request may be (up to 32M).
+    /// It bounds the memory that clients can make the server use, and the length of a request (up to 32M).
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
 
-    /// For how long workers look for more to do before they sleep, in microseconds [default: 100]
+    /// Longest busy-poll before a worker sleeps, in microseconds (adaptive; 0: never) [default: 100]
     ///
-    /// At most: they do so while it pays, that is for devices that answer within that time, and for clients which have few
-    /// requests at a time but the next one within it. These are served without the time that waking up takes. An idle server
-    /// sleeps, and other programs come first. 0: never.
+    /// A worker busy-polls when it expects the next event within that time: from a fast device, or from a client with few
+    /// requests in flight. This saves the time to wake up. An idle server sleeps, and other programs run first.
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     pub(crate) poll: Option<u32>,
 }
@@ -224,14 +222,14 @@ impl Serve {
     }
 }
 
-/// Have a server read its file again
+/// Make a server read its file again
 ///
-/// Prints what has changed. When the file has a mistake, or a device of it cannot be opened, that is said, the status is 1,
-/// and the server goes on as it was.
+/// Prints the changes. If the file has an error, or a device cannot be opened, prints the reason and exits with status 1; the
+/// server changes nothing.
 #[derive(Args, Debug)]
 #[group(required = true, args = ["file", "control"])]
 pub(crate) struct Reload {
-    /// The file of "nbdblk serve --config", in which the control socket is named
+    /// The file of "nbdblk serve --config", which names the control socket
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
@@ -239,32 +237,32 @@ pub(crate) struct Reload {
     #[arg(long, value_name = "PATH", conflicts_with = "file")]
     pub(crate) control: Option<PathBuf>,
 
-    /// How long to wait for the server's answer [default: 60s]
+    /// Longest wait for the server [default: 60s]
     #[arg(long, value_name = "TIME", value_parser = timeout)]
     pub(crate) timeout: Option<Duration>,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Tls {
-    /// Whether clients may use TLS (on), or must (require) [default: on with --tls-certificates or --tls-psk, or else off]
+    /// Offer TLS (on), or refuse clients without it (require) [default: on with --tls-certificates or --tls-psk, else off]
     #[arg(long = "tls", value_name = "MODE")]
     pub(crate) mode: Option<TlsMode>,
 
-    /// Directory of server-cert.pem and server-key.pem, and of ca-cert.pem and ca-crl.pem for clients' certificates
+    /// Directory of server-cert.pem and server-key.pem, and of ca-cert.pem and ca-crl.pem for client certificates
     ///
-    /// [default: the first there is of ~/.pki/nbdkit, ~/.config/pki/nbdkit and /etc/pki/nbdkit]
+    /// [default: the first that exists of ~/.pki/nbdkit, ~/.config/pki/nbdkit and /etc/pki/nbdkit]
     #[arg(long = "tls-certificates", value_name = "DIR")]
     pub(crate) certificates: Option<PathBuf>,
 
-    /// Refuse clients without a certificate that ca-cert.pem vouches for
+    /// Refuse clients without a certificate signed by ca-cert.pem
     #[arg(long = "tls-verify-peer")]
     pub(crate) verify_peer: bool,
 
-    /// File of users and their pre-shared keys, USER:HEX a line, as psktool makes it: TLS without certificates
+    /// File of pre-shared keys, for TLS without certificates: USER:HEX per line, as psktool writes it
     #[arg(long = "tls-psk", value_name = "FILE", conflicts_with_all = ["certificates", "verify_peer"])]
     pub(crate) psk: Option<PathBuf>,
 
-    /// Serve this export under TLS only, where --tls=on lets others do without. May be repeated
+    /// Serve this export only over TLS, even with --tls=on. May be repeated
     #[arg(long = "tls-only", value_name = "NAME")]
     pub(crate) only: Vec<String>,
 }
