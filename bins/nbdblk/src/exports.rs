@@ -112,14 +112,14 @@ impl Wanted {
     /// The export, once its device is open.
     pub(crate) fn export(&self, device: Arc<dyn Device>) -> Export {
         let info = device.info();
-        Export {
-            name: self.name.clone(),
-            description: self.description.clone().unwrap_or_else(|| info.driver.to_owned()),
-            read_only: self.read_only || info.caps.read_only,
-            access: Access(self.rules.clone()),
-            tls_only: self.tls_only,
-            block_size_required: self.block_size_required,
-            device,
-        }
+        let description = self.description.clone().unwrap_or_else(|| info.driver.to_owned());
+        let read_only = self.read_only || info.caps.read_only;
+        let mut export = Export::new(&self.name, device);
+        export.description = description;
+        export.read_only = read_only;
+        export.access = Access(self.rules.clone());
+        export.tls_only = self.tls_only;
+        export.block_size_required = self.block_size_required;
+        export
     }
 }

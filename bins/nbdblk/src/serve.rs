@@ -51,6 +51,23 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     serve(plan, &args).map_err(|error| shortage::advise(error, &args, exports))
 }
 
+/// The limits that the options set.
+fn limits(args: &cli::Serve) -> Limits {
+    let mut limits = Limits::default();
+    limits.workers = args.threads.unwrap_or(limits.workers);
+    limits.memory = args.memory.unwrap_or(limits.memory);
+    limits.connections = match args.connections {
+        // No further client can connect.
+        _ if args.single => 1,
+        Some(connections) => connections.get(),
+        None => limits.connections,
+    };
+    limits.block_size_required = args.block_size_required;
+    limits.handshake_timeout = args.handshake_timeout.unwrap_or(limits.handshake_timeout);
+    limits.poll = args.poll.map_or(limits.poll, |us| Duration::from_micros(us.into()));
+    limits
+}
+
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args)?;
     Sockets::check(args, passed.is_some())?;
@@ -73,21 +90,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     };
     let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
 
-    let defaults = Limits::default();
-    let limits = Limits {
-        workers: args.threads.unwrap_or(defaults.workers),
-        memory: args.memory.unwrap_or(defaults.memory),
-        connections: match args.connections {
-            // No further client can connect.
-            _ if args.single => 1,
-            Some(connections) => connections.get(),
-            None => defaults.connections,
-        },
-        block_size_required: args.block_size_required,
-        handshake_timeout: args.handshake_timeout.unwrap_or(defaults.handshake_timeout),
-        poll: args.poll.map_or(defaults.poll, |us| Duration::from_micros(us.into())),
-        ..defaults
-    };
+    let limits = limits(args);
     let lifted = Lifted::file_size();
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;

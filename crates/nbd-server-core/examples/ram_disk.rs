@@ -3,20 +3,12 @@
 use std::{os::unix::net::UnixListener, sync::Arc, thread};
 
 use blkdev::memory::Memory;
-use nbd_server_core::{Access, Export, Limits, Server};
+use nbd_server_core::{Export, Limits, Server};
 
 fn main() -> std::io::Result<()> {
     let path = std::env::args().nth(1).unwrap_or_else(|| "nbd.sock".into());
     let device = Arc::new(Memory::new(1 << 30));
-    let export = Export {
-        name: String::new(),
-        description: "a RAM disk".into(),
-        device,
-        read_only: false,
-        access: Access::default(),
-        tls_only: false,
-        block_size_required: false,
-    };
+    let export = Export::new("", device);
     let _server = Server::start(vec![export], vec![UnixListener::bind(&path)?.into()], None, Limits::default())?;
     println!("nbd+unix:///?socket={path}");
     loop {

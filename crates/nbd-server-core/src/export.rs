@@ -9,8 +9,9 @@ use nbd_proto::{
     wire::{BASE_ALLOCATION, Rep, TransmissionFlags as Flag},
 };
 
-/// A device that clients may ask for by name.
+/// A device that clients may open by name.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Export {
     /// At most 4096 bytes; may be empty.
     pub name: String,
@@ -30,6 +31,19 @@ pub struct Export {
 }
 
 impl Export {
+    /// An export that every client may open, for reading and writing. Its fields change that.
+    pub fn new(name: impl Into<String>, device: Arc<dyn Device>) -> Self {
+        Self {
+            name: name.into(),
+            description: String::new(),
+            device,
+            read_only: false,
+            access: Access::default(),
+            tls_only: false,
+            block_size_required: false,
+        }
+    }
+
     /// What the handshake reports about it. Asks the device nothing that takes more than a moment.
     fn told(&self, payload_max: u32, multi_conn: bool) -> nbd_proto::Export {
         // A device that does not report a change of its size must be asked, or a new client would get the old one.

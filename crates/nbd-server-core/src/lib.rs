@@ -11,9 +11,27 @@
 //!   requests, completions become replies. It can be driven by any loop, and simulated.
 //! - [`Server`] is the loop: it accepts, shakes hands, and moves each connection to a worker that owns a queue of its export.
 //!
-//! A device is opened once, before it is served, and shared by all connections. Exports come, change and go while the server
-//! runs ([`Server::add`], [`Server::remove`], [`Server::replace`]), which the clients of others do not notice. Payload
-//! memory is bounded by [`Limits::memory`] for each worker and export: what does not fit waits in the socket.
+//! - [`Turns`] is the policy of a worker: it decides which connection has the next turn and which gets memory, in [`Lines`]. It
+//!   knows no socket and no clock either.
+//!
+//! A minimal server:
+//!
+//! ```no_run
+//! # fn main() -> std::io::Result<()> {
+//! use std::{net::TcpListener, sync::Arc};
+//!
+//! use nbd_server_core::{Export, Limits, Server};
+//!
+//! let device = Arc::new(blkdev::memory::Memory::new(1 << 30));
+//! let listener = TcpListener::bind("127.0.0.1:10809")?;
+//! let server = Server::start(vec![Export::new("", device)], vec![listener.into()], None, Limits::default())?;
+//! Err(server.wait())
+//! # }
+//! ```
+//!
+//! The caller opens a device once; all connections share it. Exports can be added, changed and removed while the server runs
+//! ([`Server::add`], [`Server::remove`], [`Server::replace`]); clients of other exports do not notice. Payload memory is
+//! bounded by [`Limits::memory`] for each worker and export. A request that does not fit waits in the socket.
 #![forbid(unsafe_code)]
 
 mod access;

@@ -4,6 +4,7 @@ use std::{thread, time::Duration};
 
 /// What bounds the server.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Limits {
     /// Threads that move data; a device with fewer queues is served by as many.
     pub workers: usize,

@@ -22,7 +22,7 @@ use nbd_proto::{
     client::{self, Chunk, Course, Decoder, Encoder, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
-use nbd_server_core::{Access, Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Stall, Turns};
+use nbd_server_core::{Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Stall, Turns};
 
 #[test]
 fn orderly_devices() {
@@ -136,15 +136,9 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
 }
 
 fn export(device: Arc<dyn Device>, read_only: bool) -> Export {
-    Export {
-        name: "disk".into(),
-        description: String::new(),
-        device,
-        read_only,
-        access: Access::default(),
-        tls_only: false,
-        block_size_required: false,
-    }
+    let mut export = Export::new("disk", device);
+    export.read_only = read_only;
+    export
 }
 
 fn run_seeds(seeds: std::ops::Range<u64>, worsen: fn(&mut Rng, &mut Faults)) {

@@ -129,7 +129,8 @@ fn a_client_may_ask_about_each_of_many_exports() {
     let exports = names.iter().map(|name| export(name, Arc::new(Memory::new(512)), &[])).collect();
     let (mut socket, theirs) = UnixStream::pair().unwrap();
     let listener = Listener::Connected { socket: theirs.into(), over: mpsc::channel().0 };
-    let limits = Limits { workers: 1, memory: 1 << 20, ..Limits::default() };
+    let mut limits = Limits::default();
+    (limits.workers, limits.memory) = (1, 1 << 20);
     let _server = Server::start(exports, vec![listener], None, limits).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket.read_exact(&mut [0; 18]).unwrap();

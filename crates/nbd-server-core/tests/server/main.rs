@@ -414,16 +414,9 @@ fn start(
 }
 
 fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
-    let access = Access(rules.iter().map(|rule| rule.parse().unwrap()).collect());
-    Export {
-        name: name.into(),
-        description: String::new(),
-        device,
-        read_only: false,
-        access,
-        tls_only: false,
-        block_size_required: false,
-    }
+    let mut export = Export::new(name, device);
+    export.access = Access(rules.iter().map(|rule| rule.parse().unwrap()).collect());
+    export
 }
 
 /// A client that waits for its answers.
