@@ -2,20 +2,20 @@
 //!
 //! ```text
 //!   nbdkit's threads, blocking          callbacks.rs   C to Rust and back; a panic ends one request
-//!        │ pread, pwrite, …              home.rs        the threads of a busy connection keep to one processor
+//!        │ pread, pwrite, …              affinity.rs    keeps the threads of a busy connection on one processor
 //!      Pool, its Lanes                  pool.rs        callers share Channels; one of them waits for all
 //!        │ Io / Done
 //!      Channel                          blkdev
 //! ```
 //!
-//! nbdkit's life cycle, and what is done when: `config` collects words; `config_complete` checks them; `get_ready` opens the
+//! nbdkit's life cycle, and what is done when: `config` collects parameters; `config_complete` checks them; `get_ready` opens the
 //! device. If nbdkit then forks, `before_fork` closes it, because neither threads nor rings live through that, and `after_fork`
 //! opens it again in the process that serves. All connections share it.
 
 mod abi;
+mod affinity;
 mod callbacks;
 mod config;
-mod home;
 mod host;
 mod options;
 mod plugin;

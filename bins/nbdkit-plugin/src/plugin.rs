@@ -13,8 +13,8 @@ use blkdev::{Device, Error, Extent, Info, Io};
 use blkdev_drivers::{Settings, properties};
 
 use crate::{
+    affinity::Affinity,
     config::{Choice, Fault, Words, is_named, restrict, unreadable},
-    home::Home,
     host, options,
     pool::Pool,
 };
@@ -148,7 +148,7 @@ pub(crate) fn open() -> Result<Connection, Fault> {
     // Better than an export whose every request fails.
     let lane = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
     plugin.tell()?;
-    Ok(Connection { plugin, lane, home: Home::new() })
+    Ok(Connection { plugin, lane, home: Affinity::new() })
 }
 
 /// The last connection has gone: the device is closed, within the time that a request may take.
@@ -210,7 +210,7 @@ impl Plugin {
 pub(crate) struct Connection {
     plugin: Arc<Plugin>,
     lane: usize,
-    home: Home,
+    home: Affinity,
 }
 
 impl Connection {

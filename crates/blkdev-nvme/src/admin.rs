@@ -14,7 +14,7 @@ use nix::{
 };
 
 use crate::{
-    life::Life,
+    liveness::Liveness,
     pair::Pair,
     spec::{self, Command, Completion, IDENTIFY_LEN, Status},
 };
@@ -27,7 +27,7 @@ pub(crate) const SIZE: u16 = 16;
 pub(crate) struct Admin {
     pub(crate) pair: Pair<Asked>,
     pub(crate) wake: Arc<EventFd>,
-    pub(crate) life: Arc<Life>,
+    pub(crate) life: Arc<Liveness>,
     pub(crate) timeout: Duration,
     /// The answer to the command that is being waited for.
     answer: Option<Completion>,
@@ -71,7 +71,7 @@ impl Failure {
 }
 
 impl Admin {
-    pub(crate) fn new(pair: Pair<Asked>, wake: Arc<EventFd>, life: Arc<Life>, timeout: Duration) -> Self {
+    pub(crate) fn new(pair: Pair<Asked>, wake: Arc<EventFd>, life: Arc<Liveness>, timeout: Duration) -> Self {
         Self { pair, wake, life, timeout, answer: None, events: Vec::new(), is_late: false }
     }
 

@@ -17,8 +17,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::{
     admin::{self, Admin, Failure},
-    life::Life,
     limits::{Disk, Found, Shape, check, invalid, is_nsid, unusable},
+    liveness::Liveness,
     pair::{Addresses, Bells, Flights, Layout, Pair, SIZE_MAX, Stage},
     queue::IoQueue,
     spec::{self, Command, Controller, Limits, Namespace, RANGE_LEN, cns},
@@ -78,7 +78,7 @@ pub(crate) struct Owner {
 pub(crate) struct Core {
     pub(crate) pci: Arc<dyn PciDevice>,
     pub(crate) registers: Registers,
-    pub(crate) life: Arc<Life>,
+    pub(crate) life: Arc<Liveness>,
     pub(crate) info: Info,
     pub(crate) capacity: AtomicU64,
     pub(crate) admin: Mutex<Admin>,
@@ -396,7 +396,7 @@ fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     pci.set_bus_master(true)?;
     registers.enable(page_shift, admin::SIZE, submission, completion)?;
 
-    let life = Arc::new(Life::new(format!("nvme {}", pci.address())));
+    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
     let timeout = options.timeout.unwrap_or(ADMIN);
     let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), timeout);
     let found = find(&mut admin, &registers, options)?;

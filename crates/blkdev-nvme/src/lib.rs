@@ -33,8 +33,8 @@
 
 mod admin;
 mod controller;
-mod life;
 mod limits;
+mod liveness;
 #[cfg(feature = "model")]
 pub mod model;
 mod pair;

@@ -162,7 +162,7 @@ impl Queue for IoQueue {
     fn arm(&mut self) -> bool {
         // Interrupts write to it for completions that were seen already, too. EAGAIN: they have not.
         let _ = self.wake.read();
-        // After the eventfd was emptied: `Life::end` marks first and writes then.
+        // After the eventfd was emptied: `Liveness::end` marks first and writes then.
         fence(Ordering::SeqCst);
         if self.is_dead() {
             return self.pair.in_flight() == 0 && self.ended.is_empty();

@@ -9,7 +9,7 @@ use std::{
 };
 
 use blkdev::Mapping;
-use blkdev_virtio::{Doorbell, Format, Life, Ring, Transport};
+use blkdev_virtio::{Doorbell, Format, Liveness, Ring, Transport};
 use nix::sys::{
     eventfd::{EfdFlags, EventFd},
     resource::{RLIM_INFINITY, Resource, getrlimit},
@@ -40,7 +40,7 @@ const GRACE: Duration = Duration::from_millis(500);
 pub(crate) struct Control {
     vhost: Vhost,
     target: String,
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     features: u64,
     /// Of the backend's features those in use.
     backend: u64,
@@ -92,7 +92,7 @@ impl Control {
         let config_changes = vhost.set_config_call(call.as_fd()).is_ok().then_some(call);
         Ok(Self {
             vhost,
-            life: Life::new(format!("vdpa {target}")),
+            life: Liveness::new(format!("vdpa {target}")),
             target,
             features,
             backend,
@@ -182,7 +182,7 @@ impl Transport for Control {
         &self.target
     }
 
-    fn life(&self) -> &Arc<Life> {
+    fn life(&self) -> &Arc<Liveness> {
         &self.life
     }
 

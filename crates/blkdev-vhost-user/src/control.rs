@@ -13,7 +13,7 @@ use std::{
 };
 
 use blkdev::Mapping;
-use blkdev_virtio::{Doorbell, Format, Life, Notifier, Ring, Transport};
+use blkdev_virtio::{Doorbell, Format, Liveness, Notifier, Ring, Transport};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
@@ -50,7 +50,7 @@ const MESSAGE_MAX: usize = 4096;
 pub(crate) struct Control {
     target: String,
     name: Name,
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     timeout: Duration,
     huge_pages: bool,
     features: u64,
@@ -93,7 +93,7 @@ impl Control {
         timeout: Duration,
         huge_pages: bool,
     ) -> io::Result<Self> {
-        let life = Life::in_another_process(format!("vhost-user {target}"));
+        let life = Liveness::in_another_process(format!("vhost-user {target}"));
         let (ours, requests) = UnixStream::pair()?;
         let watch = Watch::new(stream.try_clone()?, Requests::new(ours)?, Arc::clone(&life))?;
         let mut control = Self {
@@ -337,7 +337,7 @@ impl Transport for Control {
         &self.target
     }
 
-    fn life(&self) -> &Arc<Life> {
+    fn life(&self) -> &Arc<Liveness> {
         &self.life
     }
 

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev_virtio::{Life, Notifier};
+use blkdev_virtio::{Liveness, Notifier};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -43,7 +43,7 @@ pub(crate) struct Watch {
 #[derive(Debug)]
 struct Shared {
     stream: UnixStream,
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     /// Written to when `state` has changed.
     wake: EventFd,
     /// Written to when the back end says that its configuration has changed.
@@ -65,7 +65,7 @@ struct State {
 }
 
 impl Watch {
-    pub(crate) fn new(stream: UnixStream, requests: Requests, life: Arc<Life>) -> io::Result<Self> {
+    pub(crate) fn new(stream: UnixStream, requests: Requests, life: Arc<Liveness>) -> io::Result<Self> {
         let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let (wake, config_changes) = (eventfd()?, eventfd()?);
         let shared = Arc::new(Shared { stream, life, wake, config_changes, state: Mutex::default() });

@@ -10,7 +10,7 @@ use std::{
 
 use blkdev::Mapping;
 use blkdev_vfio::{Bar, PciDevice};
-use blkdev_virtio::{Doorbell, Life, Ring, Transport};
+use blkdev_virtio::{Doorbell, Liveness, Ring, Transport};
 
 use crate::{
     layout::{Layout, Place},
@@ -58,7 +58,7 @@ const RESET: Duration = Duration::from_secs(5);
 pub(crate) struct Control {
     pci: Arc<dyn PciDevice>,
     target: String,
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     layout: Layout,
     common: Arc<dyn Bar>,
     notify: Arc<dyn Bar>,
@@ -97,7 +97,7 @@ impl Control {
         let own_vectors = vectors > queues_max;
         let vectors = if own_vectors { queues_max + 1 } else { vectors.min(2) };
         let target = pci.address().to_owned();
-        let life = Life::new(format!("virtio-pci {target}"));
+        let life = Liveness::new(format!("virtio-pci {target}"));
         let watch = Watch::new(Arc::clone(&life), vectors, own_vectors)?;
         let control = Self {
             pci,
@@ -197,7 +197,7 @@ impl Transport for Control {
         &self.target
     }
 
-    fn life(&self) -> &Arc<Life> {
+    fn life(&self) -> &Arc<Liveness> {
         &self.life
     }
 

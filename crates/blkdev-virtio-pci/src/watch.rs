@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use blkdev_virtio::Life;
+use blkdev_virtio::Liveness;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
@@ -23,7 +23,7 @@ pub(crate) struct Watch {
 
 #[derive(Debug)]
 struct Shared {
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     /// Written to by the device, or by us, when the configuration may have changed.
     config_changes: EventFd,
     /// Written to by the device when any of the queues that share it has something.
@@ -37,7 +37,7 @@ struct Shared {
 }
 
 impl Watch {
-    pub(crate) fn new(life: Arc<Life>, vectors: u16, own: bool) -> io::Result<Self> {
+    pub(crate) fn new(life: Arc<Liveness>, vectors: u16, own: bool) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             life,
             config_changes: eventfd()?,

@@ -17,7 +17,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_OK, VIRTIO_B
 use crate::{
     config::{self, Config, WRITEBACK},
     layout::{Chain, Data, Layout, Place},
-    life::Life,
+    liveness::Liveness,
     notifier::Notifier,
     options::WriteCache,
     ring::Virtqueue,
@@ -39,7 +39,7 @@ pub(crate) const GLANCE: Duration = Duration::from_millis(200);
 pub(crate) struct Core<T: Transport> {
     // First: with it goes the device's hold on the memory below.
     pub(crate) transport: T,
-    pub(crate) life: Arc<Life>,
+    pub(crate) life: Arc<Liveness>,
     pub(crate) info: Info,
     pub(crate) config: Config,
     /// Bytes, a multiple of the block size.
@@ -89,7 +89,7 @@ impl<T: Transport> Core<T> {
         &self.transport
     }
 
-    pub(crate) fn life(&self) -> &Life {
+    pub(crate) fn life(&self) -> &Liveness {
         &self.life
     }
 
@@ -285,7 +285,7 @@ fn text(memory: &Shared, len: usize) -> String {
 }
 
 /// Waits until `call` is readable or the device has died. `false`: neither was so in time.
-pub(crate) fn wait(call: &Notifier, life: &Life, deadline: Instant) -> bool {
+pub(crate) fn wait(call: &Notifier, life: &Liveness, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // A peer that shares the eventfd can take the wake-up away, so `life` is looked at now and then. Rounded up: a wait of

@@ -141,7 +141,7 @@ pub(crate) struct Used<T> {
 
 /// Something in the ring that cannot be true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Nonsense {
+pub(crate) enum RingError {
     /// The used index ran ahead of what was made available.
     Index { seen: u16, now: u16, in_flight: u16 },
     /// A used id that is not the head of any request.
@@ -152,7 +152,7 @@ pub(crate) enum Nonsense {
     Len { len: u32, chain: u32 },
 }
 
-impl fmt::Display for Nonsense {
+impl fmt::Display for RingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Index { seen, now, in_flight } => {

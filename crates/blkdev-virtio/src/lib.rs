@@ -11,7 +11,7 @@ mod blk;
 mod config;
 mod core;
 mod layout;
-mod life;
+mod liveness;
 #[cfg(feature = "model")]
 pub mod model;
 mod notifier;
@@ -26,7 +26,7 @@ mod transport;
 mod watch;
 
 pub use blk::VirtioBlk;
-pub use life::Life;
+pub use liveness::Liveness;
 pub use notifier::Notifier;
 pub use options::{Options, WriteCache};
 pub use transport::{Doorbell, Format, Ring, Transport};

@@ -42,7 +42,7 @@ use virtio_bindings::{
 use crate::{
     config::WRITEBACK,
     layout::reaches,
-    life::Life,
+    liveness::Liveness,
     transport::{Doorbell, Format, Ring, Transport},
 };
 
@@ -911,7 +911,7 @@ fn packed(bytes: [u8; 16]) -> (u64, u32, u16, u32) {
 #[derive(Debug)]
 pub struct Local<const RESTARTS: bool = true> {
     model: Arc<Model>,
-    life: Arc<Life>,
+    life: Arc<Liveness>,
     running: Mutex<BTreeMap<u16, Running>>,
     memory: Mutex<Vec<Arc<Mapping>>>,
 }
@@ -934,7 +934,7 @@ impl<const RESTARTS: bool> Local<RESTARTS> {
     fn to(model: &Arc<Model>) -> Self {
         Self {
             model: Arc::clone(model),
-            life: Life::new("virtio model".to_owned()),
+            life: Liveness::new("virtio model".to_owned()),
             running: Mutex::default(),
             memory: Mutex::default(),
         }
@@ -954,7 +954,7 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
         "model"
     }
 
-    fn life(&self) -> &Arc<Life> {
+    fn life(&self) -> &Arc<Liveness> {
         &self.life
     }
 

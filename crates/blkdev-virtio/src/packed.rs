@@ -13,7 +13,7 @@ use virtio_bindings::virtio_ring::{
 };
 
 use crate::{
-    layout::{Chain, DESCRIPTOR, HEADER, Nonsense, Place, Used, reaches},
+    layout::{Chain, DESCRIPTOR, HEADER, Place, RingError, Used, reaches},
     ring::Virtqueue,
     slots::Slots,
 };
@@ -147,7 +147,7 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
     }
 
     #[inline(always)]
-    fn pop(&mut self) -> Result<Option<Used<T>>, Nonsense> {
+    fn pop(&mut self) -> Result<Option<Used<T>>, RingError> {
         let at = usize::from(self.seen.at) * DESCRIPTOR + 8;
         // Length, id and flags in one: what belongs to the flags that were seen. Acquire: the data and the status after it.
         let rest = self.slots.memory.load64(at, Ordering::Acquire);

@@ -130,7 +130,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
             self.call.drain();
             self.drain_call = false;
         }
-        // After the eventfd was emptied: `Life::end` marks first and writes then.
+        // After the eventfd was emptied: `Liveness::end` marks first and writes then.
         fence(Ordering::SeqCst);
         if self.core.life.is_dead() {
             // With nothing to finish there is nothing to wake up for; see `Queue::push` for what comes later.

@@ -1,7 +1,7 @@
 //! [`Virtqueue`]: the driver's side of a virtqueue, whatever its format.
 
 use crate::{
-    layout::{Chain, Nonsense, Place, Used},
+    layout::{Chain, Place, RingError, Used},
     slots::Slots,
 };
 
@@ -26,7 +26,7 @@ pub(crate) trait Virtqueue<T>: Sized + Send + 'static {
     fn publish(&mut self) -> bool;
 
     /// The next request that the device has given back. After an error the queue must not be used any more.
-    fn pop(&mut self) -> Result<Option<Used<T>>, Nonsense>;
+    fn pop(&mut self) -> Result<Option<Used<T>>, RingError>;
 
     /// Asks for a notification when something else is given back. `false`: something is, and none was asked for.
     fn arm(&mut self) -> bool;

@@ -10,7 +10,7 @@ use blkdev::Iova;
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 
 use crate::{
-    layout::{DESCRIPTOR, Data, HEADER, Layout, Nonsense, Used},
+    layout::{DESCRIPTOR, Data, HEADER, Layout, RingError, Used},
     shared::Shared,
 };
 
@@ -146,15 +146,15 @@ impl<T> Slots<T> {
     /// Holds what the device says to have used against what is in flight: the slot's number and the length are its words, and
     /// `id` is what it called the slot. Tells how many data descriptors the request has.
     #[inline(always)]
-    pub(crate) fn check(&self, slot: u32, id: u32, len: u32) -> Result<u16, Nonsense> {
-        let private = self.slots.get(slot as usize).ok_or(Nonsense::Id(id))?;
+    pub(crate) fn check(&self, slot: u32, id: u32, len: u32) -> Result<u16, RingError> {
+        let private = self.slots.get(slot as usize).ok_or(RingError::Id(id))?;
         // Back ends are sloppy here (qemu's vhost-user-blk example counts what it read as written), so this is nonsense only
         // past the whole chain; whoever needs to know how much was written asks for enough of it.
         if len > private.chain {
-            return Err(Nonsense::Len { len, chain: private.chain });
+            return Err(RingError::Len { len, chain: private.chain });
         }
         if private.owner.is_none() {
-            return Err(Nonsense::Idle(id));
+            return Err(RingError::Idle(id));
         }
         Ok(private.segments)
     }

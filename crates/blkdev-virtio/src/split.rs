@@ -15,7 +15,7 @@ use virtio_bindings::virtio_ring::{
 };
 
 use crate::{
-    layout::{Chain, DESCRIPTOR, HEADER, Nonsense, Place, Used, reaches},
+    layout::{Chain, DESCRIPTOR, HEADER, Place, RingError, Used, reaches},
     ring::Virtqueue,
     slots::Slots,
 };
@@ -107,7 +107,7 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
     }
 
     #[inline(always)]
-    fn pop(&mut self) -> Result<Option<Used<T>>, Nonsense> {
+    fn pop(&mut self) -> Result<Option<Used<T>>, RingError> {
         if self.seen == self.used && !self.look()? {
             return Ok(None);
         }
@@ -120,7 +120,7 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
         } else if id.is_multiple_of(u32::from(layout.chain())) {
             id / u32::from(layout.chain())
         } else {
-            return Err(Nonsense::Id(id));
+            return Err(RingError::Id(id));
         };
         self.slots.check(slot, id, len)?;
         self.seen = self.seen.wrapping_add(1);
@@ -170,7 +170,7 @@ impl<T> Split<T> {
 
     /// Reads the used index. Tells whether it moved.
     #[inline]
-    fn look(&mut self) -> Result<bool, Nonsense> {
+    fn look(&mut self) -> Result<bool, RingError> {
         // Acquire: the used entries, the data and the status bytes after it.
         let now = self.slots.memory.load16(self.slots.layout.device + 2, Ordering::Acquire);
         if now == self.seen {
@@ -178,7 +178,7 @@ impl<T> Split<T> {
         }
         let in_flight = self.published.wrapping_sub(self.seen);
         if now.wrapping_sub(self.seen) > in_flight {
-            return Err(Nonsense::Index { seen: self.seen, now, in_flight });
+            return Err(RingError::Index { seen: self.seen, now, in_flight });
         }
         self.used = now;
         if self.armed {

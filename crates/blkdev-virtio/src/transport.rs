@@ -4,7 +4,7 @@ use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use blkdev::{Iova, Mapping};
 
-use crate::{config::TRANSFER_MAX, life::Life};
+use crate::{config::TRANSFER_MAX, liveness::Liveness};
 
 /// The way to a device: feature bits, configuration, memory, queues. Cold; doorbells are a type of their own.
 ///
@@ -27,7 +27,7 @@ pub trait Transport: Send + Sync + 'static {
     fn target(&self) -> &str;
 
     /// Whether the device still lives. Shared with every queue.
-    fn life(&self) -> &Arc<Life>;
+    fn life(&self) -> &Arc<Liveness>;
 
     /// The feature bits that the device offers (virtio 1.2, 2.2).
     fn features(&self) -> u64;

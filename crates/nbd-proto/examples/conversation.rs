@@ -2,7 +2,7 @@
 //!
 //! `cargo run -p nbd-proto --example conversation`
 
-use nbd_proto::client::{Chunk, Course, Decoder, Encoder, Event as Reply, Step as ClientStep, Wish};
+use nbd_proto::client::{Chunk, Decoder, Encoder, Event as Reply, Negotiation, Step as ClientStep, Wish};
 use nbd_proto::wire::{AllocationFlags, BASE_ALLOCATION, CommandKind, TransmissionFlags};
 use nbd_proto::{
     BlockSizes, Catalog, Command, Cookie, Event, Export, Extent, Fatal, Handshake, Mode, Offer, Receiver, Refusal,
@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn shake_hands() -> Result<(Terms, nbd_proto::client::Agreed), Box<dyn std::error::Error>> {
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     let mut server = Handshake::new(Offer::default(), &mut to_client);
-    let mut client = Course::new(Wish {
+    let mut client = Negotiation::new(Wish {
         name: "disk".into(),
         mode: Mode::Extended,
         contexts: vec![BASE_ALLOCATION.into()],

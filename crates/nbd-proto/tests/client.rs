@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Server, option};
-use nbd_proto::client::{Answer, Ask, Course, Decoder, Failure, Handshake, Step, Wish};
+use nbd_proto::client::{Answer, Ask, Decoder, Failure, Handshake, Negotiation, Step, Wish};
 use nbd_proto::wire::{InfoKind, Rep};
 use nbd_proto::{Fatal, Mode, Offer, Tls};
 
@@ -141,7 +141,7 @@ fn questions() {
 
 /// Runs a course against the server.
 fn course(wish: Wish, offer: Offer) -> Result<Step, Failure> {
-    let (mut server, mut course, mut out) = (Server::new(offer), Course::new(wish), Vec::new());
+    let (mut server, mut course, mut out) = (Server::new(offer), Negotiation::new(wish), Vec::new());
     for _ in 0..20 {
         match course.next(&mut std::mem::take(&mut server.out).as_slice(), &mut out)? {
             Step::More => {}
@@ -170,7 +170,7 @@ fn a_course_fails_in_words() {
 /// Plain text that was put behind the server's answer to STARTTLS by somebody in the middle.
 #[test]
 fn plain_text_after_starttls_is_refused() {
-    let mut course = Course::new(Wish { tls: true, ..Wish::default() });
+    let mut course = Negotiation::new(Wish { tls: true, ..Wish::default() });
     let mut out = Vec::new();
     course.next(&mut b"NBDMAGICIHAVEOPT\0\x03".as_slice(), &mut out).unwrap();
     let ack = hex("0003e889045565a9 00000005 00000001 00000000");
@@ -181,7 +181,7 @@ fn plain_text_after_starttls_is_refused() {
 /// Servers without GO, and without fixed newstyle.
 #[test]
 fn older_servers() {
-    let mut course = Course::new(Wish { name: "disk".into(), ..Wish::default() });
+    let mut course = Negotiation::new(Wish { name: "disk".into(), ..Wish::default() });
     let mut out = Vec::new();
     course.next(&mut b"NBDMAGICIHAVEOPT\0\x01".as_slice(), &mut out).unwrap();
     out.clear();
@@ -194,12 +194,12 @@ fn older_servers() {
     assert_eq!((agreed.terms.size, agreed.terms.mode), (1 << 20, Mode::Simple));
 
     let wish = |tls| Wish { name: "disk".into(), tls, ..Wish::default() };
-    let mut course = Course::new(wish(false));
+    let mut course = Negotiation::new(wish(false));
     out.clear();
     course.next(&mut b"NBDMAGICIHAVEOPT\0\0".as_slice(), &mut out).unwrap();
     assert_eq!(out, [[0; 4].as_slice(), &option(1, b"disk")].concat());
     // CVE-2019-14842: no TLS, no service.
-    let outcome = Course::new(wish(true)).next(&mut b"NBDMAGICIHAVEOPT\0\0".as_slice(), &mut out);
+    let outcome = Negotiation::new(wish(true)).next(&mut b"NBDMAGICIHAVEOPT\0\0".as_slice(), &mut out);
     assert!(matches!(outcome, Err(Failure::Refused(_, refusal)) if refusal.code == Rep::ERR_UNSUP));
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 
 use common::{SIZE, Seed, Server};
-use nbd_proto::client::{Chunk, Course, Decoder, Encoder, Event, Step, Wish};
+use nbd_proto::client::{Chunk, Decoder, Encoder, Event, Negotiation, Step, Wish};
 use nbd_proto::wire::{BASE_ALLOCATION, CommandFlags};
 use nbd_proto::{Cookie, Mode, Offer, Tls, WireError};
 
@@ -53,7 +53,7 @@ fn run(seed: &mut Seed, offer: Offer, wish: Mode, mode: Mode) {
     let mut server = Server::new(offer);
     let tls = offer.tls != Tls::Off && (offer.tls == Tls::Required || seed.chance(2));
     let contexts = vec![BASE_ALLOCATION.to_owned(), "x-test:depth".to_owned(), "x-none:y".to_owned()];
-    let mut course = Course::new(Wish { name: "disk".into(), mode: wish, contexts, tls });
+    let mut course = Negotiation::new(Wish { name: "disk".into(), mode: wish, contexts, tls });
     let mut to_server = Vec::new();
     let agreed = 'shaken: loop {
         let said = std::mem::take(&mut server.out);

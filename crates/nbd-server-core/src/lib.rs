@@ -35,16 +35,16 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod coalesce;
+mod decaying_max;
 mod door;
 mod end;
 mod export;
 mod limits;
 mod lines;
 mod listener;
-mod lull;
 mod outbox;
 mod pace;
-mod peak;
 mod peer;
 mod poll;
 mod received;

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::peak::Peak;
+use crate::decaying_max::DecayingMax;
 
 /// How long to look, for one worker.
 #[derive(Debug)]
@@ -16,12 +16,12 @@ pub(crate) struct Spin {
     /// For now. Zero: not at all.
     time: Duration,
     /// The most requests at a time of late.
-    peak: Peak,
+    recent: DecayingMax,
 }
 
 /// With more requests at a time those of clients gather during a sleep, and what that saves is more than what waking up
 /// costs. What a device has finished gathers as well while it is looked at.
-const SHALLOW: Peak = Peak::of(4);
+const SHALLOW: DecayingMax = DecayingMax::of(4);
 /// A device that has more requests than that finishes one of them soon, or is slow.
 const SOON: Duration = Duration::from_micros(20);
 /// A shorter look finds nothing.
@@ -30,20 +30,20 @@ const MIN: Duration = Duration::from_micros(10);
 impl Spin {
     /// Never longer than `max`.
     pub(crate) fn new(max: Duration) -> Self {
-        Self { max, time: Duration::ZERO, peak: Peak::default() }
+        Self { max, time: Duration::ZERO, recent: DecayingMax::default() }
     }
 
     /// Counts the requests of a turn: those that were under way at once.
     #[inline]
     pub(crate) fn count(&mut self, requests: usize) {
-        self.peak.count(u32::try_from(requests).unwrap_or(u32::MAX));
+        self.recent.count(u32::try_from(requests).unwrap_or(u32::MAX));
     }
 
     /// How long to look after there was last something to do, for what a device has finished or for clients alone.
     #[inline]
     pub(crate) fn time(&self, awaits_device: bool) -> Duration {
         match awaits_device {
-            _ if self.peak <= SHALLOW => self.time,
+            _ if self.recent <= SHALLOW => self.time,
             true => self.time.min(SOON),
             false => Duration::ZERO,
         }

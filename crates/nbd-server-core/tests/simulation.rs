@@ -19,7 +19,7 @@ use blkdev::{
 };
 use nbd_proto::{
     Cookie, Handshake, Mode, Offer, WireError,
-    client::{self, Chunk, Course, Decoder, Encoder, Wish},
+    client::{self, Chunk, Decoder, Encoder, Negotiation, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
 use nbd_server_core::{Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Stall, Turns};
@@ -663,7 +663,7 @@ impl Client {
         let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let contexts = if rng.chance(0.8) { vec!["base:allocation".to_owned()] } else { Vec::new() };
         let name = rng.pick(&["", "disk"]).to_string();
-        let mut course = Course::new(Wish { name, mode, contexts, tls: false });
+        let mut course = Negotiation::new(Wish { name, mode, contexts, tls: false });
         let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
         let mut handshake = Handshake::new(Offer::default(), &mut to_client);
         let (mut negotiated, mut agreed) = (None, None);

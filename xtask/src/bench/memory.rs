@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nbd_proto::client::{Course, Step, Wish};
+use nbd_proto::client::{Negotiation, Step, Wish};
 use serde::{Deserialize, Serialize};
 
 use super::servers::{Address, Running, Server, Stage, Stream};
@@ -108,7 +108,7 @@ fn switches(pid: u32) -> Result<u64> {
 /// A client that has shaken hands and does nothing.
 fn connect(address: &Address) -> Result<Box<dyn Stream>> {
     let mut stream = address.connect()?;
-    let (mut course, mut out, mut input) = (Course::new(Wish::default()), Vec::new(), vec![0; 4096]);
+    let (mut course, mut out, mut input) = (Negotiation::new(Wish::default()), Vec::new(), vec![0; 4096]);
     loop {
         let n = stream.read(&mut input)?;
         let step = course.next(&mut &input[..n], &mut out)?;

@@ -3,15 +3,15 @@
 //!
 //! - [`Handshake`]: question by question. [`Handshake::ask`] puts an option out, [`Handshake::next`] takes its
 //!   answers in.
-//! - [`Course`]: the usual course of questions from a greeting to the transmission phase, by a [`Wish`].
+//! - [`Negotiation`]: the usual course of questions from a greeting to the transmission phase, by a [`Wish`].
 //! - [`Encoder`]: requests. [`Decoder`]: replies.
 
-mod course;
 mod decoder;
 mod encoder;
 mod handshake;
+mod negotiation;
 
-pub use course::{Agreed, Course, Failure, Step, Wish};
 pub use decoder::{Chunk, Decoder, Event};
 pub use encoder::Encoder;
 pub use handshake::{Answer, Ask, Handshake, Info};
+pub use negotiation::{Agreed, Failure, Negotiation, Step, Wish};

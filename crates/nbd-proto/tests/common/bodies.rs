@@ -161,7 +161,7 @@ pub fn ask(pieces: &mut dyn Iterator<Item = &[u8]>) -> (String, Vec<u8>) {
         contexts: vec!["base:allocation".into()],
         tls: false,
     };
-    let (mut course, mut out) = (client::Course::new(wish), Vec::new());
+    let (mut course, mut out) = (client::Negotiation::new(wish), Vec::new());
     for mut piece in pieces {
         match course.next(&mut piece, &mut out) {
             Ok(client::Step::More) => {}

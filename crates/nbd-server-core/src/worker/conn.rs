@@ -5,8 +5,8 @@ use std::{io, sync::mpsc};
 use blkdev::Channel;
 
 use crate::{
+    coalesce::Coalesce,
     lines::{Grant, Part},
-    lull::Lull,
     poll::{Interest, Poll},
     received::Received,
     session::{Session, Stall, TURN},
@@ -33,7 +33,7 @@ pub(super) struct Conn {
     /// In `active`.
     pub(super) active: bool,
     /// Only of a unix socket, which tells what its peer has not read.
-    pub(super) lull: Option<Lull>,
+    pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
     /// Whoever waits for its end sees that this is dropped.
     pub(super) _over: Option<mpsc::Sender<()>>,

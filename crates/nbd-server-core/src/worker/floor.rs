@@ -19,9 +19,9 @@ use super::{
     lane::{Lane, Leaving},
 };
 use crate::{
+    coalesce::Coalesce,
     limits::Limits,
     lines::Grant,
-    lull::Lull,
     pace::Progress,
     poll::{Interest, Poll},
     received::STAGING_MIN,
@@ -126,7 +126,7 @@ impl Floor {
             blocked: false,
             writable: true,
             active: false,
-            lull: is_unix.then(Lull::default),
+            coalesce: is_unix.then(Coalesce::default),
             is_tcp,
             _over: over,
         });
@@ -218,8 +218,8 @@ impl Floor {
         let number = Session::number_of(done.tag);
         let slot = &mut self.conns[number as usize];
         let conn = slot.as_mut().expect("a number is kept while something of it is at a device");
-        if let Some(lull) = &mut conn.lull {
-            lull.count(&done.io);
+        if let Some(coalesce) = &mut conn.coalesce {
+            coalesce.count(&done.io);
         }
         conn.session.complete(done);
         if conn.stream.is_some() {
@@ -241,8 +241,8 @@ impl Floor {
             let Some(conn) = &mut self.conns[number as usize] else { continue };
             conn.active = false;
             let Some(stream) = &conn.stream else { continue };
-            if let Some(lull) = &mut conn.lull
-                && lull.is_due()
+            if let Some(coalesce) = &mut conn.coalesce
+                && coalesce.is_due()
                 && socket::unread(stream.as_fd()) > 0
             {
                 self.behind = Some(number);

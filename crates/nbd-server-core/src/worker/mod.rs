@@ -116,7 +116,7 @@ impl Drop for Death {
 
 impl Worker {
     fn run(mut self) {
-        // So that `Lull` sleeps for as short a time as it says. That it may not be set only makes it longer.
+        // So that `Coalesce` sleeps for as short a time as it says. That it may not be set only makes it longer.
         let _ = prctl::set_timerslack(1);
         while !self.stop.load(Ordering::Relaxed) {
             self.turn();
@@ -172,11 +172,11 @@ impl Worker {
         let Some(number) = self.floor.behind.take() else { return };
         if self.turns.is_empty()
             && self.floor.load.load(Ordering::Relaxed) == 1
-            && let Some(Conn { lull: Some(lull), stream: Some(stream), session, .. }) =
+            && let Some(Conn { coalesce: Some(coalesce), stream: Some(stream), session, .. }) =
                 &mut self.floor.conns[number as usize]
             && session.in_flight() == 0
         {
-            lull.rest(|| socket::unread(stream.as_fd()) > 0);
+            coalesce.rest(|| socket::unread(stream.as_fd()) > 0);
         }
     }
 

@@ -21,7 +21,7 @@ use std::{
 use blkdev::{Device, Info, Mapping, Queue, memory::Memory};
 use nbd_proto::{
     Cookie, Mode,
-    client::{Course, Encoder, Step, Wish},
+    client::{Encoder, Negotiation, Step, Wish},
     wire::{CommandFlags, CommandKind},
 };
 use nbd_server_core::{Limits, Listener, Removal, Server};
@@ -79,7 +79,7 @@ fn an_extended_reply_repeats_the_offset_of_every_request() {
     let server = Running::start(vec![("", disk())], |_| {});
     let mut socket = server.connect();
     let wish = Wish { mode: Mode::Extended, contexts: vec!["base:allocation".into()], ..Wish::default() };
-    let (mut course, mut out, mut staging) = (Course::new(wish), Vec::new(), [0; 4096]);
+    let (mut course, mut out, mut staging) = (Negotiation::new(wish), Vec::new(), [0; 4096]);
     loop {
         let got = socket.read(&mut staging).unwrap();
         let step = course.next(&mut &staging[..got], &mut out).unwrap();

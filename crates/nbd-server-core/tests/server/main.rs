@@ -23,7 +23,7 @@ use blkdev::{
 };
 use nbd_proto::{
     Cookie, Mode, WireError,
-    client::{Chunk, Course, Decoder, Encoder, Event, Failure, Step, Wish},
+    client::{Chunk, Decoder, Encoder, Event, Failure, Negotiation, Step, Wish},
     wire::{Opt, Rep},
 };
 use nbd_server_core::{Access, Export, Limits, Listener, Server};
@@ -437,7 +437,7 @@ impl Client {
 
     /// `None`: there is no such export.
     fn try_enter(mut socket: UnixStream, name: &str) -> Option<Self> {
-        let mut course = Course::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
+        let mut course = Negotiation::new(Wish { name: name.into(), mode: Mode::Structured, ..Wish::default() });
         let (mut out, mut staging) = (Vec::new(), [0; 4096]);
         loop {
             let got = socket.read(&mut staging).unwrap();

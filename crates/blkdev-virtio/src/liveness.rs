@@ -1,4 +1,4 @@
-//! [`Life`]: whether a device still lives, and which sleepers wake when it does not.
+//! [`Liveness`]: whether a device still lives, and which sleepers wake when it does not.
 
 use std::{
     sync::{
@@ -12,7 +12,7 @@ use crate::notifier::Notifier;
 
 /// One for each device, shared by its transport and its queues. A device dies once, as a whole, and stays dead.
 #[derive(Debug)]
-pub struct Life {
+pub struct Liveness {
     /// Driver and target, for the log.
     name: String,
     /// Another process holds the queues' eventfds, and can make a write to them block.
@@ -28,7 +28,7 @@ struct Sleeper {
     seen: u64,
 }
 
-impl Life {
+impl Liveness {
     /// A device that lives and whose eventfds only the kernel shares. `name` is for the log: driver and target.
     pub fn new(name: String) -> Arc<Self> {
         Arc::new(Self { name, shared: false, dead: AtomicBool::new(false), sleepers: Mutex::default() })

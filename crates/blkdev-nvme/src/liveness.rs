@@ -1,4 +1,4 @@
-//! [`Life`]: whether a controller still lives, and who must hear of it when it does not.
+//! [`Liveness`]: whether a controller still lives, and who must hear of it when it does not.
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -9,14 +9,14 @@ use nix::sys::eventfd::EventFd;
 
 /// One for each controller, shared by all that use it. It dies once, as a whole, and stays dead.
 #[derive(Debug)]
-pub(crate) struct Life {
+pub(crate) struct Liveness {
     /// What the log calls the device.
     name: String,
     dead: AtomicBool,
     sleepers: Mutex<Vec<Arc<EventFd>>>,
 }
 
-impl Life {
+impl Liveness {
     pub(crate) fn new(name: String) -> Self {
         Self { name, dead: AtomicBool::new(false), sleepers: Mutex::default() }
     }

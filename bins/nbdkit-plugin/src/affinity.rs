@@ -1,4 +1,4 @@
-//! [`Home`]: the processor that the threads of a busy connection keep to.
+//! [`Affinity`]: the processor that the threads of a busy connection keep to.
 //!
 //! nbdkit's threads take turns under two locks that a connection has: one to take a request from the socket, one to put a
 //! reply into it. On several processors each of those turns, and each end of a request, is a call from one processor to
@@ -40,7 +40,7 @@ thread_local! {
 
 /// Of one connection.
 #[derive(Debug)]
-pub(crate) struct Home {
+pub(crate) struct Affinity {
     opened: Instant,
     cpu: AtomicUsize,
     requests: AtomicU32,
@@ -52,7 +52,7 @@ pub(crate) struct Home {
     chosen: AtomicU64,
 }
 
-impl Home {
+impl Affinity {
     pub(crate) fn new() -> Self {
         Self {
             opened: Instant::now(),
@@ -95,7 +95,7 @@ impl Home {
     }
 }
 
-struct Inside<'a>(&'a Home);
+struct Inside<'a>(&'a Affinity);
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
@@ -134,7 +134,7 @@ mod tests {
     }
 
     /// Makes requests, each after a pause, until the connection is at home somewhere, or nowhere.
-    fn until(home: &Home, at_home: bool, pause: Duration) {
+    fn until(home: &Affinity, at_home: bool, pause: Duration) {
         let start = Instant::now();
         while (home.cpu.load(Relaxed) != ANYWHERE) != at_home {
             assert!(start.elapsed() < Duration::from_secs(60), "{home:?}");
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn threads_of_a_busy_connection_keep_to_one_processor_and_are_let_go() {
         let before = allowed();
-        let home = Home::new();
+        let home = Affinity::new();
         until(&home, true, Duration::ZERO);
         thread::scope(|scope| {
             let other = scope.spawn(|| {
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_connection_with_requests_now_and_then_runs_free() {
-        let home = Home::new();
+        let home = Affinity::new();
         for _ in 0..4 * SAMPLE {
             thread::sleep(Duration::from_micros(200));
             drop(home.enter());
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn where_a_busy_connection_is_at_home_is_chosen_anew() {
-        let home = Home::new();
+        let home = Affinity::new();
         until(&home, true, Duration::ZERO);
         let chosen = home.chosen.load(Relaxed);
         let start = Instant::now();

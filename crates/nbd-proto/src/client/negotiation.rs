@@ -73,7 +73,7 @@ impl std::error::Error for Failure {}
 
 /// The client's half of one connection's handshake, from the greeting to the transmission phase.
 #[derive(Debug)]
-pub struct Course {
+pub struct Negotiation {
     wish: Wish,
     handshake: Handshake,
     asked: Question,
@@ -96,7 +96,7 @@ enum Question {
     ExportName,
 }
 
-impl Course {
+impl Negotiation {
     /// Waits for a greeting.
     pub fn new(wish: Wish) -> Self {
         Self {

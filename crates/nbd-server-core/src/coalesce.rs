@@ -1,39 +1,38 @@
-//! [`Lull`]: keeps a worker still for a moment so that requests come in batches, as interrupt moderation does in a network
-//! card.
+//! [`Coalesce`]: pauses a worker for a moment so that requests come in batches, like interrupt moderation in a network card.
 //!
-//! A client that writes 4 KiB at a time sends each request by itself and takes longer for it than we do, so that a worker
-//! which answers at once is woken for each one or two of them, and wakes the client as often. Reads need no such thing: their
-//! replies fill the socket, and while it is full requests gather by themselves.
+//! A client that writes 4 KiB at a time takes longer to send a request than the worker takes to answer it. So a worker that
+//! answers at once wakes up for each one or two requests, and wakes the client as often. Reads need no pause: their replies
+//! fill the socket, and requests gather while it is full.
 
 use std::{thread, time::Duration};
 
 use blkdev::Io;
 
-use crate::peak::Peak;
+use crate::decaying_max::DecayingMax;
 
 /// How one client's requests come, and how long to keep still.
 #[derive(Debug, Default)]
-pub(crate) struct Lull {
+pub(crate) struct Coalesce {
     /// Requests answered in this turn.
     batch: u32,
     /// One of them was a read.
     read: bool,
     /// The largest batch of late: what this client's depth allows.
-    peak: Peak,
+    recent: DecayingMax,
     time: Duration,
 }
 
 /// A batch of so many needs no help.
 const PLENTY: u32 = 24;
 /// A client that never had so many under way would run out of replies to read: it is answered at once.
-const DEEP: Peak = Peak::of(32);
+const DEEP: DecayingMax = DecayingMax::of(32);
 /// A sleep shorter than this costs more than it brings, one longer could be noticed.
 const MIN: Duration = Duration::from_micros(4);
 const MAX: Duration = Duration::from_micros(100);
 /// How much longer the next one is, as long as the client does not run dry.
 const STEP: Duration = Duration::from_micros(2);
 
-impl Lull {
+impl Coalesce {
     /// Counts a request that has ended.
     #[inline]
     pub(crate) fn count(&mut self, io: &Io) {
@@ -45,8 +44,8 @@ impl Lull {
     #[inline]
     pub(crate) fn is_due(&mut self) -> bool {
         let (batch, read) = (std::mem::take(&mut self.batch), std::mem::take(&mut self.read));
-        self.peak.count(batch);
-        !read && (1..PLENTY).contains(&batch) && self.peak >= DEEP
+        self.recent.count(batch);
+        !read && (1..PLENTY).contains(&batch) && self.recent >= DEEP
     }
 
     /// Keeps still, longer from one time to the next until `is_behind` says that the client had nothing to read in the end.
@@ -67,10 +66,10 @@ mod tests {
 
     #[test]
     fn is_due_for_deep_writers_whose_batches_are_small() {
-        let mut lull = Lull::default();
+        let mut coalesce = Coalesce::default();
         let mut turn = |batch: usize, io: &Io| {
-            (0..batch).for_each(|_| lull.count(io));
-            lull.is_due()
+            (0..batch).for_each(|_| coalesce.count(io));
+            coalesce.is_due()
         };
         assert!(!(0..100).any(|_| turn(8, &FLUSH)), "never had more than 8");
         assert!(!turn(64, &FLUSH), "plenty");
@@ -81,13 +80,13 @@ mod tests {
 
     #[test]
     fn rests_longer_until_the_client_runs_dry() {
-        let mut lull = Lull::default();
-        lull.rest(|| false);
-        assert_eq!(lull.time, Duration::ZERO, "nobody to wait for");
-        (0..100).for_each(|_| lull.rest(|| true));
-        assert_eq!(lull.time, MAX);
+        let mut coalesce = Coalesce::default();
+        coalesce.rest(|| false);
+        assert_eq!(coalesce.time, Duration::ZERO, "nobody to wait for");
+        (0..100).for_each(|_| coalesce.rest(|| true));
+        assert_eq!(coalesce.time, MAX);
         let asked = std::cell::Cell::new(false);
-        lull.rest(|| !asked.replace(true));
-        assert_eq!(lull.time, MAX / 2);
+        coalesce.rest(|| !asked.replace(true));
+        assert_eq!(coalesce.time, MAX / 2);
     }
 }
