@@ -20,11 +20,6 @@ const ARGUED: &[(&str, &[&str], &str)] = &[
         "a question about the file holds the device, which holds the thread that answers it",
     ),
     (
-        "crates/blkdev-nvme/src",
-        &["controller", "queue", "watch"],
-        "the watcher resets the controller, which makes queues that report to it",
-    ),
-    (
         "xtask/src",
         &["bench::servers", "bench::work"],
         "a server is started for a piece of work, which runs against a server",

@@ -32,14 +32,19 @@
 //! or ends it later.
 
 mod admin;
-mod controller;
+mod bring_up;
+mod core;
+mod device;
 mod limits;
 mod liveness;
 #[cfg(feature = "model")]
 pub mod model;
+mod options;
+mod owner;
 mod pair;
 mod passthrough;
 mod queue;
+mod registers;
 pub mod spec;
 mod target;
 mod uring;
@@ -48,6 +53,7 @@ mod window;
 
 pub use blkdev::Source;
 pub use blkdev_vfio::Options as VfioOptions;
-pub use controller::{Nvme, Options};
+pub use device::Nvme;
+pub use options::Options;
 pub use passthrough::{Passthrough, PassthroughOptions};
 pub use target::Target;

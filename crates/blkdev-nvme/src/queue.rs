@@ -14,8 +14,8 @@ use nix::sys::eventfd::EventFd;
 
 use crate::{
     admin::wait,
-    controller::Owner,
     limits::{self, Disk},
+    owner::Owner,
     pair::{List, Pair, Stage},
     spec::Command,
 };

@@ -19,9 +19,10 @@ use nix::{
 
 use crate::{
     admin::Failure,
-    controller::{Core, Place, TAKEN_AWAY, lock},
+    core::{Core, Place, lock},
     limits::check,
     pair::{Pace, Stage},
+    registers::TAKEN_AWAY,
     spec::{Command, Namespace, cns},
 };
 

@@ -1,0 +1,188 @@
+//! Brings a controller up, and finds its namespace.
+
+use std::{
+    io,
+    os::fd::AsFd,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicU64},
+    },
+    time::Duration,
+};
+
+use blkdev::Mapping;
+use blkdev_vfio::PciDevice;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::{
+    admin::{self, Admin, Failure},
+    core::{Core, Place, ask_for_events, ask_for_queues},
+    limits::{Found, Shape, check, invalid, is_nsid, unusable},
+    liveness::Liveness,
+    options::Options,
+    pair::{Addresses, Bells, Layout, Pair, SIZE_MAX},
+    registers::{Registers, stop},
+    spec::{self, Controller, Limits, Namespace, RANGE_LEN, cns},
+};
+
+/// I/O queue pairs that are used unless more are asked for: each has an interrupt vector and a file descriptor.
+const QUEUES: u16 = 64;
+
+/// Longest transfer, in bytes: what a list in one page of 4096 bytes can describe. Longer ones gain nothing.
+const TRANSFER_MAX: u64 = 2 << 20;
+
+/// How long an admin command may take where requests may take for ever.
+const ADMIN: Duration = Duration::from_secs(60);
+
+/// How long a controller may take to shut down when it does not tell.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+/// The class code of an NVMe controller (PCI code and ID assignment, 1.9): mass storage, non-volatile memory, NVMe.
+const CLASS: [u8; 3] = [0x02, 0x08, 0x01];
+
+/// Whatever fails in here, the drop of `pci` stops the device before any memory goes.
+pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
+    if !(2..=SIZE_MAX).contains(&options.queue_size) {
+        return Err(invalid(format!("queue size {}, not from 2 to {SIZE_MAX}", options.queue_size)));
+    }
+    let mut class = [0; 3];
+    pci.read_config(0x09, &mut class)?;
+    if class != CLASS {
+        let [interface, subclass, class] = class;
+        return Err(unusable(format!("no NVMe controller, but of PCI class {class:02x}{subclass:02x}{interface:02x}")));
+    }
+    let registers = Registers::new(pci.bar(0)?)?;
+    // Left running by whoever had it before, or in trouble.
+    stop(&*pci, &registers)?;
+
+    let vectors = pci.vectors();
+    if vectors < 2 {
+        return Err(unusable(format!("it has {vectors} MSI-X vectors, at least 2 are needed")));
+    }
+    let pairs = registers.pairs();
+    if pairs == 0 {
+        return Err(unusable(format!(
+            "its BAR of {:#x} bytes has no room for the doorbells of an I/O queue, which lie {:#x} bytes apart (CAP.DSTRD)",
+            registers.bar.len(),
+            registers.stride()
+        )));
+    }
+    let queues_max = (vectors - 1).min(pairs);
+    let wanted = options.queues.unwrap_or(QUEUES.min(queues_max));
+    if wanted == 0 || wanted > queues_max {
+        return Err(invalid(format!("{wanted} queues asked for, the device has {queues_max}")));
+    }
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let wake = || Ok(Arc::new(EventFd::from_value_and_flags(0, flags)?));
+    let mut wakes = (0..=wanted).map(|_| wake()).collect::<io::Result<Vec<_>>>()?;
+    // Before the controller is enabled: some look at their vectors only then.
+    pci.enable_vectors(&wakes.iter().map(|wake| wake.as_fd()).collect::<Vec<_>>())?;
+
+    let page_shift = registers.page_shift();
+    let page = 1 << page_shift;
+    let addresses = Addresses(pci.translation());
+    let layout = Layout { size: admin::SIZE, list_len: page.max(spec::IDENTIFY_LEN), page };
+    let memory = Mapping::new(layout.len())?;
+    pci.dma_map(&memory)?;
+    let clock = Arc::new(AtomicU32::new(1));
+    let bells = Bells::new(&registers.bar, 0, registers.stride());
+    let pair = Pair::new(0, layout, &memory, &addresses, bells, &clock);
+    let (submission, completion) = pair.addresses();
+    pci.set_bus_master(true)?;
+    registers.enable(page_shift, admin::SIZE, submission, completion)?;
+
+    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
+    let timeout = options.timeout.unwrap_or(ADMIN);
+    let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), timeout);
+    let found = find(&mut admin, &registers, options)?;
+
+    let granted = ask_for_queues(&mut admin, wanted)?;
+    if options.queues.is_some_and(|queues| queues > granted) {
+        return Err(invalid(format!("{wanted} queues asked for, the device has {granted}")));
+    }
+    let queues = wanted.min(granted);
+    wakes.truncate(usize::from(queues) + 1);
+
+    let size = u32::from(options.queue_size).min(registers.queue_size()) as u16;
+    let target = format!("{}/{}", pci.address(), found.nsid);
+    let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX)?;
+    // One entry for each page, as an odd start adds a page and the first page needs no entry.
+    let list_len = (transfer_max as usize).div_ceil(page).saturating_mul(8).next_power_of_two().clamp(256, page);
+    let shape = Shape {
+        driver: "nvme",
+        target,
+        page: page as u64,
+        transfer_max,
+        ranges: list_len / RANGE_LEN,
+        queues,
+        depth: size - 1,
+        read_only: options.read_only,
+        timeout: options.timeout,
+    };
+    let (info, disk) = found.describe(shape);
+    let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
+    let tells = found.controller.oaes & 1 << 8 != 0;
+    ask_for_events(&mut admin, tells);
+    let told = Duration::from_micros(found.controller.shutdown_us.into());
+    Ok(Core {
+        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
+        life,
+        admin: Mutex::new(admin),
+        queue_layout: Layout { size, list_len, page },
+        wakes,
+        queues: Mutex::new(vec![Place::Free; queues.into()]),
+        shutdown: told.clamp(SHUTDOWN, 4 * SHUTDOWN),
+        pci,
+        registers,
+        info,
+        disk,
+        sgl,
+        tells,
+        page_shift,
+        addresses,
+        clock,
+    })
+}
+
+fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
+    let controller = admin.identify(cns::CONTROLLER, 0).map_err(|e| e.explain("identifying the controller"))?;
+    let controller = Controller::parse(&controller);
+    let version = registers.version();
+    // Told by controllers of NVMe 2.0, and of others that have I/O command sets (CAP.CSS).
+    let limits = if version >= 2 << 16 || registers.cap >> 43 & 1 != 0 {
+        match admin.identify(cns::CONTROLLER_OF_COMMAND_SET, 0) {
+            Ok(bytes) => Limits::parse(&bytes),
+            Err(Failure::Refused(_)) => Limits::default(),
+            Err(silent) => return Err(silent.explain("identifying the controller")),
+        }
+    } else {
+        Limits::default()
+    };
+    let active = active(admin, &controller, version)?;
+    let listed = || active.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    let nsid = match options.nsid {
+        Some(nsid) if active.contains(&nsid) => nsid,
+        Some(nsid) => return Err(invalid(format!("there is no namespace {nsid}; active are: {}", listed()))),
+        None => *active.first().ok_or_else(|| invalid("it has no active namespace".to_owned()))?,
+    };
+    let namespace = identify_namespace(admin, nsid)?;
+    Ok(Found { controller, limits, nsid, namespace })
+}
+
+/// Namespaces that are there, in order.
+fn active(admin: &mut Admin, controller: &Controller, version: u32) -> io::Result<Vec<u32>> {
+    // The list came with NVMe 1.1.
+    if version < 1 << 16 | 1 << 8 {
+        return Ok((1..=controller.namespaces.min(1024)).collect());
+    }
+    let list = admin.identify(cns::ACTIVE_NAMESPACES, 0).map_err(|e| e.explain("listing the namespaces"))?;
+    let numbers = list.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+    Ok(numbers.take_while(|nsid| is_nsid(*nsid)).collect())
+}
+
+pub(crate) fn identify_namespace(admin: &mut Admin, nsid: u32) -> io::Result<Namespace> {
+    let what = format!("identifying namespace {nsid}");
+    let namespace = Namespace::parse(&admin.identify(cns::NAMESPACE, nsid).map_err(|e| e.explain(&what))?);
+    check(&namespace, nsid)?;
+    Ok(namespace)
+}

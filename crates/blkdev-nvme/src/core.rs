@@ -1,0 +1,243 @@
+//! [`Core`]: what a controller, its queues and the thread that watches it share.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64},
+    },
+    time::Duration,
+};
+
+use blkdev::{Info, Mapping};
+use blkdev_vfio::PciDevice;
+use nix::sys::eventfd::EventFd;
+
+use crate::{
+    admin::{self, Admin},
+    limits::Disk,
+    liveness::Liveness,
+    pair::{Addresses, Bells, Flights, Layout, Pair, Stage},
+    registers::{Registers, stop},
+    spec::{self, Command},
+};
+
+/// What the device, its queues and the watching thread share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) pci: Arc<dyn PciDevice>,
+    pub(crate) registers: Registers,
+    pub(crate) life: Arc<Liveness>,
+    pub(crate) info: Info,
+    pub(crate) capacity: AtomicU64,
+    pub(crate) admin: Mutex<Admin>,
+    pub(crate) disk: Disk,
+    /// Contiguous memory can be described by one descriptor.
+    pub(crate) sgl: bool,
+    /// It can be asked to tell of changes.
+    pub(crate) tells: bool,
+    pub(crate) page_shift: u32,
+    pub(crate) addresses: Addresses,
+    pub(crate) queue_layout: Layout,
+    /// One for each vector; the first is the admin queue's.
+    pub(crate) wakes: Vec<Arc<EventFd>>,
+    /// For each I/O queue, what is in flight, while it is open.
+    pub(crate) queues: Mutex<Vec<Place>>,
+    /// Counts eighths of the time-out.
+    pub(crate) clock: Arc<AtomicU32>,
+    pub(crate) shutdown: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Place {
+    Free,
+    /// Being opened or closed, or its memory may still be written to.
+    Taken,
+    Open(Open),
+}
+
+/// An open queue, as others than its owner know it.
+#[derive(Clone, Debug)]
+pub(crate) struct Open {
+    pub(crate) flights: Arc<Flights>,
+    pub(crate) size: u16,
+    pub(crate) submission: u64,
+    pub(crate) completion: u64,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    pub(crate) fn open_queue(&self, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<EventFd>)> {
+        let index = {
+            let mut queues = lock(&self.queues);
+            let free = queues.iter().position(|place| matches!(place, Place::Free)).ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    format!("{}: all {} queues are open", self.info.target, queues.len()),
+                )
+            })?;
+            queues[free] = Place::Taken;
+            free
+        };
+        let opened = self.create(index as u16 + 1, depth);
+        if opened.is_err() && !self.life.is_dead() {
+            lock(&self.queues)[index] = Place::Free;
+        }
+        opened.map_err(|e| io::Error::new(e.kind(), format!("{}: queue {}: {e}", self.info.target, index + 1)))
+    }
+
+    pub(crate) fn create(&self, id: u16, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<EventFd>)> {
+        let size = depth.clamp(1, self.queue_layout.slots()) + 1;
+        let layout = Layout { size, ..self.queue_layout };
+        let memory = Mapping::new(layout.len())?;
+        self.pci.dma_map(&memory)?;
+        let bells = Bells::new(&self.registers.bar, id, self.registers.stride());
+        let pair = Pair::new(id, layout, &memory, &self.addresses, bells, &self.clock);
+        let (submission, completion) = pair.addresses();
+        let open = Open { flights: Arc::clone(pair.flights()), size, submission, completion };
+        let mut admin = lock(&self.admin);
+        if let Err(e) = self.announce(&mut admin, id, &open) {
+            // One that does not answer may have taken it, and forgets it only when it is reset.
+            if !self.life.is_dead() && !admin.is_late {
+                let _ = self.pci.dma_unmap(&memory);
+            }
+            return Err(e);
+        }
+        // Before the lock is given up: who resets the controller has to know of the queue.
+        lock(&self.queues)[usize::from(id) - 1] = Place::Open(open);
+        let wake = Arc::clone(&self.wakes[usize::from(id)]);
+        self.life.watch(&wake);
+        Ok((pair, wake))
+    }
+
+    /// Tells the controller of a queue.
+    pub(crate) fn announce(&self, admin: &mut Admin, id: u16, open: &Open) -> io::Result<()> {
+        admin
+            .ask(Command::create_cq(id, open.size, id, open.completion))
+            .map_err(|e| e.explain("creating the completion queue"))?;
+        admin.ask(Command::create_sq(id, open.size, open.submission)).map(drop).map_err(|e| {
+            let _ = admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id));
+            e.explain("creating the submission queue")
+        })
+    }
+
+    /// Stops the controller and brings it up again. No queue's owner touches it meanwhile; afterwards they restart their
+    /// queues, and [`resume`](Self::resume) tells the controller of them.
+    ///
+    /// # Errors
+    /// It does not come up, or not as it was.
+    pub(crate) fn reset(&self, admin: &mut Admin) -> io::Result<()> {
+        let queues = lock(&self.queues).clone();
+        let all =
+            || queues.iter().filter_map(|place| if let Place::Open(open) = place { Some(&open.flights) } else { None });
+        // Those that were restarted already, and never ran, can wait as they are.
+        all().filter(|flights| flights.stage() == Stage::Running).for_each(|flights| flights.reach(Stage::Stopped));
+        stop(&*self.pci, &self.registers)?;
+        admin.restart();
+        let (submission, completion) = admin.pair.addresses();
+        // A reset of the function has switched it off.
+        self.pci.set_bus_master(true)?;
+        self.registers.enable(self.page_shift, admin::SIZE, submission, completion)?;
+        let granted = ask_for_queues(admin, self.info.queues_max)?;
+        if granted < self.info.queues_max {
+            return Err(io::Error::other(format!("it has {granted} I/O queues now, not {}", self.info.queues_max)));
+        }
+        ask_for_events(admin, self.tells);
+        all().filter(|flights| flights.stage() == Stage::Stopped).for_each(|flights| flights.reach(Stage::Cleared));
+        self.wake_owners();
+        Ok(())
+    }
+
+    /// Lets queues run whose owners have restarted them after a reset.
+    pub(crate) fn resume(&self, admin: &mut Admin) -> io::Result<()> {
+        let queues = lock(&self.queues).clone();
+        for (place, id) in queues.iter().zip(1..) {
+            if let Place::Open(open) = place
+                && open.flights.stage() == Stage::Ready
+            {
+                self.announce(admin, id, open)?;
+                open.flights.reach(Stage::Running);
+                let _ = self.wakes[usize::from(id)].write(1);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wake_owners(&self) {
+        for wake in &self.wakes[1..] {
+            // A full counter is readable, too.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// For the owner of a queue that was restarted.
+    pub(crate) fn wake_guard(&self) {
+        let _ = self.wakes[0].write(1);
+    }
+
+    /// Takes a queue with nothing in flight away from the controller.
+    pub(crate) fn close_queue(&self, id: u16, memory: &Arc<Mapping>, wake: &Arc<EventFd>) {
+        self.life.unwatch(wake);
+        let index = usize::from(id) - 1;
+        let deleted = {
+            let mut admin = lock(&self.admin);
+            // The lock is held: the controller is not being reset, and has been if the queue does not run.
+            match std::mem::replace(&mut lock(&self.queues)[index], Place::Taken) {
+                Place::Open(open) if open.flights.stage() != Stage::Running && !self.life.is_dead() => Ok(()),
+                _ => admin
+                    .ask(Command::delete_queue(spec::admin::DELETE_SQ, id))
+                    .and_then(|_| admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id)))
+                    .map(drop),
+            }
+        };
+        match deleted {
+            Ok(()) => {
+                if let Err(e) = self.pci.dma_unmap(memory) {
+                    log::warn!("nvme {}: {e}", self.info.target);
+                }
+                lock(&self.queues)[index] = Place::Free;
+            }
+            // The queue stays taken, and its memory mapped.
+            Err(e) => log::warn!("nvme {}: {}", self.info.target, e.explain(&format!("deleting queue {id}"))),
+        }
+    }
+
+    /// Stops a device that is given up, as far as it lets us: from then on it should touch no memory.
+    pub(crate) fn cut_off(&self) {
+        if let Err(e) = self.registers.disable() {
+            log::warn!("nvme {}: the controller could not be disabled: {e}", self.info.target);
+        }
+        if let Err(e) = self.pci.set_bus_master(false) {
+            log::debug!("nvme {}: {e}", self.info.target);
+        }
+    }
+
+    pub(crate) fn shut_down(&self) {
+        if self.life.is_dead() {
+            return;
+        }
+        let done = self.registers.shut_down(self.shutdown).and_then(|()| self.registers.disable());
+        if let Err(e) = done {
+            log::warn!("nvme {}: shutting down: {e}", self.info.target);
+        }
+    }
+}
+
+/// Asks for I/O queues, and tells how many there are to be had.
+pub(crate) fn ask_for_queues(admin: &mut Admin, wanted: u16) -> io::Result<u16> {
+    let count = u32::from(wanted - 1);
+    let answer = admin.ask(Command::set_features(0x07, count | count << 16));
+    let result = answer.map_err(|e| e.explain("asking for I/O queues"))?.result;
+    Ok((result as u16).min((result >> 16) as u16).saturating_add(1))
+}
+
+pub(crate) fn ask_for_events(admin: &mut Admin, tells: bool) {
+    if tells {
+        // Changes of namespaces, and what a drive says of its health. Without it there are no events, which is no error.
+        let _ = admin.ask(Command::set_features(0x0b, 1 << 8 | 0x1f));
+    }
+    admin.expect_event();
+}
