@@ -8,23 +8,11 @@ use std::path::Path;
 use nbdblk_tests::root;
 
 /// Circles that are there for a reason: the package's sources, and files of the circle.
-const ARGUED: &[(&str, &[&str], &str)] = &[
-    (
-        "crates/blkdev-drivers/src",
-        &["common", "driver", "settings"],
-        "a driver is opened with settings, which are the settings of a driver",
-    ),
-    (
-        "crates/blkdev-io-uring/src",
-        &["device", "handle", "queue", "status"],
-        "a question about the file holds the device, which holds the thread that answers it",
-    ),
-    (
-        "xtask/src",
-        &["bench::servers", "bench::work"],
-        "a server is started for a piece of work, which runs against a server",
-    ),
-];
+const ARGUED: &[(&str, &[&str], &str)] = &[(
+    "crates/blkdev-drivers/src",
+    &["common", "driver", "settings"],
+    "a driver is opened with settings, which are the settings of a driver",
+)];
 
 /// A file's place among the modules of its package: `tls::records`; empty for `lib.rs` and `main.rs`.
 type Module = Vec<String>;

@@ -9,8 +9,8 @@ use std::{
     },
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU16, AtomicU64},
     },
 };
 
@@ -21,9 +21,11 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use crate::{
     failures::Failures,
     file::{self, Target},
+    flight::Flight,
     handle::{Bounded, Handle, Identity},
     lock::{self, Kin},
-    queue::{FileQueue, Flight},
+    queue::FileQueue,
+    shared::{Shared, annotate},
     status::Helper,
 };
 
@@ -73,28 +75,6 @@ const TRANSFER_MAX: u32 = 32 << 20;
 #[derive(Debug)]
 pub struct IoUring {
     shared: Arc<Shared>,
-}
-
-/// What the device and its queues have in common.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) handle: Handle,
-    pub(crate) info: Info,
-    pub(crate) target: Target,
-    /// Discards go through `BLOCK_URING_CMD_DISCARD`.
-    pub(crate) discard_command: bool,
-    /// `FALLOC_FL_ZERO_RANGE` was refused once.
-    pub(crate) zero_range_fails: AtomicBool,
-    pub(crate) queues: AtomicU16,
-    pub(crate) failures: Failures,
-    pub(crate) helper: Helper,
-    /// What the file was opened by, if by a path.
-    identity: Option<Identity>,
-    size_question: Bounded,
-    identity_question: Bounded,
-    capacity: AtomicU64,
-    mappings: Mutex<Vec<Arc<Mapping>>>,
-    _kin: Option<Kin>,
 }
 
 impl IoUring {
@@ -238,45 +218,6 @@ impl Device for IoUring {
         self.refresh();
         FileQueue::open(&self.shared, depth).map(|queue| Box::new(queue) as Box<dyn Queue>)
     }
-}
-
-impl Shared {
-    /// The size in bytes, all of them; the capacity is set to the whole blocks of it.
-    fn measure(&self) -> io::Result<u64> {
-        let size = self
-            .handle
-            .size(self.target.is_disk)
-            .map_err(|e| annotate(&e, "asking for the size of", &self.info.target))?;
-        let block = u64::from(self.info.block_size);
-        let whole = size / block * block;
-        if size == 0 && self.target.is_disk && self.capacity.load(Ordering::Relaxed) > 0 {
-            // A disk that was taken away. Its requests are to fail with EIO, not for their range.
-            return Ok(size);
-        }
-        let before = self.capacity.swap(whole, Ordering::Relaxed);
-        if before != whole && before != 0 {
-            let end = if size == whole { String::new() } else { format!(", of which {whole} can be reached directly") };
-            log::info!("{}: the size is {size} bytes now{end}", self.info.target);
-        }
-        Ok(size)
-    }
-
-    pub(crate) fn capacity(&self) -> u64 {
-        self.capacity.load(Ordering::Relaxed)
-    }
-
-    /// Whether this is a disk that was taken away.
-    pub(crate) fn has_vanished(&self) -> bool {
-        self.target.is_disk && self.handle.size(true).unwrap_or(0) == 0
-    }
-
-    fn mappings(&self) -> MutexGuard<'_, Vec<Arc<Mapping>>> {
-        self.mappings.lock().unwrap_or_else(|e| e.into_inner())
-    }
-}
-
-fn annotate(error: &io::Error, doing: &str, name: &str) -> io::Error {
-    io::Error::new(error.kind(), format!("{doing} {name}: {error}"))
 }
 
 /// A file that was just opened, or passed.

@@ -26,7 +26,7 @@ use nix::{
     },
 };
 
-use crate::{queue::Flight, sys};
+use crate::{flight::Flight, sys};
 
 /// How long a question to a file system may take that may hang.
 const PATIENCE: Duration = Duration::from_millis(100);

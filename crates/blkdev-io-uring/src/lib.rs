@@ -52,9 +52,11 @@
 mod device;
 mod failures;
 mod file;
+mod flight;
 mod handle;
 mod lock;
 mod queue;
+mod shared;
 mod status;
 mod sys;
 

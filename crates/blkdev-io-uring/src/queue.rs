@@ -9,12 +9,13 @@ use std::{
 };
 
 use blkdev::{Buf, Completion, Error, Extent, Op, PAGE, Queue, Request};
-use blkdev_ring::{Command, Operation, Ring};
+use blkdev_ring::Ring;
 
 use crate::{
-    device::Shared,
     file::{FILL, PUNCH, ZERO},
-    status::{Answer, Helper, Mailbox, Question, all_data},
+    flight::{Flight, Moving},
+    shared::Shared,
+    status::{Answer, Mailbox, all_data, extents},
     sys,
 };
 
@@ -76,77 +77,7 @@ impl Asked {
     }
 }
 
-/// What is in the ring.
-#[derive(Debug)]
-pub(crate) enum Flight {
-    Request(Moving),
-    /// Waits for answers.
-    Poll(Arc<Mailbox>),
-}
-
-/// A request in the ring.
-#[derive(Debug)]
-pub(crate) struct Moving {
-    request: Request,
-    /// Bytes that were transferred already.
-    moved: u32,
-    tries: u8,
-    /// For `Zero` and `Discard`: `fallocate`'s mode, or 0 for the block device's own discard.
-    mode: i32,
-}
-
-impl Operation for Flight {
-    #[inline]
-    fn command(&self) -> Command<'_> {
-        let flight = match self {
-            Self::Request(flight) => flight,
-            Self::Poll(mailbox) => return Command::Poll(mailbox.as_fd()),
-        };
-        match &flight.request.op {
-            Op::Read { at, buf } => Command::Read { at: *at, buf, skip: flight.moved },
-            Op::Write { at, buf, fua } => Command::Write { at: *at, buf, skip: flight.moved, durable: *fua },
-            &(Op::Zero { at, len, .. } | Op::Discard { at, len }) => match flight.mode {
-                0 => Command::Discard { at, len },
-                mode => Command::Allocate { mode, at, len },
-            },
-            Op::Flush => Command::Sync,
-            &Op::Prefetch { at, len } => Command::Prefetch { at, len: len.try_into().unwrap_or(u32::MAX) },
-            Op::Status { .. } => unreachable!("a status goes to the helper"),
-        }
-    }
-
-    fn buf_mut(&mut self) -> Option<&mut Buf> {
-        match self {
-            Self::Request(Moving {
-                request: Request { op: Op::Read { buf, .. } | Op::Write { buf, .. }, .. }, ..
-            }) => Some(buf),
-            _ => None,
-        }
-    }
-}
-
-impl Flight {
-    /// Whether the kernel has discards for the ring's block device that need no worker thread: one of length 0 is
-    /// refused for its length, once everything else about it was found good.
-    pub(crate) fn probe_discard(ring: &mut Ring<Self>) -> bool {
-        let probe = Moving::new(Request { tag: 0, op: Op::Discard { at: 0, len: 0 } }, 0);
-        assert!(ring.push(Self::Request(probe)).is_ok(), "a new ring has room");
-        ring.kick();
-        let mut known = false;
-        // It is refused before anything could wait, so the answer is there; where not, there is fallocate.
-        ring.reap(|_, result| {
-            known = result == Err(libc::EINVAL);
-            None
-        });
-        known
-    }
-}
-
 impl Moving {
-    fn new(request: Request, mode: i32) -> Self {
-        Self { request, moved: 0, tries: 0, mode }
-    }
-
     /// What the kernel's answer means. `Err`: there is more to do, so once more.
     #[inline]
     fn settle(mut self, result: Result<u32, i32>, shared: &Shared) -> Result<Completion, Self> {
@@ -302,8 +233,7 @@ impl FileQueue {
             None => Mailbox::new(),
         };
         let sent = mailbox.and_then(|mailbox| {
-            let (shared, number) = (Arc::clone(&self.shared), asked.number);
-            Helper::ask(Question { shared, number, at, len, mailbox: Arc::clone(&mailbox) })?;
+            self.shared.helper.ask(question(&self.shared, &mailbox, asked.number, at, len))?;
             Ok(mailbox)
         });
         match sent {
@@ -319,6 +249,30 @@ impl FileQueue {
                 log::debug!("{}: no thread for block status, so all is data: {e}", self.shared.info.target);
                 self.done.push(asked.end(Ok(vec![all_data(at, len)])));
             }
+        }
+    }
+}
+
+/// What the helper does for a `Status`: it looks at the range, and puts the answer into `mailbox`.
+fn question(
+    shared: &Arc<Shared>,
+    mailbox: &Arc<Mailbox>,
+    number: u64,
+    at: u64,
+    len: u64,
+) -> impl FnOnce() + Send + 'static {
+    let (shared, receiver) = (Arc::clone(shared), Arc::downgrade(mailbox));
+    move || {
+        // Otherwise the queue is gone.
+        let result = (receiver.strong_count() > 0).then(|| {
+            let file = shared.handle.open_to_ask().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            file.and_then(|file| extents(&file, at, len))
+        });
+        shared.helper.is_done();
+        // Before the answer: the receiver may close the device and expect the file to be closed.
+        drop(shared);
+        if let Some((result, mailbox)) = result.zip(receiver.upgrade()) {
+            mailbox.put(Answer { number, result });
         }
     }
 }
@@ -451,5 +405,3 @@ impl Drop for FileQueue {
 fn is_undone(errno: i32) -> bool {
     [libc::EINTR, libc::EAGAIN, libc::EFAULT, libc::ECANCELED].contains(&errno)
 }
-
-const _: () = assert!(size_of::<Flight>() <= 128);

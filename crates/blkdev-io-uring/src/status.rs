@@ -4,6 +4,7 @@
 //! the device's [`Helper`], and finds the answer in its [`Mailbox`], whose eventfd the queue's ring polls.
 
 use std::{
+    fmt,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd},
@@ -23,8 +24,6 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-use crate::device::Shared;
-
 /// Most extents that one `Status` gets: each costs a system call or two.
 const EXTENTS_MAX: usize = 64;
 
@@ -42,7 +41,7 @@ pub(crate) struct Mailbox {
 /// What a range holds, or why that is not known.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    /// That of the [`Question`].
+    /// That of the question.
     pub(crate) number: u64,
     pub(crate) result: Result<Vec<Extent>, i32>,
 }
@@ -59,7 +58,7 @@ impl Mailbox {
         let _ = self.bell.write(1);
     }
 
-    fn put(&self, answer: Answer) {
+    pub(crate) fn put(&self, answer: Answer) {
         self.answers.lock().unwrap_or_else(|e| e.into_inner()).push(answer);
         self.ring();
     }
@@ -77,21 +76,15 @@ impl AsFd for Mailbox {
     }
 }
 
-/// A range to look at.
-pub(crate) struct Question {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) number: u64,
-    pub(crate) at: u64,
-    pub(crate) len: u64,
-    pub(crate) mailbox: Arc<Mailbox>,
-}
+/// Something that the helper does.
+type Job = Box<dyn FnOnce() + Send>;
 
-/// The device's thread, which is started by the first question and ends with the device.
-#[derive(Debug, Default)]
+/// The device's thread, which the first question starts, and which ends with the device.
+#[derive(Default)]
 pub(crate) struct Helper {
-    /// What it has not answered yet: bounded, as the depth of a queue is.
+    /// Jobs that are not done: bounded, as the depth of a queue is.
     open: AtomicU32,
-    thread: Mutex<Option<mpsc::Sender<Question>>>,
+    thread: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
 impl Helper {
@@ -101,48 +94,43 @@ impl Helper {
         self.open.load(Ordering::Relaxed) > 0
     }
 
-    /// Has the device's thread answer a question.
+    /// Makes the device's thread do a job, which calls [`is_done`](Self::is_done).
     ///
     /// # Errors
     /// No thread can be started.
-    pub(crate) fn ask(question: Question) -> io::Result<()> {
-        let shared = Arc::clone(&question.shared);
-        let mut thread = shared.helper.thread.lock().unwrap_or_else(|e| e.into_inner());
+    pub(crate) fn ask(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(|e| e.into_inner());
         let sender = match &*thread {
             Some(sender) => sender,
             None => {
-                let (sender, questions) = mpsc::channel();
-                // It keeps nothing of the device between two questions, so it ends when the device is dropped.
-                let work = move || questions.into_iter().for_each(answer);
+                let (sender, jobs) = mpsc::channel::<Job>();
+                // It keeps nothing of the device between two jobs, so it ends when the device is dropped.
+                let work = move || jobs.into_iter().for_each(|job| job());
                 thread::Builder::new().name("block status".into()).spawn(work)?;
                 thread.insert(sender)
             }
         };
-        shared.helper.open.fetch_add(1, Ordering::Relaxed);
-        sender.send(question).map_err(|_| {
-            shared.helper.open.fetch_sub(1, Ordering::Relaxed);
+        self.open.fetch_add(1, Ordering::Relaxed);
+        sender.send(Box::new(job)).map_err(|_| {
+            self.is_done();
             io::Error::other("the thread for block status has ended")
         })
     }
+
+    /// A job has been done.
+    pub(crate) fn is_done(&self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
-fn answer(question: Question) {
-    let Question { shared, number, at, len, mailbox } = question;
-    // Otherwise the queue is gone.
-    let result = (Arc::strong_count(&mailbox) > 1).then(|| {
-        let file = shared.handle.open_to_ask().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-        file.and_then(|file| extents(&file, at, len))
-    });
-    shared.helper.open.fetch_sub(1, Ordering::Relaxed);
-    // Before the answer: the receiver may close the device and expect the file to be closed.
-    drop(shared);
-    if let Some(result) = result {
-        mailbox.put(Answer { number, result });
+impl fmt::Debug for Helper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Helper").field("open", &self.open).finish_non_exhaustive()
     }
 }
 
 /// Where the range is allocated, for a part of it if that takes long.
-fn extents(file: &File, at: u64, len: u64) -> Result<Vec<Extent>, i32> {
+pub(crate) fn extents(file: &File, at: u64, len: u64) -> Result<Vec<Extent>, i32> {
     let (started, end) = (Instant::now(), at.saturating_add(len));
     let (mut here, mut extents) = (at, Vec::new());
     while here < end && extents.len() < EXTENTS_MAX && (extents.is_empty() || started.elapsed() < TIME_MAX) {

@@ -10,7 +10,8 @@ use nbd_proto::client::{Negotiation, Step, Wish};
 use serde::{Deserialize, Serialize};
 
 use super::servers::{Address, Running, Server, Stage, Stream};
-use super::work::{Transport, Work};
+use super::transport::Transport;
+use super::work::Work;
 
 /// A server at rest and at work. Memory is resident, in KiB.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ mod raw;
 mod report;
 mod servers;
 mod svg;
+mod transport;
 mod work;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,8 @@ use memory::Memory;
 use micro::Count;
 use raw::Raw;
 use servers::{Program, Running, SERVERS, Server, Stage};
-use work::{Figures, Transport, Work};
+use transport::Transport;
+use work::{Figures, Work};
 
 const HELP: &str = "\
 usage: cargo xtask bench [PART...] [OPTIONS]

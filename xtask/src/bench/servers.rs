@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::{time::clock_getcpuclockid, unistd::Pid};
 
-use super::work::Transport;
+use super::transport::Transport;
 use crate::shell::{self, Daemon, find};
 use crate::{dist, trixie};
 

@@ -8,20 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::servers::Running;
+use super::transport::Transport;
 use crate::shell;
-
-/// How the client reaches the server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Transport {
-    Unix,
-    Tcp,
-    /// On TCP, with certificates.
-    Tls,
-}
-
-impl Transport {
-    pub(crate) const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Tls];
-}
 
 /// `PATTERN-BLOCK-DEPTH[xCONNECTIONS][@TRANSPORT]`, such as `randread-4k-64` or `write-256k-16x2@tcp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
