@@ -1,8 +1,7 @@
 //! [`Channel`]: one queue, its memory and the requests in flight; the only way consumers reach a device.
 //!
-//! What every driver would otherwise write again is here, once: checks of range and read-only, splits by every limit,
-//! read-modify-write of partial blocks, FUA by a flush, zeroes by writes, holding back what does not fit the queue,
-//! withdrawing and timing out requests.
+//! It implements once what all drivers need: checks of range and read-only, splitting by every limit, read-modify-write of
+//! partial blocks, FUA by a flush, zeroes by writes, back-pressure, cancelling, and time-outs.
 //!
 //! A request that the device can take as it is goes straight through ([`Slot::Direct`]); any other becomes a [`Job`].
 

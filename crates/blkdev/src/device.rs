@@ -6,27 +6,27 @@ use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping};
 
 /// Control plane of a block device: shared between threads, cold.
 pub trait Device: Send + Sync {
-    /// Limits and capabilities, as they were when the device was opened. Truthful: what is claimed here works.
+    /// Limits and capabilities, as they were at open. All that is claimed here works.
     fn info(&self) -> &Info;
 
     /// Size in bytes, a multiple of [`Info::block_size`]. May change while the device is open.
     fn capacity(&self) -> u64;
 
-    /// Makes memory known to the device: a DMA mapping, a memory slot, an IOTLB entry, or nothing at all. Every `Buf`
-    /// that is pushed to a queue of this device lies in a mapping registered here. The device keeps the mapping alive.
+    /// Registers memory with the device: a DMA mapping, a memory slot, an IOTLB entry, or nothing at all. Every `Buf` that is
+    /// pushed to a queue of this device lies in a registered mapping. The device keeps the mapping alive.
     ///
     /// # Errors
-    /// What the kernel or the peer refused, and what to do about it.
+    /// The kernel or the peer refused; the text names the reason and the remedy.
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// Undoes [`register`](Self::register): the device forgets the mapping and frees what it took to know it. Called when
-    /// every queue that used the memory is closed. Memory that was never registered is ignored.
+    /// Undoes [`register`](Self::register), and frees what that took. Called when every queue that used the memory is
+    /// closed. Memory that was never registered is ignored.
     fn unregister(&self, mapping: &Arc<Mapping>) {
         let _ = mapping;
     }
 
-    /// Whether the device, or the process behind it, may hold on to the physical pages of registered memory, as an IOMMU
-    /// does. If so, a page that is free must stay where it is; otherwise idle pages can be returned to the system.
+    /// Whether the device, or the process behind it, may pin the physical pages of registered memory, as an IOMMU does. Then
+    /// free pages must stay in place; otherwise idle pages can be returned to the system.
     fn pins_memory(&self) -> bool {
         true
     }
@@ -36,61 +36,63 @@ pub trait Device: Send + Sync {
         false
     }
 
-    /// Asks the device for its size again, for devices that do not report a change on their own. Returns within a fraction
-    /// of a second, whatever the device does.
+    /// Updates the capacity of a device that does not report changes on its own. Returns within a fraction of a second,
+    /// whatever the device does.
     fn refresh(&self) {}
 
-    /// Whether the name that the device was opened by now stands for another device, so that opening it again would open
-    /// something else.
+    /// Whether the name by which the device was opened now names another device.
     fn is_replaced(&self) -> bool {
         false
     }
 
-    /// Opens one of the device's queues with room for `depth` requests (the driver may offer less; see
-    /// [`Info::depth_max`]). At most [`Info::queues_max`] can be open at a time.
+    /// Opens a queue for `depth` requests. The driver may offer fewer; see [`Info::depth_max`]. At most [`Info::queues_max`]
+    /// queues can be open at a time.
     ///
     /// # Errors
-    /// No queue left, or what the kernel or the peer refused.
+    /// No queue is left, or the kernel or the peer refused.
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
 }
 
-/// Data plane: one owner, hot. Nothing here waits for the device, allocates, or calls back.
+/// Data plane: one owner, hot. No method waits for the device, allocates, or calls back. A queue can move to another thread,
+/// but only one thread uses it at a time.
 ///
-/// Dropping a queue with requests in flight drains it first; where that cannot be done in bounded time, memory that the
-/// device may still touch is leaked on purpose ([`Buf::abandon`]).
+/// Dropping a queue drains it first. If that takes too long, the memory that the device may still touch is leaked on purpose
+/// ([`Buf::abandon`]).
 pub trait Queue: Send {
-    /// Takes a request. The device need not hear of it before [`kick`](Self::kick).
+    /// Takes a request. The driver may wait for [`kick`](Self::kick) before it notifies the device.
     ///
-    /// What the driver may rely on ([`Channel`](crate::Channel) sees to it): the range lies within the capacity,
+    /// The driver may rely on this ([`Channel`](crate::Channel) ensures it): the range lies within the capacity,
     /// offset and length are non-zero multiples of [`Info::block_size`] (`Status` and `Prefetch` included), `Buf`s are as
     /// long as the request and at most [`Info::transfer_max`], `Zero` and `Discard` are at most `zero_max` and
     /// `discard_max`, and no operation is asked for that [`Caps`] denies.
     ///
     /// # Errors
-    /// The queue is full: the request comes back, buffer and all.
+    /// The queue is full: the request comes back with its buffer.
     fn push(&mut self, request: Request) -> Result<(), Request>;
 
-    /// One doorbell for everything pushed since the last one, left out when the device asked for none.
-    /// Failures show as completions.
+    /// Rings the doorbell for all requests since the last one, unless the device needs no notification. Failures show as
+    /// completions.
     fn kick(&mut self);
 
-    /// Appends what has finished since the last call. A dead device finishes everything with [`Error::Gone`].
+    /// Appends the completions since the last call. A dead device completes everything with [`Error::Gone`].
     fn reap(&mut self, done: &mut Vec<Completion>);
 
-    /// Readable when the queue was [armed](Self::arm) and something has finished. `None`: this queue can only be polled.
-    /// The owner need not read from it: `arm` and `reap` do what is necessary.
+    /// Readable when the queue was [armed](Self::arm) and something has completed. `None`: the queue can only be polled.
+    ///
+    /// The descriptor stays the same until the queue is dropped. It works level- and edge-triggered, in poll, epoll, or an
+    /// async runtime such as tokio's `AsyncFd`. It may be readable without need. The owner never reads from it: `arm` and
+    /// `reap` do that.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Asks for a wake-up at the next completion. `false`: completions already wait (or may wait), reap first.
+    /// Requests a wake-up at the next completion. `false`: something may have completed already; call `reap` first.
     fn arm(&mut self) -> bool;
 
-    /// Gives the device up: the next `reap`s finish everything that is in flight with [`Error::Gone`], and so does
-    /// everything that is pushed later. Called when a request has taken longer than [`Info::timeout`]. Memory that the
-    /// device may still touch is [abandoned](Buf::abandon), never reused: what it may write to, and what it may read, since
-    /// a write that comes late must not put another request's data on the disk.
+    /// Declares the device dead. The next `reap`s complete all requests in flight with [`Error::Gone`]; later requests end the
+    /// same way. Memory that the device may still touch is [abandoned](Buf::abandon): memory that it may write to, and memory
+    /// that it may read, because a late write must not put another request's data on the disk.
     fn give_up(&mut self);
 
-    /// Whether the device is dead for good: whatever is pushed ends with [`Error::Gone`].
+    /// Whether the device is dead: every request ends with [`Error::Gone`].
     fn is_dead(&self) -> bool {
         false
     }
@@ -99,9 +101,9 @@ pub trait Queue: Send {
 /// A request to a queue. The tag is its owner's, and comes back in the [`Completion`].
 #[derive(Debug)]
 pub struct Request {
-    /// Chosen by whoever pushes; the driver only hands it back.
+    /// Chosen by the caller; the driver only returns it.
     pub tag: u64,
-    /// What to do, and the memory to do it with.
+    /// The operation, with its memory.
     pub op: Op,
 }
 
@@ -141,7 +143,7 @@ pub enum Op {
         at: u64,
         /// Length in bytes.
         len: u64,
-        /// The space may be given back.
+        /// The space may be deallocated.
         unmap: bool,
     },
     /// Hints that the range is not needed any more; what it reads as afterwards is not defined. Only where
@@ -198,13 +200,13 @@ pub struct Info {
     pub discard_max: u64,
     /// Discards that do not start and end on a multiple of this are lost on the device: a multiple of `block_size`.
     pub discard_alignment: u32,
-    /// How long a request may take before the device is given up ([`Queue::give_up`]); `None`: for ever.
+    /// How long a device with requests in flight may go without a completion before it is stalled; `None`: forever.
     pub timeout: Option<Duration>,
     /// What the device can do.
     pub caps: Caps,
 }
 
-/// What a device can do by itself. What it cannot, [`Channel`](crate::Channel) emulates where that is possible.
+/// Capabilities of a device. [`Channel`](crate::Channel) emulates the others where possible.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Caps {
     /// Nothing can be written.
@@ -213,13 +215,13 @@ pub struct Caps {
     pub rotational: bool,
     /// There is a volatile cache, and [`Op::Flush`] empties it. Without it every write is durable when it completes.
     pub flush: bool,
-    /// A write can be made durable by itself ([`Op::Write`]'s `fua`).
+    /// A single write can be made durable ([`Op::Write`]'s `fua`).
     pub fua: bool,
     /// [`Op::Zero`] works, and is faster than writing zeroes.
     pub zero: bool,
     /// [`Op::Discard`] works.
     pub discard: bool,
-    /// [`Op::Status`] tells holes from data.
+    /// [`Op::Status`] distinguishes holes from data.
     pub status: bool,
     /// [`Op::Prefetch`] works.
     pub prefetch: bool,

@@ -1,21 +1,34 @@
-//! The boundary between block devices and whoever uses them.
+//! The interface between block devices and their users.
 //!
-//! A driver implements [`Device`] and [`Queue`]; a consumer (an NBD server, an nbdkit plugin, a test) sees only
-//! `Channel`. Drivers are dumb: they move aligned requests within their limits. Everything that would otherwise be
-//! written once a driver lives in [`Channel`]: range checks, splitting, read-modify-write, emulated FUA and zeroes,
-//! back-pressure and time-outs.
+//! A driver implements [`Device`] and [`Queue`]. A consumer (an NBD server, an nbdkit plugin, a test) uses only [`Channel`].
+//! Drivers are simple: they move aligned requests within their limits. [`Channel`] does the rest, once for all drivers: range
+//! checks, splitting, read-modify-write, emulated FUA and zeroes, back-pressure and time-outs.
 //!
 //! ```text
 //!   consumer --submit(Io)--> Channel --push(Request)--> Queue --> device
 //!   consumer <--reap(Done)-- Channel <--reap(Completion)-- Queue
 //! ```
 //!
-//! Memory for payload is a [`Mapping`] that the device has been told of once ([`Device::register`]); an [`Arena`] hands
-//! out page runs of it as [`Buf`]s. A `Buf` moves into the request, stays with it while the device works, and comes back
-//! in the completion: what goes in comes out, whether the request was done, failed or did not fit.
+//! This crate has no runtime. A queue has a file descriptor that becomes readable ([`Queue::wake_fd`]), and it can be polled
+//! ([`Queue::reap`] in a loop). So epoll, an async runtime, a busy loop or plain threads can drive it.
 //!
-//! There is no runtime in here: a queue has a file descriptor that becomes readable ([`Queue::wake_fd`]) and a mode
-//! without one ([`Queue::reap`] in a loop), so epoll, an async runtime, a spin loop or plain threads can drive it.
+//! # Memory model
+//!
+//! Payload memory is a [`Mapping`]: shared memory, mapped once, at an address that is also its I/O address ([`Mapping::iova`]).
+//! The consumer's channel registers the mapping with the device ([`Device::register`]). An [`Arena`] hands out runs of its pages
+//! as [`Buf`]s.
+//!
+//! - **A `Buf` has one owner.** It moves into the request, belongs to the queue while the device works, and comes back in the
+//!   completion: after success, after failure, and when the queue is full. Dropping it frees its pages.
+//! - **Nobody borrows its content.** The device, or another process, may write to the memory at any time. So `Buf` only copies
+//!   bytes in and out, and there is never a reference to them.
+//! - **A driver may pass the address of a `Buf` to the device** from [`Queue::push`] until it returns the completion, and not
+//!   longer. The mapping stays registered until all queues of the device that use it are closed.
+//! - **A dead device may still write.** When a driver gives up ([`Queue::give_up`]), it completes all requests with
+//!   [`Error::Gone`] and [abandons](Buf::abandon) the memory that the device may still touch. Abandoned memory is never reused:
+//!   late data cannot appear in another request, and a late write cannot put another request's data on the disk.
+//! - **A slow device keeps its memory.** When a request fails by a time-out, its `Buf` stays with the queue until the device
+//!   returns it.
 
 mod ages;
 mod arena;
