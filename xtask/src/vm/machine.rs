@@ -218,9 +218,10 @@ impl Machine<'_> {
     fn add_disks(&self, qemu: &mut Command, dir: &Path) {
         let platform = if self.iommu { "on" } else { "off" };
         let blocks_4k = "logical_block_size=4096,physical_block_size=4096";
-        // All of them offer packed rings, which is what the guest's kernel takes. With its split rings of 1024 entries a used-ring
-        // entry lies across two pages, and QEMU 10.0 writes the second half of such an entry to the wrong page when an IOMMU
-        // translates: the guest's memory was destroyed in each minute of tests. (nbdblk's own split rings have no such entry.)
+        // All of them offer packed rings, which is what the guest's kernel takes. With its split rings of 1024 entries, memory of
+        // the guest was destroyed within minutes: 4 bytes at the start of a page, the length of a used-ring entry. One entry of
+        // such a ring lies across two pages, and it seems that QEMU 10.0 writes the second half to the wrong page when an IOMMU
+        // translates. (nbdblk's own split rings have no such entry.)
         let virtio = |id: &str, place: &str, more: &str| {
             format!(
                 "virtio-blk-pci,id={id},drive={id},serial={id},{place},disable-legacy=on,iommu_platform={platform},num-queues=4,packed=on{more}"
