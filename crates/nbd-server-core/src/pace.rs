@@ -41,6 +41,11 @@ impl Limit {
         Self { all: stall_timeout / 10, window: (stall_timeout / 200).max(Duration::from_millis(1)) }
     }
 
+    /// For taking replies, if others only have less memory than they could use: any progress is enough.
+    pub(crate) fn stopped(stall_timeout: Duration) -> Self {
+        Self { all: Duration::MAX, window: stall_timeout / 10 }
+    }
+
     /// For sending payloads. One that is slower is cut off.
     pub(crate) fn sending(stall_timeout: Duration) -> Self {
         Self { all: stall_timeout, window: stall_timeout / 5 }

@@ -57,6 +57,10 @@ pub struct Session {
     stalled: Option<(Cookie, Asked)>,
     /// The memory that the first of those waits for.
     wants: Option<Part>,
+    /// Or it waits until the client has less: see [`is_held_back`](Self::is_held_back).
+    held_back: bool,
+    /// Why no more input was taken when some was last.
+    stall: Option<Stall>,
     filling: Option<Filling>,
     /// Bytes of payload received since the connection began.
     landed: u64,
@@ -82,7 +86,7 @@ pub struct Session {
 /// Why a session does not take more input now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stall {
-    /// It needs payload memory: try again when the channel has got some back.
+    /// It needs payload memory.
     Memory,
     /// Its client has too much under way: try again when something is done or sent.
     Calls,
@@ -127,6 +131,8 @@ impl Session {
             waiting: VecDeque::new(),
             stalled: None,
             wants: None,
+            held_back: false,
+            stall: None,
             filling: None,
             landed: 0,
             statuses: 0,
@@ -152,19 +158,25 @@ impl Session {
         (tag >> 32) as u32
     }
 
-    /// Takes requests off `input` and submits them to `channel`, until the input is used up (`None`) or it must wait; then
-    /// call it again with the rest. `grant` says what memory it may take. If it [wants](Self::wants) memory afterwards, call
-    /// it again when there is some, whether or not there is input left.
+    /// Takes requests from `input` and submits them to `channel`, until the input is used up or the session
+    /// [stalls](Self::stall). `grant` says what memory it may take. Call it again, with the rest of the input or with none,
+    /// when [`is_ready`](Self::is_ready) says so, and, if it [wants](Self::wants) memory, when there is some.
     ///
     /// # Errors
     /// The client broke the protocol: drop the connection.
-    pub fn take(
+    #[inline]
+    pub fn take(&mut self, input: &mut &[u8], channel: &mut Channel, grant: &mut Grant) -> Result<(), Fatal> {
+        self.stall = self.take_all(input, channel, grant)?;
+        Ok(())
+    }
+
+    fn take_all(
         &mut self,
         input: &mut &[u8],
         channel: &mut Channel,
         grant: &mut Grant,
     ) -> Result<Option<Stall>, Fatal> {
-        self.wants = None;
+        (self.wants, self.held_back) = (None, false);
         if self.is_short()
             && let Some(stall) = self.refill(channel, grant)
         {
@@ -214,6 +226,46 @@ impl Session {
             }
         }
         Ok(None)
+    }
+
+    /// Why no more input was taken when some was last; `None`: there was no more.
+    #[inline]
+    pub fn stall(&self) -> Option<Stall> {
+        self.stall
+    }
+
+    /// Whether [`take`](Self::take) has something to do. `has_input`: the client has sent something that is not taken yet.
+    /// `is_blocked`: the client takes no replies now. `has_ended`: a request of it has ended since, or all replies are sent.
+    ///
+    /// It is never ready for nothing: it submits a request, refuses one, or waits for something else afterwards.
+    #[inline]
+    pub fn is_ready(&self, has_input: bool, is_blocked: bool, has_ended: bool) -> bool {
+        match self.stall {
+            _ if self.closed => false,
+            // A reply must be read again, and the client takes it.
+            _ if self.is_short() && !is_blocked => self.wants != Some(Part::Reserve),
+            // Blocked or not, so that there are replies to send when there is room for them again, but not too many.
+            Some(Stall::Turn) => self.outbox.held() < TURN,
+            _ if is_blocked => false,
+            _ if self.held_back && has_ended => true,
+            None => has_input,
+            // With as many requests as it may have, some of which wait for memory, it can begin no other one.
+            Some(Stall::Calls) => has_ended && (self.wants.is_none() || self.has_room()),
+            Some(Stall::Memory | Stall::Disconnect) => false,
+        }
+    }
+
+    /// Whether it waits for an end of one of its own requests.
+    #[inline]
+    pub fn awaits_end(&self) -> bool {
+        self.held_back || self.stall == Some(Stall::Calls)
+    }
+
+    /// Whether a request waits because its client holds memory already, and too little is free for more. It waits in no line:
+    /// it goes on when one of the client's own requests has ended or was sent.
+    #[inline]
+    pub fn is_held_back(&self) -> bool {
+        self.held_back
     }
 
     /// Frees the memory of replies that the client has not taken. They are read again when it does.
@@ -457,7 +509,7 @@ impl Session {
         }
         self.stalled = None;
         self.waiting = VecDeque::new();
-        self.wants = None;
+        (self.wants, self.held_back) = (None, false);
         self.outbox = Outbox::default();
         (self.disconnecting, self.closed) = (true, true);
     }
@@ -552,7 +604,8 @@ impl Session {
         } else {
             // Counting what is free takes a moment, and is not worth it for small requests.
             if mine > 0 && mine + 2 * len > channel.memory_free() {
-                return Err(Stall::Calls);
+                self.held_back = true;
+                return Err(Stall::Memory);
             }
             if grant.common { channel.alloc(at, len) } else { None }
         };
@@ -781,7 +834,8 @@ mod tests {
         for _ in 0..3 {
             let mut input = &wire[..];
             while {
-                let stall = session.take(&mut input, &mut channel, &mut Grant::ALL.clone()).unwrap();
+                session.take(&mut input, &mut channel, &mut Grant::ALL.clone()).unwrap();
+                let stall = session.stall();
                 assert_eq!(stall, (!input.is_empty()).then_some(Stall::Turn));
                 turns.push(session.in_flight());
                 channel.kick();

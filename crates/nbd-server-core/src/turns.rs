@@ -15,7 +15,7 @@ use std::{
 use crate::{
     lines::{Grant, Lines, Part},
     pace::{Limit, Pace, Progress},
-    session::TURN,
+    session::{Session, TURN},
 };
 
 /// What [`Turns`] asks of the owner of the connections.
@@ -41,10 +41,21 @@ pub trait Connections {
 pub struct Fed {
     /// The memory that it waits for.
     pub wants: Option<Part>,
+    /// It waits until it has less memory itself.
+    pub held_back: bool,
     /// Its requests in flight.
     pub in_flight: usize,
     /// What it has taken of the round: bytes of memory, where the device has answered by the end of the round.
     pub taken: usize,
+}
+
+impl Fed {
+    /// The state of a session that has `taken` so much.
+    #[inline]
+    pub fn of(session: &Session, taken: usize) -> Self {
+        let held_back = session.is_held_back();
+        Self { wants: session.wants(), held_back, in_flight: session.in_flight(), taken }
+    }
 }
 
 /// The connections of a worker, and the order of their turns.
@@ -65,6 +76,8 @@ struct Member {
     queued: bool,
     /// Counted as one with requests in flight.
     busy: bool,
+    /// Counted as one that waits until it has less memory.
+    held_back: bool,
     /// How fast it takes replies, and sends payload, whose memory others wait for.
     taking: Option<Pace>,
     sending: Option<Pace>,
@@ -76,6 +89,8 @@ struct Lane {
     lines: Lines,
     /// Memory that was free when it did not suffice for those at the front.
     too_little: usize,
+    /// Connections that wait until they have less memory.
+    held_back: usize,
 }
 
 impl Turns {
@@ -84,7 +99,7 @@ impl Turns {
         if self.lanes.len() <= lane {
             self.lanes.resize_with(lane + 1, || None);
         }
-        self.lanes[lane] = Some(Lane { lines: Lines::new(depth), too_little: 0 });
+        self.lanes[lane] = Some(Lane { lines: Lines::new(depth), too_little: 0, held_back: 0 });
     }
 
     /// A channel without connections is not served any more.
@@ -98,7 +113,8 @@ impl Turns {
         if self.members.len() <= index {
             self.members.resize_with(index + 1, || None);
         }
-        self.members[index] = Some(Member { lane, queued: false, busy: false, taking: None, sending: None });
+        self.members[index] =
+            Some(Member { lane, queued: false, busy: false, held_back: false, taking: None, sending: None });
     }
 
     /// A connection has ended.
@@ -107,6 +123,7 @@ impl Turns {
         if let Some(lane) = &mut self.lanes[member.lane] {
             lane.lines.forget(number);
             lane.lines.count(member.busy.into(), 0);
+            lane.held_back -= usize::from(member.held_back);
         }
     }
 
@@ -140,15 +157,18 @@ impl Turns {
         }
     }
 
-    /// Whether connections of a lane wait for memory.
+    /// How soon a [round](Self::round) or a [sweep](Self::sweep) can help connections that wait for memory, whatever the others
+    /// do. `unused` counts the memory of the lane's channel that is free. `None`: none waits.
     #[inline]
-    pub fn is_awaited(&self, lane: usize) -> bool {
-        self.lanes[lane].as_ref().is_some_and(|lane| !lane.lines.is_empty())
-    }
-
-    /// Whether more memory is free than when it did not suffice.
-    pub fn may_go_on(&self, lane: usize, unused: usize) -> bool {
-        self.lanes[lane].as_ref().is_some_and(|lane| unused > lane.too_little)
+    pub fn due(&self, lane: usize, unused: impl FnOnce() -> usize, stall_timeout: Duration) -> Option<Duration> {
+        let Lane { lines, too_little, held_back } = self.lanes[lane].as_ref()?;
+        if !lines.is_empty() {
+            // Replies that have left freed memory after the waiting connections had their turn.
+            let at_once = unused() > *too_little;
+            Some(if at_once { Duration::ZERO } else { Self::interval(stall_timeout) })
+        } else {
+            (*held_back > 0).then(|| Limit::stopped(stall_timeout).interval())
+        }
     }
 
     /// The place of a lane's waiting connections, for those who check it.
@@ -210,11 +230,14 @@ impl Turns {
             return None;
         };
         self.count(number, fed.in_flight);
-        self.lanes[lane].as_mut()?.lines.settle(number, grant, fed.wants);
+        let (member, lane) = (self.members[number as usize].as_mut()?, self.lanes[lane].as_mut()?);
+        lane.held_back = lane.held_back + usize::from(fed.held_back) - usize::from(member.held_back);
+        member.held_back = fed.held_back;
+        lane.lines.settle(number, grant, fed.wants);
         Some(fed)
     }
 
-    /// How often to [sweep](Self::sweep) while a connection waits for memory.
+    /// How often to [sweep](Self::sweep).
     pub fn interval(stall_timeout: Duration) -> Duration {
         Limit::taking(stall_timeout).interval()
     }
@@ -222,20 +245,28 @@ impl Turns {
     /// Takes memory that others wait for from connections that are too slow. Returns those that are to be cut off; see
     /// [`Limits::stall_timeout`](crate::Limits::stall_timeout).
     pub fn sweep(&mut self, now: Instant, stall_timeout: Duration, connections: &mut impl Connections) -> Vec<u32> {
-        let (taking, sending) = (Limit::taking(stall_timeout), Limit::sending(stall_timeout));
         let mut slow = Vec::new();
         for number in 0..self.members.len() as u32 {
             let Some(member) = &mut self.members[number as usize] else { continue };
-            if self.lanes[member.lane].as_ref().is_none_or(|lane| lane.lines.is_empty()) {
-                (member.taking, member.sending) = (None, None);
-                continue;
-            }
+            let Some(lane) = &self.lanes[member.lane] else { continue };
+            let awaited = !lane.lines.is_empty();
+            // One that is held back goes on, if slowly: for its sake only connections that do nothing lose memory.
+            let (taking, sending) = match awaited {
+                true => (Limit::taking(stall_timeout), Some(Limit::sending(stall_timeout))),
+                false if lane.held_back > usize::from(member.held_back) => (Limit::stopped(stall_timeout), None),
+                false => {
+                    (member.taking, member.sending) = (None, None);
+                    continue;
+                }
+            };
             let Progress { sent, unsent, landed, filling } = connections.progress(number);
             if Pace::is_too_slow(&mut member.taking, sent, unsent, now, taking) {
                 connections.reclaim(number);
             }
-            if Pace::is_too_slow(&mut member.sending, landed, filling, now, sending) {
-                slow.push(number);
+            match sending {
+                None => member.sending = None,
+                Some(limit) if Pace::is_too_slow(&mut member.sending, landed, filling, now, limit) => slow.push(number),
+                Some(_) => {}
             }
         }
         slow

@@ -4,7 +4,7 @@
 //! Each seed makes another device (block sizes, limits, capabilities), another mode of the protocol, another set of faults
 //! and several clients at once, whose bytes arrive and leave in pieces of any size; some clients vanish in the middle of a
 //! word. What must hold in every one of them: each request of a living client is answered exactly once and rightly, what was
-//! acknowledged is there, no buffer is lost, and all of it ends.
+//! acknowledged is there, no buffer is lost, the worker sleeps while nothing happens, and all of it ends.
 
 use std::{
     collections::HashMap,
@@ -22,7 +22,7 @@ use nbd_proto::{
     client::{self, Chunk, Decoder, Encoder, Negotiation, Wish},
     wire::{CommandFlags as Flags, CommandKind as Kind, TransmissionFlags as T},
 };
-use nbd_server_core::{Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Stall, Turns};
+use nbd_server_core::{Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Turns};
 
 #[test]
 fn orderly_devices() {
@@ -54,21 +54,15 @@ fn silent_devices() {
 #[test]
 fn greedy_clients_keep_nobody_waiting() {
     for seed in 40_000..40_300 {
-        let mut world = World::new(seed, |_, _| {});
-        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
-        let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
-        world.floor.channels = plan.open(&device, 1).unwrap();
-        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
-        let greedy = world.rng.range(1, 60) as usize;
-        world.floor.clients = (0..=greedy).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
-        world.seat();
+        let greedy = Rng::new(seed).range(1, 60) as usize;
+        let mut world = World::crowd(seed, greedy + 1);
         for n in 0..greedy {
             for _ in 0..world.rng.range(1, 100) {
                 let (client, len) = (&mut world.floor.clients[n], world.rng.range(17 << 10, DEVICE - 1));
-                client.next += 1;
-                client.encoder.request(&mut client.wire, Cookie(client.next), Kind::READ, Flags::NONE, 0, len);
+                client.request(Kind::READ, 0, len);
             }
         }
+        world.floor.clients[greedy].socket_len = 10 << 20;
         let has_contexts = !world.floor.clients[greedy].session.terms().contexts.is_empty();
         let long = (Kind::READ, 200 << 10);
         let requests =
@@ -77,23 +71,21 @@ fn greedy_clients_keep_nobody_waiting() {
         for n in 0..=greedy {
             let honest = n == greedy;
             for &(kind, len) in requests[..count].iter().filter(|_| honest) {
-                let client = &mut world.floor.clients[n];
-                client.next += 1;
-                client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, 0, len);
+                world.floor.clients[n].request(kind, 0, len);
             }
             world.arrive(n, usize::MAX);
             for _ in 0..if honest { 2000 } else { 20 } {
-                let session = &world.floor.clients[greedy].session;
-                if taken > 0 && session.in_flight() == 0 && session.wants().is_none() {
+                let client = &mut world.floor.clients[greedy];
+                if taken > 0 && client.is_served() {
                     break;
                 }
                 world.turn();
-                taken += world.floor.clients[greedy].session.outbox().read(&mut vec![0; 1 << 20]);
+                taken += world.take(greedy, usize::MAX).len();
             }
         }
+        world.sleep();
         assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: nobody is cut off");
-        let honest = &world.floor.clients[greedy].session;
-        assert_eq!((honest.in_flight(), honest.wants()), (0, None), "seed {seed}: the honest client is served");
+        assert!(world.floor.clients[greedy].is_served(), "seed {seed}: the honest client is served");
         assert!(taken >= 16 * count, "seed {seed}: and gets its replies");
     }
 }
@@ -114,15 +106,11 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
         let (kind, at, len) =
             *world.rng.pick(&[(Kind::FLUSH, 0, 0), (Kind::READ, 0, 512), (Kind::WRITE_ZEROES, 1, 100)]);
         for client in &mut world.floor.clients {
-            for _ in 0..500 {
-                client.next += 1;
-                client.encoder.request(&mut client.wire, Cookie(client.next), kind, Flags::NONE, at, len);
-            }
+            (0..500).for_each(|_| client.request(kind, at, len));
         }
-        for turn in 0..200 {
+        for _ in 0..200 {
             (0..count).for_each(|n| world.arrive(n, usize::MAX));
             world.turn();
-            assert!(turn > 100 || world.floor.clients.iter_mut().all(|c| c.session.outbox().len() < 1000));
             let most = (1..=count).map(|n| 2 * usize::from(depth) / n + 1).sum::<usize>() + 2 * usize::from(depth);
             let in_flight = world.floor.channels[0].in_flight();
             assert!(
@@ -132,6 +120,57 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
         }
         let busiest = world.floor.clients.iter().map(|client| client.session.in_flight()).max().unwrap();
         assert!(busiest <= 2 * usize::from(depth) + 1, "seed {seed}: {busiest} of one client");
+    }
+}
+
+/// However many requests wait for memory that a WRITE holds whose payload does not come, the worker sleeps; and requests that
+/// need no memory are answered, as long as their client has not too many.
+#[test]
+fn a_worker_sleeps_while_requests_wait_for_memory() {
+    for seed in 60_000..60_100 {
+        let mut world = World::crowd(seed, 50);
+        let last = world.take_memory(Kind::WRITE, 100 << 10);
+        let count = *world.rng.pick(&[1, 1000, 1023, 1024, 1025, 1500]);
+        let has_flush = world.rng.chance(0.5);
+        let client = &mut world.floor.clients[last];
+        client.socket_len = 10 << 20;
+        (0..count).for_each(|_| client.request(Kind::READ, 0, 100 << 10));
+        if has_flush {
+            client.request(Kind::FLUSH, 0, 0);
+        }
+        world.arrive(last, usize::MAX);
+        world.sleep();
+        let flushed = world.take(last, usize::MAX).len() >= 16;
+        assert_eq!(flushed, has_flush && count < 1024, "seed {seed}: {count} READs wait");
+        // Time passes, and the writers are cut off.
+        while !world.floor.clients[..last].iter().all(|client| client.gone) {
+            world.turn();
+        }
+        while !world.floor.clients[last].is_served() {
+            world.turn();
+            world.take(last, usize::MAX);
+        }
+    }
+}
+
+/// Clients that do not take a reply do not leave one that asks for much with what little memory they left over.
+#[test]
+fn memory_of_stopped_clients_goes_to_others() {
+    for seed in 70_000..70_100 {
+        let mut world = World::crowd(seed, 50);
+        let last = world.take_memory(Kind::READ, 60 << 10);
+        let client = &mut world.floor.clients[last];
+        client.socket_len = 10 << 20;
+        (0..400).for_each(|_| client.request(Kind::READ, 0, 50 << 10));
+        world.arrive(last, usize::MAX);
+        let mut most = 0;
+        while !world.floor.clients[last].is_served() {
+            world.turn();
+            world.take(last, usize::MAX);
+            most = most.max(world.floor.clients[last].session.in_flight());
+        }
+        assert!(most >= 8, "seed {seed}: no more than {most} READs in flight");
+        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: nobody is cut off");
     }
 }
 
@@ -190,9 +229,14 @@ struct Client {
     wire: Vec<u8>,
     /// With the server, not yet taken.
     arrived: Vec<u8>,
+    /// Replies on their way to it, of so many bytes at most. The server sends no more until it takes some of them.
+    socket: Vec<u8>,
+    socket_len: usize,
+    is_blocked: bool,
+    /// There may be replies for it.
+    is_active: bool,
     /// The reply that is coming in: of which request, and where its next byte belongs.
     incoming: Option<(u64, u64)>,
-    stall: Option<Stall>,
     goodbye: bool,
     gone: bool,
     /// Nothing that it asks for is begun any more.
@@ -265,6 +309,32 @@ impl World {
         world
     }
 
+    /// A server with 1 MiB of memory for so many clients.
+    fn crowd(seed: u64, count: usize) -> Self {
+        let mut world = Self::new(seed, |_, _| {});
+        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
+        let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
+        world.floor.channels = plan.open(&device, 1).unwrap();
+        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
+        world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
+        world.seat();
+        world
+    }
+
+    /// Clients take most of the memory, with a request each, and do nothing more. Returns the first that did not.
+    fn take_memory(&mut self, kind: Kind, len: u64) -> usize {
+        for n in 0.. {
+            if self.floor.channels[0].memory_free() < len as usize {
+                return n;
+            }
+            self.floor.clients[n].socket_len = 1;
+            self.floor.clients[n].request(kind, 0, len);
+            self.arrive(n, usize::MAX);
+            self.sleep();
+        }
+        unreachable!("the memory is bounded")
+    }
+
     /// All clients come in.
     fn seat(&mut self) {
         self.turns = Turns::default();
@@ -298,7 +368,9 @@ impl World {
             if self.rng.chance(0.02) {
                 // As if others waited for its memory.
                 self.floor.clients[n].session.reclaim();
-                self.turns.enqueue(n as u32);
+            }
+            if self.rng.chance(0.002) {
+                self.sleep();
             }
             match self.rng.below(4) {
                 0 | 1 => self.deliver(n),
@@ -415,15 +487,49 @@ impl World {
         self.turns.enqueue(n as u32);
     }
 
+    /// A client takes so many bytes of its replies, and the server learns that there is room for more.
+    fn take(&mut self, n: usize, len: usize) -> Vec<u8> {
+        let client = &mut self.floor.clients[n];
+        let len = len.min(client.socket.len());
+        if len > 0 && client.is_blocked {
+            self.turns.enqueue(n as u32);
+        }
+        client.socket.drain(..len).collect()
+    }
+
+    /// Turns in which no client does anything: when the devices have answered, the worker must come to rest.
+    fn sleep(&mut self) {
+        let mut idle = 0;
+        while idle < 100 {
+            let mut lanes = 0..self.floor.channels.len();
+            let is_due = |lane: usize| {
+                let unused = || self.floor.channels[lane].memory_unused();
+                self.turns.due(lane, unused, STALL_TIMEOUT) == Some(Duration::ZERO)
+            };
+            let in_flight = self.floor.channels.iter().map(Channel::in_flight).sum::<usize>();
+            if self.turns.is_empty() && in_flight == 0 && !lanes.any(is_due) {
+                return;
+            }
+            if in_flight > 0 {
+                idle = 0;
+                self.turn();
+            } else {
+                idle += 1;
+                self.turn_now();
+            }
+        }
+        panic!("a worker never sleeps");
+    }
+
     /// Some bytes of replies reach a client.
     fn collect(&mut self, n: usize) {
         if self.floor.clients[n].gone {
             return;
         }
         let longest = *self.rng.pick(&[1, 100, 10_000, 200_000]);
-        let mut piece = vec![0; self.rng.range(0, longest) as usize + 1];
-        let got = self.floor.clients[n].session.outbox().read(&mut piece);
-        let mut input = &piece[..got];
+        let len = self.rng.range(0, longest) as usize + 1;
+        let piece = self.take(n, len);
+        let mut input = &piece[..];
         loop {
             let client = &mut self.floor.clients[n];
             match client.decoder.next(&mut input).expect("the server keeps to the protocol") {
@@ -525,6 +631,10 @@ impl World {
     /// A turn of the server's loop.
     fn turn(&mut self) {
         self.now += Duration::from_millis(self.rng.below(600));
+        self.turn_now();
+    }
+
+    fn turn_now(&mut self) {
         self.floor.channels.iter_mut().for_each(|channel| channel.tick(self.now));
         self.turns.round(&mut self.floor);
         for lane in 0..self.floor.channels.len() {
@@ -535,19 +645,29 @@ impl World {
                 let n = Session::number_of(done.tag);
                 let client = &mut self.floor.clients[n as usize];
                 client.session.complete(done);
-                self.turns.count(n, client.session.in_flight());
+                client.is_active = true;
+                if client.session.awaits_end() {
+                    self.turns.enqueue(n);
+                }
+            }
+        }
+        for n in 0..self.floor.clients.len() {
+            let client = &mut self.floor.clients[n];
+            if !std::mem::take(&mut client.is_active) || client.gone {
+                continue;
+            }
+            client.send();
+            let in_flight = client.session.in_flight();
+            self.turns.count(n as u32, in_flight);
+            if client.session.is_broken() {
+                assert!(self.faulty, "only a faulty device cannot be read again");
+                self.kill(n);
+            } else if client.is_ready(in_flight == 0) {
+                self.turns.enqueue(n as u32);
             }
         }
         for slow in self.turns.sweep(self.now, STALL_TIMEOUT, &mut self.floor) {
             self.kill(slow as usize);
-        }
-        for n in 0..self.floor.clients.len() as u32 {
-            if self.floor.clients[n as usize].session.is_broken() {
-                assert!(self.faulty, "only a faulty device cannot be read again");
-                self.kill(n as usize);
-            } else if self.floor.is_ready(n) && self.floor.clients[n as usize].stall != Some(Stall::Memory) {
-                self.turns.enqueue(n);
-            }
         }
     }
 
@@ -585,15 +705,15 @@ impl World {
 
 impl Connections for Floor {
     fn is_ready(&mut self, number: u32) -> bool {
-        let client = &self.clients[number as usize];
-        let waits = client.stall.is_some() || client.session.wants().is_some();
-        let over = client.gone || client.stall == Some(Stall::Disconnect);
-        !client.gone && (client.session.is_short() || (!over && (waits || !client.arrived.is_empty())))
+        let client = &mut self.clients[number as usize];
+        client.is_active = true;
+        client.is_ready(true)
     }
 
     fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed> {
         let client = &mut self.clients[number as usize];
         let channel = &mut self.channels[client.channel];
+        client.is_active = true;
         if let Some((buf, at)) = client.session.landing() {
             // Straight into place, as `receive` does it; what is more goes the other way.
             let direct = client.arrived.len().min(buf.len() - at);
@@ -603,12 +723,12 @@ impl Connections for Floor {
         }
         let (free, may) = (channel.memory_unused(), grant.reserve || grant.common);
         let mut input = &client.arrived[..];
-        client.stall = client.session.take(&mut input, channel, grant).expect("the client keeps to the protocol");
+        client.session.take(&mut input, channel, grant).expect("the client keeps to the protocol");
         // First come, first served: a session with others ahead of it in both lines gets nothing.
         assert!(may || channel.memory_unused() == free, "memory went past the waiting line");
         let taken = client.arrived.len() - input.len();
         client.arrived.drain(..taken);
-        Some(Fed { wants: client.session.wants(), in_flight: client.session.in_flight(), taken: 0 })
+        Some(Fed::of(&client.session, 0))
     }
 
     fn memory_unused(&self, lane: usize) -> usize {
@@ -658,6 +778,37 @@ impl Client {
         begun.map_or(self.asked[&cookie.0].at, |(_, at)| at)
     }
 
+    /// Asks for something, whose answer is not looked at.
+    fn request(&mut self, kind: Kind, at: u64, len: u64) {
+        self.next += 1;
+        self.encoder.request(&mut self.wire, Cookie(self.next), kind, Flags::NONE, at, len);
+    }
+
+    fn is_ready(&self, has_ended: bool) -> bool {
+        self.session.is_ready(!self.arrived.is_empty(), self.is_blocked, has_ended)
+    }
+
+    /// Whether all that has arrived is answered.
+    fn is_served(&mut self) -> bool {
+        let session = &mut self.session;
+        let waits = session.in_flight() > 0 || session.wants().is_some() || session.is_held_back();
+        !waits && self.arrived.is_empty() && session.outbox().is_empty()
+    }
+
+    /// Replies go to the socket, as far as it has room.
+    fn send(&mut self) {
+        let mut piece = vec![0; 64 << 10];
+        loop {
+            let room = (self.socket_len - self.socket.len()).min(piece.len());
+            let len = self.session.outbox().read(&mut piece[..room]);
+            self.socket.extend_from_slice(&piece[..len]);
+            if len == 0 {
+                self.is_blocked = room == 0 && !self.session.outbox().is_empty();
+                return;
+            }
+        }
+    }
+
     /// The handshake of both halves, in pieces of any size.
     fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
         let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
@@ -701,7 +852,10 @@ impl Client {
             wire: Vec::new(),
             arrived: Vec::new(),
             incoming: None,
-            stall: None,
+            socket: Vec::new(),
+            socket_len: *rng.pick(&[1, 500, 100_000, 10 << 20]),
+            is_blocked: false,
+            is_active: false,
             goodbye: false,
             gone: false,
             refused: false,

@@ -6,10 +6,10 @@ use blkdev::Channel;
 
 use crate::{
     coalesce::Coalesce,
-    lines::{Grant, Part},
+    lines::Grant,
     poll::{Interest, Poll},
     received::Received,
-    session::{Session, Stall, TURN},
+    session::Session,
     stream::Stream,
 };
 
@@ -21,7 +21,6 @@ pub(super) struct Conn {
     pub(super) lane: usize,
     /// Input that could not be taken yet. While there is any, no more is received.
     pub(super) backlog: Vec<u8>,
-    pub(super) stall: Option<Stall>,
     pub(super) readable: bool,
     /// The client has closed: what is left is to be read up to the end.
     pub(super) ended: bool,
@@ -42,11 +41,13 @@ pub(super) struct Conn {
 impl Conn {
     /// Whether it may have waited for its turn with something to take, which it takes now.
     #[inline]
-    pub(super) fn waits(&mut self) -> bool {
-        self.stall.take().is_some()
-            || !self.backlog.is_empty()
-            || self.session.wants().is_some()
-            || self.session.is_short()
+    pub(super) fn waits(&self) -> bool {
+        let Self { session, backlog, .. } = self;
+        !backlog.is_empty()
+            || session.stall().is_some()
+            || session.wants().is_some()
+            || session.is_held_back()
+            || session.is_short()
     }
 
     /// Returns what a burst has left of capacity.
@@ -87,8 +88,7 @@ impl Conn {
         self.session.landed(landed, channel);
         let mut input = &staging[..staged];
         match self.session.take(&mut input, channel, grant) {
-            Ok(stall) => {
-                self.stall = stall;
+            Ok(()) => {
                 self.backlog.extend_from_slice(input);
                 true
             }
@@ -99,29 +99,19 @@ impl Conn {
         }
     }
 
-    /// Whether it has something to do in a turn. `has_room`: for one more of its requests, if that is what it waits for.
-    pub(super) fn wants_turn(&mut self, has_room: bool) -> bool {
-        match self.stall {
-            _ if self.stream.is_none() => false,
-            // A reply must be read again, and the socket has room for it.
-            _ if self.session.is_short() && !self.blocked => self.session.wants() != Some(Part::Reserve),
-            // Blocked or not, so that there are replies to send when there is room for them again, but not too many.
-            Some(Stall::Turn) => self.session.outbox().held() < TURN,
-            _ if self.blocked => false,
-            None => self.readable || !self.backlog.is_empty(),
-            Some(Stall::Calls) => has_room,
-            Some(Stall::Memory | Stall::Disconnect) => false,
-        }
+    /// Whether it has something to do in a turn. `has_ended`: a request of it has ended since its last one, or all have.
+    pub(super) fn is_ready(&self, has_ended: bool) -> bool {
+        let has_input = self.readable || !self.backlog.is_empty();
+        self.stream.is_some() && self.session.is_ready(has_input, self.blocked, has_ended)
     }
 
     /// Takes what had to wait. `false`: the connection is at its end.
     pub(super) fn take_backlog(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
         let mut input = &self.backlog[..];
         match self.session.take(&mut input, channel, grant) {
-            Ok(stall) => {
+            Ok(()) => {
                 let taken = self.backlog.len() - input.len();
                 self.backlog.drain(..taken);
-                self.stall = stall;
                 true
             }
             Err(fatal) => {

@@ -120,7 +120,6 @@ impl Floor {
             session: Session::new(&negotiated, number),
             lane: ticket.lane,
             backlog: sent,
-            stall: None,
             readable: true,
             ended: false,
             blocked: false,
@@ -224,7 +223,7 @@ impl Floor {
         conn.session.complete(done);
         if conn.stream.is_some() {
             activate(&mut self.active, number, conn);
-            if conn.stall == Some(Stall::Calls) {
+            if conn.session.awaits_end() {
                 turns.enqueue(number);
             }
         } else if conn.session.in_flight() == 0 {
@@ -253,7 +252,7 @@ impl Floor {
             turns.count(number, in_flight);
             if !alive || over {
                 self.bury(number, turns);
-            } else if conn.wants_turn(in_flight == 0) {
+            } else if conn.is_ready(in_flight == 0) {
                 // Each request that ends makes room, and queues it again.
                 turns.enqueue(number);
             }
@@ -276,7 +275,7 @@ impl Connections for Floor {
     fn is_ready(&mut self, number: u32) -> bool {
         let Some(conn) = &mut self.conns[number as usize] else { return false };
         activate(&mut self.active, number, conn);
-        conn.wants_turn(true)
+        conn.is_ready(true)
     }
 
     /// Takes what a connection has sent until that is all, it must wait, or others should have their turn.
@@ -287,7 +286,7 @@ impl Connections for Floor {
         let held = conn.session.held();
         let mut alive = !conn.waits() || conn.take_backlog(&mut lane.channel, grant);
         for _ in 0..RECEIVES {
-            if !alive || conn.stall.is_some() || conn.blocked || !conn.readable {
+            if !alive || conn.session.stall().is_some() || conn.blocked || !conn.readable {
                 break;
             }
             alive = conn.receive(&mut self.staging, &mut lane.channel, grant);
@@ -296,13 +295,13 @@ impl Connections for Floor {
             self.hang_up(number);
             return None;
         }
-        if conn.stall == Some(Stall::Turn) {
+        if conn.session.stall() == Some(Stall::Turn) {
             // Nothing but headers, mostly.
             self.spin.count(conn.backlog.len() / REQUEST_LEN);
         }
         let taken = conn.session.held().saturating_sub(held) + conn.session.spent();
         let taken = if lane.channel.is_prompt() { taken } else { 0 };
-        Some(Fed { wants: conn.session.wants(), in_flight: conn.session.in_flight(), taken })
+        Some(Fed::of(&conn.session, taken))
     }
 
     fn memory_unused(&self, lane: usize) -> usize {

@@ -243,13 +243,9 @@ impl Worker {
                 }
                 timeout = sooner(timeout, lane.channel.due());
             }
-            if self.turns.is_awaited(number) {
-                // Replies that have left freed memory after the waiting connections had their turn. And memory is taken from
-                // clients that are too slow.
-                let may_go_on = self.turns.may_go_on(number, lane.channel.memory_unused()) || lane.channel.refuses();
-                let again = if may_go_on { Duration::ZERO } else { Turns::interval(self.stall_timeout) };
-                timeout = sooner(timeout, Some(again));
-            }
+            // A device that refuses all requests is not waited for: those that wait for memory get their errors.
+            let unused = || if lane.channel.refuses() { usize::MAX } else { lane.channel.memory_unused() };
+            timeout = sooner(timeout, self.turns.due(number, unused, self.stall_timeout));
             let deadline = lane.leaving.as_ref().and_then(|leaving| leaving.deadline);
             timeout = sooner(timeout, deadline.map(|deadline| deadline.saturating_duration_since(self.now)));
         }
