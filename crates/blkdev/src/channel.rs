@@ -16,7 +16,8 @@ use std::{
 use crate::{
     ages::{Ages, NEVER, Verdict},
     arena::{Arena, Buf},
-    device::{Completion, Device, Info, Op, Queue, Request},
+    device::{Completion, Device, Info, Op, Request},
+    driver::{Driver, Registered, catch},
     error::Error,
     gate::{Gate, Pass},
     io::{Done, Io},
@@ -62,26 +63,12 @@ impl Plan {
             self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::arena::PAGE));
         let each = each.and_then(|n| n.checked_add(aside)).ok_or_else(too_much)?;
         let len = each.checked_mul(count).ok_or_else(too_much)?;
-        let mapping = if device.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
-        device.register(&mapping)?;
-        let registered = Arc::new(Registered { device: Arc::clone(device), mapping: Arc::clone(&mapping) });
+        let mapping = if catch(|| device.shares_memory())? { Mapping::shared(len) } else { Mapping::new(len) }?;
+        let registered = Registered::new(device, &mapping)?;
         let passes = Gate::passes(count)?;
         let depth = self.depth.clamp(1, info.depth_max);
         let open = |(arena, pass)| Channel::open(&registered, arena, aside, pass, depth);
         mapping.arenas(count).into_iter().zip(passes).map(open).collect()
-    }
-}
-
-/// Memory that a device knows, until the last channel that uses it is closed.
-#[derive(Debug)]
-struct Registered {
-    device: Arc<dyn Device>,
-    mapping: Arc<Mapping>,
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        self.device.unregister(&self.mapping);
     }
 }
 
@@ -116,11 +103,12 @@ fn zeroes_len(info: &Info) -> usize {
 #[derive(Debug)]
 pub struct Channel {
     /// Before the memory it uses: fields are dropped in this order, and a queue drains when dropped.
-    queue: Box<dyn Queue>,
-    device: Arc<dyn Device>,
+    driver: Driver,
     info: Info,
     /// See [`memory`](Self::memory).
     memory: usize,
+    /// The device's, at the last `tick`.
+    capacity: u64,
     arena: Arena,
     zeroes: Buf,
     edges: Buf,
@@ -147,8 +135,6 @@ pub struct Channel {
     refuses: bool,
     /// Payload memory of overdue requests.
     overdue_bytes: u64,
-    /// Last: when it is dropped the queue must be closed.
-    _registered: Arc<Registered>,
 }
 
 /// How often to look for a turn at the gate without being woken.
@@ -159,8 +145,7 @@ const PIECES: u32 = 16;
 
 impl Channel {
     fn open(registered: &Arc<Registered>, mut arena: Arena, aside: usize, pass: Pass, depth: u16) -> io::Result<Self> {
-        let device = &registered.device;
-        let info = device.info().clone();
+        let info = registered.device().info().clone();
         arena.reserve(aside);
         assert!(
             info.block_size.is_power_of_two() && info.block_size <= 1 << 16,
@@ -175,9 +160,10 @@ impl Channel {
         let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
         let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
         arena.keep();
+        let driver = Driver::open(registered, depth)?;
         Ok(Self {
-            queue: device.open_queue(depth)?,
-            device: Arc::clone(device),
+            capacity: driver.capacity().unwrap_or(0),
+            driver,
             memory: arena.capacity().saturating_sub(margins_max(&info)),
             arena,
             zeroes,
@@ -198,7 +184,6 @@ impl Channel {
             refuses: false,
             overdue_bytes: 0,
             info,
-            _registered: Arc::clone(registered),
         })
     }
 
@@ -209,7 +194,7 @@ impl Channel {
 
     /// Size of the device in bytes, now.
     pub fn capacity(&self) -> u64 {
-        self.device.capacity()
+        self.driver.capacity().unwrap_or(0)
     }
 
     /// Payload memory that no request holds now, in bytes, without the [reserve](Plan::reserve).
@@ -238,12 +223,12 @@ impl Channel {
     /// Whether the device has anything that it may still answer: requests in flight, and those that were reported as failed
     /// because it had not answered in time.
     pub fn awaits_device(&self) -> bool {
-        self.slots.in_use + self.slots.overdue > 0
+        self.slots.in_use + self.slots.overdue > 0 && !self.driver.is_retired()
     }
 
     /// Whether the device is dead for good: every request ends with [`Error::Gone`].
     pub fn is_dead(&self) -> bool {
-        self.queue.is_dead()
+        self.driver.is_dead()
     }
 
     /// Whether every request ends with [`Error::Gone`] at once now, so that there is no use in waiting for memory: the device
@@ -278,7 +263,7 @@ impl Channel {
     /// Returns payload memory to the system that was not used since the last call, if the device allows it
     /// ([`Device::pins_memory`]). Returns whether there is more, for a call some seconds later.
     pub fn trim(&mut self) -> bool {
-        !self.device.pins_memory() && self.arena.trim()
+        !self.driver.pins_memory() && self.arena.trim()
     }
 
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
@@ -321,7 +306,7 @@ impl Channel {
     pub fn kick(&mut self) {
         if self.pushed {
             self.pushed = false;
-            self.queue.kick();
+            self.driver.kick();
         }
     }
 
@@ -340,8 +325,11 @@ impl Channel {
     #[inline]
     pub fn reap(&mut self, done: &mut Vec<Done>) {
         done.append(&mut self.ready);
-        self.queue.reap(&mut self.completions);
-        self.refuses = self.stalled || self.queue.is_dead();
+        self.driver.reap(&mut self.completions);
+        if self.driver.has_failed() {
+            self.retire();
+        }
+        self.refuses = self.stalled || self.driver.is_dead();
         if !self.completions.is_empty() {
             self.ages.advance();
             let mut completions = std::mem::take(&mut self.completions);
@@ -366,12 +354,12 @@ impl Channel {
 
     /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: it can only be polled.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.queue.wake_fd()
+        self.driver.wake_fd()
     }
 
     /// Asks for a wake-up. `false`: something has ended already, reap first.
     pub fn arm(&mut self) -> bool {
-        self.ready.is_empty() && self.queue.arm()
+        self.ready.is_empty() && self.driver.arm()
     }
 
     /// Readable when requests that wait for those of another channel can go on: to be watched alongside
@@ -395,13 +383,16 @@ impl Channel {
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
-    /// Advances the clock; the caller calls this at every turn.
+    /// Advances the clock, and learns of a new size of the device; the caller calls this at every turn.
     ///
     /// A device that completes nothing for [`Info::timeout`], though it has a request that is older, is stalled: all its
     /// requests end with [`Error::Gone`], and so does every new one until the device has returned all that it has, which is
     /// thrown away then. While others complete, a single request ends so after ten times that time.
     #[inline]
     pub fn tick(&mut self, now: Instant) {
+        if let Some(capacity) = self.driver.capacity() {
+            self.capacity = capacity;
+        }
         if self.ages.tick(now) && self.slots.in_use > 0 {
             self.judge();
         }
@@ -442,8 +433,29 @@ impl Channel {
     /// The device does not answer: everything ends now.
     #[cold]
     fn stall(&mut self) {
-        (self.stalled, self.refuses) = (true, true);
+        self.stalled = true;
         let count = self.slots.in_use;
+        self.fail_all();
+        log::error!(
+            "{} {}: nothing was completed within the time-out; {count} requests fail, and so does every new one until the \
+             device has answered all of them",
+            self.info.driver,
+            self.info.target
+        );
+    }
+
+    /// The driver is faulty: its queue is used no more.
+    #[cold]
+    fn retire(&mut self) {
+        self.driver.retire();
+        // Perhaps completed rightly, but perhaps not.
+        self.completions.drain(..).for_each(|completion| completion.op.abandon());
+        self.fail_all();
+    }
+
+    /// Everything ends now.
+    fn fail_all(&mut self) {
+        self.refuses = true;
         for request in std::mem::take(&mut self.held) {
             let mut done = Vec::new();
             let Request { tag, op } = request;
@@ -461,12 +473,6 @@ impl Channel {
         }
         // Jobs that were waiting.
         self.admit();
-        log::error!(
-            "{} {}: nothing was completed within the time-out; {count} requests fail, and so does every new one until the \
-             device has answered all of them",
-            self.info.driver,
-            self.info.target
-        );
     }
 
     /// Ends a request that the device has. Its memory stays where it is until the device returns it.
@@ -544,14 +550,14 @@ impl Channel {
         self.slots.in_use += 1;
         self.slots.remove(number);
         if self.stalled && self.slots.overdue == 0 {
-            (self.stalled, self.refuses) = (false, self.queue.is_dead());
+            (self.stalled, self.refuses) = (false, self.driver.is_dead());
             log::warn!("{} {}: the device answers again, and is used again", self.info.driver, self.info.target);
         }
     }
 
     /// Gives the device up at once: everything in flight ends with [`Error::Gone`], at the next `reap`s.
     pub fn give_up(&mut self) {
-        self.queue.give_up();
+        self.driver.give_up();
     }
 
     /// Withdraws the requests whose tags `which` picks: nothing of them reaches the device that has not yet. They end with
@@ -568,11 +574,12 @@ impl Channel {
         // A job whose last piece comes back here ends in `ready`.
         for request in std::mem::take(&mut self.held) {
             let tag = match &self.slots.list[request.tag as usize] {
-                Slot::Direct { tag, .. } => *tag,
-                Slot::Job(job) => job.tag,
-                Slot::Free { .. } | Slot::Overdue(_) => unreachable!("a held request is in flight"),
+                Slot::Direct { tag, .. } => Some(*tag),
+                Slot::Job(job) => Some(job.tag),
+                // See `push_held`.
+                Slot::Free { .. } | Slot::Overdue(_) => None,
             };
-            if which(tag) {
+            if tag.is_some_and(&which) {
                 let Request { tag, op } = request;
                 self.complete(Completion { tag, op, result: Err(Error::Cancelled) }, &mut done);
             } else {
@@ -600,7 +607,7 @@ impl Channel {
         if changes && caps.read_only {
             return Some(Err(Error::ReadOnly));
         }
-        if at.checked_add(len).is_none_or(|end| end > self.device.capacity()) {
+        if at.checked_add(len).is_none_or(|end| end > self.capacity && end > self.capacity()) {
             return Some(Err(Error::OutOfRange));
         }
         if self.refuses || (changes && self.pass.is_overdue(at, len)) {
@@ -706,7 +713,7 @@ impl Channel {
                 if self.held.is_empty() {
                     job.born = self.ages.now();
                     self.pushed = true;
-                    if let Err(request) = self.queue.push(request) {
+                    if let Err(request) = self.driver.push(request) {
                         self.held.push_back(request);
                     }
                 } else {
@@ -743,7 +750,7 @@ impl Channel {
             return self.held.push_back(request);
         }
         self.pushed = true;
-        if let Err(request) = self.queue.push(request) {
+        if let Err(request) = self.driver.push(request) {
             self.hold(request);
         }
     }
@@ -760,16 +767,25 @@ impl Channel {
     #[cold]
     fn push_held(&mut self) {
         while let Some(request) = self.held.pop_front() {
-            let slot = request.tag as usize;
-            if let Err(request) = self.queue.push(request) {
+            let slot = request.tag as u32;
+            match &self.slots.list[slot as usize] {
+                Slot::Direct { .. } | Slot::Job(_) => {}
+                // The rest of a job that the device has lost a part of.
+                Slot::Overdue(_) => {
+                    self.forget(slot, request.op);
+                    continue;
+                }
+                Slot::Free { .. } => return self.doubt(request),
+            }
+            if let Err(request) = self.driver.push(request) {
                 return self.held.push_front(request);
             }
             self.pushed = true;
             // Its time starts now: what waits for a slow device is not what the device has lost.
-            match &mut self.slots.list[slot] {
+            match &mut self.slots.list[slot as usize] {
                 Slot::Direct { born, .. } => *born = self.ages.now(),
                 Slot::Job(job) => job.born = self.ages.now(),
-                Slot::Free { .. } | Slot::Overdue(_) => unreachable!("a held request is in flight"),
+                Slot::Free { .. } | Slot::Overdue(_) => {}
             }
         }
     }
@@ -778,25 +794,33 @@ impl Channel {
     fn complete(&mut self, completion: Completion, done: &mut Vec<Done>) {
         let Completion { tag, op, result } = completion;
         let slot = tag as u32;
-        match &mut self.slots.list[tag as usize] {
-            Slot::Direct { tag, born, .. } => {
+        match (self.slots.list.get_mut(tag as usize), op) {
+            (Some(Slot::Direct { tag, born, kind: Kind::Read, len, at: asked }), Op::Read { at, buf })
+                if at == *asked && (buf.len() == *len as usize || result.is_err()) =>
+            {
                 let tag = *tag;
                 self.ages.completed(*born);
                 self.slots.remove(slot);
-                let io = match op {
-                    Op::Read { at, buf } => Io::Read { at, buf },
-                    Op::Write { at, buf, fua } => {
-                        if self.is_gated() {
-                            self.pass.leave();
-                        }
-                        Io::Write { at, buf, fua }
-                    }
-                    Op::Flush => Io::Flush,
-                    op => unreachable!("{op:?} is never direct"),
-                };
-                done.push(Done { tag, io, result });
+                done.push(Done { tag, io: Io::Read { at, buf }, result });
             }
-            Slot::Job(job) => {
+            (Some(Slot::Direct { tag, born, kind: Kind::Write, at: asked, .. }), Op::Write { at, buf, fua })
+                if at == *asked =>
+            {
+                let tag = *tag;
+                self.ages.completed(*born);
+                self.slots.remove(slot);
+                if self.is_gated() {
+                    self.pass.leave();
+                }
+                done.push(Done { tag, io: Io::Write { at, buf, fua }, result });
+            }
+            (Some(Slot::Direct { tag, born, kind: Kind::Flush, .. }), Op::Flush) => {
+                let tag = *tag;
+                self.ages.completed(*born);
+                self.slots.remove(slot);
+                done.push(Done { tag, io: Io::Flush, result });
+            }
+            (Some(Slot::Job(job)), op) if job.out > 0 => {
                 job.out -= 1;
                 job.born = self.ages.now();
                 let memory_lost = job.take_back(op, result);
@@ -807,9 +831,18 @@ impl Channel {
                 }
                 self.run(slot);
             }
-            Slot::Overdue(_) => self.forget(slot, op),
-            Slot::Free { .. } => panic!("a queue completes each request once, with its own tag"),
+            (Some(Slot::Overdue(_)), op) => self.forget(slot, op),
+            (_, op) => self.doubt(Request { tag, op }),
         }
+    }
+
+    /// The driver has completed a request that it did not have. It is not trusted any more: [`reap`](Self::reap) ends everything.
+    #[cold]
+    fn doubt(&self, Request { tag, op }: Request) {
+        self.driver.fail(format_args!(
+            "the driver is faulty: it completed {op:?} with the tag {tag}, but has no such request in flight"
+        ));
+        op.abandon();
     }
 }
 
@@ -817,7 +850,7 @@ impl Drop for Channel {
     /// A queue that is dropped waits for what is in flight. That is pointless if the device does not answer.
     fn drop(&mut self) {
         if self.stalled {
-            self.queue.give_up();
+            self.driver.give_up();
         }
     }
 }
@@ -831,7 +864,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        fault::{Fault, Faults},
+        device::Queue,
+        fault::{Bug, Fault, Faults, Rng},
         memory::Memory,
     };
 
@@ -1053,6 +1087,70 @@ mod tests {
         assert_eq!(ends(&mut channel), [(1, Err(Error::Gone)), (2, Err(Error::Gone))]);
         write(&mut channel, 3, 4096, 2);
         assert_eq!(channel.in_flight(), 1);
+    }
+
+    #[test]
+    fn a_request_that_is_lost_in_part_takes_the_parts_with_it_that_the_queue_had_no_room_for() {
+        let device = Slow::from(awkward().with(|info| info.transfer_max = 4096));
+        let credit = Arc::clone(&device.credit);
+        let mut channel = open(device, 1);
+        let buf = channel.alloc(0, 16384).unwrap();
+        channel.submit(7, Io::Read { at: 0, buf });
+        assert_eq!(channel.held.len(), 3);
+        channel.expire(0);
+        channel.cancel(|_| true);
+        assert_eq!(ends(&mut channel), [(7, Err(Error::Gone))]);
+        assert!(channel.awaits_device());
+        credit.store(1, Ordering::Relaxed);
+        assert_eq!(ends(&mut channel), []);
+        assert!(!channel.awaits_device());
+        assert_eq!(channel.memory_free(), channel.memory());
+    }
+
+    #[test]
+    fn a_faulty_driver_ends_its_device_and_nothing_else() {
+        for seed in 0..500 {
+            let mut rng = Rng::new(seed);
+            let bug = *rng.pick(&[Bug::Panic, Bug::PanicOfDevice, Bug::WrongTag, Bug::Twice]);
+            let faults = Faults { bug: Some((rng.below(30), bug)), ..Faults::new(seed) };
+            let info = |info: &mut Info| (info.queues_max, info.block_size) = (2, 512);
+            let device: Arc<dyn Device> = Arc::new(Fault::new(Memory::new(1 << 20).with(info), faults));
+            let mut channels = Plan { memory: 1 << 20, depth: 8, ..Plan::default() }.open(&device, 2).unwrap();
+            let (mut asked, mut ended) = ([0; 2], [0; 2]);
+            for tag in 0..200 {
+                let n = rng.below(2) as usize;
+                let (channel, at) = (&mut channels[n], rng.below(64) * 700);
+                if let Some(buf) = channel.alloc(at, 700) {
+                    let io = if rng.chance(0.5) { Io::Read { at, buf } } else { Io::Write { at, buf, fua: false } };
+                    channel.submit(tag, io);
+                } else {
+                    channel.submit(tag, Io::Flush);
+                }
+                asked[n] += 1;
+                if rng.chance(0.3) {
+                    channel.tick(Instant::now());
+                    ended[n] += ends(channel).len();
+                    channel.arm();
+                }
+            }
+            for (n, channel) in channels.iter_mut().enumerate() {
+                let mut turns = 0;
+                while channel.in_flight() > 0 || !channel.refuses() {
+                    channel.tick(Instant::now());
+                    ended[n] += ends(channel).len();
+                    channel.submit(0, Io::Zero { at: 1000, len: 5000, fua: true, unmap: true, fast: false });
+                    asked[n] += 1;
+                    turns += 1;
+                    assert!(turns < 1000, "seed {seed}: {bug:?} is noticed");
+                }
+                ended[n] += ends(channel).len();
+                assert!(
+                    channel.arm() && !channel.awaits_device() && !channel.trim(),
+                    "seed {seed}: nothing is to come"
+                );
+            }
+            assert_eq!(asked, ended, "seed {seed}: every request ends once, whatever {bug:?} does");
+        }
     }
 
     #[test]

@@ -175,6 +175,15 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// [Abandons](Buf::abandon) its memory, if it has some.
+    pub(crate) fn abandon(self) {
+        if let Self::Read { mut buf, .. } | Self::Write { mut buf, .. } = self {
+            buf.abandon();
+        }
+    }
+}
+
 /// Limits and capabilities of a device.
 #[derive(Clone, Debug)]
 pub struct Info {

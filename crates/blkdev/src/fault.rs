@@ -1,4 +1,4 @@
-//! [`Fault`]: another device, made slow, disorderly, unreliable and mortal, the same way each time for the same seed.
+//! [`Fault`]: another device, made slow, disorderly, unreliable, mortal and faulty, the same way each time for the same seed.
 
 use std::{
     collections::HashMap,
@@ -42,6 +42,22 @@ pub struct Faults {
     /// With this request (counted from 0 over all queues) the device dies: it and all that are in flight, or come later, end
     /// with [`Error::Gone`].
     pub death: Option<u64>,
+    /// From this request on (counted as for `death`) the driver is faulty, now and then.
+    pub bug: Option<(u64, Bug)>,
+}
+
+/// What a faulty driver does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Bug {
+    /// A method of a queue panics.
+    Panic,
+    /// [`Device::capacity`] panics.
+    PanicOfDevice,
+    /// A request completes with a tag that belongs to no request, or to another one.
+    WrongTag,
+    /// There is a completion more than there are requests.
+    Twice,
 }
 
 /// How often each kind of request fails, with an error that fits it.
@@ -69,6 +85,7 @@ impl Faults {
             torn: false,
             lost: 0.0,
             death: None,
+            bug: None,
         }
     }
 }
@@ -113,6 +130,9 @@ impl<D: Device> Device for Fault<D> {
     }
 
     fn capacity(&self) -> u64 {
+        if let Some((number, Bug::PanicOfDevice)) = self.faults.bug {
+            assert!(self.requests() < number, "a bug of the device, on purpose");
+        }
         self.device.capacity()
     }
 
@@ -262,6 +282,16 @@ impl FaultQueue {
     fn device_is_dead(&self) -> bool {
         self.shared.dead.load(Ordering::Acquire)
     }
+
+    /// Whether to be faulty now.
+    fn has_bug(&mut self, bug: Bug) -> bool {
+        let now = |(number, which)| which == bug && self.shared.requests.load(Ordering::Relaxed) >= number;
+        self.faults.bug.is_some_and(now) && self.rng.chance(0.2)
+    }
+
+    fn may_panic(&mut self) {
+        assert!(!self.has_bug(Bug::Panic), "a bug of the queue, on purpose");
+    }
 }
 
 /// The device has died with this request, and may use its memory for ever: fill it, or write what its next owner has put
@@ -284,6 +314,7 @@ impl Shared {
 
 impl Queue for FaultQueue {
     fn push(&mut self, request: Request) -> Result<(), Request> {
+        self.may_panic();
         if self.in_flight() >= self.depth || (self.in_flight() > 0 && self.rng.chance(self.faults.full)) {
             return Err(request);
         }
@@ -326,6 +357,7 @@ impl Queue for FaultQueue {
     }
 
     fn kick(&mut self) {
+        self.may_panic();
         self.within.kick();
     }
 
@@ -336,10 +368,18 @@ impl Queue for FaultQueue {
             self.die();
         }
         self.collect();
+        self.may_panic();
+        if self.has_bug(Bug::Twice) {
+            done.push(Completion { tag: self.rng.below(4), op: Op::Flush, result: Ok(()) });
+        }
         let mut n = 0;
         while n < self.outside.len() {
             if self.outside[n].0 == 0 {
-                done.push(self.outside.swap_remove(n).1);
+                let mut completion = self.outside.swap_remove(n).1;
+                if self.has_bug(Bug::WrongTag) {
+                    completion.tag = *self.rng.pick(&[completion.tag ^ 1, 1 << 40, u64::MAX]);
+                }
+                done.push(completion);
             } else {
                 self.outside[n].0 -= 1;
                 n += 1;
@@ -353,6 +393,7 @@ impl Queue for FaultQueue {
     }
 
     fn arm(&mut self) -> bool {
+        self.may_panic();
         if self.dead != self.device_is_dead() || self.rng.chance(self.faults.unready) || !self.within.arm() {
             return false;
         }
@@ -364,6 +405,7 @@ impl Queue for FaultQueue {
     }
 
     fn give_up(&mut self) {
+        self.may_panic();
         self.die();
     }
 

@@ -343,7 +343,7 @@ fn edges(at: u64, len: u64, block_size: u32) -> Edges {
 fn clip(found: &[Extent], at: u64, end: u64) -> Vec<Extent> {
     let mut extents = Vec::with_capacity(found.len());
     for e in found {
-        let (from, to) = (e.at.max(at), (e.at + e.len).min(end));
+        let (from, to) = (e.at.max(at), e.at.saturating_add(e.len).min(end));
         if from < to {
             extent::append(&mut extents, Extent { at: from, len: to - from, kind: e.kind });
         }

@@ -34,6 +34,7 @@ mod ages;
 mod arena;
 mod channel;
 mod device;
+mod driver;
 mod error;
 mod extent;
 mod gate;

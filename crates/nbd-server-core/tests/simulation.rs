@@ -14,7 +14,7 @@ use std::{
 
 use blkdev::{
     Channel, Device, Done, Plan,
-    fault::{Errors, Fault, Faults, Rng},
+    fault::{Bug, Errors, Fault, Faults, Rng},
     memory::Memory,
 };
 use nbd_proto::{
@@ -48,6 +48,15 @@ fn dying_devices() {
 #[test]
 fn silent_devices() {
     run_seeds(30_000..31_000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
+}
+
+/// A driver that panics costs its clients errors, and no more.
+#[test]
+fn faulty_drivers() {
+    run_seeds(35_000..35_500, |rng, faults| {
+        let bug = *rng.pick(&[Bug::Panic, Bug::PanicOfDevice]);
+        faults.bug = Some((1 + rng.below(100), bug));
+    });
 }
 
 /// However many clients ask for long replies and take none of them, others are answered, and nobody is cut off.
@@ -264,7 +273,7 @@ impl World {
         let mut faults = Faults::new(rng.next());
         worsen(&mut rng, &mut faults);
         let silent = faults.lost > 0.0;
-        let faulty = silent || faults.death.is_some() || faults.errors.read > 0.0;
+        let faulty = silent || faults.death.is_some() || faults.bug.is_some() || faults.errors.read > 0.0;
         let block = *rng.pick(&[1u32, 512, 4096]);
         let memory = Memory::new(DEVICE).with(|info| {
             info.block_size = block;

@@ -18,9 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Device, Info, Mapping, Queue, memory::Memory};
+use blkdev::{
+    Device, Info, Mapping, Queue,
+    fault::{Bug, Fault, Faults},
+    memory::Memory,
+};
 use nbd_proto::{
-    Cookie, Mode,
+    Cookie, Mode, WireError,
     client::{Encoder, Negotiation, Step, Wish},
     wire::{CommandFlags, CommandKind},
 };
@@ -61,6 +65,10 @@ impl<F: Fn(u64) -> u64 + Send + Sync + 'static> Device for Odd<F> {
 
 fn is_door() -> bool {
     thread::current().name() == Some("door")
+}
+
+fn is_worker() -> bool {
+    thread::current().name().is_some_and(|name| name.starts_with("worker"))
 }
 
 fn disk() -> Arc<dyn Device> {
@@ -225,22 +233,71 @@ fn a_device_that_panics_when_asked_costs_one_client_and_not_the_door() {
     }
 }
 
+/// A driver that panics on a worker, or that is asked for its size there, costs its clients errors; all others go on.
 #[test]
-fn a_worker_that_panics_is_the_end_and_nobody_is_sent_to_it_any_more() {
+fn a_driver_that_panics_ends_its_export_and_no_other() {
     let panics = Arc::new(AtomicBool::new(false));
     let when = Arc::clone(&panics);
-    let device = Odd::new(move |size| {
-        let is_worker = thread::current().name().is_some_and(|name| name.starts_with("worker"));
-        assert!(!(is_worker && when.load(Ordering::Relaxed)), "on purpose");
+    let of_device = Odd::new(move |size| {
+        assert!(!(is_worker() && when.load(Ordering::Relaxed)), "a panic of the device, on purpose");
         size
     });
-    let server = Running::start(vec![("odd", device), ("x", disk())], |limits| limits.workers = 1);
-    let mut client = server.client("odd");
-    is_served(&mut client);
-    panics.store(true, Ordering::Relaxed);
-    client.encoder.read(&mut client.out, Cookie(8), 0, 512);
+    let bug = Some((1, Bug::Panic));
+    let of_queue = Arc::new(Fault::new(Memory::new(1 << 20), Faults { bug, ..Faults::new(1) }));
+    let exports = || vec![("device", of_device.clone() as Arc<dyn Device>), ("queue", of_queue.clone()), ("x", disk())];
+    let server = Running::start(exports(), |limits| limits.workers = 1);
+    let mut healthy = server.client("x");
+    for name in ["device", "queue"] {
+        let mut client = server.client(name);
+        is_served(&mut client);
+        panics.store(true, Ordering::Relaxed);
+        // Some requests may succeed before a queue panics.
+        let fails = |client: &mut Client, cookie| {
+            client.encoder.read(&mut client.out, Cookie(cookie), 0, 512);
+            client.send();
+            client.reply(cookie) == Err(WireError::Io)
+        };
+        let first = (0..1000).find(|cookie| fails(&mut client, *cookie)).expect("the driver is faulty");
+        assert!((first..first + 10).all(|cookie| fails(&mut client, cookie)), "{name}: it stays dead");
+        assert!(fails(&mut server.client(name), 0), "{name}: for new clients, too");
+        is_served(&mut healthy);
+        is_served(&mut server.client("x"));
+    }
+    server.server.remove("device", Removal::Soft).unwrap();
+    server.server.add(export("new", disk(), &[])).unwrap();
+    is_served(&mut server.client("new"));
+}
+
+/// Panics when a worker reports a request with this magic: so a worker can be made to panic by our own fault.
+struct Trap;
+
+const TRAP: u32 = 0x0bad_b07e;
+
+impl log::Log for Trap {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        assert!(!(is_worker() && record.args().to_string().contains(&format!("{TRAP:#x}")[2..])), "on purpose");
+    }
+
+    fn flush(&self) {}
+}
+
+fn make_worker_panic(client: &mut Client) {
+    let _ = log::set_logger(&Trap);
+    log::set_max_level(log::LevelFilter::Info);
+    client.out.extend_from_slice(&TRAP.to_be_bytes());
+    client.out.extend_from_slice(&[0; 28]);
     client.send();
     assert!(client.next_reply().is_none(), "its connection is closed");
+}
+
+#[test]
+fn a_worker_that_panics_is_the_end_and_nobody_is_sent_to_it_any_more() {
+    let server = Running::start(vec![("x", disk())], |limits| limits.workers = 1);
+    make_worker_panic(&mut server.client("x"));
     let end = server.server.end();
     let text = end.wait().expect("that is no stop");
     assert!(text.contains("worker 0") && text.contains("on purpose"), "{text}");
@@ -253,19 +310,8 @@ fn a_worker_that_panics_is_the_end_and_nobody_is_sent_to_it_any_more() {
 
 #[test]
 fn clients_of_a_dead_worker_go_to_the_living() {
-    let panics = Arc::new(AtomicBool::new(false));
-    let when = Arc::clone(&panics);
-    let device = Odd::new(move |size| {
-        let is_worker = thread::current().name().is_some_and(|name| name.starts_with("worker"));
-        assert!(!(is_worker && when.swap(false, Ordering::Relaxed)), "on purpose");
-        size
-    });
-    let server = Running::start(vec![("odd", device), ("x", disk())], |limits| limits.workers = 2);
-    let mut client = server.client("odd");
-    panics.store(true, Ordering::Relaxed);
-    client.encoder.read(&mut client.out, Cookie(8), 0, 512);
-    client.send();
-    assert!(client.next_reply().is_none());
+    let server = Running::start(vec![("x", disk())], |limits| limits.workers = 2);
+    make_worker_panic(&mut server.client("x"));
     server.server.end().wait().unwrap();
     let mut crowd: Vec<Client> = (0..6).map(|_| server.client("x")).collect();
     crowd.iter_mut().for_each(is_served);

@@ -1,0 +1,204 @@
+//! [`Driver`]: a queue of a device, whose code may be wrong. If it panics, or completes a request that it does not have, its
+//! device is dead, and nothing else is harmed.
+
+use std::{
+    fmt, io,
+    os::fd::BorrowedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{
+    device::{Completion, Device, Info, Queue, Request},
+    mem::Mapping,
+};
+
+/// A device, and memory that it knows until the last channel that uses it is closed.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    device: Arc<dyn Device>,
+    mapping: Arc<Mapping>,
+    /// The driver is faulty. Each channel finds out at its next `reap`.
+    failed: AtomicBool,
+}
+
+impl Registered {
+    /// Registers memory with a device.
+    ///
+    /// # Errors
+    /// What the device returned, or that the driver panicked.
+    pub(crate) fn new(device: &Arc<dyn Device>, mapping: &Arc<Mapping>) -> io::Result<Arc<Self>> {
+        catch(|| device.register(mapping))??;
+        let (device, mapping) = (Arc::clone(device), Arc::clone(mapping));
+        Ok(Arc::new(Self { device, mapping, failed: AtomicBool::new(false) }))
+    }
+
+    pub(crate) fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Declares the driver faulty. The log gets the reason, once.
+    #[cold]
+    pub(crate) fn fail(&self, reason: fmt::Arguments<'_>) {
+        if !self.failed.swap(true, Ordering::Relaxed) {
+            let Info { driver, target, .. } = self.device.info();
+            log::error!("{driver} {target}: {reason}; from now on all its requests fail");
+        }
+    }
+
+    /// Calls the driver. `None`: it panicked.
+    #[inline(always)]
+    fn call<T>(&self, call: impl FnOnce() -> T) -> Option<T> {
+        catch_unwind(AssertUnwindSafe(call)).map_err(|_| self.panicked()).ok()
+    }
+
+    #[cold]
+    fn panicked(&self) {
+        // The panic hook has printed the rest.
+        self.fail(format_args!("the driver panicked"));
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.call(|| self.device.unregister(&self.mapping));
+    }
+}
+
+/// Calls a driver that is not in use yet.
+///
+/// # Errors
+/// It panicked.
+pub(crate) fn catch<T>(call: impl FnOnce() -> T) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| io::Error::other("the driver panicked"))
+}
+
+/// A queue, and the device that it belongs to.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    queue: Box<dyn Queue>,
+    /// A queue that failed. Dropped with the channel, since that may take its time.
+    broken: Option<Box<dyn Queue>>,
+    /// Dropped after the queue.
+    registered: Arc<Registered>,
+}
+
+impl Driver {
+    /// Opens a queue.
+    ///
+    /// # Errors
+    /// What the device returned, or that the driver panicked.
+    pub(crate) fn open(registered: &Arc<Registered>, depth: u16) -> io::Result<Self> {
+        let queue = catch(|| registered.device.open_queue(depth))??;
+        Ok(Self { queue, broken: None, registered: Arc::clone(registered) })
+    }
+
+    /// Whether the driver is faulty, and this is not dealt with yet: see [`retire`](Self::retire).
+    #[inline]
+    pub(crate) fn has_failed(&self) -> bool {
+        self.registered.failed.load(Ordering::Relaxed) && self.broken.is_none()
+    }
+
+    /// Uses the queue no more. What it has is never completed. Its memory stays with it.
+    #[cold]
+    pub(crate) fn retire(&mut self) {
+        let mut queue = std::mem::replace(&mut self.queue, Box::new(Dead));
+        self.registered.call(|| queue.give_up());
+        self.broken = Some(queue);
+    }
+
+    /// Whether [`retire`](Self::retire) was called.
+    #[inline]
+    pub(crate) fn is_retired(&self) -> bool {
+        self.broken.is_some()
+    }
+
+    /// See [`Registered::fail`].
+    #[cold]
+    pub(crate) fn fail(&self, reason: fmt::Arguments<'_>) {
+        self.registered.fail(reason);
+    }
+
+    /// `None`: the driver is faulty.
+    #[inline]
+    pub(crate) fn capacity(&self) -> Option<u64> {
+        self.registered.call(|| self.registered.device.capacity())
+    }
+
+    pub(crate) fn pins_memory(&self) -> bool {
+        self.is_retired() || self.registered.call(|| self.registered.device.pins_memory()).unwrap_or(true)
+    }
+
+    /// As [`Queue::push`]. A request whose push panics is never completed.
+    #[inline]
+    pub(crate) fn push(&mut self, request: Request) -> Result<(), Request> {
+        self.registered.call(|| self.queue.push(request)).unwrap_or(Ok(()))
+    }
+
+    #[inline]
+    pub(crate) fn kick(&mut self) {
+        self.registered.call(|| self.queue.kick());
+    }
+
+    #[inline]
+    pub(crate) fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.registered.call(|| self.queue.reap(done));
+    }
+
+    pub(crate) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.registered.call(|| self.queue.wake_fd()).flatten()
+    }
+
+    pub(crate) fn arm(&mut self) -> bool {
+        self.registered.call(|| self.queue.arm()).unwrap_or(false) && !self.has_failed()
+    }
+
+    pub(crate) fn give_up(&mut self) {
+        self.registered.call(|| self.queue.give_up());
+    }
+
+    #[inline]
+    pub(crate) fn is_dead(&self) -> bool {
+        self.registered.call(|| self.queue.is_dead()).unwrap_or(true)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let queue = std::mem::replace(&mut self.queue, Box::new(Dead));
+        let broken = self.broken.take();
+        self.registered.call(|| drop(queue));
+        self.registered.call(|| drop(broken));
+    }
+}
+
+/// Stands for a queue that is used no more.
+#[derive(Debug)]
+struct Dead;
+
+impl Queue for Dead {
+    fn push(&mut self, request: Request) -> Result<(), Request> {
+        Err(request)
+    }
+
+    fn kick(&mut self) {}
+
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn arm(&mut self) -> bool {
+        true
+    }
+
+    fn give_up(&mut self) {}
+
+    fn is_dead(&self) -> bool {
+        true
+    }
+}
