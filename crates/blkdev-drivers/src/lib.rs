@@ -91,3 +91,8 @@ pub use settings::{Settings, properties};
 pub use spec::Spec;
 pub use suggest::nearest;
 pub use units::{parse_size, parse_time};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

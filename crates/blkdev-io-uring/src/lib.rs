@@ -62,3 +62,8 @@ mod sys;
 
 pub use blkdev::Source;
 pub use device::{IoUring, Options};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -57,3 +57,8 @@ pub use device::Nvme;
 pub use options::Options;
 pub use passthrough::{Passthrough, PassthroughOptions};
 pub use target::Target;
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

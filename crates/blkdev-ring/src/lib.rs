@@ -28,3 +28,8 @@
 mod ring;
 
 pub use ring::{Command, Operation, Ring};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

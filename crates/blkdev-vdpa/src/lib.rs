@@ -176,3 +176,8 @@ impl Device for Vdpa {
         self.device.open_queue(depth)
     }
 }
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -36,3 +36,8 @@ mod vfio;
 pub use pci::{Bar, PciDevice};
 pub use translation::Translation;
 pub use vfio::{Options, Vfio};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

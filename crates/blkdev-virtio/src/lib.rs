@@ -30,3 +30,8 @@ pub use liveness::Liveness;
 pub use notifier::Notifier;
 pub use options::{Options, WriteCache};
 pub use transport::{Doorbell, Format, Ring, Transport};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

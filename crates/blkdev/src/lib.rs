@@ -59,3 +59,8 @@ pub use extent::{Extent, ExtentKind};
 pub use io::{Done, Io};
 pub use mem::{Iova, Mapping};
 pub use source::Source;
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -62,3 +62,8 @@ pub use receiver::{Event, Receiver};
 pub use replier::{Extent, Put, Replier};
 pub use terms::{BlockSizes, Catalog, ContextSet, Export, Fatal, Negotiated, Offer, Refusal, Terms, Tls};
 pub use wire::{Cookie, Mode, WireError};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -75,3 +75,8 @@ pub use roster::Status;
 pub use server::Server;
 pub use session::{Session, Stall};
 pub use turns::{Connections, Fed, Turns};
+
+/// The examples of the readme are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
