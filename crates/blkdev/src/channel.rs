@@ -555,6 +555,11 @@ impl Channel {
         }
     }
 
+    /// Ended requests, to be returned by the next [`reap`](Self::reap).
+    pub(crate) fn put_back(&mut self, done: Vec<Done>) {
+        self.ready.extend(done);
+    }
+
     /// Gives the device up at once: everything in flight ends with [`Error::Gone`], at the next `reap`s.
     pub fn give_up(&mut self) {
         self.driver.give_up();

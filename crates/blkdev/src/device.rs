@@ -215,6 +215,28 @@ pub struct Info {
     pub caps: Caps,
 }
 
+impl Info {
+    /// A device of bytes that can be read and written, and no more. It has 16 queues of 256 requests, has no volatile cache,
+    /// and may take as long as it likes. Change the fields that are different.
+    pub fn new(driver: &'static str, target: impl Into<String>) -> Self {
+        Self {
+            driver,
+            target: target.into(),
+            serial: String::new(),
+            queues_max: 16,
+            depth_max: 256,
+            block_size: 1,
+            preferred_block_size: 4096,
+            transfer_max: 32 << 20,
+            zero_max: u64::MAX,
+            discard_max: u64::MAX,
+            discard_alignment: 1,
+            timeout: None,
+            caps: Caps::default(),
+        }
+    }
+}
+
 /// Capabilities of a device. [`Channel`](crate::Channel) emulates the others where possible.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Caps {

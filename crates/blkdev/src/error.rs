@@ -68,8 +68,17 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
+    /// Keeps the error, as what [`io::Error::get_ref`] returns.
     fn from(error: Error) -> Self {
-        Self::from_raw_os_error(error.errno())
+        let kind = match error {
+            Error::Io | Error::Cancelled => io::ErrorKind::Other,
+            Error::Invalid | Error::OutOfRange => io::ErrorKind::InvalidInput,
+            Error::NoSpace => io::ErrorKind::StorageFull,
+            Error::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
+            Error::NotSupported => io::ErrorKind::Unsupported,
+            Error::Gone => io::ErrorKind::NotConnected,
+        };
+        Self::new(kind, error)
     }
 }
 

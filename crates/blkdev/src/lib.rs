@@ -32,15 +32,19 @@
 
 mod ages;
 mod arena;
+mod blocking;
 mod channel;
 mod device;
 mod driver;
 mod error;
 mod extent;
 mod gate;
+mod inline;
 mod io;
 mod job;
 mod mem;
+mod serve;
+mod simple;
 mod slots;
 pub mod socket;
 mod source;
@@ -52,12 +56,15 @@ pub mod memory;
 pub mod null;
 
 pub use arena::{Arena, Buf, PAGE};
+pub use blocking::Blocking;
 pub use channel::{Channel, Plan};
 pub use device::{Caps, Completion, Device, Info, Op, Queue, Request};
 pub use error::Error;
 pub use extent::{Extent, ExtentKind};
+pub use inline::Inline;
 pub use io::{Done, Io};
 pub use mem::{Iova, Mapping};
+pub use serve::Serve;
 pub use source::Source;
 
 /// The examples of the readme are tests.

@@ -4,20 +4,21 @@ use std::{
     collections::BTreeMap,
     fmt, io,
     ops::Range,
-    os::fd::BorrowedFd,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicU16, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use crate::{
     arena::Buf,
-    device::{Caps, Completion, Device, Info, Op, Queue, Request},
+    device::{Caps, Device, Info, Op, Queue},
     error::Error,
     extent,
     extent::{Extent, ExtentKind},
+    inline::Inline,
     mem::{Mapping, Pages},
+    serve::Serve,
 };
 
 /// A RAM disk. Its memory comes with what is written, and is given back in pieces of 64 KiB that are zeroed with `unmap` or
@@ -39,37 +40,23 @@ use crate::{
 /// ```
 #[derive(Debug)]
 pub struct Memory {
-    disk: Arc<Disk>,
+    pub(crate) disk: Inline<Disk>,
 }
 
 #[derive(Debug)]
-struct Disk {
+pub(crate) struct Disk {
     info: Info,
     capacity: AtomicU64,
     chunks: Chunks,
-    open: AtomicU16,
 }
 
 impl Memory {
     /// A disk of `size` bytes, all of them a hole.
     pub fn new(size: u64) -> Self {
         let caps = Caps { fua: true, zero: true, discard: true, status: true, prefetch: true, ..Caps::default() };
-        let info = Info {
-            driver: "memory",
-            target: format!("{size} bytes"),
-            serial: String::new(),
-            queues_max: 256,
-            depth_max: 1024,
-            block_size: 1,
-            preferred_block_size: 4096,
-            transfer_max: 32 << 20,
-            zero_max: u64::MAX,
-            discard_max: u64::MAX,
-            discard_alignment: 1,
-            timeout: None,
-            caps,
-        };
-        Self { disk: Arc::new(Disk { info, capacity: size.into(), chunks: Chunks::new(), open: 0.into() }) }
+        let mut info = Info::new("memory", format!("{size} bytes"));
+        (info.queues_max, info.depth_max, info.caps) = (256, 1024, caps);
+        Self { disk: Inline::new(Disk { info, capacity: size.into(), chunks: Chunks::new() }) }
     }
 
     /// Changes what the device says of itself: larger blocks, smaller limits, fewer capabilities. Its queues then insist
@@ -79,7 +66,7 @@ impl Memory {
     /// When a queue is open.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Info)) -> Self {
-        let disk = Arc::get_mut(&mut self.disk).expect("a memory device is changed before its queues are opened");
+        let disk = self.disk.served_mut().expect("a memory device is changed before its queues are opened");
         change(&mut disk.info);
         let size = disk.capacity.get_mut();
         *size -= *size % u64::from(disk.info.block_size);
@@ -91,7 +78,7 @@ impl Memory {
     pub fn read(&self, at: u64, bytes: &mut [u8]) {
         for piece in pieces(at, bytes.len() as u64) {
             let part = &mut bytes[piece.within.clone()];
-            match self.disk.chunks.shard(piece.chunk).chunk(piece.chunk) {
+            match self.disk.served().chunks.shard(piece.chunk).chunk(piece.chunk) {
                 Some(chunk) => part.copy_from_slice(&chunk[piece.start..piece.start + part.len()]),
                 None => part.fill(0),
             }
@@ -103,10 +90,10 @@ impl Memory {
     /// # Panics
     /// When `bytes` do not lie within the disk, or there is no memory for them.
     pub fn write(&self, at: u64, bytes: &[u8]) {
-        assert!(self.disk.holds(at, bytes.len() as u64), "{} bytes at {at} lie within the disk", bytes.len());
+        assert!(self.disk.served().holds(at, bytes.len() as u64), "{} bytes at {at} lie within the disk", bytes.len());
         for piece in pieces(at, bytes.len() as u64) {
             let part = &bytes[piece.within.clone()];
-            let mut shard = self.disk.chunks.shard_mut(piece.chunk);
+            let mut shard = self.disk.served().chunks.shard_mut(piece.chunk);
             let chunk = shard.chunk_mut(piece.chunk).expect("there is memory for what is written");
             chunk[piece.start..piece.start + part.len()].copy_from_slice(part);
         }
@@ -114,43 +101,43 @@ impl Memory {
 
     /// Makes a range read as zeroes and gives its memory back, past every queue, limit and write protection.
     pub fn clear(&self, at: u64, len: u64) {
-        self.disk.chunks.clear(at, len, true);
+        self.disk.served().chunks.clear(at, len, true);
     }
 
     /// Makes the disk larger or smaller, while it is in use. What is cut off is forgotten.
     pub fn resize(&self, size: u64) {
-        let size = size - size % u64::from(self.disk.info.block_size);
-        self.disk.capacity.store(size, Ordering::Relaxed);
-        self.disk.chunks.clear(size, u64::MAX - size, true);
+        let size = size - size % u64::from(self.disk.served().info.block_size);
+        self.disk.served().capacity.store(size, Ordering::Relaxed);
+        self.disk.served().chunks.clear(size, u64::MAX - size, true);
     }
 
     /// Bytes of memory that hold data at the moment.
     pub fn allocated(&self) -> u64 {
         let chunks =
             |shard: &RwLock<Shard>| read(shard).0.values().map(|region| region.present.count_ones()).sum::<u32>();
-        self.disk.chunks.shards.iter().map(|shard| u64::from(chunks(shard)) * CHUNK as u64).sum()
+        self.disk.served().chunks.shards.iter().map(|shard| u64::from(chunks(shard)) * CHUNK as u64).sum()
     }
 }
 
 impl Device for Memory {
     fn info(&self) -> &Info {
-        &self.disk.info
+        self.disk.info()
     }
 
     fn capacity(&self) -> u64 {
-        self.disk.capacity.load(Ordering::Relaxed)
+        self.disk.capacity()
     }
 
     fn pins_memory(&self) -> bool {
-        false
+        self.disk.pins_memory()
     }
 
-    fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
-        Ok(())
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.disk.register(mapping)
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        AtOnce::open(&self.disk, depth)
+        self.disk.open_queue(depth)
     }
 }
 
@@ -165,8 +152,8 @@ impl Serve for Disk {
         &self.info
     }
 
-    fn open(&self) -> &AtomicU16 {
-        &self.open
+    fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
     }
 
     fn serve(&self, op: &mut Op) -> Result<(), Error> {
@@ -430,84 +417,14 @@ impl Info {
     }
 }
 
-/// What stands behind an [`AtOnce`] queue.
-pub(crate) trait Serve: Send + Sync + 'static {
-    fn info(&self) -> &Info;
-    /// How many queues are open.
-    fn open(&self) -> &AtomicU16;
-    fn serve(&self, op: &mut Op) -> Result<(), Error>;
-}
-
-/// The queue of a device that is done with a request as soon as it has it.
-#[derive(Debug)]
-pub(crate) struct AtOnce<S: Serve> {
-    disk: Arc<S>,
-    depth: usize,
-    done: Vec<Completion>,
-    given_up: bool,
-}
-
-impl<S: Serve> AtOnce<S> {
-    pub(crate) fn open(disk: &Arc<S>, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let info = disk.info();
-        let max = info.queues_max;
-        let another = |open: u16| (open < max).then_some(open + 1);
-        if disk.open().fetch_update(Ordering::Relaxed, Ordering::Relaxed, another).is_err() {
-            let text = format!("{}: all of its {max} queues are open: use fewer threads", info.driver);
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
-        }
-        let depth = usize::from(depth.clamp(1, info.depth_max));
-        Ok(Box::new(Self { disk: Arc::clone(disk), depth, done: Vec::with_capacity(depth), given_up: false }))
-    }
-}
-
-impl<S: Serve> Queue for AtOnce<S> {
-    fn push(&mut self, mut request: Request) -> Result<(), Request> {
-        if self.done.len() == self.depth {
-            return Err(request);
-        }
-        let result = if self.given_up { Err(Error::Gone) } else { self.disk.serve(&mut request.op) };
-        self.done.push(Completion { tag: request.tag, op: request.op, result });
-        Ok(())
-    }
-
-    fn kick(&mut self) {}
-
-    fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.done);
-    }
-
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    /// With nothing to reap there is nothing in flight either, so nobody waits in vain.
-    fn arm(&mut self) -> bool {
-        self.done.is_empty()
-    }
-
-    fn give_up(&mut self) {
-        self.given_up = true;
-    }
-
-    fn is_dead(&self) -> bool {
-        self.given_up
-    }
-}
-
-impl<S: Serve> Drop for AtOnce<S> {
-    fn drop(&mut self) {
-        self.disk.open().fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Request;
 
     fn extents(disk: &Memory, at: u64, len: u64) -> Vec<(u64, u64, ExtentKind)> {
         let mut found = Vec::new();
-        disk.disk.chunks.status(at, len, &mut found);
+        disk.disk.served().chunks.status(at, len, &mut found);
         found.iter().map(|e| (e.at, e.len, e.kind)).collect()
     }
 
@@ -520,11 +437,11 @@ mod tests {
         assert_eq!(disk.allocated(), 2 * C);
         assert_eq!(extents(&disk, 7, 8 * C), [(7, 4 * C - 7, Hole), (4 * C, 2 * C, Data), (6 * C, 2 * C + 7, Hole)]);
 
-        disk.disk.chunks.clear(4 * C, 2 * C, false);
+        disk.disk.served().chunks.clear(4 * C, 2 * C, false);
         assert_eq!(disk.allocated(), 2 * C, "without unmap, zeroes stay allocated");
-        disk.disk.chunks.clear(4 * C, 2 * C - 1, true);
+        disk.disk.served().chunks.clear(4 * C, 2 * C - 1, true);
         assert_eq!(disk.allocated(), C, "with it, whole chunks go");
-        disk.disk.chunks.clear(0, 1 << 62, true);
+        disk.disk.served().chunks.clear(0, 1 << 62, true);
         assert_eq!(disk.allocated(), 0);
     }
 
@@ -535,7 +452,7 @@ mod tests {
         for len in [1, 100, CHUNK, CHUNK + 1, 5 * CHUNK, 300 * CHUNK] {
             for at in [0, 1, CHUNK - 1, CHUNK, 7 * CHUNK + 13] {
                 disk.write(0, &ones);
-                disk.disk.chunks.clear(at as u64, len as u64, at % 2 == 0);
+                disk.disk.served().chunks.clear(at as u64, len as u64, at % 2 == 0);
                 let mut expected = ones.clone();
                 expected[at..at + len].fill(0);
                 let mut found = vec![9; ones.len()];

@@ -1,16 +1,15 @@
 //! [`Null`]: reads as zeroes, forgets what is written. What remains to be measured is everything else.
 
-use std::{
-    io,
-    sync::{Arc, atomic::AtomicU16},
-};
+use std::{io, sync::Arc};
 
 use crate::{
     device::{Caps, Device, Info, Op, Queue},
     error::Error,
     extent::{Extent, ExtentKind},
+    inline::Inline,
     mem::Mapping,
-    memory::{AtOnce, Serve, range},
+    memory::range,
+    serve::Serve,
 };
 
 /// A device of any size that holds nothing. Requests are done by the time [`Queue::push`] returns.
@@ -18,58 +17,44 @@ use crate::{
 /// A read costs the filling of its buffer with zeroes: to leave it as it was would show one client another one's data.
 #[derive(Debug)]
 pub struct Null {
-    nothing: Arc<Nothing>,
-    size: u64,
+    nothing: Inline<Nothing>,
 }
 
 #[derive(Debug)]
 struct Nothing {
     info: Info,
-    open: AtomicU16,
+    size: u64,
 }
 
 impl Null {
     /// A device of `size` bytes.
     pub fn new(size: u64) -> Self {
         let caps = Caps { fua: true, zero: true, discard: true, status: true, prefetch: true, ..Caps::default() };
-        let info = Info {
-            driver: "null",
-            target: format!("{size} bytes"),
-            serial: String::new(),
-            queues_max: 256,
-            depth_max: 1024,
-            block_size: 1,
-            preferred_block_size: 4096,
-            transfer_max: 32 << 20,
-            zero_max: u64::MAX,
-            discard_max: u64::MAX,
-            discard_alignment: 1,
-            timeout: None,
-            caps,
-        };
-        Self { nothing: Arc::new(Nothing { info, open: 0.into() }), size }
+        let mut info = Info::new("null", format!("{size} bytes"));
+        (info.queues_max, info.depth_max, info.caps) = (256, 1024, caps);
+        Self { nothing: Inline::new(Nothing { info, size }) }
     }
 }
 
 impl Device for Null {
     fn info(&self) -> &Info {
-        &self.nothing.info
+        self.nothing.info()
     }
 
     fn capacity(&self) -> u64 {
-        self.size
+        self.nothing.capacity()
     }
 
     fn pins_memory(&self) -> bool {
-        false
+        self.nothing.pins_memory()
     }
 
-    fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
-        Ok(())
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.nothing.register(mapping)
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        AtOnce::open(&self.nothing, depth)
+        self.nothing.open_queue(depth)
     }
 }
 
@@ -78,8 +63,8 @@ impl Serve for Nothing {
         &self.info
     }
 
-    fn open(&self) -> &AtomicU16 {
-        &self.open
+    fn capacity(&self) -> u64 {
+        self.size
     }
 
     #[inline]
