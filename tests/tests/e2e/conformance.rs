@@ -1,5 +1,5 @@
-//! docs/conformance.md: what bad and odd input is answered with, seen on the wire and held against the specification; and
-//! which tests keep the bugs of other servers out of this one.
+//! docs/conformance.md: the replies to invalid and unusual input, observed on the wire and compared with the specification;
+//! and the tests that keep the bugs of other servers out of nbdblk.
 
 use std::fmt::Write;
 
@@ -23,9 +23,9 @@ const EXTENDED: &[Mode] = &[Mode::Extended];
 /// One line of the table.
 struct Case {
     what: &'static str,
-    /// What nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1 were seen to do.
+    /// The observed replies of nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1.
     others: [&'static str; 3],
-    /// What the specification says, and by that every answer that is right.
+    /// The rule of the specification, and every reply that it allows.
     book: &'static str,
     right: &'static [&'static str],
     modes: &'static [Mode],
@@ -33,7 +33,7 @@ struct Case {
     see: fn(&Stand) -> String,
 }
 
-/// A server, and the way to it.
+/// A server, and the connection parameters.
 struct Stand {
     server: Nbdblk,
     transport: Transport,
@@ -42,12 +42,12 @@ struct Stand {
     dir: Dir,
 }
 
-/// What carries the bytes.
+/// The transport of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Transport {
     /// To a server without TLS.
     Plain,
-    /// To a server that offers it.
+    /// To a server that offers TLS.
     Tls(Version),
 }
 
@@ -106,28 +106,22 @@ fn cases() -> Vec<Case> {
         |what, others, book, right, see| Case { what, others, book, right, modes: &MODES, transports: TRANSPORTS, see };
     vec![
         // The handshake.
-        case("unknown client flag 0x80", ["close", "close", "**goes on**"], "MUST close", &["close"], |stand| {
+        case("unknown client flag 0x80", ["close", "close", "**continues**"], "MUST close", &["close"], |stand| {
             let mut raw = stand.connect();
             raw.send(&0x83_u32.to_be_bytes());
             close(raw)
         }),
-        case(
-            "no client flag at all, then EXPORT_NAME",
-            NOT_SEEN,
-            "MUST be served, with 124 zeroes",
-            &["served"],
-            |stand| {
-                let mut raw = stand.connect();
-                raw.send(&0_u32.to_be_bytes());
-                raw.option(opt::EXPORT_NAME, b"disk");
-                let told = raw.receive(8 + 2 + 124);
-                let served = told[..8] == SIZE.to_be_bytes() && told[10..] == [0; 124] && raw.read(0, 1) == [0];
-                if served { "served".into() } else { format!("{told:x?}") }
-            },
-        ),
+        case("no client flag, then EXPORT_NAME", NOT_SEEN, "MUST be served, with 124 zeroes", &["served"], |stand| {
+            let mut raw = stand.connect();
+            raw.send(&0_u32.to_be_bytes());
+            raw.option(opt::EXPORT_NAME, b"disk");
+            let told = raw.receive(8 + 2 + 124);
+            let served = told[..8] == SIZE.to_be_bytes() && told[10..] == [0; 124] && raw.read(0, 1) == [0];
+            if served { "served".into() } else { format!("{told:x?}") }
+        }),
         case(
             "LIST with data, then another option",
-            ["INVALID; next ok", "INVALID+text; next ok", "INVALID **and then the list**: out of step from there"],
+            ["INVALID; next ok", "INVALID+text; next ok", "INVALID **and then the list**: out of sync from there"],
             "SHOULD be INVALID",
             &["INVALID; next ok"],
             |stand| asked(stand.options(), opt::LIST, b"data"),
@@ -135,7 +129,7 @@ fn cases() -> Vec<Case> {
         case(
             "unknown option with 4 KiB of data",
             ["UNSUP; next ok", "UNSUP+text; next ok", "UNSUP; next ok"],
-            "MUST be UNSUP, in step",
+            "MUST be UNSUP, in sync",
             &["UNSUP; next ok"],
             |stand| asked(stand.options(), 0x1234, &[0; 4096]),
         ),
@@ -183,19 +177,19 @@ fn cases() -> Vec<Case> {
             |stand| asked(stand.options(), opt::INFO, &info_query_bytes(b"\xff\xfe", &[])),
         ),
         case(
-            "INFO with more data than it has fields",
+            "INFO with more data than its fields need",
             ["INVALID", "INVALID", "accepted"],
             "INVALID",
             &["INVALID; next ok"],
             |stand| asked(stand.options(), opt::INFO, &[&info_query("disk", &[])[..], b"junk"].concat()),
         ),
-        case("INFO that asks for kinds nobody knows", NOT_SEEN, "MUST be ignored", &["ACK; next ok"], |stand| {
+        case("INFO that asks for unknown kinds", NOT_SEEN, "MUST be ignored", &["ACK; next ok"], |stand| {
             asked(stand.options(), opt::INFO, &info_query("disk", &[99, 0xffff]))
         }),
         Case {
             modes: CHUNKS,
             ..case(
-                "STRUCTURED_REPLY once more",
+                "a second STRUCTURED_REPLY",
                 ["INVALID", "INVALID", "INVALID"],
                 "MAY be INVALID; EXT_HEADER_REQD after extended headers",
                 &["INVALID; next ok", "EXT_HEADER_REQD; next ok"],
@@ -205,9 +199,9 @@ fn cases() -> Vec<Case> {
         Case {
             modes: EXTENDED,
             ..case(
-                "EXTENDED_HEADERS once more, or with data",
+                "a second EXTENDED_HEADERS / one with data",
                 NOT_SEEN,
-                "MAY be INVALID; with data INVALID",
+                "MAY be INVALID / INVALID",
                 &["INVALID; next ok / INVALID; next ok"],
                 |stand| {
                     let twice = asked(stand.options(), opt::EXTENDED_HEADERS, b"");
@@ -230,7 +224,7 @@ fn cases() -> Vec<Case> {
             ..case(
                 "SET_META_CONTEXT with a query longer than the option",
                 NOT_SEEN,
-                "MUST be INVALID, and no context is left selected",
+                "MUST be INVALID, and no context stays selected",
                 &["INVALID; BLOCK_STATUS EINVAL"],
                 |stand| {
                     let mut raw = stand.options();
@@ -245,7 +239,7 @@ fn cases() -> Vec<Case> {
         case(
             "GO for an unknown name, then for a known one",
             NOT_SEEN,
-            "UNKNOWN, in step",
+            "UNKNOWN, in sync",
             &["UNKNOWN; next ok; served"],
             |stand| {
                 let mut raw = stand.options();
@@ -256,7 +250,7 @@ fn cases() -> Vec<Case> {
                 format!("{reply}; {next}; served")
             },
         ),
-        case("EXPORT_NAME that is unknown", NOT_SEEN, "MUST close", &["close"], |stand| {
+        case("EXPORT_NAME of an unknown export", NOT_SEEN, "MUST close", &["close"], |stand| {
             let mut raw = stand.options();
             raw.option(opt::EXPORT_NAME, b"nosuch");
             close(raw)
@@ -276,14 +270,14 @@ fn cases() -> Vec<Case> {
         }),
         Case {
             transports: &[Transport::Plain],
-            ..case("STARTTLS where there is no TLS", NOT_SEEN, "POLICY or UNSUP", &["POLICY; next ok"], |stand| {
+            ..case("STARTTLS to a server without TLS", NOT_SEEN, "POLICY or UNSUP", &["POLICY; next ok"], |stand| {
                 asked(stand.options(), opt::STARTTLS, b"")
             })
         },
         Case {
             transports: TLS,
             ..case(
-                "STARTTLS with data / once more",
+                "STARTTLS with data / a second STARTTLS",
                 ["INVALID; next ok / INVALID; next ok", "**close** / INVALID; next ok", "– / INVALID; next ok"],
                 "SHOULD be INVALID / MUST be INVALID",
                 &["INVALID; next ok / INVALID; next ok"],
@@ -296,9 +290,9 @@ fn cases() -> Vec<Case> {
         Case {
             transports: TLS,
             ..case(
-                "STARTTLS and plain text behind it in one segment",
+                "STARTTLS, followed by plain text in the same segment",
                 ["close", "close", "–"],
-                "MUST NOT be taken as plain text",
+                "MUST NOT be read as plain text",
                 &["close"],
                 |stand| {
                     let mut raw = Raw::greeted(stand.server.address());
@@ -311,7 +305,7 @@ fn cases() -> Vec<Case> {
             modes: CHUNKS,
             transports: TLS,
             ..case(
-                "chunks negotiated before STARTTLS, then SET_META_CONTEXT",
+                "structured replies negotiated before STARTTLS, then SET_META_CONTEXT",
                 NOT_SEEN,
                 "MUST be forgotten, so INVALID",
                 &["INVALID; next ok"],
@@ -328,7 +322,7 @@ fn cases() -> Vec<Case> {
             modes: &[Mode::Simple],
             transports: TLS,
             ..case(
-                "in plain text where TLS is required: any option but STARTTLS and ABORT / ABORT / EXPORT_NAME",
+                "plain text to a server that requires TLS: any option but STARTTLS and ABORT / ABORT / EXPORT_NAME",
                 ["TLS_REQD / – / –", "TLS_REQD / **TLS_REQD**, close / –", "TLS_REQD / – / –"],
                 "MUST be TLS_REQD / ACK / close",
                 &["TLS_REQD / ACK / close"],
@@ -361,21 +355,21 @@ fn cases() -> Vec<Case> {
         case(
             "READ past the end",
             ["EINVAL", "EINVAL+text", "**EINVAL in a simple reply**, structured or not"],
-            "SHOULD be EINVAL; in chunks where they were negotiated",
+            "SHOULD be EINVAL; in chunks if they were negotiated",
             &["EINVAL; next ok"],
             |stand| called(stand, "disk", 0, cmd::READ, SIZE - 512, 1024, b""),
         ),
         case(
             "READ with an unknown flag",
             ["EINVAL", "EINVAL+text", "**EINVAL in a simple reply**, structured or not"],
-            "SHOULD be EINVAL; in chunks where they were negotiated",
+            "SHOULD be EINVAL; in chunks if they were negotiated",
             &["EINVAL; next ok"],
             |stand| called(stand, "disk", 1 << 15, cmd::READ, 0, 512, b""),
         ),
         case(
             "READ with DF",
             ["", "", "**EINVAL in a simple reply**, though DF was advertised"],
-            "one chunk; without chunks EINVAL, as it is not advertised",
+            "one chunk; without chunks EINVAL, because DF is not advertised",
             &["EINVAL; next ok", "ok; next ok"],
             |stand| {
                 let offered = stand.requests("disk").flags & 1 << 7 != 0;
@@ -386,7 +380,7 @@ fn cases() -> Vec<Case> {
         case(
             "WRITE past the end, and past 2⁶⁴",
             ["ENOSPC, payload drained", "**EINVAL**, payload drained", "ENOSPC"],
-            "SHOULD be ENOSPC, in step",
+            "SHOULD be ENOSPC, in sync",
             &["ENOSPC; next ok / ENOSPC; next ok"],
             |stand| {
                 let past = called(stand, "disk", 0, cmd::WRITE, SIZE - 512, 1024, &[1; 1024]);
@@ -412,14 +406,14 @@ fn cases() -> Vec<Case> {
             |stand| called(stand, "disk", 0, cmd::FLUSH, 512, 512, b""),
         ),
         case(
-            "READ of no bytes",
+            "READ of 0 bytes",
             ["EINVAL", "ok", "ok"],
             "not specified; SHOULD NOT close",
             &["ok; next ok", "EINVAL; next ok"],
             |stand| called(stand, "disk", 0, cmd::READ, 0, 0, b""),
         ),
         case(
-            "WRITE / TRIM of no bytes",
+            "WRITE / TRIM of 0 bytes",
             ["ENOSPC / EINVAL", "ok / ok", "ok / ok"],
             "not specified; SHOULD NOT close",
             &["ok; next ok / ok; next ok", "EINVAL; next ok / EINVAL; next ok"],
@@ -447,20 +441,20 @@ fn cases() -> Vec<Case> {
             answered(&mut raw, stand.mode, 0, cmd::BLOCK_STATUS, 0, 512, b"")
         }),
         case(
-            "WRITE of 33 MiB, more than was advertised",
+            "WRITE of 33 MiB, more than advertised",
             ["ok (up to 64 MiB)", "**close**", "ok"],
-            "MAY be an error; SHOULD close with extended headers, where this server is milder",
+            "MAY be an error; with extended headers SHOULD close, but nbdblk replies with an error",
             &["EINVAL; next ok"],
             |stand| called(stand, "disk", 0, cmd::WRITE, 0, 33 * MIB, &vec![1; 33 << 20]),
         ),
-        case("WRITE of 65 MiB", NOT_SEEN, "MAY close: who sends that knows no limit", &["close"], |stand| {
+        case("WRITE of 65 MiB", NOT_SEEN, "MAY close: such a client knows no limit", &["close"], |stand| {
             let mut raw = stand.requests("disk");
             let head = stand.mode.request(0, cmd::WRITE, 1, 0, 65 * MIB, b"");
             raw.send(&head);
             close(raw)
         }),
         case(
-            "READ of 33 MiB, more than was advertised",
+            "READ of 33 MiB, more than advertised",
             ["one chunk", "EINVAL", "one chunk"],
             "MAY be an error",
             &["EINVAL; next ok", "ok; next ok"],
@@ -479,7 +473,7 @@ fn cases() -> Vec<Case> {
         case(
             "a request with a bad magic",
             ["close", "error, then close", "close"],
-            "close: the stream is out of step",
+            "close: the stream is out of sync",
             &["close"],
             |stand| {
                 let mut raw = stand.requests("disk");
@@ -512,7 +506,7 @@ fn cases() -> Vec<Case> {
             modes: EXTENDED,
             ..case(
                 "WRITE without PAYLOAD_LEN",
-                ["(no extended headers)", "taken as a payload", "(no extended headers)"],
+                ["(no extended headers)", "read as a payload", "(no extended headers)"],
                 "MUST NOT be sent; qemu's client does",
                 &["ok; next ok"],
                 |stand| {
@@ -529,7 +523,7 @@ fn cases() -> Vec<Case> {
         Case {
             modes: EXTENDED,
             ..case(
-                "BLOCK_STATUS payload that picks the context",
+                "BLOCK_STATUS payload that selects the context",
                 NOT_SEEN,
                 "SHOULD be served once BLOCK_STATUS_PAYLOAD is advertised",
                 &["ok; next ok"],
@@ -542,9 +536,9 @@ fn cases() -> Vec<Case> {
         Case {
             modes: EXTENDED,
             ..case(
-                "BLOCK_STATUS payload with an id twice / unknown / cut",
+                "BLOCK_STATUS payload with a repeated id / an unknown id / a truncated id",
                 NOT_SEEN,
-                "MUST be EINVAL, in step",
+                "MUST be EINVAL, in sync",
                 &["EINVAL; next ok / EINVAL; next ok / EINVAL; next ok"],
                 |stand| {
                     let status = |ids: &[u8]| {
@@ -575,13 +569,13 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// What an option is answered with, and whether the next one is understood.
+/// Returns the reply to an option, and whether the next option works.
 fn asked(mut raw: Raw, option: u32, data: &[u8]) -> String {
     let reply = reply(&mut raw, option, data);
     format!("{reply}; {}", next(&mut raw))
 }
 
-/// The last reply to an option. Errors say why.
+/// Returns the last reply to an option. Errors have a text.
 fn reply(raw: &mut Raw, option: u32, data: &[u8]) -> &'static str {
     let (kind, text) = raw.ask(option, data).pop().expect("there is a last reply");
     assert_eq!(kind == rep::ACK, text.is_empty(), "an error has a text, an ACK has none");
@@ -598,7 +592,7 @@ fn reply(raw: &mut Raw, option: u32, data: &[u8]) -> &'static str {
     }
 }
 
-/// Whether LIST gives the list.
+/// Returns whether LIST returns the exports.
 fn next(raw: &mut Raw) -> &'static str {
     let mut replies = raw.ask(opt::LIST, b"");
     let ended = replies.pop() == Some((rep::ACK, vec![]));
@@ -609,12 +603,12 @@ fn next(raw: &mut Raw) -> &'static str {
     if ended && all { "next ok" } else { "next wrong" }
 }
 
-/// What a request is answered with on a new connection, and whether the next one is served.
+/// Sends a request on a new connection, and returns the reply and whether the next request works.
 fn called(stand: &Stand, name: &str, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> String {
     answered(&mut stand.requests(name), stand.mode, flags, command, at, len, payload)
 }
 
-/// What a request is answered with, and whether the next one is served.
+/// Sends a request, and returns the reply and whether the next request works.
 fn answered(raw: &mut Raw, mode: Mode, flags: u16, command: u16, at: u64, len: u64, payload: &[u8]) -> String {
     let answer = raw.call_long(flags, command, at, len, payload);
     assert!(flags & flag::DF == 0 || answer.chunks <= 1, "{} chunks under DF", answer.chunks);
@@ -623,7 +617,7 @@ fn answered(raw: &mut Raw, mode: Mode, flags: u16, command: u16, at: u64, len: u
     format!("{told}; {}", if (read.error, &read.data[..]) == (0, &[0]) { "next ok" } else { "next wrong" })
 }
 
-/// The name of an answer's error. It has a text where there is room for one.
+/// Returns the name of the error. It has a text if the reply has room for one.
 fn error(answer: &Answer, mode: Mode) -> &'static str {
     let room = mode == Mode::Extended || answer.chunks > 0;
     assert_eq!(room && answer.error != 0, !answer.text.is_empty(), "{answer:?}");
@@ -638,19 +632,19 @@ fn error(answer: &Answer, mode: Mode) -> &'static str {
     }
 }
 
-/// That the server closes the connection.
+/// Waits until the server closes the connection.
 fn close(raw: Raw) -> String {
     let said = raw.await_close();
     if said.is_empty() { "close".into() } else { format!("{said:x?}, close") }
 }
 
-/// A bug that other servers had, what a test of it must do, and the tests that do so, as `file::name`.
+/// A bug of another program, what its tests do, and the tests, as `file::name`.
 type Lesson = (&'static str, &'static str, &'static [&'static str]);
 
 const LESSONS: &[Lesson] = &[
     (
-        "CVE-2005-3534, CVE-2011-0530: nbd-server, the header was not counted in a buffer's length",
-        "requests of the greatest length, one byte less, one more, and far more",
+        "CVE-2005-3534, CVE-2011-0530: nbd-server, the length of a buffer does not include the header",
+        "send requests of the maximum length, one byte less, one more, and far more",
         &[
             "requests::a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step",
             "receiver::a_read_fits_one_chunk",
@@ -659,8 +653,8 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2011-1925: nbd-server, a client that goes during negotiation",
-        "go after each byte of a handshake",
+        "CVE-2011-1925: nbd-server, a client disconnects during negotiation",
+        "disconnect after each byte of a handshake",
         &[
             "handshake::a_client_may_go_at_every_byte_of_the_handshake",
             "hostile::a_client_that_closes_at_any_byte_harms_nobody",
@@ -668,13 +662,13 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2013-6410: nbd-server, an address that begins like an allowed one is let in",
-        "rules for one address beside one that is longer, networks, IPv4 in IPv6",
+        "CVE-2013-6410: nbd-server, an address is allowed because its beginning equals an allowed one",
+        "use rules for an address and for a longer one that begins like it, networks, IPv4 in IPv6",
         &["access::networks", "peer::an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client"],
     ),
     (
-        "nbdkit's filter ip: unknown socket families pass, and who is denied may LIST",
-        "once there is a rule, whoever meets none is shown nothing",
+        "nbdkit's filter ip: unknown socket families pass, and a denied client may LIST",
+        "set a rule; a client that matches no rule sees nothing",
         &[
             "access::everybody_without_rules_and_only_who_meets_one_with_some",
             "server::what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched",
@@ -683,13 +677,13 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2013-7441: nbd-server, an unknown export ends the server",
-        "fail in the handshake a hundred times and be served afterwards",
+        "CVE-2013-7441: nbd-server, the name of an unknown export ends the server",
+        "fail in the handshake a hundred times, then get service",
         &["handshake::clients_that_fail_in_every_way_leave_the_server_to_others"],
     ),
     (
-        "CVE-2015-0847: nbd-server, what is not safe in signal handlers",
-        "signals under load, and while the server works; handlers are not used",
+        "CVE-2015-0847: nbd-server, unsafe calls in signal handlers",
+        "send signals under load, and while the server works; nbdblk uses no signal handlers",
         &[
             "hostile::sigterm_ends_the_server_under_load_in_every_phase",
             "reload::sighup_has_the_file_read_again",
@@ -697,8 +691,8 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2022-26495, CVE-2017-15118: nbd-server and qemu, name lengths that are believed",
-        "each length of each option: 0, 1, 256, 4096, 4097, what fits ±1, 2³¹, 2³²−1",
+        "CVE-2022-26495, CVE-2017-15118: nbd-server and qemu, trust in the name lengths of a client",
+        "set each length of each option to 0, 1, 256, 4096, 4097, the longest that fits ±1, 2³¹, 2³²−1",
         &[
             "handshake::malformed_options_are_refused_in_step",
             "handshake::export_name_of_any_length_is_served_or_ends_the_connection",
@@ -710,8 +704,8 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2022-26496, CVE-2017-15119: nbd-server and qemu, option data without a bound",
-        "promise gigabytes, and ask without end",
+        "CVE-2022-26496, CVE-2017-15119: nbd-server and qemu, option data of unbounded length",
+        "announce gigabytes, and send endless options",
         &[
             "handshake::a_huge_option_is_not_believed",
             "lengths::the_length_of_an_option",
@@ -720,26 +714,26 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2017-7539: qemu, an assertion on what a client sent",
-        "every input that fuzzing found, with assertions on",
+        "CVE-2017-7539: qemu, an assertion on a client's input",
+        "replay every input that fuzzing found, with assertions enabled",
         &["corpus::handshake", "corpus::receiver", "hostile::garbage_on_the_port_is_no_harm"],
     ),
     (
         "CVE-2017-9524: qemu-nbd, a port scan",
-        "two thousand that connect and go, two hundred that stay",
+        "let two thousand clients connect and disconnect, and two hundred stay",
         &["hostile::idle_clients_and_short_ones_cost_nothing_afterwards"],
     ),
     (
-        "CVE-2017-10664: qemu-nbd, SIGPIPE when a client goes",
-        "go in every phase, with replies under way",
+        "CVE-2017-10664: qemu-nbd, SIGPIPE when a client disconnects",
+        "disconnect in every phase, with replies in flight",
         &[
             "hostile::a_thousand_clients_killed_in_mid_request_leave_nothing_of_a_file",
             "hostile::a_thousand_clients_reset_over_tcp_leave_nothing",
         ],
     ),
     (
-        "CVE-2019-14850: nbdkit, the device is opened for whoever connects",
-        "count what reaches the device before GO: nothing",
+        "CVE-2019-14850: nbdkit, the device is opened for every connection",
+        "count the requests that reach the device before GO: none",
         &[
             "server::nothing_reaches_the_device_before_a_client_is_served",
             "handshake::the_owner_is_not_asked_too_early",
@@ -747,17 +741,17 @@ const LESSONS: &[Lesson] = &[
     ),
     (
         "CVE-2019-14851: nbdkit, INFO and then GO on another name",
-        "INFO, LIST, contexts and GO in every order, with differing names",
+        "send INFO, LIST, contexts and GO in every order, with different names",
         &["handshake::info_and_go_in_every_order_and_with_differing_names", "handshake::every_order_of_options"],
     ),
     (
-        "CVE-2020-10761: qemu, an error text longer than a string may be",
-        "errors about names of 4096 bytes",
+        "CVE-2020-10761: qemu, an error text above the maximum length of a string",
+        "provoke errors about names of 4096 bytes",
         &["conformance::every_answer_is_right_and_as_the_page_says", "handshake::a_text_about_a_long_name_is_cut"],
     ),
     (
-        "CVE-2021-3716: nbdkit, what was agreed before STARTTLS holds after it",
-        "options before STARTTLS, and plain text sent along with it",
+        "CVE-2021-3716: nbdkit, state negotiated before STARTTLS stays valid after it",
+        "send options before STARTTLS, and plain text with it",
         &[
             "handshake::nothing_crosses_the_border_of_tls",
             "tls::what_came_before_starttls_is_forgotten",
@@ -765,28 +759,28 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2019-14842: libnbd, TLS that is required and not used",
-        "where TLS is required nothing is served without",
+        "CVE-2019-14842: libnbd, TLS is required but not used",
+        "connect without TLS to a server that requires it: nothing is served",
         &["tls::where_tls_is_required_plain_text_gets_nothing"],
     ),
     (
-        "nbdkit 1.42: a refused WRITE under TLS eats what follows it",
-        "refuse 33 MiB, then read",
+        "nbdkit 1.42: under TLS, a refused WRITE swallows the input after it",
+        "provoke the refusal of a WRITE of 33 MiB, then read",
         &["tls::a_refused_write_is_drained_through_tls"],
     ),
     (
-        "nbdkit up to 1.38: a check of certificates that was documented and not done",
-        "certificates of another authority, revoked ones, none",
+        "nbdkit up to 1.38: a documented check of certificates is missing",
+        "connect with certificates of another authority, with revoked ones, without one",
         &["tls::whoever_has_no_certificate_of_ours_is_refused_and_nobody_else", "access::identities_of_tls"],
     ),
     (
-        "nbd 7a64238: an endless loop when the client goes, under TLS",
-        "clients that vanish under TLS cost no CPU time",
+        "nbd 7a64238: an endless loop when a client disconnects under TLS",
+        "let clients disconnect under TLS; afterwards they cost no CPU time",
         &["tls::clients_that_vanish_leave_nothing_and_cost_nothing"],
     ),
     (
-        "CVE-2024-7409: qemu, stopping with clients in their handshake",
-        "stop with clients in every phase; one that never finishes; one too many",
+        "CVE-2024-7409: qemu, a stop while clients are in their handshake",
+        "stop with clients in every phase, with one that never finishes, with one too many",
         &[
             "hostile::sigterm_ends_the_server_under_load_in_every_phase",
             "handshake::two_hundred_clients_idle_in_every_phase_and_one_more_is_served",
@@ -797,8 +791,8 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "CVE-2025-47711, CVE-2025-47712: nbdkit, extents longer than 32 bits and lengths rounded past them",
-        "BLOCK_STATUS over more than 4 GiB; ranges next to 2³², 2⁶³ and 2⁶⁴",
+        "CVE-2025-47711, CVE-2025-47712: nbdkit, extents longer than 32 bits, and lengths that exceed 32 bits when rounded",
+        "send BLOCK_STATUS over more than 4 GiB, and ranges next to 2³², 2⁶³ and 2⁶⁴",
         &[
             "replier::extents_around_4_gib",
             "requests::a_disk_beyond_four_gibibytes_is_described_and_zeroed",
@@ -808,23 +802,23 @@ const LESSONS: &[Lesson] = &[
         ],
     ),
     (
-        "nbdkit 1.44.1: zeroes cut short, old data shown",
-        "zero more than any limit inside, and read all of it back",
+        "nbdkit 1.44.1: a write of zeroes stops early, and old data stays readable",
+        "zero more than any internal limit, and read all of it back",
         &["requests::seventeen_mebibytes_are_zeroed_and_so_are_a_hundred_and_twenty_eight"],
     ),
     (
-        "nbd 9ca2974: a refused GO loses the stream",
-        "a refused GO, then LIST, then GO",
+        "nbd 9ca2974: a refused GO puts the stream out of sync",
+        "send a GO that is refused, then LIST, then GO",
         &["handshake::info_and_go_in_every_order_and_with_differing_names"],
     ),
     (
         "CVE-2021-20286, CVE-2023-5215, CVE-2023-5871: libnbd, offsets beyond 2⁶³",
-        "an export of 2⁶³ bytes is refused",
+        "serve an export of 2⁶³ bytes: the server refuses it",
         &["golden::turn_by_turn_the_server_says_what_is_written"],
     ),
 ];
 
-/// Where tests lie.
+/// Directories of tests.
 const PLACES: [&str; 5] = [
     "tests/tests/e2e",
     "crates/nbd-proto/tests",
@@ -851,34 +845,34 @@ fn render(cases: &[(Case, String)]) -> String {
 const HEAD: &str = "\
 # Conformance
 
-What nbdblk answers to bad and odd input, beside what others do.
+The replies of nbdblk to invalid and unusual input, compared with other servers.
 
-`tests/tests/e2e/conformance.rs` makes this page: it sends each input to the program, in simple, structured and extended
-mode, in plain text, under TLS 1.2 and 1.3, and fails when an answer is wrong by the
-[specification](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md), or is not what stands here. To write
-the page anew: `NBDBLK_WRITE_CONFORMANCE=1 cargo test -p nbdblk-tests --test e2e conformance`.
+`tests/tests/e2e/conformance.rs` writes this page. The test sends each input to the program in simple, structured and extended
+mode, in plain text, under TLS 1.2 and under TLS 1.3. It fails if a reply violates the
+[specification](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md) or differs from this page. This command writes
+the page again: `NBDBLK_WRITE_CONFORMANCE=1 cargo test -p nbdblk-tests --test e2e conformance`.
 
-*next ok*: the option or request after it is understood and served. Errors of options are named without `NBD_REP_ERR_`,
-those of requests without `NBD_`. Each error of nbdblk has a text for people, wherever the reply has room for one.
-What nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1 do was seen by hand; what they do wrong is in bold.
+*next ok*: the server understands and serves the next option or request. *in sync*: it finds the start of the next one. Names of option
+errors omit `NBD_REP_ERR_`, those of request errors omit `NBD_`. Each error of nbdblk has a readable text if the reply has room for one.
+The replies of nbdkit 1.42.3, qemu-nbd 10.0 and nbd-server 3.26.1 were observed by hand; violations are in bold.
 
 | a client sends | nbdkit | qemu-nbd | nbd-server | nbdblk | the specification |
 |---|---|---|---|---|---|
 ";
 
 const LESSONS_HEAD: &str = "
-## The bugs of others
+## Bugs of other servers
 
-What has gone wrong in servers before, and the tests that keep it out of this one.
+Known bugs of NBD software, and the tests that keep them out of nbdblk.
 
-| bug | what a test must do | tests |
+| bug | what the tests do | tests |
 |---|---|---|
 ";
 
-/// What a case was answered with, and in which modes.
+/// The replies in a case, each with its modes.
 type Seen = Vec<(String, Vec<&'static str>)>;
 
-/// What all modes agree on, or else what each of them says.
+/// Returns the common reply of all modes, or the reply of each of them.
 fn merge(seen: &Seen) -> String {
     match &seen[..] {
         [(text, _)] => text.clone(),
@@ -919,7 +913,10 @@ fn every_answer_is_right_and_as_the_page_says() {
     }
     let page = std::fs::read_to_string(&path).unwrap_or_default();
     let differs = page.lines().zip(text.lines()).find(|(page, text)| page != text);
-    assert!(page == text, "docs/conformance.md is not what was seen: {differs:#?}; its head says how to write it anew");
+    assert!(
+        page == text,
+        "docs/conformance.md differs from the replies: {differs:#?}; its head has the command to write it again"
+    );
 }
 
 #[test]
