@@ -14,49 +14,49 @@ use crate::{
 pub(crate) const PATH: Property = Property::created("path", Kind::Path, Some(""), "the file or block device");
 
 pub(crate) const SIZE: Property =
-    Property::created("size", Kind::Size, None, "in bytes, or with a suffix K, M, G, T, P, E").checked(size);
+    Property::created("size", Kind::Size, None, "size in bytes, or with a suffix K, M, G, T, P or E").checked(size);
 
 pub(crate) const READ_ONLY: Property =
-    Property::created("read-only", Kind::Bool, Some("false"), "opens the device for reading only")
+    Property::created("read-only", Kind::Bool, Some("false"), "open the device read-only")
         .answered(|device| Value::Bool(device.info().caps.read_only));
 
 pub(crate) const NUM_QUEUES: Property = Property::connected(
     "num-queues",
     Kind::I32,
     None,
-    "queues to use; not set: one for each worker, as far as the device has them",
+    "number of queues; if not set: one for each worker, or as many as the device has",
 )
 .checked(num_queues)
 .answered(|device| Value::I32(device.info().queues_max.into()));
 
 pub(crate) const NUM_POLL_QUEUES: Property =
-    Property::connected("num-poll-queues", Kind::I32, Some("0"), "only 0: queues that are polled are not supported")
+    Property::connected("num-poll-queues", Kind::I32, Some("0"), "number of polled queues; only 0 is supported")
         .checked(no_poll_queues);
 
 pub(crate) const REQUEST_TIMEOUT: Property = Property::created(
     "request-timeout",
     Kind::Time,
     Some("30s"),
-    "how long a request may take before the device is given up",
+    "longest time without a completion before requests fail",
 )
 .checked(some_time);
 
 pub(crate) const QUEUE_SIZE: Property =
-    Property::connected("queue-size", Kind::I32, Some("256"), "descriptors of one queue: a power of two")
+    Property::connected("queue-size", Kind::I32, Some("256"), "number of descriptors per queue, a power of two")
         .checked(queue_size);
 
 pub(crate) const MAX_QUEUE_SIZE: Property = Property::told(
     "max-queue-size",
     Kind::I32,
     |device| Value::I32(device.info().depth_max.into()),
-    "the largest queue-size",
+    "largest queue-size",
 );
 
 pub(crate) const RING: Property = Property::created(
     "ring",
     Kind::Str,
     Some("auto"),
-    "format of the rings: split, packed, or auto, which is packed where the device offers it",
+    "ring format: split, packed or auto (packed if the device offers it)",
 )
 .checked(|value| one_of(value, &["auto", "split", "packed"]));
 
@@ -64,7 +64,7 @@ pub(crate) const WRITE_CACHE: Property = Property::created(
     "write-cache",
     Kind::Str,
     Some("unchanged"),
-    "switches the device's write cache: writeback or writethrough; unchanged: left as it is",
+    "mode of the device's write cache: writeback, writethrough or unchanged",
 )
 .checked(|value| one_of(value, &["unchanged", "writeback", "writethrough"]));
 
@@ -73,14 +73,14 @@ pub(crate) const fn can_add_queues(answer: &'static str) -> Property {
 }
 
 pub(crate) const fn needs_mem_regions(answer: &'static str) -> Property {
-    Property::constant("needs-mem-regions", Kind::Bool, answer, "the device must know payload memory beforehand")
+    Property::constant("needs-mem-regions", Kind::Bool, answer, "payload memory must be registered with the device")
 }
 
 pub(crate) const fn may_pin_mem_regions(answer: &'static str) -> Property {
-    Property::constant("may-pin-mem-regions", Kind::Bool, answer, "payload memory may be pinned")
+    Property::constant("may-pin-mem-regions", Kind::Bool, answer, "the device may pin payload memory")
 }
 
-pub(crate) const DRIVER_ABOUT: &str = "libblkio's name of the driver";
+pub(crate) const DRIVER_ABOUT: &str = "libblkio's name for the driver";
 
 /// What every device can tell.
 pub(crate) static COMMON: &[Property] = &[
@@ -89,49 +89,49 @@ pub(crate) static COMMON: &[Property] = &[
         "max-queues",
         Kind::I32,
         |device| Value::I32(device.info().queues_max.into()),
-        "queues that can be open at a time",
+        "most queues that can be open at the same time",
     ),
     Property::constant(
         "supports-poll-queues",
         Kind::Bool,
         "false",
-        "there are queues without a file descriptor to wait on",
+        "polled queues, without a file descriptor to wait on, are supported",
     ),
     Property::told(
         "request-alignment",
         Kind::I32,
         |device| i32_value(device.info().block_size),
-        "the device's blocks; what is not aligned to them is read, changed and written back",
+        "block size of the device in bytes; unaligned writes read, change and write back whole blocks",
     ),
     Property::told(
         "optimal-io-alignment",
         Kind::I32,
         |device| i32_value(device.info().preferred_block_size),
-        "requests aligned to this are fast",
+        "alignment of fast requests, in bytes",
     ),
     Property::told(
         "max-transfer",
         Kind::I32,
         |device| i32_value(device.info().transfer_max),
-        "the longest read or write that the device takes in one piece",
+        "longest read or write that the device accepts, in bytes; longer ones are split",
     ),
     Property::told(
         "max-write-zeroes-len",
         Kind::U64,
         |device| unlimited_as_zero(device.info().zero_max),
-        "the longest write of zeroes that the device takes in one piece; 0: no limit",
+        "longest write of zeroes that the device accepts, in bytes; 0: no limit",
     ),
     Property::told(
         "max-discard-len",
         Kind::U64,
         |device| unlimited_as_zero(device.info().discard_max),
-        "the longest discard that the device takes in one piece; 0: no limit",
+        "longest discard that the device accepts, in bytes; 0: no limit",
     ),
     Property::told(
         "discard-alignment",
         Kind::I32,
         |device| i32_value(device.info().discard_alignment),
-        "discards not aligned to this are lost on the device",
+        "alignment of discards, in bytes; the device ignores unaligned ones",
     ),
     Property::told(
         "supports-fua-natively",

@@ -16,23 +16,23 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "io_uring",
     aliases: &[],
-    about: "a file or a block device of the kernel, through io_uring",
+    about: "a file or a kernel block device, through io_uring",
     value: "path",
     open_ended: false,
     own: &[
         PATH,
-        Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+        Property::created("fd", Kind::I32, Some("-1"), "number of an inherited file descriptor, instead of a path"),
         READ_ONLY,
-        Property::created("direct", Kind::Bool, Some("false"), "past the page cache (O_DIRECT)"),
+        Property::created("direct", Kind::Bool, Some("false"), "bypass the page cache (O_DIRECT)"),
         Property::created(
             "force-share",
             Kind::Bool,
             Some("false"),
-            "opens an image that another program writes to, or a block device that is mounted",
+            "open an image that another program has open for writing, or a mounted block device",
         ),
         NUM_QUEUES,
         NUM_POLL_QUEUES,
-        Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
+        Property::connected("num-entries", Kind::I32, Some("128"), "most requests in flight per queue")
             .checked(num_entries),
         Property::constant("driver", Kind::Str, "io_uring", DRIVER_ABOUT),
         can_add_queues("true"),

@@ -15,7 +15,7 @@ pub(crate) const DRIVER: Driver = Driver {
     value: "driver",
     open_ended: true,
     own: &[
-        Property::created("driver", Kind::Str, Some(""), "libblkio's name of the driver, such as nvme-io_uring"),
+        Property::created("driver", Kind::Str, Some(""), "libblkio's name for the driver, such as nvme-io_uring"),
         READ_ONLY,
         REQUEST_TIMEOUT,
     ],

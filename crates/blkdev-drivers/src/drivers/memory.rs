@@ -13,7 +13,7 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "memory",
     aliases: &[],
-    about: "a sparse RAM disk, empty at the start and forgotten at the end",
+    about: "a sparse RAM disk, empty at start; its content is lost at exit",
     value: "size",
     open_ended: false,
     own: &[SIZE, NUM_QUEUES],

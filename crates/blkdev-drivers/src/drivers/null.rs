@@ -13,7 +13,7 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "null",
     aliases: &[],
-    about: "reads zeroes and forgets what is written; for measuring",
+    about: "reads as zeroes and discards writes, for benchmarks",
     value: "size",
     open_ended: false,
     own: &[SIZE, NUM_QUEUES],

@@ -14,7 +14,7 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "nvme",
     aliases: &[],
-    about: "an NVMe controller of its own, over VFIO: nvme=ADDRESS[/NSID]",
+    about: "an NVMe controller bound to vfio-pci, driven from user space: nvme=ADDRESS[/NSID]",
     value: "path",
     open_ended: false,
     own: &[
@@ -22,21 +22,26 @@ pub(crate) const DRIVER: Driver = Driver {
             "path",
             Kind::Str,
             Some(""),
-            "the controller's PCI address or its path in sysfs, and perhaps /NSID: 0000:01:00.0/1",
+            "PCI address of the controller or its path in sysfs, optionally with /NSID: 0000:01:00.0/1",
         ),
         READ_ONLY,
-        Property::created("no-iommu", Kind::Bool, Some("false"), "does without an IOMMU where there is none: UNSAFE"),
+        Property::created(
+            "no-iommu",
+            Kind::Bool,
+            Some("false"),
+            "if the machine has no IOMMU, work without it: UNSAFE",
+        ),
         NUM_QUEUES,
         NUM_POLL_QUEUES,
-        Property::connected("queue-size", Kind::I32, Some("256"), "places in one queue, 2 to 1024")
+        Property::connected("queue-size", Kind::I32, Some("256"), "number of entries per queue, 2 to 1024")
             .checked(nvme_queue_size),
         REQUEST_TIMEOUT,
-        Property::constant("driver", Kind::Str, "nvme", "the driver's name; libblkio has none like it"),
+        Property::constant("driver", Kind::Str, "nvme", "name of the driver; libblkio has no such driver"),
         Property::told(
             "max-queue-size",
             Kind::I32,
             |device| Value::I32(i32::from(device.info().depth_max) + 1),
-            "the largest queue-size",
+            "largest queue-size",
         ),
         can_add_queues("true"),
         needs_mem_regions("true"),

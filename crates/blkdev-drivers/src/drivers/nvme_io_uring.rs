@@ -15,22 +15,22 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "nvme-io_uring",
     aliases: &[],
-    about: "an NVMe namespace past the kernel's block layer: /dev/ngXnY",
+    about: "an NVMe namespace, through io_uring passthrough: /dev/ngXnY",
     value: "path",
     open_ended: false,
     own: &[
-        Property { about: "the namespace's character device, /dev/ngXnY", ..PATH },
-        Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+        Property { about: "character device of the namespace, /dev/ngXnY", ..PATH },
+        Property::created("fd", Kind::I32, Some("-1"), "number of an inherited file descriptor, instead of a path"),
         READ_ONLY,
         NUM_QUEUES,
         NUM_POLL_QUEUES,
-        Property::connected("num-entries", Kind::I32, Some("128"), "requests in flight on one queue, at most")
+        Property::connected("num-entries", Kind::I32, Some("128"), "most requests in flight per queue")
             .checked(num_entries),
         Property::created(
             "polled",
             Kind::Bool,
             Some("false"),
-            "polls for completions, which keeps a processor busy; the kernel needs nvme.poll_queues for it",
+            "poll for completions, which keeps a CPU busy; the kernel needs nvme.poll_queues",
         ),
         REQUEST_TIMEOUT,
         Property::constant("driver", Kind::Str, "nvme-io_uring", DRIVER_ABOUT),

@@ -20,7 +20,7 @@ pub(crate) const DRIVER: Driver = Driver {
     open_ended: false,
     own: &[
         Property { about: "the character device, /dev/vhost-vdpa-N", ..PATH },
-        Property::created("fd", Kind::I32, Some("-1"), "an inherited file descriptor, instead of a path"),
+        Property::created("fd", Kind::I32, Some("-1"), "number of an inherited file descriptor, instead of a path"),
         READ_ONLY,
         NUM_QUEUES,
         NUM_POLL_QUEUES,

@@ -15,11 +15,11 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "vhost-user",
     aliases: &["virtio-blk-vhost-user"],
-    about: "a vhost-user-blk server, such as qemu-storage-daemon or SPDK",
+    about: "a vhost-user-blk back end, such as qemu-storage-daemon or SPDK",
     value: "path",
     open_ended: false,
     own: &[
-        Property { about: "the socket that the server listens on", ..PATH },
+        Property { about: "socket of the back end", ..PATH },
         READ_ONLY,
         NUM_QUEUES,
         NUM_POLL_QUEUES,
@@ -30,7 +30,7 @@ pub(crate) const DRIVER: Driver = Driver {
             "connect-timeout",
             Kind::Time,
             Some("5s"),
-            "how long the server may take to answer when the device is opened",
+            "longest wait for the back end's replies when the device is opened",
         )
         .checked(some_time),
         REQUEST_TIMEOUT,
@@ -38,7 +38,7 @@ pub(crate) const DRIVER: Driver = Driver {
             "huge-pages",
             Kind::Bool,
             Some("false"),
-            "uses reserved huge pages for the memory shared with the server, which is trusted not to punch holes in it",
+            "use reserved huge pages for shared memory; the back end must be trusted not to punch holes in it",
         ),
         Property::constant("driver", Kind::Str, "virtio-blk-vhost-user", DRIVER_ABOUT),
         MAX_QUEUE_SIZE,

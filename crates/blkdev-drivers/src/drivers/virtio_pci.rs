@@ -15,11 +15,11 @@ use crate::{
 pub(crate) const DRIVER: Driver = Driver {
     name: "virtio-pci",
     aliases: &["virtio-blk-vfio-pci"],
-    about: "a virtio-blk PCI device, over VFIO",
+    about: "a virtio-blk PCI device bound to vfio-pci",
     value: "path",
     open_ended: false,
     own: &[
-        Property::created("path", Kind::Str, Some(""), "the device's PCI address or its path in sysfs"),
+        Property::created("path", Kind::Str, Some(""), "PCI address of the device or its path in sysfs"),
         READ_ONLY,
         NUM_QUEUES,
         NUM_POLL_QUEUES,
@@ -31,7 +31,7 @@ pub(crate) const DRIVER: Driver = Driver {
             "num-vectors",
             Kind::I32,
             Some("65535"),
-            "interrupt vectors to use, at most; with too few for one each, queues share one",
+            "most interrupt vectors to use; without enough for one per queue, queues share one",
         )
         .checked(num_vectors),
         Property::constant("driver", Kind::Str, "virtio-blk-vfio-pci", DRIVER_ABOUT),
