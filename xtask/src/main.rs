@@ -17,18 +17,18 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 usage: cargo xtask TASK
 
-  demo             make a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
-  test             check formatting, lints and documentation, then run every test, those of the hardware in a machine
-  ci               what the integration server runs: the same as test
-  setup            install what demo and test need and this machine lacks (Debian, apt-get)
-  dist [DIR]       build what is installed and lay it out under DIR (target/dist) as it is to lie under /
-  bench [OPTIONS]  measure nbdblk and its plugin beside other NBD servers; `bench --help` tells more
+  demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
+  test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
+  ci               the same as test, for the integration server
+  setup            install the packages that demo and test need (Debian, apt-get)
+  dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
+  bench [OPTIONS]  compare nbdblk and its plugin with other NBD servers; `bench --help` lists the options
   fuzz [TARGET] [SECONDS]
-                   fuzz one target for some seconds (60); without a target: list them
-  trixie           make a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it where it can)
-  vm TASK          a virtual machine with the hardware that nbdblk drives: prepare, run, test, shell; `vm help` tells more
+                   fuzz a target for some seconds (60); without a target: list the targets
+  trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
+  vm TASK          use a virtual machine with nbdblk's devices: prepare, run, test, shell; `vm help` lists the options
 
-demo and test run setup by themselves. Nothing is mounted, and only setup may need root.";
+demo and test run setup on their own. No task mounts anything, and only setup may need root.";
 
 fn main() -> ExitCode {
     match run() {

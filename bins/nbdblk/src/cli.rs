@@ -350,7 +350,7 @@ fn timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// As in a spec, the name of the export ends at a colon before the first "=".
+/// Splits a rule. As in a spec, the name of the export ends at a colon before the first "=".
 fn allowed(text: &str) -> Result<(Option<String>, Rule), String> {
     let kind = text.split('=').next().unwrap_or_default();
     let (name, rule) = kind.find(':').map_or((None, text), |at| (Some(text[..at].into()), &text[at + 1..]));
@@ -359,52 +359,53 @@ fn allowed(text: &str) -> Result<(Option<String>, Rule), String> {
 
 const EXAMPLES: &str = "\
 Examples:
-  On nbd://localhost, for as long as it runs:
+  Serve on nbd://localhost until the server is stopped:
     nbdblk serve io_uring=disk.img
 
-  On a Unix domain socket, nbd+unix://?socket=/run/nbd.sock:
+  Serve on a Unix domain socket, nbd+unix://?socket=/run/nbd.sock:
     nbdblk serve vhost-user=/run/vhost.sock -U /run/nbd.sock
 
-  For one command:
+  Serve while one command runs:
     nbdblk serve memory=1G --run 'nbdinfo \"$uri\"'
 
-  What a device can do, and what can be set on it:
+  Print the properties of a device, and those that can be set:
     nbdblk info io_uring=/dev/sdb
     nbdblk drivers io_uring
 
-\"nbdblk serve --help\" tells more.";
+\"nbdblk serve --help\" lists all options.";
 
 const SERVE_EXAMPLES: &str = "\
 Signals:
-  SIGTERM, SIGINT and SIGQUIT stop the server with status 0; a second one ends it at once. Before the server is ready,
-  the status is 128 and the signal's number.
-  SIGHUP stops it as well (but not under nohup). With --config, SIGHUP has the file read again, and the result is logged.
-  SIGXCPU stops it. SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT and real-time signals
-  are ignored. So is SIGXFSZ: a write beyond the limit of file sizes fails with ENOSPC. SIGABRT and faults still kill it.
+  SIGTERM, SIGINT and SIGQUIT stop the server, which exits with status 0; a second one ends it at once. Before the server
+  is ready, the status is 128 plus the signal number.
+  SIGHUP stops it as well, unless nohup started it. With --config, SIGHUP makes the server read the file again and log the
+  result. SIGXCPU stops the server.
+  The server ignores SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT and real-time signals.
+  It ignores SIGXFSZ too: a write beyond the file size limit fails with ENOSPC. SIGABRT and faults still kill it.
 
 Examples:
-  Two exports on a Unix domain socket, and the list of them:
+  Serve two exports on a Unix domain socket, and list them:
     nbdblk serve disk:io_uring=disk.img,direct=true scratch:memory=1G -U /tmp/nbd.sock
     nbdinfo --list 'nbd+unix://?socket=/tmp/nbd.sock'
 
-  A device behind qemu-storage-daemon or SPDK, looked at from a shell:
+  Open a device behind qemu-storage-daemon or SPDK in a shell:
     nbdblk serve vhost-user=/run/vhost.sock,num-queues=2 --run 'nbdsh -u \"$uri\"'
 
-  To user 1000 alone, and to the host's network read-only under another name:
+  Serve a disk to user 1000 only, and read-only under another name to a network:
     nbdblk serve disk:io_uring=disk.img copy:io_uring=disk.img,read-only=true -U /run/nbd.sock -i 192.0.2.1 \\
       --allow disk:uid=1000 --allow copy:ip=192.0.2.0/24
 
-  Copy it into a file:
+  Copy a device into a file:
     nbdblk serve -r vhost-user=/run/vhost.sock --run 'nbdcopy \"$uri\" copy.img'
 
-  Give it to a virtual machine:
+  Attach a device to a virtual machine:
     nbdblk serve io_uring=/dev/nvme0n1 -U /run/nbd.sock
     qemu-system-x86_64 -drive 'file=nbd+unix://?socket=/run/nbd.sock,format=raw,if=virtio' ...
 
-  On the network, for clients with a certificate of ours:
+  Serve on the network, for clients with a certificate signed by our CA:
     nbdblk serve io_uring=disk.img -i :: --tls require --tls-certificates /etc/pki/nbd --tls-verify-peer
 
-  A free TCP port, for a script:
+  Listen on a free TCP port, for a script:
     nbdblk serve io_uring=disk.img -p 0 --print-uri";
 
 #[cfg(test)]

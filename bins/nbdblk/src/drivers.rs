@@ -1,4 +1,4 @@
-//! `nbdblk drivers`: what there is to choose from.
+//! `nbdblk drivers`: lists the drivers and their properties.
 
 use std::{fmt::Write, process::ExitCode};
 

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: nbdblk beside other NBD servers, in one run, on this machine.
+//! `cargo xtask bench`: compares nbdblk with other NBD servers, in one run, on this machine.
 
 mod memory;
 mod micro;
@@ -27,27 +27,27 @@ use work::{Figures, Work};
 const HELP: &str = "\
 usage: cargo xtask bench [PART...] [OPTIONS]
 
-Measures NBD servers side by side with fio: the processor time that the server spends on an I/O, IOPS, MiB/s, latency.
-Compare figures of one run only, and let the machine be idle otherwise.
+Measures NBD servers with fio: the server's CPU time per I/O, IOPS, MiB/s, latency.
+Compare only figures of one run, and keep the machine idle otherwise.
 
 parts
-  --servers         nbdblk, the nbdkit plugin and their rivals under each workload (what is done without a part)
-  --raw             drivers without NBD: ours, the crate blkio's, fio's io_uring
-  --memory          memory at rest, of idle connections, under load; wake-ups at rest
-  --connections     the cost of an I/O with 1 to 256 connections
-  --micro           instructions of codec, virtqueue and Channel, counted by callgrind
+  --servers         nbdblk, the nbdkit plugin and their rivals under each workload (the default)
+  --raw             drivers without NBD: ours, those of the crate blkio, fio's io_uring engine
+  --memory          memory of an idle server, of idle connections, under load; wake-ups of an idle server
+  --connections     CPU time per I/O with 1 to 256 connections
+  --micro           instructions in codec, virtqueue and Channel, counted by callgrind
 options
-  --only A,B        servers whose names contain one of these words (--list prints the names)
+  --only A,B        measure servers whose names contain one of these words (--list prints the names)
   --work W,...      workloads PATTERN-BLOCK-DEPTH[xCONNECTIONS][@TRANSPORT], such as randread-4k-64,write-256k-16x2@tcp
-  --all             every workload there is: hours
-  --rounds N        rounds (3); figures are their medians
+  --all             measure every workload; takes hours
+  --rounds N        number of rounds (3); figures are their medians
   --secs N          seconds for each server and workload (1)
-  --json FILE       write the figures there
-  --svg DIR         draw them there
-  --docs            make docs/performance.md anew from the figures: of the parts that are named, or of all
-  --draw            the same, without measuring
+  --json FILE       write the figures to this file
+  --svg DIR         draw the pictures in this directory
+  --docs            update docs/performance.md with the figures of the named parts, or of all
+  --draw            the same from the stored figures, without measuring
   --nbdblk PATH     measure this build of nbdblk
-  --plugin PATH     and this one of the plugin
+  --plugin PATH     measure this build of the plugin
   --list            print servers and workloads";
 
 /// What a user gets who asks for nothing: some minutes.

@@ -1,6 +1,6 @@
-//! `cargo xtask vm`: a virtual machine with the hardware that nbdblk drives, for one command or for the hardware tests.
+//! `cargo xtask vm`: runs one command or the hardware tests in a virtual machine that has the devices nbdblk drives.
 //!
-//! `vm/README.md` beside the sources says what is in the machine. Nothing here needs KVM: the processor is emulated.
+//! `xtask/vm/README.md` describes the machine. It needs no KVM: the CPU is emulated.
 
 mod cpio;
 mod image;
@@ -21,26 +21,26 @@ usage: cargo xtask vm prepare [--force]
        cargo xtask vm test [OPTION...] [-- ARG...]
        cargo xtask vm shell [OPTION...]
 
-  prepare   fetch and build the machine's image, once, into the user's cache directory (root, Debian, network)
-  run       build nbdblk, start the machine, run a command in it as root, end with its status
-            (124: it took longer than -t allows; 125: the machine failed)
-  test      run the hardware tests in the machine; ARGs are for the test program: filters, --list, ...
+  prepare   fetch and build the machine's image, once, in the user's cache directory (needs root, Debian, network)
+  run       build nbdblk, start the machine, run a command in it as root, exit with its status
+            (124: it exceeded the time of -t; 125: the machine failed)
+  test      run the hardware tests in the machine; ARGs go to the test program: filters, --list, ...
   shell     start the machine with a shell on this terminal
 
-  -t SECONDS        how long the command may take (run: 600, test: 3600)
-  -v                show the machine's console and what its start took
+  -t SECONDS        time limit of the command (run: 600, test: 3600)
+  -v                show the machine's console, and the time of its start
   --no-build        run: do not build nbdblk first
   --share DIR       share one more directory with the machine, at the same path
-  --all             test: the slow ones, too
+  --all             test: run the slow tests, too
   --size MIB        size of each disk (40)
   --append ARGS     more arguments for the machine's kernel, such as module.option=value
-  --no-iommu        leave the IOMMU out; VFIO then works without one (CAP_SYS_RAWIO)
+  --no-iommu        start without an IOMMU; VFIO then works without one (CAP_SYS_RAWIO)
 
-The workspace and its target directory are shared, read and write, at the same paths. run, test and shell prepare by
-themselves. NBDBLK_VM_CACHE moves the image (1 GB), NBDBLK_VM_MIRROR names a Debian archive other than apt's,
-NBDBLK_BIN names a program that test uses instead of building one.";
+The machine shares the workspace and its target directory, read and write, at the same paths. run, test and shell build
+the image if necessary. NBDBLK_VM_CACHE is the directory of the image (1 GB), NBDBLK_VM_MIRROR a Debian archive other than
+apt's, NBDBLK_BIN a program that test uses instead of building one.";
 
-/// Does what the words after `vm` ask for.
+/// Runs the task that the arguments after `vm` name.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let Some((task, words)) = words.split_first() else { bail!("vm does what?\n\n{HELP}") };
     let options = Options::parse(words)?;
