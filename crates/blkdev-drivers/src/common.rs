@@ -24,7 +24,7 @@ pub(crate) const NUM_QUEUES: Property = Property::connected(
     "num-queues",
     Kind::I32,
     None,
-    "number of queues; if not set: one for each worker, or as many as the device has",
+    "number of queues; if not set: one for each worker, up to the number of the device",
 )
 .checked(num_queues)
 .answered(|device| Value::I32(device.info().queues_max.into()));
