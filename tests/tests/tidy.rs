@@ -64,7 +64,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-io-uring/src/sys.rs", "ioctls"),
     ("crates/blkdev-libblkio/src/queue.rs", "blkio's raw pointers"),
     ("crates/blkdev-nvme/src/model.rs", "a controller that reads the queues, for tests"),
-    ("crates/blkdev-nvme/src/uring.rs", "an io_uring of passthrough commands"),
+    ("crates/blkdev-nvme/src/sys.rs", "ioctls"),
     ("crates/blkdev-nvme/src/window.rs", "queue memory shared with the controller"),
     ("crates/blkdev-ring/src/ring.rs", "SQEs that point at memory"),
     ("crates/blkdev-vdpa/src/sys.rs", "ioctls"),

@@ -35,6 +35,7 @@ mod admin;
 mod bring_up;
 mod core;
 mod device;
+mod flight;
 mod limits;
 mod liveness;
 #[cfg(feature = "model")]
@@ -46,8 +47,8 @@ mod passthrough;
 mod queue;
 mod registers;
 pub mod spec;
+mod sys;
 mod target;
-mod uring;
 mod watch;
 mod window;
 

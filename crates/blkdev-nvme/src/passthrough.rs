@@ -16,11 +16,13 @@ use std::{
 };
 
 use blkdev::{Completion, Device, Error, Info, Mapping, Op, PAGE, Queue, Request, Source};
+use blkdev_ring::Ring;
 
 use crate::{
+    flight::Flight,
     limits::{Disk, Found, Shape, check, invalid, settle, unusable},
     spec::{Controller, Limits, Namespace, RANGES_MAX, Status, cns},
-    uring::{self, Ring},
+    sys,
 };
 
 /// How to open a namespace's character device.
@@ -119,9 +121,9 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     if !meta.file_type().is_char_device() {
         return Err(invalid("not a character device; NVMe passthrough wants /dev/ngXnY, not /dev/nvmeXnY".to_owned()));
     }
-    let nsid = uring::nsid(&file).map_err(|e| invalid(format!("no NVMe namespace: {e}")))?;
+    let nsid = sys::nsid(&file).map_err(|e| invalid(format!("no NVMe namespace: {e}")))?;
     let identify = |cns, nsid| {
-        uring::identify(&file, cns, nsid).map_err(|e| {
+        sys::identify(&file, cns, nsid).map_err(|e| {
             let remedy = match e.raw_os_error() {
                 Some(libc::EACCES | libc::EPERM) if options.read_only => {
                     ": CAP_SYS_ADMIN is needed for read-only access"
@@ -247,13 +249,15 @@ impl Device for Passthrough {
         // A channel opens its queues when it has registered its memory: the latest is what this queue will use.
         let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
         let depth = depth.clamp(1, shared.info.depth_max);
-        let timeout = shared.info.timeout.map(|timeout| timeout / 2);
-        match Ring::new(depth, shared.file.as_fd(), known, shared.polled, timeout) {
+        let timeout = shared.info.timeout.map(|timeout| u32::try_from((timeout / 2).as_millis()).unwrap_or(u32::MAX));
+        match Ring::passthrough(depth, shared.file.as_fd(), shared.polled, known) {
             Ok(ring) => {
-                if !ring.is_fixed() {
+                let fixed = ring.has_registered();
+                if !fixed {
                     shared.pins.store(false, Ordering::Relaxed);
                 }
-                Ok(Box::new(PassthroughQueue { shared: Arc::clone(shared), ring, done: Vec::new(), gone: false }))
+                let (shared, timeout_ms) = (Arc::clone(shared), timeout.map_or(u32::MAX, |ms| ms.max(1)));
+                Ok(Box::new(PassthroughQueue { ring, shared, done: Vec::new(), fixed, timeout_ms, gone: false }))
             }
             Err(e) => {
                 shared.queues.fetch_sub(1, Ordering::Relaxed);
@@ -266,10 +270,13 @@ impl Device for Passthrough {
 #[derive(Debug)]
 struct PassthroughQueue {
     /// Before the file that it works on: fields are dropped in this order.
-    ring: Ring,
+    ring: Ring<Flight, blkdev_ring::Passthrough>,
     shared: Arc<Shared>,
     /// What ended without the kernel.
     done: Vec<Completion>,
+    /// Requests may use registered memory.
+    fixed: bool,
+    timeout_ms: u32,
     gone: bool,
 }
 
@@ -293,7 +300,8 @@ impl Queue for PassthroughQueue {
             Op::Discard { at, len } => disk.ranges(*at, *len).collect(),
             _ => Box::default(),
         };
-        self.ring.push(request, command, ranges)
+        let (fixed, timeout_ms) = (self.fixed && ranges.is_empty(), self.timeout_ms);
+        self.ring.push(Flight { request, command, ranges, fixed, timeout_ms }).map_err(|flight| flight.request)
     }
 
     #[inline]
@@ -307,12 +315,20 @@ impl Queue for PassthroughQueue {
             self.give_up();
         }
         done.append(&mut self.done);
-        self.ring.reap(|Request { tag, op }, answer| {
+        let fixed = &mut self.fixed;
+        self.ring.reap(|flight, answer| {
+            if answer == Err(libc::EINVAL) && flight.fixed {
+                // Registered memory came with Linux 6.1: where it is not known, the command was not looked at.
+                *fixed = false;
+                return Some(Flight { fixed: false, ..flight });
+            }
+            let Request { tag, op } = flight.request;
             let result = match answer {
-                Ok(status) => settle(&op, status),
+                Ok(status) => settle(&op, Status(status as u16)),
                 Err(errno) => Err(Error::from_errno(errno)),
             };
             done.push(Completion { tag, op, result });
+            None
         });
     }
 
@@ -321,10 +337,6 @@ impl Queue for PassthroughQueue {
     }
 
     fn arm(&mut self) -> bool {
-        if self.shared.polled && self.ring.in_flight() > 0 {
-            // Nothing would wake anybody up.
-            return false;
-        }
         self.done.is_empty() && (self.ring.arm() || self.gone)
     }
 
@@ -335,7 +347,9 @@ impl Queue for PassthroughQueue {
         }
         self.gone = true;
         let done = &mut self.done;
-        self.ring.give_up(|Request { tag, op }| done.push(Completion { tag, op, result: Err(Error::Gone) }));
+        self.ring.give_up(|Flight { request: Request { tag, op }, .. }| {
+            done.push(Completion { tag, op, result: Err(Error::Gone) });
+        });
     }
 
     fn is_dead(&self) -> bool {

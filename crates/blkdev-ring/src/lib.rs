@@ -25,9 +25,16 @@
 //! read. A thread that sleeps in `epoll_wait` or `poll` may be woken with `EINTR` by a completion: go on as after a
 //! time-out.
 
+mod files;
+mod kind;
+mod memory;
+mod passthrough;
 mod ring;
 
-pub use ring::{Command, Operation, Ring};
+pub use files::{Command, Files};
+pub use kind::Kind;
+pub use passthrough::{Data, NvmeCommand, PASSTHRU_LEN, Passthrough, passthru};
+pub use ring::{Operation, Ring};
 
 /// The examples of the readme are tests.
 #[cfg(doctest)]

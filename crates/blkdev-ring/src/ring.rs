@@ -2,92 +2,47 @@
 #![allow(unsafe_code)]
 
 use std::{
-    fmt, io, mem,
+    fmt, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use blkdev::{Buf, Mapping};
-use io_uring::{EnterFlags, IoUring, Probe, Submitter, opcode, squeue, types};
+use io_uring::{Builder, EnterFlags, IoUring, Probe, Submitter, cqueue};
+
+use crate::{files::Files, kind::Kind, memory::Memory, passthrough::Passthrough};
 
 /// Something that a [`Ring`] can carry: an owner of memory that says what to do with it.
-pub trait Operation: Send {
+pub trait Operation<K: Kind = Files>: Send {
     /// What the kernel is to do. Asked when the operation is pushed, and again when [`Ring::reap`]'s closure gives it
     /// back.
-    fn command(&self) -> Command<'_>;
+    fn command(&self) -> K::Command<'_>;
 
     /// The memory that [`command`](Self::command) names, if any. When the kernel cannot be waited for, it is
     /// [abandoned](Buf::abandon).
     fn buf_mut(&mut self) -> Option<&mut Buf>;
-}
 
-/// What the kernel can be asked to do with the ring's file. Offsets and lengths are bytes.
-#[derive(Clone, Copy, Debug)]
-pub enum Command<'a> {
-    /// Fills `buf` from its byte `skip` on, with what the file has from `at + skip` on.
-    Read {
-        /// Where the buffer's first byte is in the file.
-        at: u64,
-        /// The whole buffer.
-        buf: &'a Buf,
-        /// Bytes that are done already.
-        skip: u32,
-    },
-    /// Writes `buf` from its byte `skip` on, to the file's byte `at + skip` and on.
-    Write {
-        /// Where the buffer's first byte goes to in the file.
-        at: u64,
-        /// The whole buffer.
-        buf: &'a Buf,
-        /// Bytes that are done already.
-        skip: u32,
-        /// Durable before it completes (`RWF_DSYNC`).
-        durable: bool,
-    },
-    /// Makes what was written durable, with the metadata that is needed to find it (`fdatasync`).
-    Sync,
-    /// `fallocate`. Kernel 5.6.
-    Allocate {
-        /// `FALLOC_FL_*`.
-        mode: i32,
-        /// First byte.
-        at: u64,
-        /// Length.
-        len: u64,
-    },
-    /// Reads ahead into the page cache (`POSIX_FADV_WILLNEED`). Kernel 5.6.
-    Prefetch {
-        /// First byte.
-        at: u64,
-        /// Length; the interface has 32 bits for it.
-        len: u32,
-    },
-    /// Discards on a block device (`BLOCK_URING_CMD_DISCARD`). Kernel 6.12; before that it fails with `EOPNOTSUPP`.
-    Discard {
-        /// First byte.
-        at: u64,
-        /// Length.
-        len: u64,
-    },
-    /// Waits until another descriptor is readable, and moves nothing: with it, other threads wake the ring's owner.
-    Poll(BorrowedFd<'a>),
+    /// Makes sure that all memory that [`command`](Self::command) names is never used again.
+    fn abandon(&mut self) {
+        if let Some(buf) = self.buf_mut() {
+            buf.abandon();
+        }
+    }
 }
-
-/// How long [`Ring`]'s `drop` waits for the kernel. A request that takes longer belongs to a disk or file system that hangs.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// An io_uring for one file, with the operations that are in it.
 ///
 /// The ring holds a reference to the file. A ring that is dropped with nothing in flight gives it back at once; otherwise
 /// the kernel gives it back some time after the last operation has ended.
-pub struct Ring<T: Operation> {
-    ring: IoUring,
+pub struct Ring<T: Operation<K>, K: Kind = Files> {
+    ring: IoUring<K::Sqe, K::Cqe>,
     slots: Box<[Option<T>]>,
     /// Slots that are free, last used on top.
     free: Vec<u16>,
-    /// Every mapping that an operation's memory was in, alive as long as the kernel may write there.
-    mappings: Vec<Arc<Mapping>>,
+    memory: Memory,
+    /// The kernel looks for completions when it is asked, and raises no interrupt: the descriptor is never readable.
+    polled: bool,
     state: State,
 }
 
@@ -105,31 +60,55 @@ impl<T: Operation> Ring<T> {
     /// # Errors
     /// The kernel has no io_uring that will do, forbids it, or is out of memory; the text says what to do.
     pub fn new(depth: u16, file: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::open(depth, file, false, None)
+    }
+}
+
+impl<T: Operation<Passthrough>> Ring<T, Passthrough> {
+    /// A ring for at most `depth` NVMe commands at a time (1 to 32768) on `file`, a namespace's character device.
+    ///
+    /// `polled`: the kernel polls the device for completions (`IOPOLL`) whenever [`reap`](Self::reap) asks for some, and only
+    /// then. `registered`: memory that commands will use mostly. Other memory works, too, a little slower. The kernel pins
+    /// registered memory until the ring is dropped, and takes up to 1 GiB.
+    ///
+    /// # Errors
+    /// As [`new`](Ring::new).
+    pub fn passthrough(
+        depth: u16,
+        file: BorrowedFd<'_>,
+        polled: bool,
+        registered: Option<Arc<Mapping>>,
+    ) -> io::Result<Self> {
+        Self::open(depth, file, polled, registered)
+    }
+}
+
+impl<T: Operation<K>, K: Kind> Ring<T, K> {
+    fn open(depth: u16, file: BorrowedFd<'_>, polled: bool, registered: Option<Arc<Mapping>>) -> io::Result<Self> {
         let depth = depth.clamp(1, 32768);
-        let ring = setup(depth).map_err(|e| explain(&e))?;
+        let explain = |e: io::Error| explain(&e, K::TOO_OLD);
+        let ring = setup::<K>(depth, polled).map_err(explain)?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
-        submitter.register_probe(&mut probe).map_err(|e| explain(&e))?;
-        let needed = [
-            opcode::Read::CODE,
-            opcode::Write::CODE,
-            opcode::Fsync::CODE,
-            opcode::Fallocate::CODE,
-            opcode::Fadvise::CODE,
-            opcode::PollAdd::CODE,
-        ];
-        if !ring.params().is_feature_nodrop() || needed.iter().any(|&code| !probe.is_supported(code)) {
-            let why = "the kernel's io_uring is too old: Linux 5.6 or later is needed";
-            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        submitter.register_probe(&mut probe).map_err(explain)?;
+        if !ring.params().is_feature_nodrop() || K::NEEDED.iter().any(|&code| !probe.is_supported(code)) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, K::TOO_OLD));
         }
-        submitter.register_files(&[file.as_raw_fd()]).map_err(|e| explain(&e))?;
+        submitter.register_files(&[file.as_raw_fd()]).map_err(explain)?;
+        let memory = register(&submitter, registered);
         Ok(Self {
-            ring,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
-            mappings: Vec::new(),
+            memory,
+            polled,
             state: State::Alive,
+            ring,
         })
+    }
+
+    /// Whether memory is registered with the kernel, which pins it.
+    pub fn has_registered(&self) -> bool {
+        self.memory.has_registered()
     }
 
     /// Operations that can be in the ring at a time.
@@ -154,11 +133,11 @@ impl<T: Operation> Ring<T> {
         }
         let Some(slot) = self.free.pop() else { return Err(op) };
         let op = self.slots[usize::from(slot)].insert(op);
-        let entry = entry(op, &mut self.mappings).user_data(slot.into());
-        // SAFETY: the memory that the entry points at belongs to a Buf that the operation in `slots[slot]` owns or
-        // borrows for longer (`command` takes `&self`), in a mapping that `mappings` keeps. The operation leaves the
-        // slot only when its completion was seen (`reap`); where that cannot be waited for, `give_up` abandons the Buf
-        // and leaks `mappings`.
+        let entry = K::entry(op.command(), &mut self.memory, slot.into());
+        // SAFETY: the memory that the entry points at belongs to the operation in `slots[slot]`, which owns it or borrows it
+        // for longer (`command` takes `&self`); a Buf lies in a mapping that `memory` keeps. The operation leaves the slot
+        // only when its completion was seen (`reap`); where that cannot be waited for, `give_up` abandons its memory and leaks
+        // the mappings.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue has an entry for each slot");
         Ok(())
@@ -192,12 +171,14 @@ impl<T: Operation> Ring<T> {
         if self.state == State::GivenUp {
             return;
         }
+        let polls = self.polled && self.in_flight() > 0;
         let (submitter, mut sq, mut cq) = self.ring.split();
-        if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
+        if cq.is_empty() && (sq.taskrun() || sq.cq_overflow() || polls) {
             fetch(&submitter);
             cq.sync();
         }
         for done in &mut cq {
+            let done: cqueue::Entry = done.into();
             let slot = done.user_data() as usize;
             let op = self.slots[slot].take().expect("a completion names a slot in use, once");
             let result = u32::try_from(done.result()).map_err(|_| -done.result());
@@ -205,7 +186,7 @@ impl<T: Operation> Ring<T> {
                 None => self.free.push(slot as u16),
                 Some(op) => {
                     let op = self.slots[slot].insert(op);
-                    let entry = entry(op, &mut self.mappings).user_data(slot as u64);
+                    let entry = K::entry(op.command(), &mut self.memory, slot as u64);
                     // SAFETY: as in `push`.
                     let pushed = unsafe { sq.push(&entry) };
                     assert!(pushed.is_ok(), "the submission queue has an entry for each slot");
@@ -217,7 +198,7 @@ impl<T: Operation> Ring<T> {
     }
 
     /// Whether it is right to sleep now until the descriptor is readable. `false`: completions wait, or something could
-    /// not be submitted yet; reap first.
+    /// not be submitted yet, or the ring is polled; reap first.
     pub fn arm(&mut self) -> bool {
         self.kick();
         let (submitter, sq, mut cq) = self.ring.split();
@@ -227,7 +208,8 @@ impl<T: Operation> Ring<T> {
         }
         // TASKRUN may still be set, for a thread that submitted earlier. When that one brings its completions here, or
         // when this one goes to sleep and finds more of its own, the descriptor becomes readable.
-        self.state == State::Alive && sq.is_empty() && cq.is_empty()
+        let polls = self.polled && self.free.len() < self.slots.len();
+        self.state == State::Alive && sq.is_empty() && cq.is_empty() && !polls
     }
 
     /// Hands every operation that is in flight to `each`, unfinished, its memory [abandoned](Buf::abandon) and leaked:
@@ -235,13 +217,11 @@ impl<T: Operation> Ring<T> {
     pub fn give_up(&mut self, mut each: impl FnMut(T)) {
         self.state = State::GivenUp;
         if self.in_flight() > 0 {
-            self.mappings.drain(..).for_each(mem::forget);
+            self.memory.leak();
         }
         for slot in &mut self.slots {
             if let Some(mut op) = slot.take() {
-                if let Some(buf) = op.buf_mut() {
-                    buf.abandon();
-                }
+                op.abandon();
                 each(op);
             }
         }
@@ -262,7 +242,7 @@ impl<T: Operation> Ring<T> {
             }
             let mut fd = libc::pollfd { fd: self.ring.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // In steps: an entry that the kernel had no memory for completes only after another kick.
-            let step = left.min(Duration::from_millis(100)).as_millis().max(1) as i32;
+            let step = if self.polled { 0 } else { left.min(Duration::from_millis(100)).as_millis().max(1) as i32 };
             // SAFETY: one pollfd on the stack, for the length of the call. EINTR is one more turn.
             unsafe { libc::poll(&raw mut fd, 1, step) };
         }
@@ -270,7 +250,7 @@ impl<T: Operation> Ring<T> {
 }
 
 /// Readable while completions wait.
-impl<T: Operation> AsFd for Ring<T> {
+impl<T: Operation<K>, K: Kind> AsFd for Ring<T, K> {
     #[inline]
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring owns its descriptor and lives as long as the borrow.
@@ -278,7 +258,7 @@ impl<T: Operation> AsFd for Ring<T> {
     }
 }
 
-impl<T: Operation> fmt::Debug for Ring<T> {
+impl<T: Operation<K>, K: Kind> fmt::Debug for Ring<T, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ring")
             .field("depth", &self.depth())
@@ -287,13 +267,13 @@ impl<T: Operation> fmt::Debug for Ring<T> {
     }
 }
 
-/// Waits for what is in flight, at most 10 seconds; what is left then is [abandoned](Ring::give_up).
-impl<T: Operation> Drop for Ring<T> {
+/// Waits for what is in flight, at most 10 seconds (30 for NVMe commands); what is left then is [abandoned](Ring::give_up).
+impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
     fn drop(&mut self) {
         if self.state == State::GivenUp {
             return;
         }
-        if !self.drain(Instant::now() + DRAIN_MAX) {
+        if !self.drain(Instant::now() + K::DRAIN_MAX) {
             return self.give_up(drop);
         }
         // The kernel takes a closed ring apart later, on a thread of its own, and until then the ring's file stays open: its
@@ -303,17 +283,32 @@ impl<T: Operation> Drop for Ring<T> {
         // If a kernel worker completed an operation, the task that submitted it releases the file.
         fetch(&submitter);
         let _ = submitter.unregister_files();
+        if self.memory.has_registered() {
+            let _ = submitter.unregister_buffers();
+        }
     }
 }
 
 /// The newest kind of ring that the kernel has, of those that work from any thread.
-fn setup(depth: u16) -> io::Result<IoUring> {
-    IoUring::builder().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(depth.into()).or_else(|e| {
-        match e.raw_os_error() {
-            Some(libc::EINVAL) => IoUring::builder().build(depth.into()),
-            _ => Err(e),
-        }
+fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<IoUring<K::Sqe, K::Cqe>> {
+    let mut builder: Builder<K::Sqe, K::Cqe> = IoUring::builder();
+    if polled {
+        builder.setup_iopoll();
+    }
+    let newest = builder.clone().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(depth.into());
+    newest.or_else(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => builder.build(depth.into()),
+        _ => Err(e),
     })
+}
+
+/// Registers memory with the kernel, if it takes it.
+fn register(submitter: &Submitter<'_>, memory: Option<Arc<Mapping>>) -> Memory {
+    let Some(mapping) = memory else { return Memory::default() };
+    let buffer = libc::iovec { iov_base: mapping.as_ptr().cast(), iov_len: mapping.len() };
+    // SAFETY: the kernel pins the memory, which `Memory` keeps mapped as long as the ring exists.
+    let is_registered = mapping.len() <= 1 << 30 && unsafe { submitter.register_buffers(&[buffer]) }.is_ok();
+    Memory::new(mapping, is_registered)
 }
 
 /// Completions are ready in the kernel, but not yet in the ring: brings them there.
@@ -323,9 +318,9 @@ fn fetch(submitter: &Submitter<'_>) {
     let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, EnterFlags::GETEVENTS.bits(), None) };
 }
 
-fn explain(error: &io::Error) -> io::Error {
+fn explain(error: &io::Error, too_old: &str) -> io::Error {
     let remedy = match error.raw_os_error() {
-        Some(libc::ENOSYS) => "this kernel has no io_uring; Linux 5.6 or later is needed",
+        Some(libc::ENOSYS | libc::EINVAL) => too_old,
         Some(libc::EPERM | libc::EACCES) => {
             "io_uring is forbidden here; see the sysctl kernel.io_uring_disabled and the container's seccomp profile"
         }
@@ -334,44 +329,4 @@ fn explain(error: &io::Error) -> io::Error {
         _ => return io::Error::new(error.kind(), format!("setting up an io_uring: {error}")),
     };
     io::Error::new(error.kind(), format!("setting up an io_uring: {error}: {remedy}"))
-}
-
-/// The ring's file in its table of registered files.
-const FILE: types::Fixed = types::Fixed(0);
-
-/// `_IO(0x12, 0)` of linux/blkdev.h.
-const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
-
-/// What the kernel is told of `op`; the mapping that its memory lies in joins `mappings`.
-#[inline]
-fn entry<T: Operation>(op: &T, mappings: &mut Vec<Arc<Mapping>>) -> squeue::Entry {
-    let mut window = |buf: &Buf, skip: u32| {
-        let len = (buf.len() as u32).checked_sub(skip).expect("no more was done than there is to do");
-        if !mappings.iter().any(|known| Arc::ptr_eq(known, buf.mapping())) {
-            mappings.push(Arc::clone(buf.mapping()));
-        }
-        (buf.as_ptr().wrapping_add(skip as usize), len)
-    };
-    match op.command() {
-        Command::Read { at, buf, skip } => {
-            let (ptr, len) = window(buf, skip);
-            opcode::Read::new(FILE, ptr, len).offset(at + u64::from(skip)).build()
-        }
-        Command::Write { at, buf, skip, durable } => {
-            let (ptr, len) = window(buf, skip);
-            let flags = if durable { libc::RWF_DSYNC } else { 0 };
-            opcode::Write::new(FILE, ptr, len).offset(at + u64::from(skip)).rw_flags(flags).build()
-        }
-        Command::Poll(fd) => opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32).build(),
-        Command::Sync => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
-        Command::Allocate { mode, at, len } => opcode::Fallocate::new(FILE, len).offset(at).mode(mode).build(),
-        Command::Prefetch { at, len } => {
-            opcode::Fadvise::new(FILE, len.into(), libc::POSIX_FADV_WILLNEED).offset(at).build()
-        }
-        Command::Discard { at, len } => {
-            let mut cmd = [0; 16];
-            cmd[..8].copy_from_slice(&len.to_ne_bytes());
-            opcode::UringCmd16::new(FILE, BLOCK_URING_CMD_DISCARD).addr(Some(at)).cmd(cmd).build()
-        }
-    }
 }
