@@ -60,6 +60,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("bins/nbdkit-plugin/src/abi.rs", "nbdkit's table of callbacks"),
     ("bins/nbdkit-plugin/src/callbacks.rs", "nbdkit's buffers"),
     ("bins/nbdkit-plugin/src/host.rs", "nbdkit's functions"),
+    ("bins/nbdblk/src/sys.rs", "pidfd_open"),
     ("crates/blkdev-drivers/src/fd.rs", "a file descriptor named by its number"),
     ("crates/blkdev-io-uring/src/sys.rs", "ioctls"),
     ("crates/blkdev-libblkio/src/queue.rs", "blkio's raw pointers"),
@@ -77,7 +78,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-virtio/src/shared.rs", "ring memory shared with the device"),
     ("crates/blkdev/src/arena.rs", "pieces of a mapping"),
     ("crates/blkdev/src/mem.rs", "the mapping"),
-    ("crates/blkdev/src/socket.rs", "recvmsg and sendmsg with device memory"),
+    ("crates/blkdev/src/socket.rs", "recvmsg and sendmsg with device memory, accept4"),
 ];
 
 /// What `cargo metadata` says of the workspace with all features, on Linux.

@@ -21,6 +21,7 @@ mod reload;
 mod serve;
 mod shortage;
 mod single;
+mod sys;
 mod tls;
 mod uri;
 

@@ -9,9 +9,10 @@ use nix::{
         prctl,
         signal::{Signal, kill},
     },
-    unistd::{Pid, getsid},
+    unistd::{Pid, getppid, getsid},
 };
-use rustix::process::{PidfdFlags, getppid, pidfd_open};
+
+use crate::sys::pidfd_open;
 
 /// Watches over the parent from now on.
 ///
@@ -19,21 +20,22 @@ use rustix::process::{PidfdFlags, getppid, pidfd_open};
 /// It has gone already, or the kernel is older than 5.3.
 pub(crate) fn watch() -> anyhow::Result<()> {
     const GONE: &str = "--exit-with-parent: the parent has gone already";
-    let Some(parent) = getppid() else {
+    let parent = getppid();
+    if parent.as_raw() == 0 {
         // It is in another namespace. (Otherwise this signal is not to be trusted: it comes when the thread ends.)
         return prctl::set_pdeathsig(Signal::SIGTERM).context("--exit-with-parent");
-    };
-    let pidfd = pidfd_open(parent, PidfdFlags::empty()).context("--exit-with-parent: watching the parent")?;
+    }
+    let pidfd = pidfd_open(parent).context("--exit-with-parent: watching the parent")?;
     // The descriptor is that of the parent only if this still is its number.
-    ensure!(getppid() == Some(parent), GONE);
+    ensure!(getppid() == parent, GONE);
     // Before this point, only this tells an orphan and whoever takes care of it from a child and its parent: a session is
     // inherited, or the child leads one of its own.
-    let (session, number) = (getsid(None)?, Pid::from_raw(parent.as_raw_nonzero().get()));
-    ensure!(session == Pid::this() || getsid(Some(number)) == Ok(session), GONE);
+    let session = getsid(None)?;
+    ensure!(session == Pid::this() || getsid(Some(parent)) == Ok(session), GONE);
     let watch = move || {
         let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         while poll(&mut polled, PollTimeout::NONE).is_err() {}
-        log::info!("the parent, process {number}, has ended");
+        log::info!("the parent, process {parent}, has ended");
         let _ = kill(Pid::this(), Signal::SIGTERM);
     };
     thread::Builder::new().name("parent".into()).spawn(watch).context("starting a thread")?;

@@ -1,12 +1,18 @@
-//! Moves payload between a socket and a [`Buf`] without a Rust reference to memory that others can write.
+//! The system calls of a server that need `unsafe`: payload moves between a socket and a [`Buf`] without a Rust reference to
+//! memory that others can write.
 #![allow(unsafe_code)]
 
 use std::{
     io,
     marker::PhantomData,
     mem::MaybeUninit,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{SockFlag, accept4},
 };
 
 use crate::arena::Buf;
@@ -134,6 +140,16 @@ fn empty_message() -> libc::msghdr {
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
     message.msg_name = ptr::null_mut();
     message
+}
+
+/// Takes the next connection of a listening socket of any address family, close-on-exec.
+///
+/// # Errors
+/// See accept(2).
+pub fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let fd = accept4(listening.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the kernel has just opened this descriptor for us, and nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

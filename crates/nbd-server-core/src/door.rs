@@ -15,8 +15,11 @@ use std::{
 };
 
 use nbd_proto::{Handshake, Negotiated, Offer, Step, limits::OPTIONS_MAX};
-use nix::{errno::Errno, sys::eventfd::EventFd};
-use rustix::io::ioctl_fionbio;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::eventfd::EventFd,
+};
 
 use crate::{
     end,
@@ -136,7 +139,8 @@ impl Door {
         for listener in listeners {
             match listener {
                 Listener::Listening(socket) => {
-                    ioctl_fionbio(&socket, true)?;
+                    let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+                    fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
                     door.poll.add_level(&socket, LISTENER | door.listeners.len() as u64)?;
                     door.listeners.push(Some(Ear { socket, watched: true }));
                 }

@@ -10,13 +10,13 @@ use std::{
     sync::mpsc,
 };
 
-use nix::sys::socket::{
-    getsockopt, setsockopt,
-    sockopt::{AcceptConn, KeepAlive, SockType, TcpNoDelay},
-};
-use rustix::{
-    io::Errno,
-    net::{SocketFlags, accept_with},
+use blkdev::socket;
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        getsockopt, setsockopt,
+        sockopt::{AcceptConn, KeepAlive, SockType, TcpNoDelay},
+    },
 };
 
 use crate::peer::{Origin, Peer};
@@ -63,7 +63,7 @@ impl Listener {
 
 /// Takes the next connection of a listening socket, which need not wait for one.
 pub(crate) fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Obstacle> {
-    Ok(accept_with(listening, SocketFlags::CLOEXEC)?)
+    Ok(socket::accept(listening)?)
 }
 
 /// Why there is no connection.
@@ -84,14 +84,14 @@ pub(crate) enum Obstacle {
 impl From<Errno> for Obstacle {
     fn from(errno: Errno) -> Self {
         match errno {
-            Errno::AGAIN => Self::None,
+            Errno::EAGAIN => Self::None,
             // accept(2) also returns errors of the connection that it would have returned.
-            Errno::INTR | Errno::CONNABORTED | Errno::CONNRESET | Errno::TIMEDOUT | Errno::PROTO => Self::Gone,
-            Errno::NETDOWN | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::HOSTUNREACH => Self::Gone,
-            Errno::NOPROTOOPT | Errno::NONET | Errno::PIPE => Self::Gone,
-            Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Self::Room(errno),
+            Errno::EINTR | Errno::ECONNABORTED | Errno::ECONNRESET | Errno::ETIMEDOUT | Errno::EPROTO => Self::Gone,
+            Errno::ENETDOWN | Errno::ENETUNREACH | Errno::EHOSTDOWN | Errno::EHOSTUNREACH => Self::Gone,
+            Errno::ENOPROTOOPT | Errno::ENONET | Errno::EPIPE => Self::Gone,
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => Self::Room(errno),
             // EINVAL: a process has called shutdown(2).
-            Errno::INVAL | Errno::BADF | Errno::NOTSOCK | Errno::OPNOTSUPP => Self::Dead(errno),
+            Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK | Errno::EOPNOTSUPP => Self::Dead(errno),
             _ => Self::Other(errno),
         }
     }
