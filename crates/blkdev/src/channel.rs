@@ -107,7 +107,7 @@ pub struct Channel {
     info: Info,
     /// See [`memory`](Self::memory).
     memory: usize,
-    /// The device's, at the last `tick`.
+    /// The device's, at the first `submit` since the last `reap`.
     capacity: u64,
     arena: Arena,
     zeroes: Buf,
@@ -269,7 +269,9 @@ impl Channel {
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
-        self.asked = true;
+        if !self.asked {
+            self.begin_turn();
+        }
         if let Some(result) = self.verdict(&io) {
             return self.ready.push(Done { tag, io, result });
         }
@@ -291,6 +293,15 @@ impl Channel {
                 self.issue(slot, Op::Flush);
             }
             io => self.start(tag, io),
+        }
+    }
+
+    /// Something is submitted, for the first time since the last `reap`.
+    #[cold]
+    fn begin_turn(&mut self) {
+        self.asked = true;
+        if let Some(capacity) = self.driver.capacity() {
+            self.capacity = capacity;
         }
     }
 
@@ -383,16 +394,13 @@ impl Channel {
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
-    /// Advances the clock, and learns of a new size of the device; the caller calls this at every turn.
+    /// Advances the clock; the caller calls this at every turn.
     ///
     /// A device that completes nothing for [`Info::timeout`], though it has a request that is older, is stalled: all its
     /// requests end with [`Error::Gone`], and so does every new one until the device has returned all that it has, which is
     /// thrown away then. While others complete, a single request ends so after ten times that time.
     #[inline]
     pub fn tick(&mut self, now: Instant) {
-        if let Some(capacity) = self.driver.capacity() {
-            self.capacity = capacity;
-        }
         if self.ages.tick(now) && self.slots.in_use > 0 {
             self.judge();
         }

@@ -125,6 +125,9 @@ impl Driver {
     /// `None`: the driver is faulty.
     #[inline]
     pub(crate) fn capacity(&self) -> Option<u64> {
+        if self.is_retired() {
+            return None;
+        }
         self.registered.call(|| self.registered.device.capacity())
     }
 
