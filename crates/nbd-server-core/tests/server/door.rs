@@ -242,7 +242,7 @@ fn a_driver_that_panics_ends_its_export_and_no_other() {
         assert!(!(is_worker() && when.load(Ordering::Relaxed)), "a panic of the device, on purpose");
         size
     });
-    let bug = Some((1, Bug::Panic));
+    let bug = Some((5, Bug::Panic));
     let of_queue = Arc::new(Fault::new(Memory::new(1 << 20), Faults { bug, ..Faults::new(1) }));
     let exports = || vec![("device", of_device.clone() as Arc<dyn Device>), ("queue", of_queue.clone()), ("x", disk())];
     let server = Running::start(exports(), |limits| limits.workers = 1);
