@@ -1,9 +1,10 @@
-//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | trixie | vm`.
 
 mod bench;
 mod demo;
 mod dist;
 mod fuzz;
+mod picture;
 mod setup;
 mod shell;
 mod test;
@@ -25,6 +26,7 @@ usage: cargo xtask TASK
   bench [OPTIONS]  compare nbdblk and its plugin with other NBD servers; `bench --help` lists the options
   fuzz [TARGET] [SECONDS]
                    fuzz a target for some seconds (60); without a target: list the targets
+  picture          draw docs/crates.svg, the picture of the crates
   trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
   vm TASK          use a virtual machine with nbdblk's devices: prepare, run, test, shell; `vm help` lists the options
 
@@ -54,6 +56,7 @@ fn run() -> Result<()> {
         ["fuzz"] => fuzz::list(),
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
+        ["picture"] => picture::draw(),
         ["trixie"] => trixie::root().map(|dir| println!("{}", dir.display())),
         ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {

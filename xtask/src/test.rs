@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{dist, setup, shell, trixie, vm};
+use crate::{bench, dist, picture, setup, shell, trixie, vm};
 
 /// Runs all checks; the first that fails ends the run.
 pub(crate) fn run() -> Result<()> {
@@ -14,6 +14,7 @@ pub(crate) fn run() -> Result<()> {
     step(shell::cargo().args(["fmt", "--all", "--check"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"]))?;
+    picture::check()?;
     // Of the libraries only: the doc comments of the programs are the text of their help.
     let mut doc = shell::cargo();
     doc.args(["doc", "--workspace", "--lib", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
@@ -45,6 +46,8 @@ pub(crate) fn run() -> Result<()> {
         Err(error) => println!("\n!!! SKIPPED: Debian trixie's nbdkit and libnbd: {error:#}"),
     }
     step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
+    announce("cargo xtask bench --check");
+    bench::check()?;
     announce("cargo xtask vm test");
     vm::test(&[])?;
     println!("\nall checks passed in {} s", start.elapsed().as_secs());

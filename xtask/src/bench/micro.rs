@@ -49,6 +49,46 @@ pub(crate) fn run() -> Result<Vec<Count>> {
     PARTS.iter().map(count).collect()
 }
 
+/// How much more is too much: the counts are exact, but depend on what the compiler inlines.
+const TOLERANCE: f64 = 1.02;
+
+/// Counts them all, and compares them with what is stored.
+///
+/// # Errors
+/// A part needs over 2 per cent more.
+pub(crate) fn check(stored: &[Count], compiler: &str) -> Result<()> {
+    if compiler != self::compiler()? {
+        println!("the stored counts are of {compiler}, not of {}: nothing is compared", self::compiler()?);
+        return Ok(());
+    }
+    let worse = worse(stored, &run()?);
+    ensure!(
+        worse.is_empty(),
+        "more instructions per request than stored: {}\nIf that is worth it: cargo xtask bench --micro --docs",
+        worse.join("; ")
+    );
+    Ok(())
+}
+
+/// What needs more than it did.
+fn worse(stored: &[Count], counted: &[Count]) -> Vec<String> {
+    let mut worse = Vec::new();
+    for Count { part, instructions } in counted {
+        let before = stored.iter().find(|before| before.part == *part).map_or(0.0, |before| before.instructions);
+        // Half an instruction per request is what a batch needs, not a request.
+        if *instructions > before * TOLERANCE + 0.5 {
+            worse.push(format!("{part}: {instructions:.1} instead of {before:.1}"));
+        }
+    }
+    worse
+}
+
+/// The compiler's name and version, which the counts depend on.
+pub(crate) fn compiler() -> Result<String> {
+    let output = Command::new("rustc").arg("--version").output().context("starting rustc")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 fn count(&(package, name, args, function, batch, part): &Part) -> Result<Count> {
     let mut command = Command::new("valgrind");
     command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]);
@@ -62,4 +102,18 @@ fn count(&(package, name, args, function, batch, part): &Part) -> Result<Count> 
     let count = Count { part: part.into(), instructions: collected / (BATCHES * batch) };
     eprintln!("{}: {:.1} instructions", count.part, count.instructions);
     Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn over_two_per_cent_more_is_worse_and_so_is_what_is_not_stored() {
+        let count = |part: &str, instructions| Count { part: part.into(), instructions };
+        let stored = [count("a", 100.0), count("b", 100.0)];
+        assert_eq!(worse(&stored, &[count("a", 102.4), count("b", 50.0)]), [""; 0]);
+        assert_eq!(worse(&stored, &[count("a", 102.6)]), ["a: 102.6 instead of 100.0"]);
+        assert_eq!(worse(&stored, &[count("c", 1.0)]), ["c: 1.0 instead of 0.0"]);
+    }
 }

@@ -45,6 +45,7 @@ options
   --json FILE       write the figures to this file
   --svg DIR         draw the pictures in this directory
   --docs            update docs/performance.md with the figures of the named parts, or of all
+  --check           count instructions; fail if a part needs over 2 % more than docs/performance.md says
   --draw            the same from the stored figures, without measuring
   --nbdblk PATH     measure this build of nbdblk
   --plugin PATH     measure this build of the plugin
@@ -84,6 +85,8 @@ struct Results {
     raw: Vec<Raw>,
     memory: Vec<Memory>,
     micro: Vec<Count>,
+    /// Which compiler made the code whose instructions were counted.
+    compiler: String,
 }
 
 /// A server under a workload.
@@ -138,6 +141,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             "--json" => options.json = Some(value()?.into()),
             "--svg" => options.svg = Some(value()?.into()),
             "--docs" => options.docs = true,
+            "--check" => return check(),
             "--draw" => return write_docs(&read_docs()?),
             "--nbdblk" => options.nbdblk = Some(value()?.into()),
             "--plugin" => options.plugin = Some(value()?.into()),
@@ -165,6 +169,12 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         report::draw(&results, dir.as_ref())?;
     }
     Ok(())
+}
+
+/// Fails if the data path needs more instructions than it did.
+pub(crate) fn check() -> Result<()> {
+    let stored = read_docs()?;
+    micro::check(&stored.micro, &stored.compiler)
 }
 
 fn read_docs() -> Result<Results> {
@@ -200,6 +210,7 @@ impl Options {
         ensure!(!servers.is_empty(), "no server has such a name; --list prints them");
         if self.wants("--micro") {
             results.micro = micro::run()?;
+            results.compiler = micro::compiler()?;
             self.keep(results)?;
         }
         if !["--servers", "--raw", "--memory", "--connections"].iter().any(|part| self.wants(part)) {
