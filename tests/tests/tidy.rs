@@ -237,6 +237,21 @@ fn licence_expressions_are_understood() {
     }
 }
 
+/// A library that declares an older compiler than its dependencies need fails to build for those who believe it.
+#[test]
+fn no_dependency_needs_a_newer_compiler_than_we_declare() {
+    let version = |package: &Value| {
+        let text = package["rust_version"].as_str().unwrap_or("1.0").to_owned();
+        let mut numbers = text.split('.').map(|n| n.parse::<u32>().expect("a version consists of numbers"));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    };
+    let declared = ours().map(version).min().expect("there are packages");
+    for package in built() {
+        let (name, needed) = (text(package, "name"), version(package));
+        assert!(needed <= declared, "{name} needs Rust {needed:?}, and we declare {declared:?}");
+    }
+}
+
 #[test]
 fn no_package_is_there_in_two_versions_without_a_reason() {
     let mut versions: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();

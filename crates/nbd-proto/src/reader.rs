@@ -114,5 +114,6 @@ pub(crate) fn string(bytes: &[u8]) -> Option<&str> {
 /// The longest beginning of `text` that fits a string of the protocol: the texts that come from outside can be longer.
 pub(crate) fn cut(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
-    &text[..text.floor_char_boundary(NAME_MAX)]
+    let end = (0..=NAME_MAX.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    &text[..end.unwrap_or_default()]
 }
