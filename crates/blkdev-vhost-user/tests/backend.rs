@@ -131,7 +131,7 @@ fn the_number_of_queues() {
     assert_eq!(queues(ALL, None), Ok(4));
     assert_eq!(queues(ALL, Some(2)), Ok(2));
     assert_eq!(queues(ALL & !MQ, None), Ok(1));
-    assert!(queues(ALL, Some(5)).unwrap_err().contains("5 queues asked for, the device has 4"));
+    assert!(queues(ALL, Some(5)).unwrap_err().contains("5 queues requested, but the device has 4"));
 }
 
 #[test]

@@ -73,8 +73,8 @@ fn once_and_only_when_something_went_wrong() {
         queue.kick();
         collect(&mut *queue, 1, Duration::from_secs(20));
     });
-    assert_eq!(nonsense, ["queue 0: used id 11 is no request's; the device is not used any more"]);
+    assert_eq!(nonsense, ["queue 0: used id 11 belongs to no request; the device is declared dead"]);
 
     let unclear = lines(Spec::new(1 << 20).fault(Fault::NoLengths, 0), |_, device| drop(device));
-    assert_eq!(unclear, ["the device does not tell how much it has read: memory is cleared before each read"]);
+    assert_eq!(unclear, ["the device does not report read lengths: each read buffer is cleared first"]);
 }

@@ -1,6 +1,7 @@
-//! What a request costs the driver, without system calls and waiting: `cargo run --release --example cost [BATCH] [split|packed] [BATCHES]`
+//! Measures the driver's CPU cost of a request, without system calls and waiting: `cargo run --release --example cost [BATCH]
+//! [split|packed] [BATCHES]`
 //!
-//! Drives the model device, which works in a thread of its own, with batches of 4 KiB reads, and times the calls only.
+//! Drives the model device, which runs in its own thread, with batches of 4 KiB reads, and times only the driver's calls.
 //! `cargo xtask bench --micro` counts their instructions.
 use std::{env, io, sync::Arc, thread, time::Instant};
 
@@ -22,7 +23,10 @@ fn main() -> io::Result<()> {
     let mut arena = memory.arenas(1).remove(0);
     let mut queue = device.open_queue(batch as u16)?;
     let mut ready: Vec<_> = (0..batch)
-        .map(|tag| Request { tag, op: Op::Read { at: tag * 4096, buf: arena.alloc(4096).expect("there is enough") } })
+        .map(|tag| Request {
+            tag,
+            op: Op::Read { at: tag * 4096, buf: arena.alloc(4096).expect("the arena is large enough") },
+        })
         .collect();
     let mut done = Vec::with_capacity(batch as usize);
     let (mut pushes, mut reaps) = (Vec::new(), Vec::new());
@@ -31,7 +35,7 @@ fn main() -> io::Result<()> {
         count_push(&mut *queue, &mut ready)?;
         pushes.push(begin.elapsed());
         queue.kick();
-        // Until the model has finished with the whole batch, so that one reap takes all of it.
+        // Wait until the model has completed the whole batch, so that one reap takes all of it.
         while model.completed() < 2 + pushes.len() as u64 * batch {
             thread::yield_now();
         }
@@ -44,7 +48,7 @@ fn main() -> io::Result<()> {
     for (name, mut times) in [("push", pushes), ("reap", reaps)] {
         times.sort_unstable();
         let each = |part: usize| times[times.len() * part / 100].as_nanos() as f64 / batch as f64;
-        println!("{name}: {:.1} ns a request (a tenth of the batches: {:.1})", each(50), each(10));
+        println!("{name}: {:.1} ns a request (median; 10th percentile: {:.1})", each(50), each(10));
     }
     Ok(())
 }

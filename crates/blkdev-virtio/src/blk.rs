@@ -27,25 +27,26 @@ use crate::{
     watch::Watch,
 };
 
-/// The largest ring of the specification (2.7).
+/// The largest ring size in the specification (2.7).
 const RING_MAX: u16 = 1 << 15;
 
-/// Queues that are opened at most. Ring memory is set aside for each.
+/// Limit on open queues. Ring memory is reserved for each.
 const QUEUES_MAX: u16 = 256;
 
-/// A virtio-blk device, opened.
+/// An open virtio-blk device.
 #[derive(Debug)]
 pub struct VirtioBlk<T: Transport> {
     core: Arc<Core<T>>,
-    /// Reads the configuration again when it may have changed.
+    /// Reads the configuration again after a change.
     watch: Watch,
 }
 
 impl<T: Transport> VirtioBlk<T> {
-    /// Negotiates with the device, and asks it for its serial number and its first block.
+    /// Negotiates with the device, and reads its serial number and its first block.
     ///
     /// # Errors
-    /// The options are out of range, the device cannot be driven, or does not answer.
+    /// An option is out of range, the device lacks a required feature or has an invalid configuration, or it does not answer.
+    /// The text names the driver and the target.
     pub fn open(transport: T, options: &Options) -> io::Result<Self> {
         let name = format!("{} {}", transport.driver(), transport.target());
         Self::negotiate(transport, options).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
@@ -54,7 +55,10 @@ impl<T: Transport> VirtioBlk<T> {
     fn negotiate(transport: T, options: &Options) -> io::Result<Self> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
         if !options.queue_size.is_power_of_two() || !(4..=RING_MAX).contains(&options.queue_size) {
-            return Err(invalid(format!("queue size {}, not a power of two from 4 to {RING_MAX}", options.queue_size)));
+            return Err(invalid(format!(
+                "queue size {} is not a power of two from 4 to {RING_MAX}",
+                options.queue_size
+            )));
         }
         let all = 0..transport.queues_max().clamp(1, QUEUES_MAX);
         let ring_max = all.map(|index| transport.ring_max(index)).min().unwrap_or(0).max(1);
@@ -63,13 +67,13 @@ impl<T: Transport> VirtioBlk<T> {
         let offered = transport.features();
         let unsupported = |why: &str| Err(io::Error::new(io::ErrorKind::Unsupported, why));
         if !has(offered, VIRTIO_F_VERSION_1) {
-            return unsupported("the device is older than virtio 1.0 (it does not offer VIRTIO_F_VERSION_1)");
+            return unsupported("the device is older than virtio 1.0: it does not offer VIRTIO_F_VERSION_1");
         }
         let mut bytes = [0; config::LEN];
         let len = transport.read_config(&mut bytes, config::needed(offered))?;
         let format = match options.ring {
             Some(Format::Packed) if !has(offered, VIRTIO_F_RING_PACKED) => {
-                return unsupported("the device has no packed rings (it does not offer VIRTIO_F_RING_PACKED)");
+                return unsupported("the device has no packed rings: it does not offer VIRTIO_F_RING_PACKED");
             }
             Some(format) => format,
             None if has(offered, VIRTIO_F_RING_PACKED) => Format::Packed,
@@ -81,9 +85,7 @@ impl<T: Transport> VirtioBlk<T> {
         }
         let features = config::usable(offered, len) | offered & ring_bits;
         if options.write_cache.is_some() && !has(features, VIRTIO_BLK_F_CONFIG_WCE) {
-            return unsupported(
-                "the device's write cache cannot be switched (it does not offer VIRTIO_BLK_F_CONFIG_WCE)",
-            );
+            return unsupported("cannot switch the device's write cache: it does not offer VIRTIO_BLK_F_CONFIG_WCE");
         }
         let mut config = Config::parse(&bytes[..len], features, queue_size)?;
         config.limit(T::TRANSFER_MAX);
@@ -93,7 +95,7 @@ impl<T: Transport> VirtioBlk<T> {
         let queues_max = config.queues.min(transport.queues_max()).min(QUEUES_MAX);
         let queues = options.queues.unwrap_or(queues_max);
         if queues == 0 || queues > queues_max {
-            return Err(invalid(format!("{queues} queues asked for, the device has {queues_max}")));
+            return Err(invalid(format!("{queues} queues requested, but the device has {queues_max}")));
         }
         transport.accept(features)?;
 
@@ -157,7 +159,7 @@ impl<T: Transport> VirtioBlk<T> {
         core.clear_reads = !probe.tells_len;
         if core.clear_reads {
             log::warn!(
-                "{} {}: the device does not tell how much it has read: memory is cleared before each read",
+                "{} {}: the device does not report read lengths: each read buffer is cleared first",
                 core.info.driver,
                 core.info.target
             );
@@ -167,7 +169,7 @@ impl<T: Transport> VirtioBlk<T> {
         Ok(Self { core, watch })
     }
 
-    /// The way to the device.
+    /// The transport to the device.
     pub fn transport(&self) -> &T {
         &self.core.transport
     }
@@ -189,7 +191,7 @@ impl<T: Transport> Device for VirtioBlk<T> {
     fn unregister(&self, mapping: &Arc<Mapping>) {
         if let Err(e) = self.core.transport.unregister(mapping) {
             let (driver, target) = (self.core.info.driver, &self.core.info.target);
-            log::warn!("{driver} {target}: cannot remove {} MiB of memory: {e}", mapping.len() >> 20);
+            log::warn!("{driver} {target}: cannot unregister {} MiB of memory: {e}", mapping.len() >> 20);
         }
     }
 
@@ -197,8 +199,8 @@ impl<T: Transport> Device for VirtioBlk<T> {
         self.core.transport.shares_memory()
     }
 
-    /// An IOMMU holds on to the pages; so does a back end in another process that maps them for hardware of its own, as SPDK
-    /// does. It would go on with the old pages where we see new ones.
+    /// An IOMMU holds on to the pages. So does a back end in another process that maps them for its own hardware, as SPDK does.
+    /// After a page is replaced, it would still use the old page.
     fn pins_memory(&self) -> bool {
         true
     }

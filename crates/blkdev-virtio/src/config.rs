@@ -1,4 +1,4 @@
-//! What a device's configuration space says (virtio 1.2, 5.2.4), turned into limits that can be relied on.
+//! A device's configuration space (virtio 1.2, 5.2.4), parsed into valid limits.
 
 use std::io;
 
@@ -8,19 +8,19 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-/// The unit of the specification's sector numbers, whatever the block size is.
+/// Bytes in a sector, the unit of virtio-blk, independent of the block size.
 pub(crate) const SECTOR: u64 = 512;
 
-/// The longest transfer that is ever offered: one descriptor of this length serves what NBD clients send.
+/// Longest transfer offered, in bytes. One descriptor of this length is enough for NBD clients.
 pub(crate) const TRANSFER_MAX: u64 = 32 << 20;
 
-/// `struct virtio_blk_config` up to `write_zeroes_may_unmap`, padding included.
+/// Length of `struct virtio_blk_config` up to `write_zeroes_may_unmap`, padding included.
 pub(crate) const LEN: usize = 60;
 
-/// Where the byte lies that switches the write cache.
+/// Offset of `writeback`, the byte that switches the write cache.
 pub(crate) const WRITEBACK: usize = 32;
 
-/// The blk features this driver knows, and where the part of the configuration space ends that belongs to each.
+/// The virtio-blk features of this driver, each with the end of its part of the configuration space.
 const FEATURES: [(u32, usize); 10] = [
     (VIRTIO_BLK_F_SIZE_MAX, 12),
     (VIRTIO_BLK_F_SEG_MAX, 16),
@@ -34,12 +34,12 @@ const FEATURES: [(u32, usize); 10] = [
     (VIRTIO_BLK_F_WRITE_ZEROES, 57),
 ];
 
-/// How much of the configuration space the offered features speak of, in bytes.
+/// Bytes of the configuration space that the offered features cover.
 pub(crate) fn needed(offered: u64) -> usize {
     FEATURES.iter().filter(|(bit, _)| has(offered, *bit)).map(|(_, end)| *end).max().unwrap_or(0).max(8)
 }
 
-/// The offered blk features that this driver uses and whose part of the configuration space was there to read.
+/// The offered features that this driver uses and whose part of the configuration space was readable.
 pub(crate) fn usable(offered: u64, config_len: usize) -> u64 {
     FEATURES
         .iter()
@@ -51,18 +51,18 @@ pub(crate) fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
 
-/// Limits, checked: what is in here keeps the promises of [`blkdev::Info`].
+/// Checked limits: they keep the promises of [`blkdev::Info`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
-    /// Bytes, a multiple of `block_size`.
+    /// In bytes, a multiple of `block_size`.
     pub(crate) capacity: u64,
     pub(crate) block_size: u32,
-    /// The block size stands in the configuration.
+    /// Whether the configuration has a block size.
     pub(crate) tells_block_size: bool,
     pub(crate) preferred_block_size: u32,
-    /// The longest piece that one descriptor may describe, in bytes.
+    /// Longest piece in one descriptor, in bytes.
     pub(crate) segment_max: u32,
-    /// Descriptors that `transfer_max` takes at most.
+    /// Most data descriptors of a transfer.
     pub(crate) segments: u16,
     pub(crate) transfer_max: u32,
     pub(crate) zero_max: Option<u64>,
@@ -75,13 +75,13 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Makes transfers no longer than `max` bytes, a multiple of every block size.
+    /// Limits transfers to `max` bytes, a multiple of every block size.
     pub(crate) fn limit(&mut self, max: u32) {
         self.transfer_max = self.transfer_max.min(max);
         self.segments = self.transfer_max.div_ceil(self.segment_max) as u16;
     }
 
-    /// Reads what `features` (see [`usable`]) speak of. `chain_max` is the longest descriptor chain, header and status
+    /// Reads the fields of `features` (see [`usable`]). `chain_max` is the longest descriptor chain, header and status
     /// included.
     pub(crate) fn parse(bytes: &[u8], features: u64, chain_max: u16) -> io::Result<Self> {
         let has = |bit| has(features, bit);
@@ -89,12 +89,12 @@ impl Config {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         let block_size = if has(VIRTIO_BLK_F_BLK_SIZE) { u32_at(20) } else { SECTOR as u32 };
         if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
-            return Err(invalid(format!("block size {block_size}, not a power of two from 512 to 65536")));
+            return Err(invalid(format!("block size {block_size} is not a power of two from 512 to 65536")));
         }
         let block = u64::from(block_size);
         let capacity = capacity(bytes, block_size)?;
 
-        // A segment limit of 0 would forbid all data: such devices mean that they set none.
+        // A segment limit of 0 would forbid all data. Devices with that value mean no limit.
         let size_max = if has(VIRTIO_BLK_F_SIZE_MAX) { u64::from(u32_at(8)) } else { 0 };
         let size_max = if size_max == 0 { TRANSFER_MAX } else { size_max.min(TRANSFER_MAX) };
         let segment_max = if size_max >= block { size_max / block * block } else { size_max };
@@ -103,14 +103,14 @@ impl Config {
         let transfer_max = (segment_max * seg_max).min(TRANSFER_MAX) / block * block;
         if transfer_max < block.max(PAGE as u64) {
             return Err(invalid(format!(
-                "segments of {size_max} bytes, {seg_max} in a request of a ring that takes chains of {chain_max}: too \
-                 little for {} bytes",
+                "{seg_max} segments of {size_max} bytes, in chains of at most {chain_max} descriptors, are too little \
+                 for {} bytes",
                 block.max(PAGE as u64)
             )));
         }
         let segments = transfer_max.div_ceil(segment_max) as u16;
 
-        // 0 stands for "no limit" here as for Linux' driver.
+        // 0 means no limit here, as in Linux's driver.
         let range_max = |at| {
             let sectors = if u32_at(at) == 0 { u64::from(u32::MAX) } else { u64::from(u32_at(at)) };
             sectors * SECTOR / block * block
@@ -135,7 +135,7 @@ impl Config {
             capacity,
             block_size,
             tells_block_size: has(VIRTIO_BLK_F_BLK_SIZE),
-            // Below a page no device is faster, and most back ends have a page cache.
+            // No device is faster below a page, and most back ends have a page cache.
             preferred_block_size: preferred_block_size.max(PAGE as u32),
             segment_max: segment_max as u32,
             segments,
@@ -146,31 +146,32 @@ impl Config {
             discard_alignment,
             queues: if has(VIRTIO_BLK_F_MQ) { (number(bytes, 34, 2) as u16).max(1) } else { 1 },
             read_only: has(VIRTIO_BLK_F_RO),
-            // What CONFIG_WCE's byte says of the cache is not believed (5.2.6.2): qemu-storage-daemon leaves it at 0, write-through,
-            // while its cache writes back. A flush too many costs little, one too few the data.
+            // The value of `writeback` is ignored (5.2.6.2): qemu-storage-daemon leaves it at 0, write-through, while its cache
+            // writes back. An unnecessary flush costs little; a missing one loses data.
             flush: has(VIRTIO_BLK_F_FLUSH),
         })
     }
 }
 
-/// The capacity in bytes, in whole blocks.
+/// The capacity in bytes, rounded down to whole blocks.
 pub(crate) fn capacity(bytes: &[u8], block_size: u32) -> io::Result<u64> {
     let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
     if bytes.len() < 8 {
-        return Err(invalid(format!("the configuration space has {} bytes, too few for a capacity", bytes.len())));
+        return Err(invalid(format!("the configuration space has only {} bytes, too few for a capacity", bytes.len())));
     }
     let sectors = number(bytes, 0, 8);
     let capacity = sectors.checked_mul(SECTOR).filter(|bytes| i64::try_from(*bytes).is_ok());
-    let capacity = capacity.ok_or_else(|| invalid(format!("a capacity of {sectors} sectors, more than 2^63 bytes")))?;
+    let capacity =
+        capacity.ok_or_else(|| invalid(format!("a capacity of {sectors} sectors is more than 2^63 bytes")))?;
     Ok(capacity / u64::from(block_size) * u64::from(block_size))
 }
 
-/// The block size, where the configuration is long enough to have one.
+/// The block size in bytes, if the configuration has the field.
 pub(crate) fn block_size(bytes: &[u8]) -> Option<u32> {
     (bytes.len() >= 24).then(|| number(bytes, 20, 4) as u32)
 }
 
-/// The little-endian number in `len` bytes from `at` on; bytes that are not there count as zero.
+/// The little-endian number in the `len` bytes from `at` on. Missing bytes count as zero.
 fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
     (0..len).map(|n| u64::from(bytes.get(at + n).copied().unwrap_or(0)) << (8 * n)).sum()
 }
@@ -247,7 +248,7 @@ mod tests {
         );
     }
 
-    /// Whatever a device says, the limits keep what [`blkdev::Info`] promises, and nothing overflows.
+    /// For every configuration, the limits keep the promises of [`blkdev::Info`], and nothing overflows.
     #[test]
     fn extremes_are_refused_or_keep_the_promises() {
         let mut random = 1_u64;

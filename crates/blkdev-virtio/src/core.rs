@@ -1,4 +1,4 @@
-//! [`Core`]: what a device and its queues share, and how its queues are started and stopped.
+//! [`Core`]: the state that a device and its queues share, and the start and stop of queues.
 
 use std::{
     fmt, io,
@@ -26,59 +26,59 @@ use crate::{
     transport::{Doorbell, Format, Ring, Transport},
 };
 
-/// Memory for the requests that are sent while the device is opened: room for the largest block.
+/// Bytes of memory for the requests sent during open: enough for the largest block.
 pub(crate) const PROBE: usize = 65536;
 
-/// How long a queue that is dropped waits for what is in flight.
+/// Longest wait for requests in flight when a queue is dropped.
 pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 
-/// How often a thread that waits for the device looks whether it is dead.
+/// Interval of liveness checks while a thread waits for the device.
 pub(crate) const GLANCE: Duration = Duration::from_millis(200);
 
-/// What the device and its queues share.
+/// The state that a device and its queues share.
 pub(crate) struct Core<T: Transport> {
-    // First: with it goes the device's hold on the memory below.
+    // First field, so dropped first: this ends the device's access to the memory below.
     pub(crate) transport: T,
     pub(crate) life: Arc<Liveness>,
     pub(crate) info: Info,
     pub(crate) config: Config,
-    /// Bytes, a multiple of the block size.
+    /// In bytes, a multiple of the block size.
     pub(crate) capacity: AtomicU64,
-    /// The device's latest report.
+    /// In bytes, as last reported by the device.
     pub(crate) block_size: AtomicU32,
     pub(crate) format: Format,
     pub(crate) indirect: bool,
     pub(crate) event_idx: bool,
     pub(crate) queue_size: u16,
-    /// The device does not tell how much it has written: memory for reads is cleared first.
+    /// The device does not report written lengths: each read buffer is cleared before the read.
     pub(crate) clear_reads: bool,
-    /// Ring memory: [`PROBE`] bytes, then as many for each queue as the largest layout takes.
+    /// Ring memory: [`PROBE`] bytes, then one area of the largest layout for each queue.
     pub(crate) rings: Arc<Mapping>,
-    /// One for each queue.
+    /// One for each queue of the device.
     pub(crate) stations: Mutex<Vec<Station<T::Doorbell>>>,
 }
 
-/// A started queue: its ring, its doorbell, and the eventfd that the device writes to.
+/// A started queue: its ring, its doorbell, and its call eventfd, which the device writes.
 pub(crate) type Started<T, V> = (V, <T as Transport>::Doorbell, Arc<Notifier>);
 
-/// A queue of the device, open or not.
+/// A queue of the device, open or closed.
 #[derive(Debug)]
 pub(crate) struct Station<D> {
     pub(crate) open: bool,
-    /// Where queues cannot be restarted: what stays as it is when the queue is closed and opened again.
+    /// The parts that survive a close, if the transport cannot restart queues.
     pub(crate) fixed: Option<Fixed<D>>,
 }
 
-/// A queue that was started for good.
+/// A queue that stays started until the device closes.
 #[derive(Clone, Debug)]
 pub(crate) struct Fixed<D> {
     pub(crate) bell: D,
     pub(crate) call: Arc<Notifier>,
-    /// How far it had got when it was closed.
+    /// Its position when it was last closed.
     pub(crate) place: Place,
 }
 
-/// What the requests that are sent at open told.
+/// Results of the requests sent during open.
 pub(crate) struct Probe {
     pub(crate) serial: String,
     pub(crate) tells_len: bool,
@@ -110,7 +110,7 @@ impl<T: Transport> Core<T> {
         self.stations()[usize::from(index)].open = false;
     }
 
-    /// Room for the largest layout, and thus for every other.
+    /// The largest layout; every other layout fits in its memory.
     pub(crate) fn most(&self) -> Layout {
         Layout::new(self.format, self.queue_size, self.config.segments, self.indirect)
     }
@@ -119,7 +119,7 @@ impl<T: Transport> Core<T> {
         PROBE + usize::from(index) * self.most().len()
     }
 
-    /// Makes the device begin to work on new rings.
+    /// Starts a queue of the device on new rings.
     pub(crate) fn begin(&self, index: u16, layout: &Layout) -> io::Result<(T::Doorbell, Arc<Notifier>)> {
         let call = Arc::new(Notifier::new()?);
         let [descriptors, driver, device] = layout.addresses(&self.rings, self.ring_at(index));
@@ -128,7 +128,7 @@ impl<T: Transport> Core<T> {
         Ok((bell, call))
     }
 
-    /// Starts a queue for good.
+    /// Starts a queue that stays started until the device closes.
     pub(crate) fn fix(&self, index: u16) -> io::Result<()> {
         let (bell, call) = self.begin(index, &self.most())?;
         let place = Place::start(self.format);
@@ -138,7 +138,7 @@ impl<T: Transport> Core<T> {
 
     pub(crate) fn start<V: Virtqueue<Request>>(&self, index: u16, depth: u16) -> io::Result<Started<T, V>> {
         if self.life.is_dead() {
-            return Err(io::Error::new(io::ErrorKind::NotConnected, "the device is gone"));
+            return Err(io::Error::new(io::ErrorKind::NotConnected, "the device is dead"));
         }
         let depth = depth.clamp(1, self.most().slots());
         let fixed = self.stations()[usize::from(index)].fixed.clone();
@@ -158,7 +158,7 @@ impl<T: Transport> Core<T> {
         Ok((V::resume(slots, self.event_idx, place), bell, call))
     }
 
-    /// Closes a queue that nothing is in flight in.
+    /// Closes a queue with no requests in flight.
     pub(crate) fn stop<V: Virtqueue<Request>>(&self, index: u16, ring: &V) -> io::Result<()> {
         if T::RESTARTS {
             return self.transport.stop_queue(index);
@@ -169,7 +169,7 @@ impl<T: Transport> Core<T> {
         Ok(())
     }
 
-    /// Reads the capacity again, because the device says that its configuration has changed.
+    /// Reads the capacity again after a configuration change.
     pub(crate) fn config_changed(&self) {
         let name = format_args!("{} {}", self.info.driver, self.info.target);
         let mut bytes = [0; config::LEN];
@@ -179,26 +179,26 @@ impl<T: Transport> Core<T> {
                 config::capacity(&bytes[..len], self.config.block_size)
             }
             Err(e) => {
-                return self.end(&format!("after a change of configuration: {e}; the device is not used any more"));
+                return self.end(&format!("cannot read the changed configuration: {e}; the device is declared dead"));
             }
         };
         match now {
             Ok(now) => {
                 let before = self.capacity.swap(now, Ordering::Relaxed);
                 if before != now {
-                    log::info!("{name}: the capacity has changed from {before} to {now} bytes");
+                    log::info!("{name}: the capacity changed from {before} to {now} bytes");
                 }
             }
-            Err(e) => log::warn!("{name}: a change of configuration is left alone: {e}"),
+            Err(e) => log::warn!("{name}: ignored a configuration change: {e}"),
         }
     }
 
-    /// Callers rely on the block size, so a new one counts only for callers that open the device from now on.
+    /// Callers rely on the block size, so a new one takes effect only when the device is opened again.
     pub(crate) fn compare_blocks(&self, bytes: &[u8]) {
         let Some(now) = config::block_size(bytes).filter(|_| self.config.tells_block_size) else { return };
         if self.block_size.swap(now, Ordering::Relaxed) != now && now != self.config.block_size {
             log::warn!(
-                "{} {}: the block size has changed from {} to {now} bytes; open the device again to use it",
+                "{} {}: the block size changed from {} to {now} bytes; open the device again to use it",
                 self.info.driver,
                 self.info.target,
                 self.config.block_size
@@ -206,14 +206,14 @@ impl<T: Transport> Core<T> {
         }
     }
 
-    /// Switches the write cache, and looks whether the device has done it.
+    /// Switches the write cache, and verifies that the device did it.
     pub(crate) fn switch_cache(&self, mode: WriteCache) -> io::Result<()> {
         let wanted = u8::from(mode == WriteCache::Writeback);
         self.transport.write_config(WRITEBACK, &[wanted])?;
         let mut bytes = [0; config::LEN];
         let len = self.transport.read_config(&mut bytes, WRITEBACK + 1)?;
         if len <= WRITEBACK || bytes[WRITEBACK] != wanted {
-            let why = format!("the device was asked to switch its write cache to {mode:?}, and has not done it");
+            let why = format!("the device did not switch its write cache to {mode:?} as requested");
             return Err(io::Error::other(why.to_lowercase()));
         }
         Ok(())
@@ -224,13 +224,13 @@ impl<T: Transport> Core<T> {
         self.transport.cut_off();
     }
 
-    /// Asks for the serial number, and reads the first block to see whether the device tells how much it has written.
+    /// Requests the serial number, and reads the first block to learn whether the device reports written lengths.
     pub(crate) fn probe<V: Virtqueue<Request>>(&self) -> io::Result<Probe> {
         let (mut ring, bell, call) = self.start::<V>(0, 1)?;
         let memory = Shared::zeroed(&self.rings, 0, PROBE);
         let mut ask = |kind: u32, len: u32| {
             let chain = Chain { header: [u64::from(kind), 0], data: Data::In(memory.iova(0), len) };
-            // Nobody's: only what the device makes of it is asked for.
+            // A placeholder: this request has no caller.
             ring.push(&chain, Request { tag: 0, op: Op::Flush }).expect("the queue is empty");
             if ring.publish() {
                 bell.ring();
@@ -241,16 +241,13 @@ impl<T: Transport> Core<T> {
                     Ok(Some(used)) => return Ok(used),
                     Err(nonsense) => return Err(io::Error::new(io::ErrorKind::InvalidData, nonsense.to_string())),
                     Ok(None) if self.life.is_dead() => {
-                        return Err(io::Error::new(
-                            io::ErrorKind::NotConnected,
-                            "the device went away while it was opened",
-                        ));
+                        return Err(io::Error::new(io::ErrorKind::NotConnected, "the device died during open"));
                     }
                     Ok(None) => {}
                 }
                 call.drain();
                 if ring.arm() && !self.life.is_dead() && !wait(&call, &self.life, deadline) {
-                    let why = "the device does not answer a request for its serial number or its first block";
+                    let why = "the device does not answer a request for its serial number or its first block in time";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
             }
@@ -278,18 +275,18 @@ impl<T: Transport> Core<T> {
     }
 }
 
-/// The text in the first `len` bytes: up to the first NUL, without blanks around it and without control characters.
+/// The text in the first `len` bytes: up to the first NUL, trimmed, without control characters.
 fn text(memory: &Shared, len: usize) -> String {
     let bytes: Vec<u8> = (0..len).map(|at| memory.load8(at, Ordering::Relaxed)).take_while(|b| *b != 0).collect();
     String::from_utf8_lossy(&bytes).trim().chars().filter(|c| !c.is_control()).collect()
 }
 
-/// Waits until `call` is readable or the device has died. `false`: neither was so in time.
+/// Waits until `call` is readable or the device is dead. `false`: the deadline passed first.
 pub(crate) fn wait(call: &Notifier, life: &Liveness, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // A peer that shares the eventfd can take the wake-up away, so `life` is looked at now and then. Rounded up: a wait of
-        // 0 ms just before the deadline would spin.
+        // A peer that shares the eventfd can swallow the wake-up, so the loop also checks `life` periodically. Rounded up: a
+        // wait of 0 ms just before the deadline would spin.
         let timeout = PollTimeout::try_from(left.min(GLANCE) + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(call.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(0) | Err(nix::errno::Errno::EINTR) if life.is_dead() => return true,

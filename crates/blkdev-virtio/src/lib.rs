@@ -1,11 +1,13 @@
-//! The driver's side of virtio-blk over any [`Transport`]: virtqueues, request layout, and a [`blkdev::Device`] on top.
+//! The driver side of virtio-blk over any [`Transport`]: virtqueues, request layout, and a [`blkdev::Device`] on top.
 //!
-//! A transport (vhost-user, vhost-vdpa, PCI over VFIO) moves feature bits, configuration bytes, ring addresses and
-//! doorbells. [`VirtioBlk::open`] negotiates over it and does all the rest.
+//! A transport (vhost-user, vhost-vdpa, PCI over VFIO) moves feature bits, configuration bytes, ring addresses and doorbells.
+//! [`VirtioBlk::open`] negotiates over it. This crate does the rest.
 //!
-//! The device shares memory with us and is not trusted: ring memory is read by atomic access only, everything that the
-//! driver needs to know of its own requests lives in private memory, and an index, a descriptor id or a length that cannot
-//! be true ends the device ([`Error::Gone`](blkdev::Error::Gone) for all that is in flight) instead of the process.
+//! The device shares memory with the driver and is not trusted:
+//! - The driver reads ring memory by atomic access only.
+//! - The state of its own requests lies in private memory.
+//! - An invalid index, descriptor id or length ends the device, never the process: all requests in flight complete with
+//!   [`Error::Gone`](blkdev::Error::Gone).
 
 mod blk;
 mod config;

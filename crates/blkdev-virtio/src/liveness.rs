@@ -1,4 +1,4 @@
-//! [`Liveness`]: whether a device still lives, and which sleepers wake when it does not.
+//! [`Liveness`]: whether a device is alive, and which queues wake when it dies.
 
 use std::{
     sync::{
@@ -10,10 +10,10 @@ use std::{
 
 use crate::notifier::Notifier;
 
-/// One for each device, shared by its transport and its queues. A device dies once, as a whole, and stays dead.
+/// The liveness of a device, shared by its transport and its queues. A device dies once, as a whole, and stays dead.
 #[derive(Debug)]
 pub struct Liveness {
-    /// Driver and target, for the log.
+    /// Driver and target, for log messages.
     name: String,
     /// Another process holds the queues' eventfds, and can make a write to them block.
     shared: bool,
@@ -29,18 +29,18 @@ struct Sleeper {
 }
 
 impl Liveness {
-    /// A device that lives and whose eventfds only the kernel shares. `name` is for the log: driver and target.
+    /// A live device whose eventfds are shared with the kernel only. `name` (driver and target) is for log messages.
     pub fn new(name: String) -> Arc<Self> {
         Arc::new(Self { name, shared: false, dead: AtomicBool::new(false), sleepers: Mutex::default() })
     }
 
-    /// As [`new`](Self::new), for a device in another process, which is not trusted with the eventfds that it holds. The
-    /// transport calls [`unblock`](Self::unblock) from time to time.
+    /// As [`new`](Self::new), for a device in another process that holds the eventfds and is not trusted with them. The
+    /// transport must call [`unblock`](Self::unblock) periodically.
     pub fn in_another_process(name: String) -> Arc<Self> {
         Arc::new(Self { name, shared: true, dead: AtomicBool::new(false), sleepers: Mutex::default() })
     }
 
-    /// Whether it is over. What the device has written before it died can be read, but need not be believed.
+    /// Whether the device is dead. Data that it wrote earlier can be read, but must not be trusted.
     #[inline]
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
@@ -53,26 +53,27 @@ impl Liveness {
         }
     }
 
-    /// As [`end`](Self::end), for a caller that reports the reason in another way. Returns whether the device was alive.
+    /// As [`end`](Self::end), without the log message, for a caller that reports the reason itself. Returns whether the device
+    /// was alive.
     pub fn end_quietly(&self) -> bool {
-        // SeqCst: a queue that goes to sleep first empties its eventfd and then looks at `dead`; see `Queue::arm`.
+        // SeqCst: a queue first empties its eventfd and then loads `dead` before it sleeps; see `Queue::arm`.
         if self.dead.swap(true, Ordering::SeqCst) {
             return false;
         }
-        // Not written to under the lock, and not by a thread that anything waits for, where a write may block. A sleeper whose
-        // eventfd is readable wakes without us.
+        // A write may block. So write without the lock, and on a separate thread that nothing waits for. A sleeper with a
+        // readable eventfd wakes without a write.
         let calls: Vec<_> = self.sleepers().iter().map(|sleeper| Arc::clone(&sleeper.call)).collect();
         let wake = move || calls.iter().for_each(|call| call.ring_if_empty());
         if !self.shared {
             wake();
         } else if let Err(e) = thread::Builder::new().name("virtio-wake".to_owned()).spawn(wake.clone()) {
-            log::debug!("{}: no thread to wake the queues: {e}", self.name);
+            log::debug!("{}: cannot start a thread to wake the queues: {e}", self.name);
             wake();
         }
         true
     }
 
-    /// Frees the thread that wakes the queues, if another process has made it block. `last`: there will be no further call.
+    /// Frees the thread that wakes the queues, if another process makes it block. `last`: there will be no further call.
     pub fn unblock(&self, last: bool) {
         if !self.is_dead() {
             return;
@@ -88,13 +89,14 @@ impl Liveness {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on `call` is written to when the device dies. If it is dead already, [`is_dead`](Self::is_dead) says so.
+    /// Registers `call` to be written when the device dies. If the device is dead already, [`is_dead`](Self::is_dead) returns
+    /// it.
     pub(crate) fn watch(&self, call: &Arc<Notifier>) {
         self.sleepers().push(Sleeper { call: Arc::clone(call), seen: 0 });
     }
 
     pub(crate) fn unwatch(&self, call: &Arc<Notifier>) {
-        // Of a dead device they are kept, for `unblock`.
+        // If the device is dead, `unblock` still needs them.
         if !self.is_dead() {
             self.sleepers().retain(|sleeper| !Arc::ptr_eq(&sleeper.call, call));
         }

@@ -1,9 +1,8 @@
-//! A virtio-blk device in memory, as the specification says it or as a hostile one would do it. For tests of drivers and
-//! transports.
+//! A virtio-blk device in memory, conforming or hostile. For tests of drivers and transports.
 //!
-//! [`Model`] is the device behind any transport; [`Local`] is a transport within this process. Each queue is a thread that
-//! takes requests up as they come and completes them in an order drawn from a seed. What the driver does wrong (a chain that
-//! the specification forbids, a descriptor that is still in use) is a panic of that thread.
+//! [`Model`] is a device behind any transport; [`Local`] is a transport within this process. Each queue is a thread that takes
+//! requests in order and completes them in a pseudo-random order from a seed. A driver error (a chain that the specification
+//! forbids, a descriptor still in use) panics that thread.
 #![allow(unsafe_code)]
 
 use std::{
@@ -49,53 +48,53 @@ use crate::{
 const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
 const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
 
-/// What GET_ID answers.
+/// The serial number that GET_ID returns.
 pub const SERIAL: &str = "model-0001";
 
-/// What a device is like.
+/// Properties of a model device.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// The feature bits it offers.
+    /// Offered feature bits.
     pub features: u64,
-    /// Its configuration space.
+    /// Content of the configuration space.
     pub config: Vec<u8>,
-    /// Where the order of completions comes from.
+    /// Seed of the completion order.
     pub seed: u64,
-    /// What it does wrong,
+    /// The fault to inject, if any.
     pub fault: Option<Fault>,
-    /// and how many requests it has taken up before it does.
+    /// Number of requests taken before the fault starts.
     pub after: u64,
 }
 
-/// What a device can do wrong. From its request on where the name does not say otherwise.
+/// Faults to inject. They affect all requests from the first faulty one on, unless stated otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Gives back an id that no request has.
+    /// Returns an id that no request has.
     WrongId,
-    /// Gives back an id twice.
+    /// Returns an id twice.
     SameIdTwice,
-    /// Moves the used index by more than there is in flight. A packed ring has no index, and is left as it is.
+    /// Moves the used index past the available index. No effect in a packed ring, which has no index.
     IndexJump,
-    /// Says to have written more than the whole request has.
+    /// Reports more bytes written than the whole request has.
     LengthTooLong,
-    /// Says that a read succeeded but wrote less than was asked for.
+    /// Completes a read successfully with fewer bytes written than requested.
     LengthTooShort,
-    /// Says to have written nothing, whatever it has written.
+    /// Reports zero bytes written, whatever it wrote.
     NoLengths,
-    /// Writes a status that the specification does not know.
+    /// Writes a status that the specification does not define.
     Status(u8),
-    /// Completes requests without having written a status.
+    /// Completes requests without a status.
     NoStatus,
-    /// Takes requests up and never completes them.
+    /// Takes requests and never completes them.
     Silent,
-    /// Fills descriptors and available ring with ones, and takes nothing up any more.
+    /// Fills descriptors and available ring with ones, and takes no further requests.
     Scribble,
-    /// Writes numbers from its seed all over the ring and the slots, notifies, and completes nothing on purpose.
+    /// Writes pseudo-random numbers over the ring and the slots, notifies, and completes no request deliberately.
     Chaos,
 }
 
 impl Spec {
-    /// A device of `capacity` bytes with every feature that the driver knows but packed rings, and four queues.
+    /// A device of `capacity` bytes with four queues and every feature of the driver except packed rings.
     pub fn new(capacity: u64) -> Self {
         let bits = [
             VIRTIO_F_VERSION_1,
@@ -122,42 +121,42 @@ impl Spec {
             .field(52, 1)
     }
 
-    /// With the four configuration bytes from `at` on set to `value`.
+    /// Sets the four configuration bytes from `at` on to `value`.
     #[must_use]
     pub fn field(mut self, at: usize, value: u32) -> Self {
         self.config[at..at + 4].copy_from_slice(&value.to_le_bytes());
         self
     }
 
-    /// Without a feature bit.
+    /// Removes a feature bit.
     #[must_use]
     pub fn without(mut self, bit: u32) -> Self {
         self.features &= !(1 << bit);
         self
     }
 
-    /// With packed rings.
+    /// Adds packed rings.
     #[must_use]
     pub fn packed(mut self) -> Self {
         self.features |= 1 << VIRTIO_F_RING_PACKED;
         self
     }
 
-    /// Read-only.
+    /// Makes the device read-only.
     #[must_use]
     pub fn read_only(mut self) -> Self {
         self.features |= 1 << VIRTIO_BLK_F_RO;
         self
     }
 
-    /// With descriptors of at most `size` bytes, and `count` of them in a request.
+    /// Limits descriptors to `size` bytes, and requests to `count` data descriptors.
     #[must_use]
     pub fn segments(mut self, size: u32, count: u32) -> Self {
         self.features |= 1 << VIRTIO_BLK_F_SIZE_MAX;
         self.field(8, size).field(12, count)
     }
 
-    /// With a fault that shows after `after` requests.
+    /// Injects a fault after `after` requests.
     #[must_use]
     pub fn fault(mut self, fault: Fault, after: u64) -> Self {
         (self.fault, self.after) = (Some(fault), after);
@@ -165,7 +164,7 @@ impl Spec {
     }
 }
 
-/// A stretch of the driver's memory, mapped a second time.
+/// A range of the driver's memory, mapped a second time.
 #[derive(Debug)]
 struct Region {
     iova: u64,
@@ -173,25 +172,25 @@ struct Region {
     at: *mut u8,
 }
 
-// SAFETY: the mapping belongs to no thread; it is unmapped once, by the owner.
+// SAFETY: the mapping is not tied to a thread, and its owner unmaps it once.
 unsafe impl Send for Region {}
-// SAFETY: all that `&self` gives is the address.
+// SAFETY: `&self` gives access only to the address.
 unsafe impl Sync for Region {}
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: mapped in `Model::map`; every access holds the lock on the list that this was removed from.
+        // SAFETY: mapped in `Model::map`. Every access holds the lock of the list, from which this region is now removed.
         unsafe { libc::munmap(self.at.cast(), self.len) };
     }
 }
 
-/// A device: its disk, and what it has been told of the driver's memory.
+/// A device: its disk, and the driver's registered memory.
 #[derive(Debug)]
 pub struct Model {
     spec: Spec,
-    /// The configuration space as it is now.
+    /// The current configuration space.
     config: Mutex<Vec<u8>>,
-    /// Written to when it changes.
+    /// Written after every configuration change.
     config_changes: EventFd,
     accepted: AtomicU64,
     memory: RwLock<Vec<Region>>,
@@ -201,27 +200,27 @@ pub struct Model {
     notifications: AtomicU64,
 }
 
-/// A ring as the driver announces it, by address.
+/// The addresses of a ring, as announced by the driver.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Addresses {
-    /// Descriptors.
+    /// Number of descriptors.
     pub size: u16,
-    /// Descriptors, of either format.
+    /// Descriptor table, or packed ring.
     pub descriptors: u64,
     /// Driver area: available ring, or event suppression.
     pub driver: u64,
     /// Device area: used ring, or event suppression.
     pub device: u64,
-    /// Where to begin: the available index; of a packed ring position and wrap counter of what is available in the low 16
-    /// bits, and of what is used in the high ones.
+    /// Where to begin: the available index. In a packed ring: position and wrap counter of the available side in the low 16
+    /// bits, of the used side in the high 16 bits.
     pub base: u32,
 }
 
 impl Model {
-    /// A device whose disk is zero.
+    /// Creates a device with a zeroed disk.
     ///
     /// # Panics
-    /// When there is no eventfd to be had.
+    /// If no eventfd can be created.
     pub fn new(spec: Spec) -> Arc<Self> {
         let sectors = spec.config[..8].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
         Arc::new(Self {
@@ -237,24 +236,24 @@ impl Model {
         })
     }
 
-    /// What it is like.
+    /// The properties the device was created with.
     pub fn spec(&self) -> &Spec {
         &self.spec
     }
 
-    /// The configuration space as it is now.
+    /// The current configuration space.
     pub fn config(&self) -> Vec<u8> {
         self.config.lock().unwrap().clone()
     }
 
-    /// Takes what the driver writes to the configuration space: the byte that switches the write cache, and nothing else.
+    /// Handles a driver's write to the configuration space. It changes only the write cache byte.
     pub fn write_config(&self, at: usize, bytes: &[u8]) {
         if let (WRITEBACK, [mode]) = (at, bytes) {
             self.config.lock().unwrap()[WRITEBACK] = *mode;
         }
     }
 
-    /// Gives the disk another size, in bytes, and tells the driver.
+    /// Changes the size of the disk, in bytes, and notifies the driver.
     pub fn resize(&self, capacity: u64) {
         self.disk.lock().unwrap().resize(capacity as usize, 0);
         self.config.lock().unwrap()[..8].copy_from_slice(&(capacity / 512).to_le_bytes());
@@ -264,41 +263,41 @@ impl Model {
     /// Sets four bytes of the configuration from byte `at` on, and notifies the driver.
     ///
     /// # Panics
-    /// When the configuration does not reach so far.
+    /// If the configuration is too short.
     pub fn reconfigure(&self, at: usize, value: u32) {
         self.config.lock().unwrap()[at..at + 4].copy_from_slice(&value.to_le_bytes());
         let _ = self.config_changes.write(1);
     }
 
-    /// Readable when the configuration has changed.
+    /// Becomes readable when the configuration has changed.
     pub fn config_changes(&self) -> BorrowedFd<'_> {
         self.config_changes.as_fd()
     }
 
-    /// Takes the driver's choice of features.
+    /// Records the driver's accepted features.
     pub fn accept(&self, features: u64) {
         self.accepted.store(features, Ordering::Relaxed);
     }
 
-    /// How many times the driver was notified.
+    /// Number of notifications sent to the driver.
     pub fn notifications(&self) -> u64 {
         self.notifications.load(Ordering::Relaxed)
     }
 
-    /// How many requests were taken up.
+    /// Number of requests taken.
     pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// How many were completed.
+    /// Number of requests completed.
     pub fn completed(&self) -> u64 {
         self.completed.load(Ordering::Acquire)
     }
 
-    /// Maps memory of the driver's.
+    /// Maps a range of the driver's memory.
     ///
     /// # Errors
-    /// What mmap(2) says.
+    /// That of mmap(2).
     pub fn map(&self, iova: u64, len: usize, fd: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -313,10 +312,10 @@ impl Model {
         Ok(())
     }
 
-    /// Forgets the memory at an address. Returns whether there was any.
+    /// Unmaps the memory at an address. Returns whether there was any.
     ///
     /// # Panics
-    /// When another thread has panicked.
+    /// If another thread has panicked.
     pub fn unmap(&self, iova: u64) -> bool {
         let mut memory = self.memory.write().unwrap();
         let before = memory.len();
@@ -324,15 +323,15 @@ impl Model {
         memory.len() < before
     }
 
-    /// How many stretches of the driver's memory it knows.
+    /// Number of mapped ranges of the driver's memory.
     ///
     /// # Panics
-    /// When another thread has panicked.
+    /// If another thread has panicked.
     pub fn regions(&self) -> usize {
         self.memory.read().unwrap().len()
     }
 
-    /// Forgets all memory.
+    /// Unmaps all memory.
     pub fn unmap_all(&self) {
         self.memory.write().unwrap().clear();
     }
@@ -340,7 +339,7 @@ impl Model {
     /// Starts a queue.
     ///
     /// # Errors
-    /// No thread to be had.
+    /// No thread or eventfd can be created.
     pub fn start(self: &Arc<Self>, ring: Addresses, kick: OwnedFd, call: OwnedFd) -> io::Result<Running> {
         let accepted = self.accepted.load(Ordering::Relaxed);
         let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK)?);
@@ -368,19 +367,19 @@ impl Model {
         Ok(Running { wake, shared, thread: Some(thread) })
     }
 
-    /// Runs `act` on the address of `len` bytes of the driver's memory.
+    /// Calls `act` with the address of `len` bytes of the driver's memory.
     fn at<R>(&self, iova: u64, len: usize, act: impl FnOnce(*mut u8) -> R) -> R {
         let memory = self.memory.read().unwrap();
         let region = memory
             .iter()
             .find(|r| iova >= r.iova && iova - r.iova < r.len as u64 && len as u64 <= r.len as u64 - (iova - r.iova))
-            .unwrap_or_else(|| panic!("{len} bytes at {iova:#x} lie in memory that the device was told of"));
+            .unwrap_or_else(|| panic!("{len} bytes at {iova:#x} are not in registered memory"));
         act(region.at.wrapping_add((iova - region.iova) as usize))
     }
 
     fn read<const N: usize>(&self, iova: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        // SAFETY: `at` checked the range; the copy is ours.
+        // SAFETY: `at` checked the range, and `bytes` is a local array of the same length.
         self.at(iova, N, |at| unsafe { ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), N) });
         bytes
     }
@@ -404,27 +403,27 @@ impl Model {
 }
 
 fn nonblocking(fd: OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: plain system call on a descriptor that we own.
+    // SAFETY: a plain system call on a descriptor that we own.
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(fd)
 }
 
-/// A queue that runs.
+/// A running queue.
 #[derive(Debug)]
 pub struct Running {
     wake: Arc<EventFd>,
-    /// Whether to stop; where to go on.
+    /// The stop flag, and the position to resume from.
     shared: Arc<(AtomicBool, AtomicU32)>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Running {
-    /// Completes what was taken up, stops, and tells where it would have gone on (see [`Addresses::base`]).
+    /// Completes the requests taken so far and stops. Returns the position to resume from (see [`Addresses::base`]).
     ///
     /// # Panics
-    /// When the driver has done something wrong.
+    /// If the driver violated the specification.
     pub fn stop(mut self) -> u32 {
         self.halt();
         self.shared.1.load(Ordering::Relaxed)
@@ -447,17 +446,17 @@ impl Drop for Running {
     }
 }
 
-/// A request that was taken up.
+/// A request that was taken.
 #[derive(Debug)]
 struct Chain {
-    /// The head, or the id.
+    /// Head index, or buffer id.
     head: u16,
     kind: u32,
     sector: u64,
-    /// Data: address, length, whether the device writes.
+    /// Data descriptors: address, length, whether the device writes.
     data: Vec<(u64, u32, bool)>,
     status: u64,
-    /// Descriptors of the ring that it occupies; of a packed ring only their number counts.
+    /// Descriptors of the ring that it occupies. In a packed ring only their number matters.
     occupied: Vec<u16>,
 }
 
@@ -471,10 +470,10 @@ struct Queue {
     packed: bool,
     event_idx: bool,
     indirect: bool,
-    /// Indices; of a packed ring positions, with the wrap counter in bit 15.
+    /// Indices; in a packed ring positions, with the wrap counter in bit 15.
     next: u16,
     used: u16,
-    /// How far `used` has gone since the driver was last considered for a notification.
+    /// Distance that `used` moved since the last notification check.
     unsignalled: u16,
     pending: Vec<Chain>,
     random: u64,
@@ -517,7 +516,7 @@ impl Queue {
                 let fds = [self.kick.as_fd(), self.wake.as_fd()];
                 let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                 let _ = poll(&mut fds, PollTimeout::NONE);
-                // Not read in vain: a test may have made it block.
+                // Read only if readable: a test may have made the eventfd blocking.
                 if fds[0].any() == Some(true) {
                     let _ = nix::unistd::read(&self.kick, &mut [0; 8]);
                 }
@@ -529,12 +528,12 @@ impl Queue {
         matches!(self.fault(), Some(Fault::Silent | Fault::Scribble | Fault::Chaos))
     }
 
-    /// The fault, if it is time for it.
+    /// The fault, once it is due.
     fn fault(&self) -> Option<Fault> {
         self.model.spec.fault.filter(|_| self.model.taken() > self.model.spec.after)
     }
 
-    /// A number below `end`; 0 for an `end` of 0.
+    /// A pseudo-random number below `end`; 0 if `end` is 0.
     fn draw(&mut self, end: usize) -> usize {
         self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.random >> 33) as usize % end.max(1)
@@ -554,20 +553,20 @@ impl Queue {
         } else {
             let now = model.load16(self.ring.driver + 2, Ordering::Acquire);
             let waiting = now.wrapping_sub(self.next);
-            assert!(waiting <= size, "no more is available than the ring has");
+            assert!(waiting <= size, "at most one ring of requests is available");
             if waiting == 0 {
                 return None;
             }
             let entry = self.ring.driver + 4 + 2 * u64::from(self.next % size);
             let head = model.load16(entry, Ordering::Relaxed);
-            assert!(head < size, "a head lies in the ring");
+            assert!(head < size, "the head lies in the ring");
             self.next = self.next.wrapping_add(1);
             self.walk(head)
         };
         if self.packed {
             let busy: usize = self.pending.iter().map(|c| c.occupied.len()).sum();
-            assert!(busy + chain.occupied.len() <= usize::from(size), "a ring is not written over itself");
-            assert!(self.pending.iter().all(|c| c.head != chain.head), "an id is of one request at a time");
+            assert!(busy + chain.occupied.len() <= usize::from(size), "no descriptor in use is overwritten");
+            assert!(self.pending.iter().all(|c| c.head != chain.head), "an id belongs to one request at a time");
         } else {
             let busy: HashSet<u16> = self.pending.iter().flat_map(|c| c.occupied.iter().copied()).collect();
             assert!(chain.occupied.iter().all(|d| !busy.contains(d)), "a descriptor is in one chain at a time");
@@ -582,7 +581,7 @@ impl Queue {
         Some(chain)
     }
 
-    /// Writes numbers all over the ring and the slots behind it, every other one such as could stand there.
+    /// Writes numbers over the ring and the slots behind it. Every second number is plausible in its place.
     fn chaos(&mut self) {
         let (start, end) = (self.ring.descriptors, self.ring.device + 8 * u64::from(self.ring.size) + 4096);
         for _ in 0..64 {
@@ -595,7 +594,7 @@ impl Queue {
                 half.copy_from_slice(&number.to_le_bytes());
             }
             self.model.write(at, &value);
-            // The used index, since almost all other numbers are behind it.
+            // Small values for the used index, because the driver rejects almost all others.
             let index = self.draw(8) as u16;
             self.model.store16(self.ring.device + 2, index, Ordering::Release);
         }
@@ -608,18 +607,18 @@ impl Queue {
         (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
     }
 
-    /// Where a descriptor of a packed ring lies.
+    /// Address of a descriptor of a packed ring.
     fn packed_at(&self, place: u16) -> u64 {
         self.ring.descriptors + u64::from(place & 0x7fff) * 16
     }
 
-    /// The place `by` descriptors further on in a packed ring.
+    /// The position `by` descriptors further on in a packed ring.
     fn further(&self, place: u16, by: u16) -> u16 {
         let at = (place & 0x7fff) + by;
         if at < self.ring.size { place + by } else { (place ^ 0x8000) & 0x8000 | (at - self.ring.size) }
     }
 
-    /// Takes the next chain of a packed ring, and holds it against the rules of virtio 1.2, 2.8.
+    /// Takes the next chain of a packed ring, and checks it against virtio 1.2, 2.8.
     fn follow(&mut self) -> Chain {
         let (mut parts, mut occupied) = (Vec::new(), Vec::new());
         loop {
@@ -628,26 +627,29 @@ impl Queue {
             let (address, len, id, flags) = packed(bytes);
             occupied.push(self.next & 0x7fff);
             self.next = self.further(self.next, 1);
-            assert!(len > 0, "a descriptor describes something");
+            assert!(len > 0, "a descriptor is not empty");
             if flags & VRING_DESC_F_INDIRECT != 0 {
-                assert!(self.indirect && parts.is_empty(), "an indirect descriptor stands alone, where accepted");
-                assert!(flags & VRING_DESC_F_NEXT == 0 && len.is_multiple_of(16), "an indirect table is one");
+                assert!(self.indirect && parts.is_empty(), "an indirect descriptor is negotiated and stands alone");
+                assert!(
+                    flags & VRING_DESC_F_NEXT == 0 && len.is_multiple_of(16),
+                    "an indirect table is a single multiple of 16 bytes"
+                );
                 for n in 0..len / 16 {
                     let (address, len, _, flags) = packed(self.model.read(address + u64::from(n) * 16));
-                    assert!(len > 0 && flags & !VRING_DESC_F_WRITE == 0, "in a table only WRITE means something");
+                    assert!(len > 0 && flags & !VRING_DESC_F_WRITE == 0, "in a table only the WRITE flag is valid");
                     parts.push((address, len, flags & VRING_DESC_F_WRITE != 0));
                 }
             } else {
                 parts.push((address, len, flags & VRING_DESC_F_WRITE != 0));
             }
-            assert!(parts.len() <= usize::from(self.ring.size), "a chain is at most as long as the ring");
+            assert!(parts.len() <= usize::from(self.ring.size), "a chain is not longer than the ring");
             if flags & VRING_DESC_F_NEXT == 0 {
                 return self.chain(id, parts, occupied);
             }
         }
     }
 
-    /// Follows a chain, and holds it against the rules of virtio 1.2, 2.7.5 and 5.2.6.
+    /// Follows a chain, and checks it against virtio 1.2, 2.7.5 and 5.2.6.
     fn walk(&self, head: u16) -> Chain {
         let (mut table, mut size, mut at) = (self.ring.descriptors, u32::from(self.ring.size), head);
         let (mut parts, mut occupied) = (Vec::new(), Vec::new());
@@ -664,18 +666,18 @@ impl Queue {
             if flags & VRING_DESC_F_INDIRECT != 0 {
                 assert!(
                     self.indirect && in_ring && parts.is_empty(),
-                    "an indirect descriptor stands alone, where accepted"
+                    "an indirect descriptor is negotiated and stands alone"
                 );
                 assert!(
                     flags & VRING_DESC_F_NEXT == 0 && len > 0 && len.is_multiple_of(16),
-                    "an indirect table is one"
+                    "an indirect table is a single multiple of 16 bytes"
                 );
                 (table, size, at, in_ring) = (address, len / 16, 0, false);
                 continue;
             }
-            assert!(len > 0, "a descriptor describes something");
+            assert!(len > 0, "a descriptor is not empty");
             parts.push((address, len, flags & VRING_DESC_F_WRITE != 0));
-            assert!(parts.len() <= usize::from(self.ring.size), "a chain is at most as long as the ring");
+            assert!(parts.len() <= usize::from(self.ring.size), "a chain is not longer than the ring");
             if flags & VRING_DESC_F_NEXT == 0 {
                 break;
             }
@@ -684,14 +686,14 @@ impl Queue {
         self.chain(head, parts, occupied)
     }
 
-    /// A request of these descriptors: address, length, whether the device writes.
+    /// Builds a request from its descriptors: address, length, whether the device writes.
     fn chain(&self, head: u16, mut parts: Vec<(u64, u32, bool)>, occupied: Vec<u16>) -> Chain {
-        assert!(parts.is_sorted_by_key(|(_, _, write)| *write), "what the device reads comes first");
+        assert!(parts.is_sorted_by_key(|(_, _, write)| *write), "device-readable descriptors come first");
         let (address, len, write) = parts.remove(0);
-        assert!(len == 16 && !write, "a header of 16 bytes");
+        assert!(len == 16 && !write, "the header has 16 readable bytes");
         let header: [u8; 16] = self.model.read(address);
         let (status, len, write) = parts.pop().expect("a chain ends with a status");
-        assert!(len == 1 && write, "a status of one byte");
+        assert!(len == 1 && write, "the status is one writable byte");
         Chain {
             head,
             kind: u32::from_le_bytes(header[..4].try_into().unwrap()),
@@ -727,7 +729,7 @@ impl Queue {
             Some(Fault::WrongId) => self.give(self.ring.size + 7, len, descriptors),
             Some(Fault::SameIdTwice) => {
                 self.give(chain.head, len, descriptors);
-                // Once for a batch, so that a packed ring is not lapped, which would look as if nothing had been used.
+                // Only once in a batch: a lapped packed ring would look as if nothing had been used.
                 if self.unsignalled <= descriptors {
                     self.give(chain.head, len, descriptors);
                 }
@@ -745,13 +747,13 @@ impl Queue {
         true
     }
 
-    /// Enters a used element; of a split ring the index follows.
+    /// Writes a used element. In a split ring the caller updates the index.
     fn give(&mut self, id: u16, len: u32, descriptors: u16) {
         if self.packed {
             let at = self.packed_at(self.used);
             self.model.write(at + 8, &len.to_le_bytes());
             self.model.write(at + 12, &id.to_le_bytes());
-            // Some devices leave the flag out that says that there is a length.
+            // Some devices leave out the WRITE flag, which marks the length as valid.
             let write = if self.draw(2) == 0 || self.fault() == Some(Fault::LengthTooLong) {
                 VRING_DESC_F_WRITE as u16
             } else {
@@ -770,7 +772,7 @@ impl Queue {
         self.unsignalled += 1;
     }
 
-    /// Does what a request asks for. Tells the status, and how many bytes of data were written.
+    /// Executes a request. Returns the status and the number of data bytes written.
     fn execute(&self, chain: &Chain) -> (u32, u32) {
         let model = &self.model;
         let mut disk = model.disk.lock().unwrap_or_else(PoisonError::into_inner);
@@ -782,7 +784,7 @@ impl Queue {
         };
         match chain.kind {
             VIRTIO_BLK_T_IN => {
-                assert!(chain.data.iter().all(|(_, _, write)| *write), "a read is written");
+                assert!(chain.data.iter().all(|(_, _, write)| *write), "the buffer of a read is device-writable");
                 let Some(range) = range(chain.sector, len) else { return (VIRTIO_BLK_S_IOERR, 0) };
                 let mut from = &disk[range];
                 for (address, len, _) in &chain.data {
@@ -793,12 +795,12 @@ impl Queue {
                 (VIRTIO_BLK_S_OK, len as u32)
             }
             VIRTIO_BLK_T_OUT if !read_only => {
-                assert!(chain.data.iter().all(|(_, _, write)| !write), "a write is read");
+                assert!(chain.data.iter().all(|(_, _, write)| !write), "the buffer of a write is device-readable");
                 let Some(range) = range(chain.sector, len) else { return (VIRTIO_BLK_S_IOERR, 0) };
                 let mut into = &mut disk[range];
                 for (address, len, _) in &chain.data {
                     let (now, rest) = into.split_at_mut(*len as usize);
-                    // SAFETY: `at` checked the range; `now` is ours.
+                    // SAFETY: `at` checked the range, and `now` is a slice of our disk of the same length.
                     model.at(*address, now.len(), |at| unsafe {
                         ptr::copy_nonoverlapping(at, now.as_mut_ptr(), now.len());
                     });
@@ -808,7 +810,7 @@ impl Queue {
             }
             VIRTIO_BLK_T_FLUSH => (VIRTIO_BLK_S_OK, 0),
             VIRTIO_BLK_T_WRITE_ZEROES | VIRTIO_BLK_T_DISCARD if !read_only => {
-                assert!(len == 16 && chain.data.len() == 1, "one segment");
+                assert!(len == 16 && chain.data.len() == 1, "a range request has one segment of 16 bytes");
                 let segment: [u8; 16] = model.read(chain.data[0].0);
                 let sector = u64::from_le_bytes(segment[..8].try_into().unwrap());
                 let sectors = u32::from_le_bytes(segment[8..12].try_into().unwrap());
@@ -821,7 +823,7 @@ impl Queue {
                 (VIRTIO_BLK_S_OK, 0)
             }
             VIRTIO_BLK_T_GET_ID => {
-                assert!(len == 20 && chain.data.len() == 1, "20 bytes for an id");
+                assert!(len == 20 && chain.data.len() == 1, "GET_ID has one buffer of 20 bytes");
                 let mut id = [0; 20];
                 id[..SERIAL.len()].copy_from_slice(SERIAL.as_bytes());
                 model.write(chain.data[0].0, &id);
@@ -832,7 +834,7 @@ impl Queue {
         }
     }
 
-    /// Notifies the driver, if it wants that (2.7.7.2, 2.7.10, 2.8.10).
+    /// Notifies the driver, if it requested that (2.7.7.2, 2.7.10, 2.8.10).
     fn notify(&mut self) {
         fence(Ordering::SeqCst);
         let gone = std::mem::take(&mut self.unsignalled);
@@ -844,8 +846,8 @@ impl Queue {
             assert!(flags <= VRING_PACKED_EVENT_FLAG_DESC, "event flags {flags}");
             match flags {
                 VRING_PACKED_EVENT_FLAG_DESC => {
-                    assert!(self.event_idx && at & 0x7fff < self.ring.size, "an event at a place of the ring");
-                    // Whether one of the descriptors that were used is the one that was named.
+                    assert!(self.event_idx && at & 0x7fff < self.ring.size, "the event offset lies in the ring");
+                    // Whether the requested descriptor is among those used since the last check.
                     let mut place = self.used;
                     let mut found = false;
                     for _ in 0..gone {
@@ -871,7 +873,7 @@ impl Queue {
         }
     }
 
-    /// Asks for a kick. `false`: more has become available meanwhile.
+    /// Requests notifications from the driver. `false`: more requests became available meanwhile.
     fn want_kicks(&mut self) -> bool {
         let model = &self.model;
         if self.packed {
@@ -901,13 +903,13 @@ impl Queue {
     }
 }
 
-/// Address, length, id and flags of a descriptor of a packed ring.
+/// Address, length, id and flags of a packed descriptor.
 fn packed(bytes: [u8; 16]) -> (u64, u32, u16, u32) {
     let [low, high] = [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()));
     (low, high as u32, (high >> 32) as u16, (high >> 48) as u32)
 }
 
-/// A [`Model`] within this process, as a transport. `RESTARTS`: whether its queues can be restarted.
+/// A transport to a [`Model`] within this process. `RESTARTS`: whether queues can be restarted.
 #[derive(Debug)]
 pub struct Local<const RESTARTS: bool = true> {
     model: Arc<Model>,
@@ -917,14 +919,14 @@ pub struct Local<const RESTARTS: bool = true> {
 }
 
 impl Local<true> {
-    /// The way to `model`, whose queues can be started and stopped at any time, as those of vhost-user.
+    /// A transport to `model` whose queues can be started and stopped at any time, as in vhost-user.
     pub fn new(model: &Arc<Model>) -> Self {
         Self::to(model)
     }
 }
 
 impl Local<false> {
-    /// The way to `model`, whose queues are started once and for good, as those of vDPA and PCI.
+    /// A transport to `model` whose queues are started once and never stopped, as in vDPA and PCI.
     pub fn for_good(model: &Arc<Model>) -> Self {
         Self::to(model)
     }
@@ -963,7 +965,7 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
     }
 
     fn accept(&self, features: u64) -> io::Result<()> {
-        assert_eq!(features & !self.model.spec.features, 0, "a driver accepts what it was offered");
+        assert_eq!(features & !self.model.spec.features, 0, "a driver accepts only offered features");
         self.model.accept(features);
         Ok(())
     }
@@ -1009,7 +1011,7 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Bell> {
         let packed = self.model.accepted.load(Ordering::Relaxed) & (1 << VIRTIO_F_RING_PACKED) != 0;
-        assert_eq!(packed, ring.format == Format::Packed, "the format is what was agreed on");
+        assert_eq!(packed, ring.format == Format::Packed, "the ring has the negotiated format");
         let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK)?;
         let addresses = Addresses {
             size: ring.size,
@@ -1030,7 +1032,7 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
     }
 
     fn stop_queue(&self, index: u16) -> io::Result<()> {
-        assert!(RESTARTS, "these queues run for good");
+        assert!(RESTARTS, "these queues cannot be stopped");
         let running = self.running.lock().unwrap().remove(&index);
         running.map(Running::stop);
         Ok(())
@@ -1039,7 +1041,7 @@ impl<const RESTARTS: bool> Transport for Local<RESTARTS> {
     fn cut_off(&self) {}
 }
 
-/// The eventfd that tells a [`Local`] model to look at a queue.
+/// The kick eventfd of a queue of a [`Local`] transport.
 #[derive(Clone, Debug)]
 pub struct Bell(Arc<EventFd>);
 

@@ -1,4 +1,4 @@
-//! [`Notifier`]: an eventfd that another process may hold too, used in ways in which that process cannot block us.
+//! [`Notifier`]: an eventfd that a hostile process may share, used so that this process cannot block on it forever.
 #![allow(unsafe_code)]
 
 use std::{
@@ -13,81 +13,80 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-/// How long one call of [`Notifier::unblock`] tries.
+/// Longest single call of [`Notifier::unblock`].
 const TRY: Duration = Duration::from_millis(20);
 
-/// An eventfd whose other end is a back end: in the kernel, or in a process that is not trusted.
+/// An eventfd shared with a back end: the kernel, or a process that is not trusted.
 ///
-/// O_NONBLOCK belongs to the open file, which both processes share, and so does the counter. A peer that clears the flag and
-/// fills the counter makes a write(2) block. Reads ask for RWF_NOWAIT instead, which the kernel does not offer for writes to
-/// an eventfd. So a write may block, but only while a peer attacks, and another thread that calls
-/// [`unblock`](Self::unblock) now and then frees the writer.
+/// O_NONBLOCK and the counter belong to the open file, which both processes share. A peer that clears the flag and fills the
+/// counter makes a write(2) block. Reads use RWF_NOWAIT; the kernel has no such flag for writes to an eventfd. So a write may
+/// block while a peer attacks. Another thread frees the writer by periodic calls of [`unblock`](Self::unblock).
 #[derive(Debug)]
 pub struct Notifier {
     fd: OwnedFd,
-    /// Odd during a write. Only the writer changes it.
+    /// Odd during a write. Only the writing thread changes it.
     rings: AtomicU64,
 }
 
 impl Notifier {
-    /// A new eventfd.
+    /// Creates an eventfd.
     ///
     /// # Errors
-    /// No file descriptor left.
+    /// No file descriptor is left.
     pub fn new() -> io::Result<Self> {
         let fd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Self { fd: fd.into(), rings: AtomicU64::new(0) })
     }
 
-    /// The same eventfd for another thread, since one thread at a time may [`ring`](Self::ring) a notifier.
+    /// Duplicates the descriptor for another thread. Only one thread at a time may [`ring`](Self::ring) a notifier.
     ///
     /// # Errors
-    /// No file descriptor left.
+    /// No file descriptor is left.
     pub fn duplicate(&self) -> io::Result<Self> {
         Ok(Self { fd: self.fd.try_clone()?, rings: AtomicU64::new(0) })
     }
 
-    /// Wakes the other side. One thread at a time.
+    /// Wakes the other side. Only one thread at a time may call it.
     #[inline]
     pub fn ring(&self) {
         let rings = self.rings.load(Ordering::Relaxed);
         self.rings.store(rings.wrapping_add(1), Ordering::Relaxed);
-        // EAGAIN: the counter is full, so the other side has something to read anyway.
+        // EAGAIN: the counter is full, so the other side is already notified.
         let _ = nix::unistd::write(&self.fd, &1_u64.to_ne_bytes());
         self.rings.store(rings.wrapping_add(2), Ordering::Relaxed);
     }
 
-    /// Rings unless the eventfd is readable, so that a full counter is left alone.
+    /// Rings unless the eventfd is readable already. So it never writes to a full counter.
     pub(crate) fn ring_if_empty(&self) {
         if !self.polls(PollFlags::POLLIN) {
             self.ring();
         }
     }
 
-    /// Empties the eventfd. Never blocks.
+    /// Resets the counter to zero. Never blocks.
     #[inline]
     pub(crate) fn drain(&self) {
         let mut count = [0_u8; 8];
         let vector = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
-        // SAFETY: the vector describes `count`, which outlives the call. Offset -1: an eventfd has no position.
+        // SAFETY: `vector` describes `count`, which outlives the call. Offset -1: an eventfd has no position.
         let got = unsafe { libc::preadv2(self.fd.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
         if got < 0 && nix::errno::Errno::last() == nix::errno::Errno::EOPNOTSUPP {
-            // Linux before 5.8.
+            // Linux before 5.8 has no RWF_NOWAIT for eventfds.
             let _ = nix::unistd::read(&self.fd, &mut count);
         }
     }
 
-    /// Whether a thread has been blocked in [`ring`](Self::ring) since the last call with the same `seen`: the counter is full
-    /// and nothing has moved.
+    /// Whether a thread has been blocked in [`ring`](Self::ring) since the last call with the same `seen`: the counter is full,
+    /// and the write has not returned.
     pub fn is_stuck(&self, seen: &mut u64) -> bool {
         let now = self.rings.load(Ordering::Relaxed);
         let stays = std::mem::replace(seen, now) == now;
-        // A thread that is only not running has room to write to.
+        // If the eventfd is writable, the thread is only preempted, not blocked.
         stays && now % 2 == 1 && !self.polls(PollFlags::POLLOUT)
     }
 
-    /// Frees a thread that is blocked in [`ring`](Self::ring), by emptying the counter. A peer may fill it at once, so this
-    /// goes on until the thread has got through, for a moment at most. Returns whether it has.
+    /// Frees a thread that is blocked in [`ring`](Self::ring), by emptying the counter. A peer may refill it at once, so this
+    /// repeats until the thread has written, for at most 20 ms. Returns whether the thread is free.
     pub fn unblock(&self) -> bool {
         let stuck = self.rings.load(Ordering::Relaxed);
         let end = Instant::now() + TRY;
@@ -121,9 +120,9 @@ mod tests {
 
     use super::*;
 
-    /// What a hostile peer does to an eventfd that it was given: the flag, then the counter.
+    /// Simulates a hostile peer: clears O_NONBLOCK, then fills the counter.
     fn attack(notifier: &Notifier, fill: bool) {
-        // SAFETY: plain system call on a descriptor that the notifier owns.
+        // SAFETY: a plain system call on a descriptor that the notifier owns.
         unsafe { libc::fcntl(notifier.fd.as_raw_fd(), libc::F_SETFL, 0) };
         if fill {
             nix::unistd::write(&notifier.fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
@@ -159,7 +158,7 @@ mod tests {
         while !notifier.is_stuck(&mut seen) {
             thread::sleep(Duration::from_millis(1));
         }
-        // Not waited for: it may block itself.
+        // Not joined: this thread may block itself.
         let (peer, freed) = (notifier.duplicate().unwrap(), Arc::new(AtomicBool::new(false)));
         let seen_by_peer = Arc::clone(&freed);
         thread::spawn(move || {

@@ -1,25 +1,26 @@
-//! [`Options`]: what the user of a virtio-blk device can choose.
+//! [`Options`]: user settings of a virtio-blk device.
 
 use std::time::Duration;
 
 use crate::transport::Format;
 
-/// What the user can choose.
+/// User settings of a virtio-blk device.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Queues to use; `None`: as many as the device has. More than it has is an error.
+    /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
     pub queues: Option<u16>,
-    /// Descriptors in a ring, at most: a power of two, 4 to 32768. With indirect descriptors, which most devices take, this
-    /// is the number of requests in flight; without it is about three times that.
+    /// Most descriptors in a ring: a power of two, 4 to 32768. With indirect descriptors, which most devices accept, this is
+    /// also the most requests in flight on a queue. Without them a request takes at least three descriptors, so about a third
+    /// fit.
     pub queue_size: u16,
-    /// The format of the rings; `None`: packed where the device offers it.
+    /// Ring format; `None`: packed if the device offers it, else split.
     pub ring: Option<Format>,
-    /// Switches the device's write cache, which then stays so; `None`: left as it is. Asking for it is an error where the
-    /// device cannot be switched.
+    /// Switches the device's write cache; the setting stays after close. `None`: unchanged. `Some` is an error if the device
+    /// does not offer VIRTIO_BLK_F_CONFIG_WCE.
     pub write_cache: Option<WriteCache>,
-    /// Never write, even if the device would allow it.
+    /// Refuses writes, even if the device allows them.
     pub read_only: bool,
-    /// How long a request may take before the device is given up; `None`: for ever.
+    /// Longest time for a request before the device is declared dead; `None`: forever.
     pub timeout: Option<Duration>,
 }
 
@@ -36,11 +37,11 @@ impl Default for Options {
     }
 }
 
-/// What a device does with writes (virtio 1.2, 5.2.6.2).
+/// Write cache mode of a device (virtio 1.2, 5.2.6.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteCache {
-    /// They are complete when they are in the cache, and durable after a flush.
+    /// A write completes when it is in the cache. It is durable after a flush.
     Writeback,
-    /// They are durable when they are complete.
+    /// A write is durable when it completes.
     Writethrough,
 }

@@ -1,9 +1,9 @@
-//! [`Packed`]: the driver's side of a packed virtqueue (virtio 1.2, 2.8), for requests of a header, data and a status byte.
+//! [`Packed`]: the driver side of a packed virtqueue (virtio 1.2, 2.8), for requests of a header, data and a status byte.
 //!
-//! Driver and device take turns in one ring: the driver writes descriptors of requests, the device overwrites them with
-//! what it has used, in an order of its own. So nothing is ever read from the ring but the used element at the next
-//! position, and of that only an id and a length that are held against private memory. Where the device takes indirect
-//! descriptors a request is one descriptor in the ring and one cache line in its slot.
+//! Driver and device take turns in one ring. The driver writes the descriptors of requests; the device overwrites them with
+//! used elements, in its own order. So the driver reads only the used element at the next position, and of that only an id and
+//! a length, which it checks against private memory. With indirect descriptors a request takes one descriptor in the ring and
+//! one cache line in its slot.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -21,26 +21,26 @@ use crate::{
 const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
 const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
 
-/// The driver's side of a packed virtqueue. A slot is the place of one request, and its number the request's id; `T` is what
-/// comes back with it.
+/// The driver side of a packed virtqueue. A slot holds one request; its number is the request's buffer id. `T` comes back with
+/// the request.
 #[derive(Debug)]
 pub(crate) struct Packed<T> {
     slots: Slots<T>,
     event_idx: bool,
-    /// Where the next request goes.
+    /// Position of the next request's first descriptor.
     next: Position,
-    /// Where the device will write what it uses next.
+    /// Position where the device will write its next used element.
     seen: Position,
-    /// The second half of the first descriptor that the device does not know of yet, and where it goes. As long as it is not
-    /// there the device sees none of those behind it.
+    /// Second half of the first unpublished descriptor, and its offset. Until it is written, the device sees none of the
+    /// descriptors behind it.
     head: Option<(usize, u64)>,
-    /// Descriptors that the device does not know of yet.
+    /// Number of unpublished descriptors.
     staged: u16,
-    /// Whether the device is asked for a notification.
+    /// Whether a notification is requested.
     armed: bool,
 }
 
-/// A position in the ring and the wrap counter there (2.8.1).
+/// A position in the ring and its wrap counter (2.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Position {
     at: u16,
@@ -52,7 +52,7 @@ impl Position {
         Self { at: bits & 0x7fff, wrap: bits >> 15 != 0 }
     }
 
-    /// As the event suppression structures have it (2.8.14).
+    /// The encoding of the event suppression structures (2.8.14).
     fn bits(self) -> u16 {
         self.at | u16::from(self.wrap) << 15
     }
@@ -66,7 +66,7 @@ impl Position {
         }
     }
 
-    /// The flags that make a descriptor here available.
+    /// Flags that make a descriptor at this position available.
     #[inline]
     fn available(self) -> u16 {
         if self.wrap { AVAIL } else { USED }
@@ -129,16 +129,16 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
     fn publish(&mut self) -> bool {
         let Some((at, rest)) = self.head.take() else { return false };
         let (memory, layout) = (&self.slots.memory, &self.slots.layout);
-        // Release: headers, tables and all other descriptors first.
+        // Release: orders headers, tables and all other descriptors before this store.
         memory.store64(at, rest, Ordering::Release);
-        // The device writes what it wants and then looks at the ring; we write the ring and then look at what it wants.
-        // Without a full barrier both can miss the other.
+        // The device writes its event suppression and then reads the ring; we write the ring and then read its event
+        // suppression. Without a full barrier both can miss the other's store.
         fence(Ordering::SeqCst);
         let staged = std::mem::take(&mut self.staged);
         let wants = memory.load32(layout.device, Ordering::Relaxed);
         let (event, flags) = (Position::from_bits(wants as u16), wants >> 16 & 3);
         if flags == VRING_PACKED_EVENT_FLAG_DESC && self.event_idx {
-            // Both in the numbers of the round that `next` is in.
+            // Both as positions in the current round of `next`.
             let event = if event.wrap == self.next.wrap { event.at } else { event.at.wrapping_sub(layout.size) };
             reaches(event, self.next.at.wrapping_sub(staged), self.next.at)
         } else {
@@ -149,7 +149,8 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
     #[inline(always)]
     fn pop(&mut self) -> Result<Option<Used<T>>, RingError> {
         let at = usize::from(self.seen.at) * DESCRIPTOR + 8;
-        // Length, id and flags in one: what belongs to the flags that were seen. Acquire: the data and the status after it.
+        // One load for length, id and flags, so that all three are from the same write. Acquire: orders the loads of data and
+        // status after it.
         let rest = self.slots.memory.load64(at, Ordering::Acquire);
         let flags = (rest >> 48) as u16;
         let used = if self.seen.wrap { AVAIL | USED } else { 0 };
@@ -160,8 +161,8 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
             self.disarm();
         }
         let (id, mut len) = (u32::from((rest >> 32) as u16), rest as u32);
-        // Without the flag there is no length (2.8.8), but qemu, whose lengths are right, leaves it out. So what is longer than
-        // the request means nothing here, and is no fault.
+        // Without the flag the length is undefined (2.8.8). But QEMU leaves the flag out and still writes a correct length. So
+        // only a length beyond the request is ignored; it is no error here.
         if u32::from(flags) & VRING_DESC_F_WRITE == 0 && len > self.slots.chain(id) {
             len = 0;
         }
@@ -175,7 +176,7 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
         self.armed = true;
         let flags = if self.event_idx { VRING_PACKED_EVENT_FLAG_DESC } else { VRING_PACKED_EVENT_FLAG_ENABLE };
         self.want(u32::from(self.seen.bits()) | flags << 16);
-        // Re-check after asking: what was used between the last look and now raises no event (2.8.21.3.1).
+        // Re-check after the request: an element used before it raises no event (2.8.21.3.1).
         fence(Ordering::SeqCst);
         let at = usize::from(self.seen.at) * DESCRIPTOR + 8;
         let flags = (self.slots.memory.load64(at, Ordering::Relaxed) >> 48) as u16;
@@ -189,7 +190,7 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
 }
 
 impl<T> Packed<T> {
-    /// Writes the next descriptor of the ring; the device does not know yet.
+    /// Writes the next descriptor of the ring, not yet visible to the device.
     #[inline]
     fn write(&mut self, id: u16, address: u64, len: u32, flags: u16) {
         let at = usize::from(self.next.at) * DESCRIPTOR;
@@ -205,8 +206,8 @@ impl<T> Packed<T> {
         self.next.advance(1, self.slots.layout.size);
     }
 
-    /// Writes the descriptors of an indirect table that stay the same while requests in `slot` have `segments` data
-    /// descriptors. In a table only the flag WRITE means something (2.8.19).
+    /// Writes the constant descriptors of an indirect table, for requests in `slot` with `segments` data descriptors. In a
+    /// table only the WRITE flag is valid (2.8.19).
     #[cold]
     fn reshape(&self, slot: u16, segments: u16) {
         let slots = &self.slots;
@@ -222,7 +223,7 @@ impl<T> Packed<T> {
         self.want(VRING_PACKED_EVENT_FLAG_DISABLE << 16);
     }
 
-    /// Writes the driver's event suppression structure (2.8.14), in one piece.
+    /// Writes the driver's event suppression structure (2.8.14) with one store.
     fn want(&self, value: u32) {
         self.slots.memory.store32(self.slots.layout.driver, value, Ordering::Relaxed);
     }

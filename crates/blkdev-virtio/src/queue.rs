@@ -32,9 +32,9 @@ pub(crate) struct Queue<T: Transport, V: Virtqueue<Request>> {
     ring: V,
     bell: T::Doorbell,
     call: Arc<Notifier>,
-    /// The eventfd may have been written to: since it was last emptied, the queue has been armed.
+    /// The queue was armed since the eventfd was last emptied, so the device may have written to it.
     drain_call: bool,
-    /// What ended when it was pushed.
+    /// Requests that ended in `push`.
     ended: Vec<Completion>,
 }
 
@@ -43,13 +43,12 @@ impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
         let index = core.claim()?;
         let (ring, bell, call) = core.start::<V>(index, depth).inspect_err(|_| core.release(index))?;
         let core = Arc::clone(core);
-        // Whoever had the queue before may have left the eventfd written to.
+        // The eventfd may still be readable from the queue's previous use.
         Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new() }))
     }
 
-    /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
-    /// writes, too, because one that is still under way, in a back end that is only slow, would otherwise put on its disk
-    /// whatever the memory is used for next.
+    /// Ends all requests of a dead device and abandons their memory. Reads, because the device may still write to it. Writes
+    /// too: a slow back end may still have one in flight, and would put the memory's next content on its disk.
     #[cold]
     fn finish(&mut self, done: &mut Vec<Completion>) {
         done.extend(self.ring.take_all().map(|Request { tag, mut op }| {
@@ -60,7 +59,7 @@ impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
         }));
     }
 
-    /// Ends a request that the device is not asked for.
+    /// Ends a request without sending it to the device.
     #[cold]
     fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
         self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
@@ -90,7 +89,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
             }
             Op::Discard { at, len } => (VIRTIO_BLK_T_DISCARD, 0, range(*at, *len, 0)),
             Op::Flush => (VIRTIO_BLK_T_FLUSH, 0, Data::None),
-            // Not among this device's Caps, so never asked for.
+            // Not among this device's `Caps`, so a caller never pushes it.
             Op::Status { .. } | Op::Prefetch { .. } => return self.refuse(request, Error::NotSupported),
         };
         self.ring.push(&Chain { header: [u64::from(kind), sector(at)], data }, request)
@@ -114,7 +113,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
                 Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
                 Ok(None) => return,
                 Err(nonsense) => {
-                    self.core.end(&format!("queue {}: {nonsense}; the device is not used any more", self.index));
+                    self.core.end(&format!("queue {}: {nonsense}; the device is declared dead", self.index));
                     return self.finish(done);
                 }
             }
@@ -130,10 +129,10 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
             self.call.drain();
             self.drain_call = false;
         }
-        // After the eventfd was emptied: `Liveness::end` marks first and writes then.
+        // Only after emptying the eventfd: `Liveness::end` sets its mark first and then writes to the eventfd.
         fence(Ordering::SeqCst);
         if self.core.life.is_dead() {
-            // With nothing to finish there is nothing to wake up for; see `Queue::push` for what comes later.
+            // If nothing is left to finish, no wake-up is needed. `push` handles later requests.
             return self.ring.in_flight() == 0 && self.ended.is_empty();
         }
         self.drain_call = true;
@@ -142,7 +141,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
 
     fn give_up(&mut self) {
         self.core.end(&format!(
-            "queue {}: given up with {} requests in flight; the device is not used any more",
+            "queue {}: abandoned with {} requests in flight; the device is declared dead",
             self.index,
             self.ring.in_flight()
         ));
@@ -153,7 +152,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     }
 }
 
-/// `struct virtio_blk_discard_write_zeroes` (5.2.6).
+/// `struct virtio_blk_discard_write_zeroes` (virtio 1.2, 5.2.6).
 #[inline]
 fn range(at: u64, len: u64, flags: u32) -> Data {
     Data::Segment([at / SECTOR, (len / SECTOR) | (u64::from(flags) << 32)])
@@ -164,7 +163,7 @@ fn complete(used: Used<Request>, cleared: bool) -> Completion {
     let Request { tag, op } = used.owner;
     let result = match u32::from(used.status) {
         VIRTIO_BLK_S_OK => match &op {
-            // What the device did not write is somebody else's old data.
+            // The unwritten part of the buffer holds another request's old data.
             Op::Read { buf, .. } if (used.len as usize) < buf.len() && !cleared => Err(Error::Io),
             _ => Ok(()),
         },
@@ -192,12 +191,12 @@ impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
         }
         self.core.life.unwatch(&self.call);
         if self.core.life.is_dead() {
-            // Its ring memory is not used again either: the queue stays taken.
+            // The ring memory must not be reused either: the queue stays claimed.
             return;
         }
         match self.core.stop(self.index, &self.ring) {
             Ok(()) => self.core.release(self.index),
-            Err(e) => self.core.end(&format!("queue {} could not be stopped: {e}", self.index)),
+            Err(e) => self.core.end(&format!("cannot stop queue {}: {e}", self.index)),
         }
     }
 }

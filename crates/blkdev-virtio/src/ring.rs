@@ -1,33 +1,34 @@
-//! [`Virtqueue`]: the driver's side of a virtqueue, whatever its format.
+//! [`Virtqueue`]: the driver side of a virtqueue, in either format.
 
 use crate::{
     layout::{Chain, Place, RingError, Used},
     slots::Slots,
 };
 
-/// The driver's side of a virtqueue, in one of the formats. `T` is what a request's owner gets back with it.
+/// The driver side of a virtqueue, in one of the formats. `T` identifies a request to its owner; it comes back with the
+/// request.
 pub(crate) trait Virtqueue<T>: Sized + Send + 'static {
-    /// Goes on in a queue that nothing is in flight in. Of a new one all memory is zero, and `place` is
-    /// [`Place::start`].
+    /// Continues a queue with no requests in flight. For a new queue all memory is zero, and `place` is [`Place::start`].
     fn resume(slots: Slots<T>, event_idx: bool, place: Place) -> Self;
 
-    /// Where the queue has got to. Nothing is in flight, and what was pushed is published.
+    /// The current position of the queue. Requires that nothing is in flight and every push is published.
     fn place(&self) -> Place;
 
     fn in_flight(&self) -> usize;
 
-    /// Takes every request out, for when the device is dead.
+    /// Removes and returns all requests. For a dead device.
     fn take_all(&mut self) -> impl Iterator<Item = T>;
 
-    /// Lays a request out in the ring; the device does not know yet. Full: `owner` comes back.
+    /// Writes a request into the ring, not yet visible to the device. Returns `owner` if the queue is full.
     fn push(&mut self, chain: &Chain, owner: T) -> Result<(), T>;
 
-    /// Shows the device what was pushed. Tells whether it wants to be notified.
+    /// Makes pushed requests visible to the device. Returns whether the device wants a notification.
     fn publish(&mut self) -> bool;
 
-    /// The next request that the device has given back. After an error the queue must not be used any more.
+    /// Returns the next used request. After an error the queue must not be used again.
     fn pop(&mut self) -> Result<Option<Used<T>>, RingError>;
 
-    /// Asks for a notification when something else is given back. `false`: something is, and none was asked for.
+    /// Requests a notification for the next used request. `false`: a request is used already, and no notification was
+    /// requested.
     fn arm(&mut self) -> bool;
 }

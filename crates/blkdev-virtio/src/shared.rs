@@ -1,4 +1,4 @@
-//! [`Shared`]: a window of ring memory, which the device may write at any time, behind bounds-checked atomic access.
+//! [`Shared`]: a window of ring memory that the device may write at any time, behind bounds-checked atomic access.
 #![allow(unsafe_code)]
 
 use std::{
@@ -11,10 +11,10 @@ use std::{
 
 use blkdev::{Iova, Mapping};
 
-/// A stretch of a [`Mapping`] that one virtqueue owns on this side. All values in it are little-endian (virtio 1.2, 2.7.1).
+/// A range of a [`Mapping`] that one virtqueue owns in this process. All values in it are little-endian (virtio 1.2, 2.7.1).
 ///
-/// Offsets count bytes from the start of the stretch and must be aligned to the value's size; both that and the bounds are
-/// checked, so what a caller can get wrong is a panic and never a stray access.
+/// Offsets are bytes from the start of the range and must be aligned to the value's size. Alignment and bounds are checked: a
+/// wrong offset panics, and never accesses other memory.
 #[derive(Debug)]
 pub(crate) struct Shared {
     mapping: Arc<Mapping>,
@@ -23,15 +23,15 @@ pub(crate) struct Shared {
     len: usize,
 }
 
-// SAFETY: the pointer stands for memory that the Arc keeps mapped, and every access through it is atomic.
+// SAFETY: the pointer refers to memory that the Arc keeps mapped, and every access through it is atomic.
 unsafe impl Send for Shared {}
 
 macro_rules! load {
     ($($load:ident, $value:ty, $atomic:ty;)*) => {$(
         #[inline]
         pub(crate) fn $load(&self, at: usize, order: Ordering) -> $value {
-            // SAFETY: `at` gives an aligned address within memory that `self.mapping` keeps mapped; the reference that
-            // `from_ptr` makes lives for this access only, is to an atomic, and all threads of this process use atomics.
+            // SAFETY: `at` returns an aligned address within memory that `self.mapping` keeps mapped. The reference from
+            // `from_ptr` lives for this access only and is to an atomic, and all threads of this process use atomics.
             <$value>::from_le(unsafe { <$atomic>::from_ptr(self.at(at)) }.load(order))
         }
     )*};
@@ -48,22 +48,26 @@ macro_rules! store {
 }
 
 impl Shared {
-    /// The `len` bytes of `mapping` from `start` on, set to zero.
+    /// The `len` bytes of `mapping` from `start` on, cleared to zero.
     pub(crate) fn zeroed(mapping: &Arc<Mapping>, start: usize, len: usize) -> Self {
         let window = Self::window(mapping, start, len);
-        // SAFETY: checked to lie within the mapping; no device has been told of a ring here, so nobody else touches it.
+        // SAFETY: `window` checked that the range lies within the mapping. No device knows of a ring here yet, so nothing else
+        // accesses it.
         unsafe { ptr::write_bytes(window.base, 0, len) };
         window
     }
 
-    /// As [`zeroed`](Self::zeroed), for a window that has been in use and whose content counts.
+    /// As [`zeroed`](Self::zeroed), for a range in use: it keeps its content.
     pub(crate) fn window(mapping: &Arc<Mapping>, start: usize, len: usize) -> Self {
-        assert!(start.is_multiple_of(64) && start <= mapping.len() && len <= mapping.len() - start, "a window fits");
+        assert!(
+            start.is_multiple_of(64) && start <= mapping.len() && len <= mapping.len() - start,
+            "the window lies in its mapping"
+        );
         Self { base: mapping.as_ptr().wrapping_add(start), mapping: Arc::clone(mapping), start, len }
     }
 
     pub(crate) fn iova(&self, at: usize) -> Iova {
-        assert!(at < self.len, "an address lies in its window");
+        assert!(at < self.len, "the address lies in the window");
         self.mapping.iova().plus((self.start + at) as u64)
     }
 

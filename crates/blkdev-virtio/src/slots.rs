@@ -1,8 +1,7 @@
-//! [`Slots`]: the places of requests in a virtqueue, and the private half of what is known of them.
+//! [`Slots`]: the request slots of a virtqueue, and their private state.
 //!
-//! Every slot owns its header, its status byte and, where the device takes them, its indirect descriptors for good, at
-//! fixed addresses, so that a request with one data descriptor costs a single cache line; whatever else the device reads
-//! there is written once.
+//! Every slot owns a header, a status byte and, if the device accepts them, indirect descriptors, at fixed addresses. So a
+//! request with one data descriptor writes a single cache line. The constant parts are written once.
 
 use std::sync::atomic::Ordering;
 
@@ -14,48 +13,48 @@ use crate::{
     shared::Shared,
 };
 
-/// What a status byte is before the device has written it: no status of the specification.
+/// Initial value of a status byte: no status of the specification. It marks a status that the device did not write.
 pub(crate) const UNWRITTEN: u8 = 0xff;
 
-/// The shape of a slot that no descriptors have been written for.
+/// The shape of a slot whose constant descriptors are not written yet.
 const SHAPELESS: u16 = u16::MAX;
 
-/// What is private to a slot: who owns the request in it, and what its descriptors say.
+/// The private state of a slot: the owner of its request, and a summary of its descriptors.
 #[derive(Debug)]
 struct Slot<T> {
     owner: Option<T>,
-    /// Bytes in all descriptors of the chain.
+    /// Total length of the chain's descriptors, in bytes.
     chain: u32,
-    /// Data descriptors of the request that it holds or held last.
+    /// Number of data descriptors of the current or last request.
     segments: u16,
-    /// Data descriptors for which the others are laid out, or [`SHAPELESS`].
+    /// Number of data descriptors that the constant descriptors are written for, or [`SHAPELESS`].
     shape: u16,
 }
 
-/// The data of a request, as descriptors have to say it.
+/// The data of a request, in the form of its descriptors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Payload {
     pub(crate) at: Option<Iova>,
     pub(crate) len: u32,
     /// `VRING_DESC_F_WRITE`, or 0.
     pub(crate) flags: u32,
-    /// Data descriptors that it takes.
+    /// Number of data descriptors.
     pub(crate) segments: u16,
 }
 
-/// The slots of a queue, and the memory that they and the ring lie in.
+/// The slots of a queue, and the memory of slots and ring.
 #[derive(Debug)]
 pub(crate) struct Slots<T> {
     pub(crate) memory: Shared,
     pub(crate) layout: Layout,
     pub(crate) segment_max: u32,
     slots: Box<[Slot<T>]>,
-    /// Last in, first out: a light load stays in few, cache-warm slots.
+    /// A stack: under light load, requests reuse a few cache-warm slots.
     free: Vec<u16>,
 }
 
 impl<T> Slots<T> {
-    /// `depth` slots, or as many as there are. `memory` is the queue's whole stretch.
+    /// Creates `depth` slots, or as many as fit. `memory` covers the whole queue.
     pub(crate) fn new(memory: Shared, layout: Layout, segment_max: u32, depth: u16) -> Self {
         let depth = depth.min(layout.slots());
         let slots = (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS }).collect();
@@ -70,7 +69,7 @@ impl<T> Slots<T> {
         self.slots.len() - self.free.len()
     }
 
-    /// Takes every request out, for when the device is dead.
+    /// Removes and returns all requests. For a dead device.
     pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> + '_ {
         self.slots.iter_mut().filter_map(|slot| slot.owner.take())
     }
@@ -79,13 +78,13 @@ impl<T> Slots<T> {
         self.layout.slot(slot) + self.layout.status
     }
 
-    /// A free slot.
+    /// Claims a free slot.
     #[inline(always)]
     pub(crate) fn claim(&mut self) -> Option<u16> {
         self.free.pop()
     }
 
-    /// What the data descriptors of a request in `slot` have to say.
+    /// Computes the data descriptors of a request in `slot`.
     #[inline(always)]
     pub(crate) fn payload(&self, slot: u16, data: Data) -> Payload {
         let (at, len, flags) = match data {
@@ -101,18 +100,23 @@ impl<T> Slots<T> {
         };
         let segments =
             if len <= self.segment_max { u16::from(at.is_some()) } else { len.div_ceil(self.segment_max) as u16 };
-        assert!(segments <= self.layout.segments, "a transfer of {len} bytes fits {} segments", self.layout.segments);
+        assert!(
+            segments <= self.layout.segments,
+            "a transfer of {len} bytes fits in {} segments",
+            self.layout.segments
+        );
         Payload { at, len, flags, segments }
     }
 
-    /// Whether the fixed descriptors of `slot` have to be written for requests of so many data descriptors. Notes it as done.
+    /// Returns whether the constant descriptors of `slot` must be rewritten for `segments` data descriptors, and records them
+    /// as written.
     #[inline(always)]
     pub(crate) fn changes_shape(&mut self, slot: u16, segments: u16) -> bool {
         let private = &mut self.slots[usize::from(slot)];
         std::mem::replace(&mut private.shape, segments) != segments
     }
 
-    /// Runs `write` for each piece of a payload: its number from 0 on, where it is, its length.
+    /// Calls `write` for each piece of a payload, with its number from 0 on, its address and its length.
     #[inline(always)]
     pub(crate) fn pieces(&self, payload: &Payload, mut write: impl FnMut(u16, Iova, u32)) {
         let Some(mut at) = payload.at else { return };
@@ -125,7 +129,7 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Puts a request into a slot that was claimed: its header, and who owns it.
+    /// Puts a request into a claimed slot: its header and its owner.
     #[inline(always)]
     pub(crate) fn fill(&mut self, slot: u16, header: [u64; 2], payload: &Payload, owner: T) {
         let at = self.layout.slot(slot) + self.layout.header;
@@ -137,19 +141,19 @@ impl<T> Slots<T> {
         private.owner = Some(owner);
     }
 
-    /// Bytes in all descriptors of the request that a slot holds or held last.
+    /// Total descriptor length, in bytes, of the current or last request of a slot.
     #[inline]
     pub(crate) fn chain(&self, slot: u32) -> u32 {
         self.slots.get(slot as usize).map_or(0, |slot| slot.chain)
     }
 
-    /// Holds what the device says to have used against what is in flight: the slot's number and the length are its words, and
-    /// `id` is what it called the slot. Tells how many data descriptors the request has.
+    /// Checks a used element against the requests in flight. `slot` and `len` are the device's claims; `id` is the device's id
+    /// of the slot, for the error. Returns the number of data descriptors of the request.
     #[inline(always)]
     pub(crate) fn check(&self, slot: u32, id: u32, len: u32) -> Result<u16, RingError> {
         let private = self.slots.get(slot as usize).ok_or(RingError::Id(id))?;
-        // Back ends are sloppy here (qemu's vhost-user-blk example counts what it read as written), so this is nonsense only
-        // past the whole chain; whoever needs to know how much was written asks for enough of it.
+        // Some back ends report wrong lengths (qemu's vhost-user-blk example counts bytes read as written). So only a length
+        // beyond the whole chain is an error. Callers that need the written length compare it with their minimum.
         if len > private.chain {
             return Err(RingError::Len { len, chain: private.chain });
         }
@@ -159,20 +163,20 @@ impl<T> Slots<T> {
         Ok(private.segments)
     }
 
-    /// Gives back what is in a slot that was [checked](Self::check).
+    /// Removes the request from a slot that was [checked](Self::check).
     #[inline(always)]
     pub(crate) fn empty(&mut self, slot: u32, len: u32) -> Used<T> {
         let slot = slot as u16;
         let at = self.status_at(slot);
         let status = self.memory.load8(at, Ordering::Relaxed);
-        // Now, while the line is here, not when the slot is used again.
+        // Reset it while the cache line is loaded, not when the slot is reused.
         self.memory.store8(at, UNWRITTEN, Ordering::Relaxed);
         self.free.push(slot);
-        let owner = self.slots[usize::from(slot)].owner.take().expect("a slot that is emptied is in flight");
+        let owner = self.slots[usize::from(slot)].owner.take().expect("an emptied slot was in flight");
         Used { owner, status, len }
     }
 
-    /// Writes a descriptor. The last 32 bits are flags and next in a split ring, id and flags in a packed one.
+    /// Writes a descriptor. The last 32 bits are flags and next in a split ring, id and flags in a packed ring.
     #[inline]
     pub(crate) fn descriptor(&self, at: usize, address: Iova, len: u32, low: u32, high: u32) {
         self.memory.store64(at, address.get(), Ordering::Relaxed);
@@ -180,14 +184,13 @@ impl<T> Slots<T> {
         self.memory.store64(at + 8, rest, Ordering::Relaxed);
     }
 
-    /// Where a slot's header is for the device, and its status.
+    /// Device addresses of a slot's header and status.
     pub(crate) fn ends(&self, slot: u16) -> (Iova, Iova) {
         let header = self.layout.slot(slot) + self.layout.header;
         (self.memory.iova(header), self.memory.iova(self.status_at(slot)))
     }
 
-    /// The indirect table of a slot: where it is for us and for the device, and its length in bytes with so many data
-    /// descriptors.
+    /// The indirect table of a slot for `segments` data descriptors: its offset, its device address, and its length in bytes.
     #[inline]
     pub(crate) fn table(&self, slot: u16, segments: u16) -> (usize, Iova, u32) {
         let at = self.layout.slot(slot);

@@ -1,12 +1,12 @@
-//! [`Split`]: the driver's side of a split virtqueue (virtio 1.2, 2.7), for requests of a header, data and a status byte.
+//! [`Split`]: the driver side of a split virtqueue (virtio 1.2, 2.7), for requests of a header, data and a status byte.
 //!
-//! Every slot owns its descriptors for good, so that a request is the header, one data descriptor and one ring entry; all
-//! other descriptors are written once. Where the device takes indirect descriptors (2.7.5.3) the descriptor in the ring is
-//! one of those, and the driver writes a single cache line for each request; elsewhere the slot owns a run of the ring
-//! itself.
+//! Every slot owns its descriptors permanently. So a request writes only the header, one data descriptor and one entry of the
+//! available ring; all other descriptors are written once. With indirect descriptors (2.7.5.3) the descriptor in the ring
+//! points to the slot's table, and the driver writes a single cache line for each request. Without them the slot owns a run of
+//! the descriptor table.
 //!
-//! What the device can write is never used before it was checked: the free list, the in-flight table and the lengths of
-//! the chains are private memory.
+//! Nothing that the device can write is used unchecked. The free list, the in-flight table and the chain lengths are in private
+//! memory.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -20,22 +20,23 @@ use crate::{
     slots::Slots,
 };
 
-/// The driver's side of a split virtqueue. A slot is the place of one request; `T` is what comes back with it.
+/// The driver side of a split virtqueue. A slot holds one request; `T` comes back with it.
 #[derive(Debug)]
 pub(crate) struct Split<T> {
     slots: Slots<T>,
     event_idx: bool,
-    /// The available index, counting what the device has not heard of yet.
+    /// The available index, unpublished requests included.
     staged: u16,
-    /// The available index as the device knows it.
+    /// The available index as published to the device.
     published: u16,
-    /// The used index up to which we have taken requests back.
+    /// The used index up to which requests were taken back.
     seen: u16,
-    /// The used index when it was last read.
+    /// The used index at its last load.
     used: u16,
-    /// Whether the device is asked for a notification.
+    /// Whether a notification is requested.
     armed: bool,
-    /// With event index: where `used_event` was parked, behind what was seen, so that it is never reached.
+    /// With VIRTIO_F_EVENT_IDX: the value of `used_event` while disarmed, behind `seen`, so that the used index does not reach
+    /// it.
     parked: u16,
 }
 
@@ -64,7 +65,7 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
     fn push(&mut self, chain: &Chain, owner: T) -> Result<(), T> {
         let Some(slot) = self.slots.claim() else { return Err(owner) };
         let layout = self.slots.layout;
-        // Where the chain's descriptors lie, and what number the first one has among them.
+        // The offset of the chain's descriptor table, and the index of the chain's first descriptor in it.
         let (table, first) = if layout.indirect { (layout.slot(slot), 0) } else { self.run(slot) };
         let payload = self.slots.payload(slot, chain.data);
         if self.slots.changes_shape(slot, payload.segments) {
@@ -93,10 +94,10 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
         let before = self.published;
         self.published = self.staged;
         let (memory, layout) = (&self.slots.memory, &self.slots.layout);
-        // Release: descriptors, headers and ring entries first.
+        // Release: orders descriptors, headers and ring entries before this store.
         memory.store16(layout.driver + 2, self.published, Ordering::Release);
-        // The device writes what it wants and then looks at the index; we write the index and then look at what it wants.
-        // Without a full barrier both can miss the other.
+        // The device writes its event index and then reads the available index; we write the available index and then read its
+        // event index. Without a full barrier both can miss the other's store.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = layout.device + 4 + 8 * usize::from(layout.size);
@@ -135,7 +136,7 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
         let memory = &self.slots.memory;
         let (at, value) = if self.event_idx { (self.used_event(), self.seen) } else { (self.slots.layout.driver, 0) };
         memory.store16(at, value, Ordering::Relaxed);
-        // Re-check after asking: what was used between the last look and now raises no event (2.7.7, 2.7.10).
+        // Re-check after the request: an element used before it raises no event (2.7.7, 2.7.10).
         fence(Ordering::SeqCst);
         if memory.load16(self.slots.layout.device + 2, Ordering::Relaxed) == self.seen {
             return true;
@@ -146,13 +147,13 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
 }
 
 impl<T> Split<T> {
-    /// The run of the ring that a slot owns where there are no indirect descriptors.
+    /// The run of the descriptor table that a slot owns without indirect descriptors.
     fn run(&self, slot: u16) -> (usize, u16) {
         let first = slot * self.slots.layout.chain();
         (usize::from(first) * DESCRIPTOR, first)
     }
 
-    /// Writes the descriptors that stay the same while requests in `slot` have `segments` data descriptors.
+    /// Writes the constant descriptors for requests in `slot` with `segments` data descriptors.
     #[cold]
     fn reshape(&self, slot: u16, segments: u16) {
         let slots = &self.slots;
@@ -168,10 +169,10 @@ impl<T> Split<T> {
         }
     }
 
-    /// Reads the used index. Tells whether it moved.
+    /// Loads the used index. Returns whether it moved.
     #[inline]
     fn look(&mut self) -> Result<bool, RingError> {
-        // Acquire: the used entries, the data and the status bytes after it.
+        // Acquire: orders the loads of used entries, data and status bytes after it.
         let now = self.slots.memory.load16(self.slots.layout.device + 2, Ordering::Acquire);
         if now == self.seen {
             return Ok(false);
@@ -184,7 +185,7 @@ impl<T> Split<T> {
         if self.armed {
             self.disarm();
         } else if self.event_idx && now.wrapping_sub(self.parked) >= 1 << 15 {
-            // 2^16 indices further on the device would come past it.
+            // The used index would reach it when it wraps, after 2^16 steps.
             self.park();
         }
         Ok(true)
@@ -200,9 +201,10 @@ impl<T> Split<T> {
         }
     }
 
-    /// Puts `used_event` where the device does not come past: behind what was seen, and behind what it has used since it last
-    /// looked whether to notify, which is at most a ring; that we may have seen in part. Of the largest rings only half, as
-    /// indices count to 2^16: there it may be reached, which costs one wake-up too many.
+    /// Sets `used_event` to a value that the used index does not reach: behind `seen`, and behind the elements that the device
+    /// has used since its last notification check. Those are at most one ring, and `seen` may cover a part of them. For the
+    /// largest rings the margin is only half, because indices wrap at 2^16: there the used index may reach it, which costs one
+    /// extra wake-up.
     fn park(&mut self) {
         self.parked = self.seen.wrapping_sub(self.slots.layout.size.min(1 << 14) + 1);
         self.slots.memory.store16(self.used_event(), self.parked, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! [`Transport`]: what a virtio-blk driver needs of the way to its device.
+//! [`Transport`]: what the virtio-blk driver requires of a transport to its device.
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
@@ -6,75 +6,76 @@ use blkdev::{Iova, Mapping};
 
 use crate::{config::TRANSFER_MAX, liveness::Liveness};
 
-/// The way to a device: feature bits, configuration, memory, queues. Cold; doorbells are a type of their own.
+/// A transport to a virtio device: feature bits, configuration, memory, queues. Control plane only; the data path uses
+/// [`Doorbell`].
 ///
-/// Dropping it resets the device, or leaves it in whatever way there is: afterwards the device touches no memory of ours.
+/// Dropping it resets or disconnects the device. Afterwards the device does not access this process's memory.
 pub trait Transport: Send + Sync + 'static {
-    /// Rings the device for one started queue.
+    /// Notifies the device about one started queue.
     type Doorbell: Doorbell;
 
-    /// Whether a queue can be started and stopped while the device works. `false`: all queues that are used are started,
-    /// once, before [`run`](Self::run).
+    /// Whether queues can be started and stopped while the device runs. If `false`, all queues in use are started once, before
+    /// [`run`](Self::run).
     const RESTARTS: bool;
 
-    /// The longest transfer that the way to the device takes, in bytes: at least 64 KiB, a power of two.
+    /// Longest transfer that the transport supports, in bytes: a power of two, at least 64 KiB.
     const TRANSFER_MAX: u32 = TRANSFER_MAX as u32;
 
     /// The driver's short name, `"vhost-user"`.
     fn driver(&self) -> &'static str;
 
-    /// Where the device is: a path, an address. For people.
+    /// Where the device is: a path or an address. For people.
     fn target(&self) -> &str;
 
-    /// Whether the device still lives. Shared with every queue.
+    /// The liveness of the device, shared with every queue.
     fn life(&self) -> &Arc<Liveness>;
 
     /// The feature bits that the device offers (virtio 1.2, 2.2).
     fn features(&self) -> u64;
 
-    /// Settles the feature bits; the transport adds those that are its own business. Called once, before memory is
-    /// registered and queues are started.
+    /// Acknowledges the feature bits; the transport adds its own. Called once, before memory is registered and queues are
+    /// started.
     ///
     /// # Errors
-    /// The device refused them.
+    /// The device refused the features.
     fn accept(&self, features: u64) -> io::Result<()>;
 
-    /// Reads the device's configuration space from its start, at most `bytes.len()` bytes of it, and tells how many there
-    /// were. The first `needed` are those that the offered features speak of; a device may know of fewer, or of more.
+    /// Reads the device's configuration space from its start, at most `bytes.len()` bytes. Returns the number of bytes read.
+    /// The offered features cover the first `needed` bytes; a device may have fewer or more.
     ///
     /// # Errors
-    /// The device has no configuration to read, did not answer, or has broken down (DEVICE_NEEDS_RESET, a bus that reads as
-    /// ones).
+    /// The device has no configuration space, did not answer, or is broken (DEVICE_NEEDS_RESET, a bus that reads as all ones).
     fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize>;
 
-    /// Writes to the device's configuration space, from byte `at` on.
+    /// Writes `bytes` to the device's configuration space at byte offset `at`.
     ///
     /// # Errors
-    /// The device, or what is in between, does not take it.
+    /// The device or the transport does not support it.
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()>;
 
-    /// An eventfd that is readable when the configuration may have changed; `None`: this device never tells.
+    /// An eventfd that becomes readable when the configuration may have changed; `None`: the device never reports changes.
     fn config_changes(&self) -> Option<BorrowedFd<'_>>;
 
-    /// How many queues can be started, whatever the configuration space says.
+    /// Most queues that can be started, independent of the configuration space.
     fn queues_max(&self) -> u16;
 
-    /// The largest ring that queue `index` can have, in descriptors; `u16::MAX` where the transport cannot tell.
+    /// Largest ring of queue `index`, in descriptors; `u16::MAX` if the transport does not know it.
     fn ring_max(&self, index: u16) -> u16;
 
-    /// Makes memory known to the device, and keeps it alive for as long as the device may use it.
+    /// Registers memory with the device, and keeps it alive while the device may use it.
     ///
     /// # Errors
-    /// What the kernel or the peer refused.
+    /// The kernel or the peer refused; the text names the reason.
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// Undoes [`register`](Self::register), when no queue uses the memory any more. Memory that is not registered is ignored.
+    /// Undoes [`register`](Self::register). Called when no queue uses the memory any more. Ignores memory that is not
+    /// registered.
     ///
     /// # Errors
-    /// What the kernel or the peer refused. The memory then stays registered.
+    /// The kernel or the peer refused. The memory then stays registered.
     fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// Whether the name that the device was opened by now stands for another device.
+    /// Whether the name by which the device was opened now names another device.
     fn is_replaced(&self) -> bool {
         false
     }
@@ -84,52 +85,52 @@ pub trait Transport: Send + Sync + 'static {
         false
     }
 
-    /// Starts queue `index`: the device works on the ring from the return on, or from [`run`](Self::run) on where queues
-    /// cannot be [restarted](Self::RESTARTS).
+    /// Starts queue `index`. The device may use the ring when this returns; if queues cannot be [restarted](Self::RESTARTS),
+    /// from [`run`](Self::run) on.
     ///
     /// # Errors
-    /// What the kernel or the peer refused.
+    /// The kernel or the peer refused.
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Self::Doorbell>;
 
-    /// Everything is set up: the device begins to work. Called once, before the first request.
+    /// Starts the device after all setup (DRIVER_OK). Called once, before the first request.
     ///
     /// # Errors
-    /// The device did not come up.
+    /// The device did not start.
     fn run(&self) -> io::Result<()>;
 
-    /// Stops queue `index`: from the return on, the device touches neither its ring nor the memory of its requests. Only
-    /// where queues can be [restarted](Self::RESTARTS).
+    /// Stops queue `index`. Afterwards the device accesses neither its ring nor the memory of its requests. Called only if
+    /// queues can be [restarted](Self::RESTARTS).
     ///
     /// # Errors
-    /// The device did not confirm, in bounded time, that it has stopped. It has to be taken for dead then.
+    /// The device did not confirm the stop in bounded time. The caller must treat it as dead.
     fn stop_queue(&self, index: u16) -> io::Result<()>;
 
-    /// Cuts the device off, as far as that can be done without its help. May be called more than once.
+    /// Disconnects the device, as far as possible without its help. May be called more than once.
     fn cut_off(&self);
 }
 
-/// The device's end of a started queue, as far as the driver pulls at it.
+/// Notifies the device about one started queue (an "available buffer notification", virtio 1.2, 2.3).
 pub trait Doorbell: Clone + Send + Sync + 'static {
-    /// Tells the device to look at the ring. Neither waits nor fails.
+    /// Notifies the device of new requests in the ring. Never waits, never fails.
     fn ring(&self);
 }
 
 /// The format of a virtqueue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Three areas, each written by one side (virtio 1.2, 2.7). Every device has it.
+    /// Split: three areas, each written by one side (virtio 1.2, 2.7). Every device supports it.
     Split,
-    /// One ring that both sides write (2.8): fewer cache lines, and fewer transfers over a bus.
+    /// Packed: one ring that both sides write (virtio 1.2, 2.8). It needs fewer cache lines, and fewer transfers over a bus.
     Packed,
 }
 
-/// A virtqueue as the device has to know it. All of it lies in registered memory, and is zero; the device begins at
-/// index 0, of a packed ring with both wrap counters 1.
+/// A virtqueue for the device. All of it lies in registered memory and is zero. The device begins at index 0; in a packed ring
+/// with both wrap counters 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Ring<'a> {
-    /// Which areas these are.
+    /// Format of the areas.
     pub format: Format,
-    /// Descriptors: a power of two.
+    /// Number of descriptors: a power of two.
     pub size: u16,
     /// The descriptor table, or the packed ring itself.
     pub descriptors: Iova,
@@ -137,6 +138,6 @@ pub struct Ring<'a> {
     pub driver: Iova,
     /// The device area: the used ring, or the device's event suppression structure.
     pub device: Iova,
-    /// An eventfd for the device to write to when it has used something.
+    /// The call eventfd: the device writes to it after it has used buffers.
     pub call: BorrowedFd<'a>,
 }

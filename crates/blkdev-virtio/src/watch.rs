@@ -1,4 +1,4 @@
-//! [`Watch`]: a thread that reads the configuration again when the device says that it has changed, or when asked to.
+//! [`Watch`]: a thread that reads the configuration again, after a change notification or on request.
 
 use std::{
     io,
@@ -15,10 +15,10 @@ use nix::{
 
 use crate::{core::Core, transport::Transport};
 
-/// The time between two reads of the configuration, whatever the device says. The last change is always read.
+/// Shortest interval between two reads of the configuration, whatever the device reports. The last change is always read.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long [`Watch::refresh`] waits for the device.
+/// Longest wait of [`Watch::refresh`] for the device.
 const REFRESH: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(crate) struct Watch {
 
 #[derive(Debug)]
 struct Shared {
-    /// Written to when `state` has changed.
+    /// Written after every change of `state`.
     wake: EventFd,
     state: Mutex<State>,
     read: Condvar,
@@ -37,7 +37,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Reads that were asked for, and how many of those requests have been served.
+    /// Number of requested reads, and of requests served.
     asked: u64,
     served: u64,
     /// The thread has ended.
@@ -58,7 +58,7 @@ impl Watch {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Has the configuration read, and waits for that for a moment.
+    /// Requests a read of the configuration, and waits for it for up to 250 ms.
     pub(crate) fn refresh(&self) {
         let mut state = self.shared.state();
         state.asked += 1;
@@ -93,7 +93,7 @@ impl Shared {
                 (state.asked > state.served).then_some(state.asked)
             };
             if resting || asked.is_none() {
-                // EINTR is as good as nothing having happened.
+                // EINTR is harmless: the loop checks everything again.
                 let _ = poll(&mut fds, timeout);
                 let _ = self.wake.read();
             }
@@ -105,7 +105,7 @@ impl Shared {
             }
             let changed = heard.filter(|_| fds[1].any() == Some(true));
             if let Some(changes) = changed {
-                // Emptied first: a change from here on is one more.
+                // Emptied before the read: a later change makes it readable again.
                 let _ = nix::unistd::read(changes, &mut [0; 8]);
             }
             if changed.is_some() || asked.is_some() {

@@ -1,4 +1,4 @@
-//! The driver against a device in this process that keeps to the specification, completes out of order, or is hostile.
+//! Tests of the driver against a device in this process that conforms, completes out of order, or is hostile.
 
 use std::{
     os::fd::AsFd,
@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
 
-// virtio_bindings is no dependency of this test.
+// This test does not depend on virtio_bindings.
 const INDIRECT: u32 = 28;
 const EVENT_IDX: u32 = 29;
 const VERSION_1: u32 = 32;
@@ -28,7 +28,7 @@ fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
     (model, Arc::new(device))
 }
 
-/// Waits for `count` completions, by the wake-up descriptor; panics after ten seconds.
+/// Waits for `count` completions through the wake-up descriptor; panics after ten seconds.
 fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
     let end = Instant::now() + Duration::from_secs(10);
     let mut done = Vec::new();
@@ -40,9 +40,9 @@ fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
         if queue.arm() {
             let fd = queue.wake_fd().unwrap();
             let woken = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16));
-            assert_eq!(woken, Ok(1), "{} of {count} requests came back, and no wake-up", done.len());
+            assert_eq!(woken, Ok(1), "{} of {count} requests completed, but no wake-up came", done.len());
         }
-        assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+        assert!(Instant::now() < end, "only {} of {count} requests completed in time", done.len());
     }
 }
 
@@ -53,7 +53,7 @@ fn open_for_good(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>)
     (model, Arc::new(device))
 }
 
-/// With both formats of rings.
+/// Runs the conformance suite with both ring formats.
 fn conforms(spec: Spec, options: &Options) {
     let (_, device) = open(spec.clone(), options);
     conformance::check(&device);
@@ -122,7 +122,7 @@ fn a_device_that_changes_its_size_is_believed() {
     assert_eq!(collect(&mut *queue, 1)[0].result, Ok(()));
 }
 
-/// The block size is what callers rely on: it stays, and so does the size, in whole blocks of it.
+/// Callers rely on the block size. It stays, and so does the capacity, in whole blocks of it.
 #[test]
 fn a_device_that_changes_its_block_size_goes_on() {
     let (model, device) = open(Spec::new(MIB).field(20, 4096), &Options::default());
@@ -136,7 +136,7 @@ fn a_device_that_changes_its_block_size_goes_on() {
         }
         assert_eq!(device.info().block_size, 4096);
     }
-    // A size that cannot be leaves the last one.
+    // An invalid size is ignored: the last valid one stays.
     model.reconfigure(4, u32::MAX);
     let mut queue = device.open_queue(1).unwrap();
     queue.push(Request { tag: 1, op: Op::Flush }).unwrap();
@@ -181,7 +181,7 @@ fn the_write_cache_can_be_switched() {
     assert!(e.to_string().contains("VIRTIO_BLK_F_CONFIG_WCE"), "{e}");
 }
 
-/// Whatever the device writes into ring and slots: every request comes back once, if need be when it is given up.
+/// Whatever the device writes into ring and slots: every request completes once, at the latest in `give_up`.
 #[test]
 fn chaos_in_the_ring_does_no_harm() {
     for seed in 1..=40 {
@@ -271,9 +271,9 @@ fn what_cannot_be_driven_is_refused() {
     }
 }
 
-/// Pushes 40 reads to a device that goes wrong at the 30th, and tells how they end.
+/// Pushes 40 reads to a device that fails from the 30th on, and returns their completions.
 fn reads(spec: Spec) -> (Vec<Completion>, Arc<dyn Device>, Box<dyn Queue>) {
-    // Two requests went into opening it.
+    // Two requests were sent during open.
     let spec = Spec { after: 32, ..spec };
     let (_, device) = open(spec, &Options::default());
     let memory = Mapping::new(MIB as usize).unwrap();
@@ -302,13 +302,13 @@ fn nonsense_in_the_ring_ends_the_device() {
         let gone = done.iter().filter(|c| c.result == Err(Error::Gone)).count();
         assert!((1..=40).contains(&gone), "{fault:?}: {gone} gone");
         for Completion { op, result, .. } in &done {
-            let Op::Read { buf, .. } = op else { panic!("what goes in comes out") };
+            let Op::Read { buf, .. } = op else { panic!("a read completes as a read") };
             match result {
                 Ok(()) => assert_eq!(buf.len(), 4096, "{fault:?}"),
                 Err(e) => assert_eq!((*e, buf.is_empty()), (Error::Gone, true), "{fault:?}: memory is abandoned"),
             }
         }
-        // It stays dead, for this queue and for all others.
+        // The device stays dead, for this queue and for all others.
         queue.push(Request { tag: 99, op: Op::Flush }).unwrap();
         assert!(!queue.arm());
         assert_eq!(collect(&mut *queue, 1)[0].result, Err(Error::Gone));
@@ -353,10 +353,10 @@ fn a_silent_device_can_be_given_up() {
         assert_eq!(
             poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(5000u16)),
             Ok(1),
-            "a sleeper wakes"
+            "a waiting queue wakes"
         );
         drop(done);
-        assert_eq!(arena.free(), arena.capacity() - 20 * 4096, "memory that the device may use is not used again");
+        assert_eq!(arena.free(), arena.capacity() - 20 * 4096, "memory that the device may still access is not reused");
     }
 }
 
@@ -378,7 +378,7 @@ fn a_queue_that_nobody_waits_for_is_not_notified() {
         let opening = model.notifications();
         let mut queue = device.open_queue(64).unwrap();
         let mut done = Vec::new();
-        // More than 2^16, so that all indices wrap.
+        // More than 2^16 requests, so that all indices wrap.
         for round in 0..3000 {
             for tag in 0..32 {
                 queue.push(Request { tag, op: Op::Flush }).unwrap();
@@ -433,6 +433,6 @@ fn reuse(device: &Arc<dyn Device>) {
         assert!(e.contains("all 2 queues"), "{e}");
         drop(b);
         a.push(Request { tag: 1, op: Op::Flush }).unwrap();
-        // Dropped with a request in flight: drained.
+        // Dropped with a request in flight: the queue drains first.
     }
 }
