@@ -1,4 +1,4 @@
-//! [`Control`]: a virtio PCI device's registers (virtio 1.2, 4.1) as the transport of a virtio-blk device.
+//! [`Control`]: the registers of a virtio PCI device (virtio 1.2, 4.1), as the transport of a virtio-blk device.
 
 use std::{
     io,
@@ -17,7 +17,7 @@ use crate::{
     watch::Watch,
 };
 
-/// Offsets in the common configuration (4.1.4.3).
+/// Register offsets in the common configuration (4.1.4.3).
 const DEVICE_FEATURE_SELECT: usize = 0;
 const DEVICE_FEATURE: usize = 4;
 const DRIVER_FEATURE_SELECT: usize = 8;
@@ -35,24 +35,24 @@ const QUEUE_DESCRIPTORS: usize = 32;
 const QUEUE_DRIVER: usize = 40;
 const QUEUE_DEVICE: usize = 48;
 
-/// The status byte (2.1).
+/// Bits of the device status (2.1).
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 64;
-/// What the registers of a device that was taken away read as.
+/// The status register of a removed device reads as this.
 const NOT_THERE: u8 = 0xff;
 
-/// What a vector reads as when the device had none left for it.
+/// A vector register reads as this if the device could not allocate the vector.
 const NO_VECTOR: u16 = 0xffff;
 
-/// VIRTIO_F_ACCESS_PLATFORM: the device goes through the IOMMU.
+/// VIRTIO_F_ACCESS_PLATFORM: the device's accesses go through the IOMMU.
 const ACCESS_PLATFORM: u64 = 1 << 33;
-/// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's barriers for devices. On x86 the processor's are the same.
+/// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's memory barriers for devices. On x86 the CPU's barriers are enough.
 const ORDER_PLATFORM: u64 = 1 << 36;
 
-/// How long a device may take to reset itself.
+/// Longest reset of a device.
 const RESET: Duration = Duration::from_secs(5);
 
 pub(crate) struct Control {
@@ -64,26 +64,26 @@ pub(crate) struct Control {
     notify: Arc<dyn Bar>,
     device: Arc<dyn Bar>,
     queues_max: u16,
-    /// Whether queue `n` has vector `n + 1` for itself; otherwise all share the last one.
+    /// Whether queue `n` has its own vector `n + 1`; otherwise all queues share the last vector.
     own_vectors: bool,
     vectors: u16,
     watch: Watch,
-    /// Registers that are about the selected queue or feature word are one person's at a time.
+    /// Guards the registers of the selected queue or feature word: one thread at a time.
     select: Mutex<()>,
 }
 
 impl Control {
-    /// Takes the device over, and resets it. `vectors_max`: how many interrupt vectors may be used.
+    /// Takes over the device and resets it. `vectors_max`: most interrupt vectors to use.
     pub(crate) fn open(pci: Arc<dyn PciDevice>, vectors_max: u16) -> io::Result<Self> {
         let unsupported = |why: &str| io::Error::new(io::ErrorKind::Unsupported, why);
         if pci.translation().is_some() {
-            return Err(unsupported("without an IOMMU virtio devices are not supported"));
+            return Err(unsupported("virtio devices are not supported without an IOMMU"));
         }
         let layout = Layout::read(&*pci)?;
         let bar = |place: Place| {
             let bar = pci.bar(place.bar)?;
             let fits = place.at.checked_add(place.len).is_some_and(|end| end <= bar.len());
-            let why = || unsupported("a capability names more registers than there are");
+            let why = || unsupported("a capability names more registers than the device has");
             if fits { Ok(bar) } else { Err(why()) }
         };
         let (common, notify, device) = (bar(layout.common)?, bar(layout.notify)?, bar(layout.device)?);
@@ -93,7 +93,7 @@ impl Control {
         if vectors == 0 {
             return Err(unsupported("the device has no MSI-X vectors"));
         }
-        // One for changes of configuration and one for each queue, or as good as can be.
+        // One vector for configuration changes and one for each queue, if the device has enough.
         let own_vectors = vectors > queues_max;
         let vectors = if own_vectors { queues_max + 1 } else { vectors.min(2) };
         let target = pci.address().to_owned();
@@ -116,7 +116,8 @@ impl Control {
         control.reset()?;
         control.set_status(ACKNOWLEDGE);
         control.set_status(ACKNOWLEDGE | DRIVER);
-        // Vector 0 is for changes of configuration, unless it is the only one; those of single queues are set when they start.
+        // Vector 0 is for configuration changes, unless it is the only one. Vectors of single queues are set when the queues
+        // start.
         let mut fds = vec![control.watch.queues(); usize::from(vectors)];
         if vectors > 1 {
             fds[0] = control.watch.config_changes();
@@ -125,7 +126,7 @@ impl Control {
         control.pci.watch_removal(control.watch.removal())?;
         control.write16(CONFIG_VECTOR, 0);
         if control.read16(CONFIG_VECTOR) == NO_VECTOR {
-            return Err(unsupported("the device has no interrupt for changes of its configuration"));
+            return Err(unsupported("the device could not allocate an interrupt vector for configuration changes"));
         }
         Ok(control)
     }
@@ -146,7 +147,7 @@ impl Control {
         self.common.write32(self.layout.common.at + at, value);
     }
 
-    /// In halves: not every device takes 64 bits at a time (4.1.3.1).
+    /// Writes two 32-bit halves: not every device accepts 64-bit accesses (4.1.3.1).
     fn write64(&self, at: usize, value: u64) {
         self.write32(at, value as u32);
         self.write32(at + 4, (value >> 32) as u32);
@@ -156,22 +157,22 @@ impl Control {
         self.common.write8(self.layout.common.at + STATUS, status);
     }
 
-    /// Adds a bit to the status, and tells what has become of it.
+    /// Sets a bit of the device status. Returns the new status.
     fn add_status(&self, bit: u8) -> u8 {
         self.set_status(self.read8(STATUS) | bit);
         self.read8(STATUS)
     }
 
-    /// Resets the device, and waits until it is (4.1.4.3.2).
+    /// Resets the device, and waits until the reset is complete (4.1.4.3.2).
     fn reset(&self) -> io::Result<()> {
         self.set_status(0);
         let end = Instant::now() + RESET;
         loop {
             match self.read8(STATUS) {
                 0 => return Ok(()),
-                NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device is not there any more")),
+                NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device was removed")),
                 status if Instant::now() >= end => {
-                    let why = format!("the device does not reset itself within {RESET:?} (status {status:#x})");
+                    let why = format!("the device did not complete a reset within {RESET:?} (status {status:#x})");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
                 _ => thread::sleep(Duration::from_millis(1)),
@@ -185,8 +186,8 @@ impl Transport for Control {
 
     const RESTARTS: bool = false;
 
-    // QEMU breaks a device whose request has more than 1024 pieces of memory, and behind an IOMMU each page of 4 KiB can be
-    // one. Linux' own driver asks for less than this.
+    // QEMU declares a device broken if a request has more than 1024 memory pieces; behind an IOMMU each 4 KiB page can be one.
+    // Linux's driver also sends shorter requests.
     const TRANSFER_MAX: u32 = 2 << 20;
 
     fn driver(&self) -> &'static str {
@@ -215,7 +216,7 @@ impl Transport for Control {
         let offered = self.features();
         if offered & ACCESS_PLATFORM == 0 {
             let why =
-                "the device goes past the IOMMU (it does not offer VIRTIO_F_ACCESS_PLATFORM; qemu: iommu_platform=on)";
+                "the device bypasses the IOMMU: it does not offer VIRTIO_F_ACCESS_PLATFORM (qemu: iommu_platform=on)";
             return unsupported(why.to_owned());
         }
         let order = if cfg!(target_arch = "x86_64") { ORDER_PLATFORM } else { 0 };
@@ -228,23 +229,23 @@ impl Transport for Control {
             }
         }
         if self.add_status(FEATURES_OK) & FEATURES_OK == 0 {
-            return unsupported(format!("the device refuses the features {features:#x}, all of which it offers"));
+            return unsupported(format!("the device refuses the features {features:#x}, although it offers them"));
         }
         self.pci.set_bus_master(true)
     }
 
     fn read_config(&self, bytes: &mut [u8], _needed: usize) -> io::Result<usize> {
         match self.read8(STATUS) {
-            NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device is not there any more")),
+            NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device was removed")),
             status if status & NEEDS_RESET != 0 => {
-                return Err(io::Error::other("the device has broken down (it asks to be reset)"));
+                return Err(io::Error::other("the device failed (status DEVICE_NEEDS_RESET)"));
             }
             _ => {}
         }
         let Place { at, len, .. } = self.layout.device;
         let len = len.min(bytes.len());
         for _ in 0..1000 {
-            // What was read while the generation stayed the same belongs together (2.5.2).
+            // A read is consistent if the generation is the same before and after it (2.5.2).
             let generation = self.read8(GENERATION);
             for (n, byte) in bytes[..len].iter_mut().enumerate() {
                 *byte = self.device.read8(at + n);
@@ -253,13 +254,13 @@ impl Transport for Control {
                 return Ok(len);
             }
         }
-        Err(io::Error::other("the configuration never stays the same"))
+        Err(io::Error::other("the device's configuration keeps changing"))
     }
 
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let place = self.layout.device;
         if at + bytes.len() > place.len {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "the device's configuration is too short"));
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the device's configuration space is too short"));
         }
         for (n, byte) in bytes.iter().enumerate() {
             self.device.write8(place.at + at + n, *byte);
@@ -295,7 +296,7 @@ impl Transport for Control {
         self.write16(QUEUE_SELECT, index);
         let size = self.read16(QUEUE_SIZE);
         if size < ring.size {
-            return fail("the device has none, or not as large a one as it said");
+            return fail("the device has no such queue, or its queue is smaller than reported");
         }
         let vector = if self.own_vectors {
             self.pci.set_vector(index + 1, Some(ring.call))?;
@@ -307,15 +308,15 @@ impl Transport for Control {
         self.write16(QUEUE_SIZE, ring.size);
         self.write16(QUEUE_VECTOR, vector);
         if self.read16(QUEUE_VECTOR) == NO_VECTOR {
-            return fail("the device has no interrupt left");
+            return fail("the device could not allocate an interrupt vector");
         }
         self.write64(QUEUE_DESCRIPTORS, ring.descriptors.get());
         self.write64(QUEUE_DRIVER, ring.driver.get());
         self.write64(QUEUE_DEVICE, ring.device.get());
         let off = usize::from(self.read16(QUEUE_NOTIFY_OFF)).checked_mul(self.layout.multiplier);
-        // The place of the structure is aligned and has room for at least one.
+        // The notify structure is aligned and has room for at least one register.
         let Some(off) = off.filter(|off| off.is_multiple_of(2) && *off <= self.layout.notify.len - 2) else {
-            return fail("its doorbell is not where doorbells are");
+            return fail("its doorbell lies outside of the notify structure");
         };
         self.write16(QUEUE_ENABLE, 1);
         Ok(Bell { bar: Arc::clone(&self.notify), at: self.layout.notify.at + off, index })
@@ -324,7 +325,7 @@ impl Transport for Control {
     fn run(&self) -> io::Result<()> {
         let status = self.add_status(DRIVER_OK);
         if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
-            return Err(io::Error::other(format!("the device does not come up (status {status:#x})")));
+            return Err(io::Error::other(format!("the device did not start (status {status:#x})")));
         }
         Ok(())
     }
@@ -334,7 +335,7 @@ impl Transport for Control {
     }
 
     fn cut_off(&self) {
-        // Registers of a device that is not there take no writes, which is as good.
+        // A removed device ignores writes, which does no harm.
         self.set_status(0);
         let _ = self.pci.set_bus_master(false);
     }
@@ -342,14 +343,14 @@ impl Transport for Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        // First the device lets go of the memory, then (with `pci`) the memory is taken away.
+        // First the device stops using the memory; then dropping `pci` unmaps the memory.
         let _ = self.reset();
         let _ = self.pci.set_bus_master(false);
         let _ = self.pci.enable_vectors(&[]);
     }
 }
 
-/// The register that tells the device to look at a queue.
+/// The register that notifies the device about a queue (4.1.5.2).
 #[derive(Clone, Debug)]
 pub(crate) struct Bell {
     bar: Arc<dyn Bar>,

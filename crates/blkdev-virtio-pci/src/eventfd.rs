@@ -1,4 +1,4 @@
-//! Eventfds: how they are made, and how they are written to.
+//! Creates and writes eventfds.
 
 use std::{
     io,
@@ -7,13 +7,13 @@ use std::{
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// An eventfd that nobody waits in.
+/// Creates an eventfd. Reads and writes never block.
 pub(crate) fn eventfd() -> io::Result<EventFd> {
     Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
 }
 
-/// Rings an eventfd of somebody else's.
+/// Notifies the owner of an eventfd.
 pub(crate) fn signal(fd: BorrowedFd<'_>) {
-    // EAGAIN: it is full, and thus readable.
+    // EAGAIN: the counter is full, so the eventfd is readable already.
     let _ = nix::unistd::write(fd.as_fd(), &1u64.to_ne_bytes());
 }

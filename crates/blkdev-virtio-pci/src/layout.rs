@@ -1,30 +1,30 @@
-//! Where a virtio PCI device's structures lie, by its list of capabilities (virtio 1.2, 4.1.4).
+//! Locates a virtio PCI device's structures through its capability list (virtio 1.2, 4.1.4).
 
 use std::io;
 
 use blkdev_vfio::PciDevice;
 
-/// Offsets in configuration space (PCI 3.0, 6.1 and 6.7).
+/// Register offsets in PCI configuration space (PCI 3.0, 6.1 and 6.7).
 const VENDOR: u16 = 0;
 const STATUS: u16 = 6;
 const CAPABILITIES: u16 = 0x34;
 
-/// The status bit that says that there is a list of capabilities.
+/// Status bit: the device has a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
-/// A vendor's own capability.
+/// Id of a vendor-specific capability.
 const CAPABILITY_VENDOR: u8 = 9;
 
-/// Vendor and device numbers (4.1.2): a block device, and one that is also of the time before virtio 1.0.
+/// Vendor and device ids (4.1.2): a block device, and a transitional one (which also supports the interface before virtio 1.0).
 const RED_HAT: u16 = 0x1af4;
 const BLOCK: u16 = 0x1042;
 const BLOCK_TRANSITIONAL: u16 = 0x1001;
 
-/// Which structure it is (4.1.4).
+/// Structure types (4.1.4).
 const COMMON: u8 = 1;
 const NOTIFY: u8 = 2;
 const DEVICE: u8 = 4;
 
-/// A structure's place: a region, and the bytes in it.
+/// Location of a structure: a region (BAR), and the bytes in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) bar: u8,
@@ -32,12 +32,12 @@ pub(crate) struct Place {
     pub(crate) len: usize,
 }
 
-/// The structures that the driver uses. With MSI-X nobody needs the interrupt status register.
+/// The structures that the driver uses. With MSI-X the ISR status register is not needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub(crate) common: Place,
     pub(crate) notify: Place,
-    /// From one queue's doorbell to the next, in bytes.
+    /// Distance between the doorbells of two queues, in bytes.
     pub(crate) multiplier: usize,
     pub(crate) device: Place,
 }
@@ -47,14 +47,14 @@ impl Layout {
         let unsupported = |why: String| io::Error::new(io::ErrorKind::Unsupported, why);
         let (vendor, device) = (read16(pci, VENDOR)?, read16(pci, VENDOR + 2)?);
         if vendor != RED_HAT || ![BLOCK, BLOCK_TRANSITIONAL].contains(&device) {
-            return Err(unsupported(format!("PCI device {vendor:04x}:{device:04x}, not a virtio block device")));
+            return Err(unsupported(format!("PCI device {vendor:04x}:{device:04x} is not a virtio block device")));
         }
         let (mut common, mut notify, mut multiplier, mut device) = (None, None, 0, None);
         let mut next = 0;
         if read16(pci, STATUS)? & STATUS_CAPABILITIES != 0 {
             next = read8(pci, CAPABILITIES)? & 0xfc;
         }
-        // There is no room for more than 48; a list that goes on is a circle.
+        // There is room for 48 capabilities. A longer list is a loop.
         for _ in 0..48 {
             if next == 0 {
                 break;
@@ -66,7 +66,8 @@ impl Layout {
             }
             let bar = read8(pci, at + 4)?;
             let place = Place { bar, at: read32(pci, at + 8)? as usize, len: read32(pci, at + 12)? as usize };
-            // Of several of a kind the device prefers the first (4.1.4.1); those in regions of the future are left out.
+            // If a structure occurs more than once, the device prefers the first (4.1.4.1). Capabilities in unknown regions are
+            // ignored.
             match read8(pci, at + 3)? {
                 _ if bar > 5 => {}
                 COMMON => common = common.or(Some(place)),
@@ -80,10 +81,14 @@ impl Layout {
         }
         let there = |place: Option<Place>, what: &str, least: usize, alignment: usize| {
             let place = place.filter(|place| place.len >= least);
-            let place = place
-                .ok_or_else(|| unsupported(format!("the device is not of virtio 1.0: no capability for {what}")))?;
+            let place = place.ok_or_else(|| {
+                unsupported(format!("the device does not support virtio 1.0: no capability for {what}"))
+            })?;
             if !place.at.is_multiple_of(alignment) {
-                return Err(unsupported(format!("the capability for {what} is at {:#x}, not aligned", place.at)));
+                return Err(unsupported(format!(
+                    "the capability for {what} is at {:#x}, which is not aligned",
+                    place.at
+                )));
             }
             Ok(place)
         };

@@ -1,4 +1,4 @@
-//! virtio-blk devices on the PCI bus, driven from user space over VFIO, as a [`blkdev::Device`].
+//! virtio-blk devices on the PCI bus, driven from user space through VFIO, as a [`blkdev::Device`].
 //!
 //! ```no_run
 //! # fn main() -> std::io::Result<()> {
@@ -11,9 +11,9 @@
 //! # }
 //! ```
 //!
-//! The device is of virtio 1.0 or later, offers VIRTIO_F_ACCESS_PLATFORM and has MSI-X; it is bound to `vfio-pci`. Each
-//! queue has an interrupt vector of its own where there are enough; otherwise they share one. A change of the device's size
-//! is noticed while it is open. The device is reset when it is opened and when it is let go of.
+//! Requirements: virtio 1.0 or later, VIRTIO_F_ACCESS_PLATFORM, MSI-X, and a device bound to `vfio-pci`. Each queue has its own
+//! interrupt vector if there are enough; otherwise all queues share one. A change of the capacity is detected while the device
+//! is open. The device is reset at open and at close.
 
 mod control;
 mod eventfd;
@@ -29,29 +29,29 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// What to open, and how to use it.
+/// Which device to open, and its settings.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The device's PCI address (`0000:00:07.0`) or its path in sysfs.
     pub address: String,
-    /// Never write, even if the device would allow it.
+    /// Refuses writes, even if the device allows them.
     pub read_only: bool,
-    /// Queues to use; `None`: as many as the device has. More than it has is an error.
+    /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
     pub num_queues: Option<u16>,
-    /// Descriptors in a ring, at most: a power of two, 4 to 32768. 256.
+    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
     pub queue_size: u16,
-    /// The format of the rings; `None`: packed where the device offers it.
+    /// Ring format; `None`: packed if the device offers it, else split.
     pub ring: Option<Format>,
-    /// Switches the device's write cache; `None`: left as it is.
+    /// Switches the device's write cache; `None`: unchanged.
     pub write_cache: Option<WriteCache>,
-    /// Interrupt vectors to use, at most; with fewer than one more than the device has queues, queues share one.
+    /// Most interrupt vectors to use. Queues share one vector if there are fewer vectors than the device's queues plus one.
     pub vectors: u16,
-    /// How long a request may take before the device is given up. 30 s.
+    /// Longest time for a request before the device is declared dead. Default: 30 s.
     pub request_timeout: Duration,
 }
 
 impl Options {
-    /// The defaults, for the device at `address`.
+    /// The default options for the device at `address`.
     pub fn new(address: impl Into<String>) -> Self {
         Self {
             address: address.into(),
@@ -73,21 +73,21 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Opens the device over VFIO, resets it, and reads what it is.
+    /// Opens the device through VFIO, resets it, and reads its limits.
     ///
     /// # Errors
-    /// There is no such device, it is not bound to `vfio-pci`, somebody else uses it, it is no virtio-blk device that can be
-    /// driven, or the options are out of range. The text says which, and what to do.
+    /// The device does not exist, is not bound to `vfio-pci`, is in use by another process, is not a supported virtio-blk
+    /// device, or an option is out of range. The text names the reason and the remedy.
     pub fn open(options: &Options) -> io::Result<Self> {
         let pci = Vfio::open(&options.address, &blkdev_vfio::Options::default());
         let pci = pci.map_err(|e| named(&options.address, &e))?;
         Self::drive(Arc::new(pci), options)
     }
 
-    /// As [`open`](Self::open), for a PCI device that is reached in another way.
+    /// As [`open`](Self::open), for any implementation of [`PciDevice`].
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As for [`open`](Self::open).
     pub fn drive(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
         let control = Control::open(pci, options.vectors).map_err(|e| named(&options.address, &e))?;
         let device = VirtioBlk::open(

@@ -1,4 +1,4 @@
-//! [`Watch`]: a thread that passes on what several have to hear: an interrupt that queues share, and the device's removal.
+//! [`Watch`]: a thread that distributes shared events: an interrupt vector shared by queues, and the removal of the device.
 
 use std::{
     io,
@@ -24,15 +24,15 @@ pub(crate) struct Watch {
 #[derive(Debug)]
 struct Shared {
     life: Arc<Liveness>,
-    /// Written to by the device, or by us, when the configuration may have changed.
+    /// Written by the device, or by this thread, when the configuration may have changed.
     config_changes: EventFd,
-    /// Written to by the device when any of the queues that share it has something.
+    /// Written by the device when any queue of the shared vector has used buffers.
     queues: EventFd,
-    /// Changes of configuration come over the same vector.
+    /// The device has a single vector, which also reports configuration changes.
     only_one: bool,
     removal: EventFd,
     stop: EventFd,
-    /// Whom to tell.
+    /// Call eventfds of the queues that share the vector.
     calls: Mutex<Vec<OwnedFd>>,
 }
 
@@ -52,7 +52,7 @@ impl Watch {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// What a vector that queues share writes to.
+    /// The eventfd of the shared vector.
     pub(crate) fn queues(&self) -> BorrowedFd<'_> {
         self.shared.queues.as_fd()
     }
@@ -65,7 +65,7 @@ impl Watch {
         self.shared.removal.as_fd()
     }
 
-    /// From now on `call` is told when the shared vector fires.
+    /// Registers `call`, to be written whenever the shared vector fires.
     pub(crate) fn share(&self, call: BorrowedFd<'_>) -> io::Result<()> {
         let call = call.try_clone_to_owned()?;
         self.shared.calls.lock().unwrap_or_else(PoisonError::into_inner).push(call);
@@ -78,7 +78,7 @@ impl Shared {
         loop {
             let mut fds =
                 [&self.queues, &self.removal, &self.stop].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-            // EINTR is as good as nothing having happened.
+            // EINTR is harmless: the loop checks everything again.
             let _ = poll(&mut fds, PollTimeout::NONE);
             let [queues, removal, stop] = fds.map(|fd| fd.any() == Some(true));
             if stop {
@@ -86,10 +86,10 @@ impl Shared {
             }
             if removal {
                 let _ = self.removal.read();
-                self.life.end("the device is being taken away, or has failed; it is not used any more");
+                self.life.end("the device is being removed, or has failed; it is declared dead");
             }
             if queues {
-                // Emptied first: what comes from here on is one more.
+                // Emptied first: a later interrupt makes it readable again.
                 let _ = self.queues.read();
                 self.calls.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|call| signal(call.as_fd()));
                 if self.only_one {

@@ -1,4 +1,4 @@
-//! A device whose configuration space and registers say what no real one does: an error, and never a panic.
+//! A device with invalid values in its configuration space and registers: it causes errors, and never a panic.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use blkdev::{Device, Mapping};
 use blkdev_vfio::{Bar, PciDevice};
 use blkdev_virtio_pci::{Options, VirtioPci};
 
-/// Registers that keep what is written to them.
+/// Registers that keep written values.
 #[derive(Debug)]
 struct Registers(Vec<AtomicU8>);
 
@@ -124,7 +124,7 @@ impl PciDevice for Odd {
     }
 }
 
-/// Numbers of a seed.
+/// Pseudo-random numbers from a seed.
 struct Random(u64);
 
 impl Random {
@@ -140,7 +140,7 @@ impl Random {
     }
 }
 
-/// A device that is right but for the places that `odd` changes.
+/// A valid device, except for the fields that `odd` changes.
 fn device(random: &mut Random, odd: bool) -> Odd {
     let mut config = vec![0; 256];
     config[..4].copy_from_slice(&[0xf4, 0x1a, 0x42, 0x10]);
@@ -150,7 +150,7 @@ fn device(random: &mut Random, odd: bool) -> Odd {
         let extremes = [0, 1, 2, 3, 4, 7, 55, 56, 57, 4094, 4095, 4096, 1 << 31, u32::MAX - 1, u32::MAX];
         if odd && random.next().is_multiple_of(6) { random.of(&extremes) } else { good }
     };
-    // Common, notifications, the device's: each 20 bytes of capability.
+    // Common configuration, notifications, device configuration: a capability of 20 bytes each.
     for (n, (kind, at, len, multiplier)) in
         [(1, 0, 56, 0), (2, 1024, 1024, 4), (4, 2048, 60, 0)].into_iter().enumerate()
     {
@@ -167,7 +167,7 @@ fn device(random: &mut Random, odd: bool) -> Odd {
     }
     let mut registers = vec![0; 4096];
     let mut set = |to: usize, value: u32| registers[to..to + 4].copy_from_slice(&value.to_le_bytes());
-    // All features of the two words, which are the same register here, but packed rings; a few queues of 256 descriptors.
+    // Every feature except packed rings, in both words, which are the same register here; a few queues of 256 descriptors.
     set(4, field(random, !(1 << 2)));
     set(16, 4 << 16);
     set(24, field(random, 256));
@@ -195,7 +195,7 @@ fn open(device: Odd) -> String {
 
 #[test]
 fn registers_that_no_device_has() {
-    // One that is right gets as far as its first request, which nothing answers.
+    // A valid device gets as far as its first request, which nothing completes.
     let text = open(device(&mut Random(1), false));
     assert!(text.contains("does not answer"), "{text}");
     let mut seen = std::collections::BTreeSet::new();
@@ -204,9 +204,14 @@ fn registers_that_no_device_has() {
         assert!(text.starts_with("virtio-pci 0000:00:00.0: "), "{text}");
         seen.insert(text);
     }
-    for part in
-        ["not aligned", "no capability", "more registers than there are", "doorbell", "too little", "does not answer"]
-    {
+    for part in [
+        "not aligned",
+        "no capability",
+        "more registers than the device has",
+        "doorbell",
+        "too little",
+        "does not answer",
+    ] {
         assert!(seen.iter().any(|text| text.contains(part)), "{part:?} was seen among {seen:#?}");
     }
 }

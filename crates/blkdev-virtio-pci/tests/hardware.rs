@@ -1,5 +1,5 @@
-//! On a real device bound to vfio-pci, which is overwritten: `NBDBLK_VBLK=0000:00:07.0 cargo test --test hardware`.
-//! Without the variable nothing is tested, and that is said aloud.
+//! Tests on a real device bound to vfio-pci, which is overwritten: `NBDBLK_VBLK=0000:00:07.0 cargo test --test hardware`.
+//! Without the variable the tests print SKIPPED.
 
 use std::{
     env,
@@ -9,13 +9,13 @@ use std::{
 use blkdev::{Device, conformance};
 use blkdev_virtio_pci::{Format, Options, VirtioPci};
 
-/// One after the other: a device has one user.
+/// Serialises the tests: a device has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
 fn address(test: &str) -> Option<String> {
     let address = env::var("NBDBLK_VBLK").ok();
     if address.is_none() {
-        eprintln!("SKIPPED: {test}: NBDBLK_VBLK names no virtio-blk PCI device");
+        eprintln!("SKIPPED: {test}: NBDBLK_VBLK does not name a virtio-blk PCI device");
     }
     address
 }
