@@ -1,4 +1,4 @@
-//! Tells what a vhost-vdpa device is: `cargo run --example info -- /dev/vhost-vdpa-0`
+//! Prints the properties of a vhost-vdpa device: `cargo run --example info -- /dev/vhost-vdpa-0`
 use std::{env, process::ExitCode};
 
 use blkdev::Device;

@@ -1,4 +1,4 @@
-//! [`Control`]: a vhost-vdpa device as the transport of a virtio-blk device.
+//! [`Control`]: a vhost-vdpa device, as the transport of a virtio-blk device.
 
 use std::{
     io,
@@ -17,24 +17,24 @@ use nix::sys::{
 
 use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost};
 
-/// The number of virtio-blk among the devices (virtio 1.2, 5).
+/// Device id of virtio-blk (virtio 1.2, 5).
 const DEVICE_BLOCK: u32 = 2;
 
-/// The status byte (2.1).
+/// Bits of the device status (2.1).
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 64;
 
-/// VIRTIO_F_ACCESS_PLATFORM: the addresses in descriptors go through the IOTLB. That is how all vDPA devices work.
+/// VIRTIO_F_ACCESS_PLATFORM: descriptor addresses are translated by the IOTLB. All vDPA devices work like this.
 const ACCESS_PLATFORM: u64 = 1 << 33;
-/// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's barriers for devices. On x86 the processor's are the same.
+/// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's memory barriers for devices. On x86 the CPU's barriers are enough.
 const ORDER_PLATFORM: u64 = 1 << 36;
 
-/// How long a device may take to reset itself.
+/// Longest reset of a device.
 const RESET: Duration = Duration::from_secs(5);
-/// How long requests of a device that was given up have until it is reset.
+/// Time for the requests in flight of a dead device, before it is reset.
 const GRACE: Duration = Duration::from_millis(500);
 
 pub(crate) struct Control {
@@ -42,25 +42,25 @@ pub(crate) struct Control {
     target: String,
     life: Arc<Liveness>,
     features: u64,
-    /// Of the backend's features those in use.
+    /// Backend features in use.
     backend: u64,
     range: (u64, u64),
     queues_max: u16,
     ring_max: u16,
     config_changes: Option<EventFd>,
-    /// What the device has mapped.
+    /// Memory that the device has mapped.
     mappings: Mutex<Vec<Arc<Mapping>>>,
 }
 
 impl Control {
-    /// Takes the device over, and resets it.
+    /// Takes over the device and resets it.
     pub(crate) fn open(fd: OwnedFd, target: String) -> io::Result<Self> {
         let vhost = Vhost::new(fd);
         let id = vhost.get_device_id();
-        let id =
-            id.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, format!("not a vhost-vdpa device ({e})")))?;
+        let id = id
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, format!("it is not a vhost-vdpa device ({e})")))?;
         if id != DEVICE_BLOCK {
-            let why = format!("virtio device {id}, not a block device ({DEVICE_BLOCK})");
+            let why = format!("virtio device {id} is not a block device ({DEVICE_BLOCK})");
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         vhost.set_owner().map_err(|e| match e.kind() {
@@ -83,7 +83,7 @@ impl Control {
         if backend != 0 {
             vhost.set_backend_features(backend)?;
         }
-        // What a kernel does not know has no limit.
+        // A kernel without this ioctl has no limit.
         let range = vhost.get_iova_range().unwrap_or((0, u64::MAX));
         let queues_max = vhost.get_vqs_count().map_or(u16::MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
         let ring_max = vhost.get_vring_num()?;
@@ -108,7 +108,7 @@ impl Control {
         self.backend & backend != 0
     }
 
-    /// Writes IOTLB messages, as one batch where the kernel takes them so.
+    /// Writes IOTLB messages, as one batch if the kernel supports that.
     fn iotlb<'a>(&self, what: Iotlb, mappings: impl IntoIterator<Item = &'a Arc<Mapping>>) -> io::Result<()> {
         let (v2, batch) = (self.has(BACKEND_F_IOTLB_MSG_V2), self.has(BACKEND_F_IOTLB_BATCH));
         if batch {
@@ -118,7 +118,7 @@ impl Control {
         for mapping in mappings {
             done = done.and(self.vhost.iotlb(v2, what, mapping.iova().get(), mapping.len() as u64));
         }
-        // Also after a failure: an open batch would hold back all that comes later.
+        // Also after a failure: an open batch would hold back all later messages.
         if batch {
             done = done.and(self.vhost.iotlb(v2, Iotlb::BatchEnd, 0, 0));
         }
@@ -132,8 +132,8 @@ impl Control {
     }
 }
 
-/// Resets the device, and waits until it is: the kernel's driver of virtio-pci devices (vp-vdpa) does not (virtio 1.2,
-/// 4.1.4.3.2).
+/// Resets the device and waits until the reset is complete: the kernel's driver of virtio-pci devices (vp-vdpa) does not wait
+/// (virtio 1.2, 4.1.4.3.2).
 fn reset(vhost: &Vhost) -> io::Result<()> {
     vhost.set_status(0)?;
     let end = Instant::now() + RESET;
@@ -141,7 +141,7 @@ fn reset(vhost: &Vhost) -> io::Result<()> {
         match vhost.get_status()? {
             0 => return Ok(()),
             status if Instant::now() >= end => {
-                let why = format!("the device does not reset itself within {RESET:?} (status {status:#x})");
+                let why = format!("the device did not complete a reset within {RESET:?} (status {status:#x})");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
             _ => thread::sleep(Duration::from_millis(1)),
@@ -149,10 +149,10 @@ fn reset(vhost: &Vhost) -> io::Result<()> {
     }
 }
 
-/// Why `len` bytes more than the `mapped` ones could not be mapped. The kernel says EFAULT, whatever the reason was.
+/// Explains a failure to map `len` bytes when `mapped` bytes are mapped already. The kernel returns EFAULT whatever the reason.
 fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
-    let what = format!("mapping {} MiB of memory for the device: {error}", len >> 20);
-    let pieces = "; if physical memory is fragmented, this takes more entries than the IOTLB of vhost has: set aside huge \
+    let what = format!("cannot map {} MiB of memory for the device: {error}", len >> 20);
+    let pieces = "; if physical memory is fragmented, this takes more entries than the IOTLB of vhost has: reserve huge \
                   pages (vm.nr_hugepages), raise the parameter max_iotlb_entries of the module vhost, or use less memory";
     let why = match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((limit, _)) if limit != RLIM_INFINITY => format!(
@@ -171,7 +171,7 @@ impl Transport for Control {
 
     const RESTARTS: bool = false;
 
-    // For the same devices as that of virtio-pci, which the kernel's vp-vdpa brings here.
+    // As for virtio-pci: the kernel's vp-vdpa exports the same devices here.
     const TRANSFER_MAX: u32 = 2 << 20;
 
     fn driver(&self) -> &'static str {
@@ -194,7 +194,7 @@ impl Transport for Control {
         let order = if cfg!(target_arch = "x86_64") { ORDER_PLATFORM } else { 0 };
         self.vhost.set_features(features | self.features & (ACCESS_PLATFORM | order))?;
         if self.add_status(FEATURES_OK)? & FEATURES_OK == 0 {
-            let why = format!("the device refuses the features {features:#x}, all of which it offers");
+            let why = format!("the device refuses the features {features:#x}, although it offers them");
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         Ok(())
@@ -203,11 +203,11 @@ impl Transport for Control {
     fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize> {
         let status = self.vhost.get_status()?;
         if status & NEEDS_RESET != 0 {
-            return Err(io::Error::other("the device has broken down (it asks to be reset)"));
+            return Err(io::Error::other("the device failed (status DEVICE_NEEDS_RESET)"));
         }
         let size = self.vhost.get_config_size().map_or(needed, |size| size as usize);
         let len = size.min(bytes.len()).min(CONFIG_MAX);
-        // There is no generation to ask for: what is the same twice was not changed in between.
+        // vhost-vdpa has no configuration generation. Two equal reads mean that nothing changed in between.
         let mut again = vec![0; len];
         for _ in 0..100 {
             self.vhost.get_config(&mut bytes[..len])?;
@@ -216,7 +216,7 @@ impl Transport for Control {
                 return Ok(len);
             }
         }
-        Err(io::Error::other("the configuration never stays the same"))
+        Err(io::Error::other("the device's configuration keeps changing"))
     }
 
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
@@ -246,10 +246,10 @@ impl Transport for Control {
         if at < first || at + (len - 1) > last {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                format!("memory at {at:#x}, {len} bytes: the device reaches only {first:#x} to {last:#x}"),
+                format!("cannot map {len} bytes at {at:#x}: the device can access only {first:#x} to {last:#x}"),
             ));
         }
-        // Drivers of hardware pin the memory, and vhost's table has room for few pieces of it.
+        // Hardware drivers pin the memory, and vhost's table has room for few pieces.
         mapping.consolidate();
         let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
         self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(&e, len, mapped))?;
@@ -259,7 +259,7 @@ impl Transport for Control {
 
     fn unregister(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         if self.life.is_dead() {
-            // It may still be in use: until the device is reset, when this is dropped.
+            // It may still be in use: it stays mapped until drop resets the device.
             return Ok(());
         }
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -273,7 +273,7 @@ impl Transport for Control {
         let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let set_up = || {
             self.vhost.set_vring_num(index, ring.size)?;
-            // At index 0; of a packed ring both wrap counters are 1.
+            // Index 0; in a packed ring both wrap counters 1.
             self.vhost.set_vring_base(index, if ring.format == Format::Packed { 0x8000_8000 } else { 0 })?;
             self.vhost.set_vring_addr(index, [ring.descriptors, ring.driver, ring.device].map(|at| at.get()))?;
             self.vhost.set_vring_call(index, ring.call)?;
@@ -287,7 +287,7 @@ impl Transport for Control {
     fn run(&self) -> io::Result<()> {
         let status = self.add_status(DRIVER_OK)?;
         if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
-            return Err(io::Error::other(format!("the device does not come up (status {status:#x})")));
+            return Err(io::Error::other(format!("the device did not start (status {status:#x})")));
         }
         Ok(())
     }
@@ -297,32 +297,33 @@ impl Transport for Control {
     }
 
     fn cut_off(&self) {
-        // Not reset here, under requests in flight: qemu-storage-daemon (VDUSE) aborts then, and the kernel may wait half a
-        // minute for one that hangs, on a thread that moves data. What the device may still touch was abandoned.
+        // No reset here, while requests are in flight: qemu-storage-daemon (VDUSE) would abort, and the kernel may wait half a
+        // minute for a hung one, on a data-plane thread. The memory that the device may still access was abandoned.
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
         if self.life.is_dead() {
-            // For the same reason: time for what was in flight when the device was given up.
+            // For the same reason, leave time for the requests that were in flight when the device was declared dead.
             thread::sleep(GRACE);
         }
-        // Of the device only; the file may be open elsewhere, too. A failure changes nothing: closing it does the same.
+        // Resets the device explicitly, because the file may be open elsewhere. A failure is harmless: closing the file does
+        // the same.
         let _ = reset(&self.vhost);
         let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = self.iotlb(Iotlb::Invalidate, mappings.iter());
     }
 }
 
-/// The eventfd that tells the kernel to look at a queue.
+/// The kick eventfd of a queue.
 #[derive(Clone, Debug)]
 pub(crate) struct Kick(Arc<EventFd>);
 
 impl Doorbell for Kick {
     #[inline]
     fn ring(&self) {
-        // EAGAIN: the counter is full, so nobody sleeps.
+        // EAGAIN: the counter is full, so the kernel is notified already.
         let _ = self.0.write(1);
     }
 }

@@ -1,4 +1,4 @@
-//! virtio-blk devices behind the kernel's vhost-vdpa (`/dev/vhost-vdpa-N`) as a [`blkdev::Device`]: hardware with a virtio
+//! virtio-blk devices behind the kernel's vhost-vdpa (`/dev/vhost-vdpa-N`), as a [`blkdev::Device`]: hardware with a virtio
 //! data path, or software such as VDUSE.
 //!
 //! ```no_run
@@ -12,8 +12,8 @@
 //! # }
 //! ```
 //!
-//! A device has one user at a time. It is reset when it is opened and when it is let go of, so whatever the last user was
-//! doing when it was killed does no harm. A change of the device's size is noticed while it is open.
+//! A device has one user at a time. It is reset at open and at close, so requests of a killed user do no harm. A change of the
+//! capacity is detected while the device is open.
 
 mod control;
 mod sys;
@@ -37,27 +37,27 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// What to open, and how to use it.
+/// Which device to open, and its settings.
 #[derive(Debug)]
 pub struct Options {
-    /// The character device, `/dev/vhost-vdpa-0`; one that is open already was opened for reading and writing.
+    /// The character device, `/dev/vhost-vdpa-0`, or a descriptor that was opened for reading and writing.
     pub source: Source,
-    /// Never write, even if the device would allow it.
+    /// Refuses writes, even if the device allows them.
     pub read_only: bool,
-    /// Queues to use; `None`: as many as the device has. More than it has is an error.
+    /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
     pub num_queues: Option<u16>,
-    /// Descriptors in a ring, at most: a power of two, 4 to 32768. 256.
+    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
     pub queue_size: u16,
-    /// The format of the rings; `None`: packed where the device offers it.
+    /// Ring format; `None`: packed if the device offers it, else split.
     pub ring: Option<Format>,
-    /// Switches the device's write cache; `None`: left as it is.
+    /// Switches the device's write cache; `None`: unchanged.
     pub write_cache: Option<WriteCache>,
-    /// How long a request may take before the device is given up. 30 s.
+    /// Longest time for a request before the device is declared dead. Default: 30 s.
     pub request_timeout: Duration,
 }
 
 impl Options {
-    /// The defaults.
+    /// The default options for `source`.
     pub fn new(source: Source) -> Self {
         Self {
             source,
@@ -75,11 +75,11 @@ impl Options {
 #[derive(Debug)]
 pub struct Vdpa {
     device: VirtioBlk<Control>,
-    /// Where it was opened by its name.
+    /// Path and identity, if the device was opened by name.
     name: Option<(PathBuf, Identity)>,
 }
 
-/// File system, file and device number of a character device.
+/// File system, inode and device number of a character device.
 type Identity = (u64, u64, u64);
 
 fn identity(file: &Metadata) -> Identity {
@@ -87,11 +87,11 @@ fn identity(file: &Metadata) -> Identity {
 }
 
 impl Vdpa {
-    /// Opens the device, resets it, and reads what it is.
+    /// Opens the device, resets it, and reads its limits.
     ///
     /// # Errors
-    /// There is no such device, it is not a virtio-blk device, somebody else has it open, it cannot be driven, or the options
-    /// are out of range. The text says which, and what to do.
+    /// The device does not exist, is not a virtio-blk device, is open in another process, is not supported, or an option is out
+    /// of range. The text names the reason and the remedy.
     pub fn open(options: Options) -> io::Result<Self> {
         let target = match &options.source {
             Source::Path(path) => path.display().to_string(),
@@ -127,14 +127,16 @@ const EIO: i32 = nix::errno::Errno::EIO as i32;
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
         let hint = match e.kind() {
-            io::ErrorKind::ResourceBusy => format!("somebody else has it open; fuser -v {} tells who", path.display()),
-            io::ErrorKind::NotFound => {
-                "is the module vhost_vdpa loaded, and a device bound to it (vdpa dev show)?".to_owned()
+            io::ErrorKind::ResourceBusy => {
+                format!("another process has it open; find it with fuser -v {}", path.display())
             }
-            io::ErrorKind::PermissionDenied => "reading and writing must be allowed to this user".to_owned(),
-            // From a device in user space that is not there any more.
+            io::ErrorKind::NotFound => {
+                "load the module vhost_vdpa, and bind a device to it (see vdpa dev show)".to_owned()
+            }
+            io::ErrorKind::PermissionDenied => "this user needs read and write access".to_owned(),
+            // EIO: a user-space device whose process is gone.
             _ if e.raw_os_error() == Some(EIO) => {
-                "the device does not let itself be reset; is the process behind it (VDUSE) alive?".to_owned()
+                "the device cannot be reset; is the process behind it (VDUSE) alive?".to_owned()
             }
             _ => return e,
         };

@@ -1,4 +1,4 @@
-//! The kernel's interface of vhost-vdpa (linux/vhost.h, linux/vhost_types.h), each call as a safe method of [`Vhost`].
+//! The kernel interface of vhost-vdpa (linux/vhost.h, linux/vhost_types.h). Each ioctl is a safe method of [`Vhost`].
 #![allow(unsafe_code)]
 
 use std::{
@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
-/// Backend features: IOTLB messages of version 2, and several of them at a time.
+/// Backend features: IOTLB messages of version 2, and batches of messages.
 pub(crate) const BACKEND_F_IOTLB_MSG_V2: u64 = 1 << 1;
 pub(crate) const BACKEND_F_IOTLB_BATCH: u64 = 1 << 2;
 
@@ -14,7 +14,7 @@ const IOTLB_MSG: u32 = 1;
 const IOTLB_MSG_V2: u32 = 2;
 const IOTLB_RW: u8 = 3;
 
-/// What an IOTLB message asks for.
+/// Type of an IOTLB message.
 #[derive(Clone, Copy, Debug)]
 #[repr(u8)]
 pub(crate) enum Iotlb {
@@ -46,8 +46,8 @@ struct VringAddr {
     log: u64,
 }
 
-/// The head of `struct vhost_vdpa_config`, which is what its ioctls' numbers are made of, and more room than any
-/// virtio-blk configuration takes.
+/// The header of `struct vhost_vdpa_config`, whose size is part of the ioctl numbers, followed by room for any virtio-blk
+/// configuration.
 #[repr(C)]
 struct ConfigHead {
     off: u32,
@@ -60,7 +60,7 @@ struct Config {
     bytes: [u8; CONFIG_MAX],
 }
 
-/// The longest piece of configuration that can be read or written, in bytes.
+/// Longest part of the configuration space in one call, in bytes.
 pub(crate) const CONFIG_MAX: usize = 256;
 
 #[repr(C)]
@@ -95,21 +95,21 @@ nix::ioctl_read!(get_config_size, VIRTIO, 0x79, u32);
 nix::ioctl_read!(get_vqs_count, VIRTIO, 0x80, u32);
 nix::ioctl_readwrite!(get_vring_size, VIRTIO, 0x82, VringState);
 
-/// An open vhost-vdpa device. Errors name the ioctl that the kernel refused.
+/// An open vhost-vdpa device. Errors name the ioctl that failed.
 #[derive(Debug)]
 pub(crate) struct Vhost(OwnedFd);
 
-/// Makes methods of ioctls that read or write one plain value.
+/// Defines methods for ioctls that read or write one plain value.
 macro_rules! methods {
     (read { $($read:ident, $value:ty;)* } write { $($write:ident, $given:ty;)* }) => {
         $(pub(crate) fn $read(&self) -> io::Result<$value> {
             let mut value = <$value>::default();
-            // SAFETY: the kernel writes one value of this type, of which the ioctl's number has the size.
+            // SAFETY: the kernel writes one value of this type; the ioctl's number has its size.
             named(stringify!($read), unsafe { $read(self.0.as_raw_fd(), &mut value) })?;
             Ok(value)
         })*
         $(pub(crate) fn $write(&self, value: $given) -> io::Result<()> {
-            // SAFETY: the kernel reads one value of this type, of which the ioctl's number has the size.
+            // SAFETY: the kernel reads one value of this type; the ioctl's number has its size.
             named(stringify!($write), unsafe { $write(self.0.as_raw_fd(), &value) })
         })*
     };
@@ -142,7 +142,7 @@ impl Vhost {
         named("set_owner", unsafe { set_owner(self.0.as_raw_fd()) })
     }
 
-    /// First and last address that the device can reach.
+    /// First and last I/O address that the device can access.
     pub(crate) fn get_iova_range(&self) -> io::Result<(u64, u64)> {
         let mut range = IovaRange::default();
         // SAFETY: the kernel writes one value of this type.
@@ -150,7 +150,7 @@ impl Vhost {
         Ok((range.first, range.last))
     }
 
-    /// The largest ring of one queue, in descriptors. Kernels before 6.12 do not know this.
+    /// Largest ring of a queue, in descriptors. Kernels before 6.12 do not support this.
     pub(crate) fn get_vring_size(&self, index: u16) -> io::Result<u32> {
         let mut state = VringState { index: index.into(), num: 0 };
         // SAFETY: the kernel reads and writes one value of this type.
@@ -176,16 +176,16 @@ impl Vhost {
         named("set_vring_enable", unsafe { set_vring_enable(self.0.as_raw_fd(), &state) })
     }
 
-    /// The three areas, by the addresses that the device sees.
+    /// Sets the three areas of a queue, by I/O address.
     pub(crate) fn set_vring_addr(&self, index: u16, [descriptors, driver, device]: [u64; 3]) -> io::Result<()> {
         let address = VringAddr { index: index.into(), flags: 0, descriptors, used: device, available: driver, log: 0 };
-        // SAFETY: as above. The addresses mean something to the device only, within what it was given to map.
+        // SAFETY: as above. Only the device uses the addresses, within the memory mapped for it.
         named("set_vring_addr", unsafe { set_vring_addr(self.0.as_raw_fd(), &address) })
     }
 
     pub(crate) fn set_vring_kick(&self, index: u16, fd: BorrowedFd<'_>) -> io::Result<()> {
         let file = VringFile { index: index.into(), fd: fd.as_raw_fd() };
-        // SAFETY: as above; the kernel takes a reference of its own to the eventfd.
+        // SAFETY: as above; the kernel takes its own reference to the eventfd.
         named("set_vring_kick", unsafe { set_vring_kick(self.0.as_raw_fd(), &file) })
     }
 
@@ -200,32 +200,32 @@ impl Vhost {
         named("set_config_call", unsafe { set_config_call(self.0.as_raw_fd(), &fd.as_raw_fd()) })
     }
 
-    /// Fills `bytes`, at most [`CONFIG_MAX`], with the start of the configuration space.
+    /// Fills `bytes`, at most [`CONFIG_MAX`], from the start of the configuration space.
     pub(crate) fn get_config(&self, bytes: &mut [u8]) -> io::Result<()> {
         let head = ConfigHead { off: 0, len: bytes.len() as u32 };
         let mut config = Config { head, bytes: [0; CONFIG_MAX] };
         let room = &mut config.bytes[..bytes.len()];
-        assert!(room.len() == bytes.len(), "a configuration fits its room");
-        // SAFETY: the kernel writes as many bytes after the head as it says, for which there is room in the same struct.
+        assert!(room.len() == bytes.len(), "the configuration fits in the buffer");
+        // SAFETY: the kernel writes as many bytes after the header as its length field says; the same struct has room for them.
         let done = unsafe { get_config(self.0.as_raw_fd(), (&raw mut config).cast()) };
         named("get_config", done)?;
         bytes.copy_from_slice(&config.bytes[..bytes.len()]);
         Ok(())
     }
 
-    /// Writes `bytes`, at most [`CONFIG_MAX`], to the configuration space from byte `at` on.
+    /// Writes `bytes`, at most [`CONFIG_MAX`], to the configuration space at byte offset `at`.
     pub(crate) fn set_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let head = ConfigHead { off: at as u32, len: bytes.len() as u32 };
         let mut config = Config { head, bytes: [0; CONFIG_MAX] };
         config.bytes[..bytes.len()].copy_from_slice(bytes);
-        // SAFETY: the kernel reads as many bytes after the head as it says, which are in the same struct.
+        // SAFETY: the kernel reads as many bytes after the header as its length field says; they are in the same struct.
         named("set_config", unsafe { set_config(self.0.as_raw_fd(), (&raw const config).cast()) })
     }
 
-    /// Writes an IOTLB message: `len` bytes at `address`, which is also what the device calls them.
+    /// Writes an IOTLB message for `len` bytes at `address`, which is both the process's address and the I/O address.
     pub(crate) fn iotlb(&self, v2: bool, what: Iotlb, address: u64, len: u64) -> io::Result<()> {
-        // struct vhost_msg_v2: type, address space, then struct vhost_iotlb_msg, padded to 64 bytes. That of version 1 has
-        // padding where the address space is.
+        // struct vhost_msg_v2: type, address space, then struct vhost_iotlb_msg, padded to 64 bytes. Version 1 has padding in
+        // place of the address space.
         let mut message = [0; 72];
         let version = if v2 { IOTLB_MSG_V2 } else { IOTLB_MSG };
         message[..4].copy_from_slice(&version.to_ne_bytes());
@@ -236,13 +236,13 @@ impl Vhost {
         message[33] = what as u8;
         let written = nix::unistd::write(&self.0, &message)?;
         if written < message.len() {
-            return Err(io::Error::new(io::ErrorKind::WriteZero, "an IOTLB message was cut short"));
+            return Err(io::Error::new(io::ErrorKind::WriteZero, "the kernel took only a part of an IOTLB message"));
         }
         Ok(())
     }
 }
 
-/// The errno, with the ioctl's name.
+/// Adds the ioctl's name to the errno.
 fn named(name: &str, result: nix::Result<i32>) -> io::Result<()> {
     match result {
         Ok(_) => Ok(()),

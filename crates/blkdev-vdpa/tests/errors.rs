@@ -1,4 +1,4 @@
-//! What can go wrong before there is a device.
+//! Errors before a device is open.
 
 use std::{fs::File, os::fd::OwnedFd};
 

@@ -1,12 +1,12 @@
-//! On real vhost-vdpa devices, which are overwritten: `NBDBLK_VDPA=/dev/vhost-vdpa-0 cargo test --test hardware`, and one that
-//! is behind the IOMMU as `NBDBLK_VDPA_PCI`. Without a variable nothing is tested there, and that is said aloud.
+//! Tests on real vhost-vdpa devices, which are overwritten: `NBDBLK_VDPA=/dev/vhost-vdpa-0 cargo test --test hardware`.
+//! `NBDBLK_VDPA_PCI` names a device behind an IOMMU. Without a variable its tests print SKIPPED.
 
 use std::{env, fs::OpenOptions, path::Path, sync::Arc};
 
 use blkdev::{Device, conformance};
 use blkdev_vdpa::{Format, Options, Source, Vdpa};
 
-/// One after the other: a device has one user.
+/// Serialises the tests: a device has one user at a time.
 static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 fn each(test: &str, check: impl Fn(&Path)) {
@@ -14,7 +14,7 @@ fn each(test: &str, check: impl Fn(&Path)) {
     for name in ["NBDBLK_VDPA", "NBDBLK_VDPA_PCI"] {
         match env::var_os(name) {
             Some(path) => check(path.as_ref()),
-            None => eprintln!("SKIPPED: {test}: {name} names no vhost-vdpa device"),
+            None => eprintln!("SKIPPED: {test}: {name} does not name a vhost-vdpa device"),
         }
     }
 }
