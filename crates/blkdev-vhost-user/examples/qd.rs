@@ -1,8 +1,8 @@
 //! Random 4 KiB reads at one queue depth: `cargo run --release --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]`
 //!
-//! Prints the time for each request, and what it costs this side: by polling, the median of turns that found something
-//! (what a turn without a completion takes is waiting); with wake-ups, the processor time of the thread, system calls
-//! included. On a machine that is busy with other things, give both ends a core and `chrt -f 1`.
+//! Prints the time of a request and its CPU cost in this process. With polling: the median of the turns that found a completion
+//! (a turn without one is waiting). With wake-ups: the CPU time of the thread, system calls included. On a busy machine, give
+//! each side its own core and `chrt -f 1`.
 use std::{
     env, io,
     time::{Duration, Instant},
@@ -58,14 +58,14 @@ fn main() -> io::Result<()> {
     turns.sort_unstable();
     let ours = if sleep { each(processor) } else { turns.get(turns.len() / 2).map_or(0.0, |ns| *ns as f64) };
     println!(
-        "depth {depth}: {:.0} ns a request, {ours:.0} of them ours; {:.1} requests a turn",
+        "depth {depth}: {:.0} ns a request, {ours:.0} ns of it in this process; {:.1} requests a turn",
         each(wall),
         requests as f64 / turns.len() as f64,
     );
     Ok(())
 }
 
-/// Where the next reads go.
+/// The pattern of offsets of the next reads.
 struct Load {
     random: u64,
     blocks: u64,
@@ -79,7 +79,7 @@ impl Load {
         self.random % self.blocks * 4096
     }
 
-    /// Takes back what has finished and starts as many anew. Tells how many.
+    /// Reaps completions and submits as many new reads. Returns their number.
     fn turn(&mut self, queue: &mut dyn Queue, done: &mut Vec<Completion>) -> io::Result<u64> {
         queue.reap(done);
         let count = done.len() as u64;

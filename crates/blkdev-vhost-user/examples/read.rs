@@ -43,7 +43,7 @@ fn first_block(options: &Options) -> io::Result<Vec<u8>> {
             continue;
         };
         completion.result?;
-        let Op::Read { buf, .. } = completion.op else { unreachable!("what goes in comes out") };
+        let Op::Read { buf, .. } = completion.op else { unreachable!("a read completes as a read") };
         return Ok(buf.to_vec());
     }
 }

@@ -1,5 +1,4 @@
-//! Connects to a Unix socket and checks whether a vhost-user back end is behind it, in bounded time and with an error that
-//! says what is wrong.
+//! Connects to a Unix socket and checks for a vhost-user back end behind it, in bounded time and with precise errors.
 
 use std::{
     fs,
@@ -28,14 +27,14 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
     let address = match UnixAddr::new(path) {
         Ok(address) => address,
         Err(Errno::ENAMETOOLONG) => {
-            let why = format!("a socket's path has at most 107 bytes, this one {}", path.as_os_str().len());
+            let why = format!("the path has {} bytes, a socket path at most 107 bytes", path.as_os_str().len());
             return fail(io::ErrorKind::InvalidInput, &why);
         }
         Err(e) => return Err(e.into()),
     };
-    // A socket that was removed while its back end lives and one that is left over look the same to connect(2).
+    // connect(2) cannot distinguish a removed socket of a live back end from a stale socket.
     match fs::metadata(path) {
-        Ok(file) if !file.file_type().is_socket() => return fail(io::ErrorKind::InvalidInput, "not a socket"),
+        Ok(file) if !file.file_type().is_socket() => return fail(io::ErrorKind::InvalidInput, "it is not a socket"),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return fail(io::ErrorKind::NotFound, "no such socket; is the back end running?");
         }
@@ -44,7 +43,7 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let deadline = Instant::now() + timeout;
     loop {
-        // connect(2) waits while the listener's backlog is full, and honours this. 0 would mean to wait forever.
+        // connect(2) blocks while the listener's backlog is full, and honours this time-out. 0 would mean no time-out.
         let left = deadline.saturating_duration_since(Instant::now());
         let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(micros))?;
@@ -56,7 +55,7 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
                 return fail(io::ErrorKind::TimedOut, &why);
             }
             Err(Errno::ECONNREFUSED) => {
-                let why = "nobody listens at this socket; is the back end running?";
+                let why = "no process listens on this socket; is the back end running?";
                 return fail(io::ErrorKind::ConnectionRefused, why);
             }
             Err(e) => return Err(e.into()),
@@ -64,16 +63,16 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
     }
 }
 
-/// Numbers of messages.
+/// Message ids.
 const GET_FEATURES: u32 = 1;
 const SET_OWNER: u32 = 3;
 
-/// Sends the first message and checks the answer. `vhost`'s front end would wait for the rest of an answer that is none.
+/// Sends the first message and checks the reply. `vhost`'s front end would wait for the rest of an invalid reply.
 pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
     let stranger =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a vhost-user back end: {what}"));
     let closed = |have: usize| {
-        let when = if have == 0 { "without an answer" } else { "in the middle of its first answer" };
+        let when = if have == 0 { "without a reply" } else { "in the middle of its first reply" };
         stranger(&format!("it closed the connection {when}"))
     };
     let reset = |e: io::Error, have: usize| match e.kind() {
@@ -82,7 +81,7 @@ pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
     };
     let words = [SET_OWNER, 1, 0, GET_FEATURES, 1, 0].map(u32::to_ne_bytes).concat();
     let sent = stream.write_all(&words);
-    // Number, flags, length; then the features, 64 bits.
+    // Request, flags, size; then 64 feature bits.
     let mut answer = [0; 20];
     let mut have = 0;
     while have < answer.len() {
@@ -98,20 +97,20 @@ pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
             return Err(stranger("it is an NBD server"));
         }
         if have >= 4 && word(0) != GET_FEATURES || have >= 12 && (word(1) & 0b111 != 0b101 || word(2) != 8) {
-            return Err(stranger(&format!("it says \"{}\"", answer[..have].escape_ascii())));
+            return Err(stranger(&format!("it sent \"{}\"", answer[..have].escape_ascii())));
         }
     }
     sent.map_err(|e| reset(e, have))
 }
 
-/// A socket's name, and which socket it stood for when it was connected to.
+/// A socket's path, and the identity of the socket at connect.
 #[derive(Debug)]
 pub(crate) struct Name {
     path: PathBuf,
     was: Option<Identity>,
 }
 
-/// File system, file, and when it was made, since the number of a removed file is given to the next one.
+/// File system, inode and birth time. The birth time, because inode numbers of removed files are reused.
 type Identity = (u64, u64, i64, i64);
 
 impl Name {
@@ -119,7 +118,7 @@ impl Name {
         Self { path: path.to_owned(), was: identity(path) }
     }
 
-    /// Whether the name stands for another socket now: its back end was started again. A name that is gone stands for none.
+    /// Whether the path names another socket now: its back end was restarted. A missing path names no socket.
     pub(crate) fn is_of_another(&self) -> bool {
         identity(&self.path).zip(self.was).is_some_and(|(now, was)| now != was)
     }
@@ -127,7 +126,7 @@ impl Name {
 
 fn identity(path: &Path) -> Option<Identity> {
     let file = fs::metadata(path).ok()?;
-    // Only what was made later has another time of birth; the time of change moves with each chmod(2).
+    // Only a newer file has another birth time. The change time moves with each chmod(2).
     let born = file.created().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
     Some((file.dev(), file.ino(), born.as_secs() as i64, i64::from(born.subsec_nanos())))
 }

@@ -30,23 +30,23 @@ use crate::{
     watch::{GONE, LATE, Watch},
 };
 
-/// Memory regions in one SET_MEM_TABLE that every back end takes (the specification's VHOST_MEMORY_BASELINE_NREGIONS).
+/// Memory regions in one SET_MEM_TABLE that every back end supports (VHOST_MEMORY_BASELINE_NREGIONS in the specification).
 const REGIONS_MAX: usize = 8;
 
-/// Numbers of messages.
+/// Message ids.
 const SET_VRING_BASE: u32 = 10;
 const GET_CONFIG: u32 = 24;
 
-/// Length of a message's header: request, flags, size of the rest. 12 bytes.
+/// Length of a message header in bytes: request, flags, payload size.
 const HEADER: usize = 12;
 
-/// Offset, size and flags at the start of GET_CONFIG's payload. 12 bytes.
+/// Length of offset, size and flags at the start of GET_CONFIG's payload, in bytes.
 const CONFIG_HEADER: usize = 12;
 
-/// The longest message that is accepted.
+/// The longest accepted message, in bytes.
 const MESSAGE_MAX: usize = 4096;
 
-/// A control socket whose protocol features have been negotiated.
+/// A control socket with negotiated protocol features.
 pub(crate) struct Control {
     target: String,
     name: Name,
@@ -57,34 +57,35 @@ pub(crate) struct Control {
     protocol: VhostUserProtocolFeatures,
     queues_max: u16,
     slots_max: usize,
-    /// The socket that `frontend` talks over, for what it cannot do. Used with `state` locked.
+    /// The socket of `frontend`, for messages that `vhost` does not support. Used with `state` locked.
     stream: UnixStream,
     state: Mutex<State>,
-    // Last: its thread holds the socket open until it is told to stop, and so stops before it could see it closed.
+    // Last field, so dropped last: its thread keeps the socket open until it is stopped, so it cannot mistake the close for the
+    // back end's.
     watch: Watch,
 }
 
 struct State {
     frontend: Frontend,
-    /// What the back end has mapped.
+    /// Memory that the back end has mapped.
     regions: Vec<Arc<Mapping>>,
     running: BTreeMap<u16, Running>,
 }
 
-/// What it takes to start a queue again.
+/// The parameters to start a queue again.
 struct Running {
     format: Format,
     config: VringConfigData,
     kick: EventFd,
     call: EventFd,
-    /// The queue's owner kicks with this one,
+    /// The kick eventfd of the queue's owner.
     bell: Arc<Notifier>,
-    /// and the thread that restarts the queue with this.
+    /// A duplicate for the thread that restarts the queue.
     nudge: Arc<Notifier>,
 }
 
 impl Control {
-    /// `left` of the time for connecting; `timeout` for every exchange after it.
+    /// `left`: rest of the time for connecting. `timeout`: limit of every later exchange.
     pub(crate) fn negotiate(
         stream: UnixStream,
         target: String,
@@ -151,7 +152,7 @@ impl Control {
         Ok(control)
     }
 
-    /// Connecting has succeeded.
+    /// Marks the connect as complete.
     pub(crate) fn established(&self) -> io::Result<()> {
         self.watch.established();
         if self.life.is_dead() {
@@ -168,8 +169,8 @@ impl Control {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Talks to the back end, in bounded time. An error that is not a refusal leaves the stream out of step, and so ends the
-    /// device.
+    /// Exchanges messages with the back end, in bounded time. After any error except a refusal the stream is out of step, so
+    /// the device ends.
     fn exchange<R>(&self, what: &str, talk: impl FnOnce(&mut State) -> vhost::Result<R>) -> io::Result<R> {
         let mut state = self.state();
         self.in_step().map_err(|e| self.fatal(what, &e))?;
@@ -177,23 +178,24 @@ impl Control {
         result.map_err(|e| if is_refusal(&e) { self.explain(what, &e) } else { self.fatal(what, &e) })
     }
 
-    /// Bytes that wait now answer no message: taken for the next message's answer, they would be one behind for good.
+    /// Checks that no unexpected bytes are pending. They would be taken for the next reply, and every later reply would be off
+    /// by one.
     fn in_step(&self) -> io::Result<()> {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match recv(self.stream.as_raw_fd(), &mut [0; 1], peek) {
-            Ok(1..) => Err(io::Error::new(io::ErrorKind::InvalidData, "the back end answers what it was not asked")),
-            // Its end shows in the exchange.
+            Ok(1..) => Err(io::Error::new(io::ErrorKind::InvalidData, "the back end sent an unrequested reply")),
+            // A closed connection shows up in the exchange.
             _ => Ok(()),
         }
     }
 
-    /// The error of an exchange after which no other one is possible.
+    /// The error of an exchange that makes further exchanges impossible.
     fn fatal(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
         let error = self.explain(what, error);
         match error.kind() {
             io::ErrorKind::TimedOut => self.watch.end(LATE),
             io::ErrorKind::ConnectionReset => self.watch.end(GONE),
-            _ => self.watch.end(&format!("{error}; the device is not used any more")),
+            _ => self.watch.end(&format!("{error}; the device is declared dead")),
         }
         error
     }
@@ -201,7 +203,7 @@ impl Control {
     fn explain(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
         if self.watch.was_late() {
             let busy = if self.features == 0 { "; is the back end busy with another front end?" } else { "" };
-            let why = format!("{what}: no answer within {:?}{busy}", self.timeout);
+            let why = format!("{what}: no reply within {:?}{busy}", self.timeout);
             return io::Error::new(io::ErrorKind::TimedOut, why);
         }
         if self.life.is_dead() || self.is_closed() {
@@ -218,10 +220,10 @@ impl Control {
         !matches!(recv(self.stream.as_raw_fd(), &mut [0; 1], peek), Ok(1..) | Err(nix::errno::Errno::EAGAIN))
     }
 
-    /// One GET_CONFIG. `Ok(0)`: the back end refused the size.
+    /// Sends one GET_CONFIG. `Ok(0)`: the back end refused the size.
     ///
-    /// `Frontend::get_config` takes only answers of exactly the length asked for, and loses its place in the stream at any
-    /// other; back ends exist that always answer with all they have, and those that answer with nothing.
+    /// `Frontend::get_config` accepts only a reply of exactly the requested length, and loses its place in the stream at any
+    /// other. But some back ends always reply with their whole configuration, and some with an empty one.
     fn ask_config(&self, want: usize, config: &mut [u8]) -> io::Result<usize> {
         let mut message = [0; HEADER + CONFIG_HEADER + 256];
         let fields = [GET_CONFIG, 1, (CONFIG_HEADER + want) as u32, 0, want as u32, 0];
@@ -237,7 +239,8 @@ impl Control {
             |n: usize| u32::from_ne_bytes([header[4 * n], header[4 * n + 1], header[4 * n + 2], header[4 * n + 3]]);
         let len = field(2) as usize;
         if field(0) != GET_CONFIG || field(1) & 0b111 != 0b101 || len > MESSAGE_MAX {
-            let why = format!("message {} with flags {:#x} of {len} bytes is no answer to it", field(0), field(1));
+            let why =
+                format!("message {} with flags {:#x} and {len} bytes is not a reply to GET_CONFIG", field(0), field(1));
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         let mut payload = vec![0; len];
@@ -245,7 +248,7 @@ impl Control {
         let Some(body) = payload.get(CONFIG_HEADER..) else { return Ok(0) };
         let word = |at: usize| u32::from_ne_bytes([payload[at], payload[at + 1], payload[at + 2], payload[at + 3]]);
         if word(0) != 0 {
-            let why = format!("the configuration from byte {} on, where it was asked for from the first", word(0));
+            let why = format!("the reply starts at byte {} of the configuration, not at byte 0", word(0));
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         let size = word(4) as usize;
@@ -254,13 +257,13 @@ impl Control {
         Ok(count)
     }
 
-    /// Stops the queue and tells where the back end would have gone on: the next available index or, of a packed ring,
-    /// position and wrap counter of what is available next in the low 16 bits, and of what is used next in the high ones.
+    /// Stops the queue. Returns the position to resume from: the next available index. For a packed ring: position and wrap
+    /// counter of the next available element in the low 16 bits, of the next used element in the high 16 bits.
     fn stop(frontend: &Frontend, index: u16) -> vhost::Result<u32> {
         frontend.get_vring_base(usize::from(index))
     }
 
-    /// SET_VRING_BASE, which takes 32 bits for a packed ring; `Frontend` knows of 16.
+    /// SET_VRING_BASE with the 32 bits that a packed ring needs; `Frontend` supports 16.
     fn set_base(&self, index: usize, base: u32) -> vhost::Result<()> {
         let fields = [SET_VRING_BASE, 1, 8, index as u32, base];
         let message = fields.map(u32::to_ne_bytes).concat();
@@ -268,9 +271,9 @@ impl Control {
         sent.map_err(|e| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::SocketError(e)))
     }
 
-    /// Gives the back end the table of all `regions`. It takes the place of the old one, under requests that use it. So the
-    /// queues stop meanwhile, which waits for what the back end has taken up; what it has not is still in the ring when they
-    /// go on. After an error queues may stand still, and the device is dead.
+    /// Replaces the back end's memory table by one of all `regions`. Requests in flight use the old table, so the queues are
+    /// stopped meanwhile. A stop waits for the requests that the back end has taken; others stay in the ring until the restart.
+    /// After an error queues may be stopped, and the device is dead.
     fn replace_table(&self, state: &mut State) -> vhost::Result<()> {
         let State { frontend, regions, running } = state;
         let mut replace = || {
@@ -283,7 +286,7 @@ impl Control {
             for (index, base) in stopped {
                 let ring = &running[&index];
                 self.start(frontend, index, base, ring)?;
-                // For what was made available while the queue stood still.
+                // For requests published while the queue was stopped.
                 ring.nudge.ring();
             }
             Ok(())
@@ -292,9 +295,9 @@ impl Control {
         if let Err(e) = &replaced
             && !running.is_empty()
         {
-            // `fatal` reports an error that is no refusal.
+            // `fatal` has reported every error except a refusal.
             if is_refusal(e) {
-                let why = format!("the back end refuses another memory table ({e}); the device is not used any more");
+                let why = format!("the back end refuses a new memory table ({e}); the device is declared dead");
                 self.watch.end(&why);
             }
         }
@@ -311,13 +314,13 @@ impl Control {
         frontend.set_vring_addr(index, &ring.config)?;
         frontend.set_vring_call(index, &ring.call)?;
         frontend.set_vring_kick(index, &ring.kick)?;
-        // Without protocol features a ring starts enabled.
+        // Without protocol features a ring is enabled at start.
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
             frontend.set_vring_enable(index, true)?;
         }
         if !self.has(VhostUserProtocolFeatures::REPLY_ACK) {
-            // A kick that a back end sees before it has enabled the ring can be lost. Messages are worked on in order, so with
-            // the answer to this one the ring is enabled.
+            // A back end may lose a kick that arrives before the ring is enabled. It handles messages in order, so the reply to
+            // this one means that the ring is enabled.
             frontend.get_features()?;
         }
         Ok(())
@@ -354,11 +357,11 @@ impl Transport for Control {
         if !self.has(VhostUserProtocolFeatures::CONFIG) {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "the back end does not offer the protocol feature CONFIG, without which its capacity is unknown",
+                "the back end does not offer the protocol feature CONFIG; without it, its capacity is unknown",
             ));
         }
         let _locked = self.state();
-        // All of it, what is needed, what virtio 1.0 had, and the capacity alone.
+        // Try the whole configuration, the required part, the part of virtio 1.0, and the capacity alone.
         let mut best = 0;
         for want in [bytes.len(), needed, 36, 24, 8] {
             if want > bytes.len() || want <= best {
@@ -371,7 +374,7 @@ impl Transport for Control {
             }
         }
         if best == 0 {
-            return Err(io::Error::other("the back end refuses to tell its configuration"));
+            return Err(io::Error::other("the back end refuses to return its configuration"));
         }
         Ok(best)
     }
@@ -436,7 +439,7 @@ impl Transport for Control {
         self.exchange("removing memory", |state| {
             let Some(at) = state.regions.iter().position(is_it) else { return Ok(()) };
             if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-                // Refused, the slot stays taken.
+                // If the back end refuses, the slot stays in use.
                 state.frontend.remove_mem_region(&region(mapping))?;
                 state.regions.remove(at);
                 return Ok(());
@@ -474,10 +477,10 @@ impl Transport for Control {
             nudge,
         };
         self.exchange("starting a queue", |state| {
-            // At index 0; of a packed ring both wrap counters are 1.
+            // Index 0; in a packed ring both wrap counters 1.
             let base = if running.format == Format::Packed { 0x8000_8000 } else { 0 };
             if let Err(e) = self.start(&mut state.frontend, index, base, &running) {
-                // It may have begun to work on memory that the next queue is going to have.
+                // The back end may have started to use memory that the next queue will get.
                 Self::stop(&state.frontend, index)?;
                 return Err(e);
             }
@@ -506,7 +509,7 @@ impl Transport for Control {
     }
 }
 
-/// The mapping as the back end has to know it: our addresses are the device's addresses, too.
+/// The mapping as the back end sees it: our addresses are also the device's addresses.
 fn region(mapping: &Arc<Mapping>) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: mapping.iova().get(),
@@ -517,22 +520,22 @@ fn region(mapping: &Arc<Mapping>) -> VhostUserMemoryRegionInfo {
     }
 }
 
-/// Whether the back end has answered, by saying no, or was not asked at all. Any other error leaves an answer, or a part of
-/// one, that would be taken for the next message's.
+/// Whether the back end refused in its reply, or was not asked at all. Any other error may leave a reply, or a part of one,
+/// which would be taken for the next message's reply.
 fn is_refusal(error: &vhost::Error) -> bool {
     use vhost::vhost_user::Error::{BackendInternalError, InactiveFeature, InactiveOperation, InvalidParam};
     let vhost::Error::VhostUserProtocol(error) = error else { return false };
     matches!(error, BackendInternalError | InactiveFeature(_) | InactiveOperation(_) | InvalidParam)
 }
 
-/// The eventfd, in the type that `vhost` takes.
+/// Duplicates the eventfd into the type that `vhost` takes.
 fn duplicate(eventfd: BorrowedFd<'_>) -> io::Result<EventFd> {
     let fd = eventfd.try_clone_to_owned()?.into_raw_fd();
-    // SAFETY: a descriptor that was duplicated just now belongs to nobody else; `EventFd` closes it.
+    // SAFETY: this descriptor was duplicated just now and has no other owner; `EventFd` closes it.
     Ok(unsafe { EventFd::from_raw_fd(fd) })
 }
 
-/// The eventfd that tells the back end to look at a queue.
+/// The kick eventfd of a queue.
 #[derive(Clone, Debug)]
 pub(crate) struct Kick(Arc<Notifier>);
 

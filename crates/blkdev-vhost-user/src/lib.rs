@@ -1,4 +1,4 @@
-//! vhost-user-blk back ends (qemu-storage-daemon, SPDK, DPDK, ...) as a [`blkdev::Device`]. This side is the front end.
+//! vhost-user-blk back ends (qemu-storage-daemon, SPDK, DPDK, ...) as a [`blkdev::Device`]. This crate is the front end.
 //!
 //! ```no_run
 //! # fn main() -> std::io::Result<()> {
@@ -11,11 +11,13 @@
 //! # }
 //! ```
 //!
-//! The back end needs virtio 1.0 and the protocol feature CONFIG, without which nobody knows the capacity. MQ, REPLY_ACK,
-//! CONFIGURE_MEM_SLOTS and BACKEND_REQ, by which the back end tells that its size has changed, are used where offered. Nothing here waits without an end: a back end that does not answer, is busy
-//! with another front end, or dies is an error in bounded time, on the control socket as on every queue.
+//! The back end must support virtio 1.0 and the protocol feature CONFIG, which reports the capacity. MQ, REPLY_ACK,
+//! CONFIGURE_MEM_SLOTS and BACKEND_REQ (which reports capacity changes) are used if offered.
 //!
-//! The back end is not trusted, though it shares the memory and the eventfds: whatever it does with them costs only this device.
+//! All waits are bounded. A back end that does not reply, is busy with another front end, or dies causes an error in bounded
+//! time, on the control socket and on every queue.
+//!
+//! The back end is not trusted, although it shares the memory and the eventfds: a hostile back end can only break this device.
 
 mod connect;
 mod control;
@@ -35,33 +37,32 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// How to reach a back end, and how to use it.
+/// Which back end to connect to, and its settings.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The back end's socket, at most 107 bytes long.
+    /// Path of the back end's socket, at most 107 bytes.
     pub path: PathBuf,
-    /// The format of the rings; `None`: packed where the back end offers it.
+    /// Ring format; `None`: packed if the back end offers it, else split.
     pub ring: Option<Format>,
-    /// Switches the back end's write cache; `None`: left as it is.
+    /// Switches the back end's write cache; `None`: unchanged.
     pub write_cache: Option<WriteCache>,
-    /// Never write, even if the back end would allow it.
+    /// Refuses writes, even if the back end allows them.
     pub read_only: bool,
-    /// Queues to use; `None`: as many as the back end has. More than it has is an error.
+    /// Number of queues to use; `None`: all queues of the back end. More than the back end has is an error.
     pub num_queues: Option<u16>,
-    /// Descriptors in a ring, at most: a power of two, 4 to 32768. 256.
+    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
     pub queue_size: u16,
-    /// How long connecting may take, and each control message after that. 5 s.
+    /// Longest time to connect, and longest time for each control message after that. Default: 5 s.
     pub connect_timeout: Duration,
-    /// How long a request may take before the back end is given up. 30 s.
+    /// Longest time for a request before the back end is declared dead. Default: 30 s.
     pub request_timeout: Duration,
-    /// Use the reserved huge pages, where there are enough of them, for memory that is shared with the back end. SPDK needs
-    /// them where there is no IOMMU. The back end is trusted then: with a hole in the memory it could end this process by
-    /// SIGBUS. Default: no.
+    /// Use reserved huge pages, if there are enough, for memory shared with the back end. SPDK needs them without an IOMMU. The
+    /// back end must be trusted then: by punching a hole into the memory it could kill this process with SIGBUS. Default: no.
     pub huge_pages: bool,
 }
 
 impl Options {
-    /// The defaults, for the back end at `path`.
+    /// The default options for the back end at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -84,11 +85,11 @@ pub struct VhostUser {
 }
 
 impl VhostUser {
-    /// Connects, negotiates, and reads what the device is.
+    /// Connects to the back end, negotiates, and reads the device's limits.
     ///
     /// # Errors
-    /// There is no back end at the path, it is busy with another front end, did not answer within
-    /// [`Options::connect_timeout`], cannot be driven, or the options are out of range. The text says which.
+    /// No back end listens at the path, it is busy with another front end, it does not reply within
+    /// [`Options::connect_timeout`], it is not supported, or an option is out of range. The text names the reason.
     pub fn connect(options: &Options) -> io::Result<Self> {
         let begin = Instant::now();
         let target = options.path.display().to_string();

@@ -1,4 +1,4 @@
-//! [`Requests`]: the channel over which the back end says, unasked, that its configuration has changed.
+//! [`Requests`]: the channel for requests from the back end, which reports configuration changes.
 
 use std::{
     io::{self, Read, Write},
@@ -8,36 +8,36 @@ use std::{
     },
 };
 
-/// BACKEND_CONFIG_CHANGE_MSG's number.
+/// Message id of BACKEND_CONFIG_CHANGE_MSG.
 const CONFIG_CHANGE: u32 = 2;
 
-/// Flags of a header: version 1, an answer, an answer is asked for.
+/// Header flags: version 1, reply, reply requested.
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
-/// Length of a message's header, and the longest payload that is accepted, in bytes.
+/// Length of a message header, and the longest accepted payload, in bytes.
 const HEADER: usize = 12;
 const PAYLOAD_MAX: usize = 4096;
 
-/// Reads of [`Requests::take`] at most, each of 1 KiB.
+/// Most reads of one [`Requests::take`], each of 1 KiB.
 const READS: usize = 4;
 
-/// What [`Requests::take`] has found.
+/// Result of [`Requests::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Taken {
-    /// The configuration has changed.
+    /// The configuration changed.
     pub(crate) changed: bool,
-    /// There is more to take.
+    /// More data may be pending.
     pub(crate) more: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Requests {
     stream: UnixStream,
-    /// The beginning of a message.
+    /// An incomplete message.
     received: Vec<u8>,
-    /// It was closed, or what came is no message.
+    /// The channel was closed, or received an invalid message.
     over: bool,
 }
 
@@ -47,12 +47,12 @@ impl Requests {
         Ok(Self { stream, received: Vec::new(), over: false })
     }
 
-    /// Where requests come in; `None`: none will.
+    /// The descriptor of incoming requests; `None`: the channel has ended.
     pub(crate) fn incoming(&self) -> Option<BorrowedFd<'_>> {
         (!self.over).then(|| self.stream.as_fd())
     }
 
-    /// Takes what has come in, without waiting, and of a flood only a part.
+    /// Handles pending requests, without waiting. Handles only a part of a flood.
     pub(crate) fn take(&mut self) -> Taken {
         let mut taken = Taken { changed: false, more: true };
         let mut bytes = [0; 1024];
@@ -78,7 +78,7 @@ impl Requests {
                 self.received.drain(..HEADER + len);
                 taken.changed |= request == CONFIG_CHANGE;
                 if flags & NEED_REPLY != 0 {
-                    // Zero stands for success, and this is the one request that means anything here.
+                    // Zero means success. CONFIG_CHANGE is the only supported request.
                     let words = [request, VERSION | REPLY, 8, u32::from(request != CONFIG_CHANGE), 0];
                     self.over |= self.stream.write_all(&words.map(u32::to_ne_bytes).concat()).is_err();
                 }
@@ -91,7 +91,7 @@ impl Requests {
         taken
     }
 
-    /// Number, flags and length of the payload of the message that has begun.
+    /// Id, flags and payload length of the first pending message.
     fn header(&self) -> Option<(u32, u32, usize)> {
         let header = self.received.first_chunk::<HEADER>()?;
         let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);

@@ -1,7 +1,7 @@
-//! A thread that watches the control socket: it notices that the back end is gone, that it is late with an answer, and that
-//! it has made a thread of ours block.
+//! A thread that watches the control socket. It detects that the back end is gone, that a reply is late, and that the back end
+//! blocks a thread of this process.
 //!
-//! Receive time-outs on the socket would not do: `vhost`'s front end takes EAGAIN for "try again", for ever.
+//! Receive time-outs on the socket are not enough: `vhost`'s front end retries after EAGAIN, forever.
 
 use std::{
     io,
@@ -23,16 +23,16 @@ use nix::{
 
 use crate::requests::Requests;
 
-/// How often it looks for threads that the back end has made block.
+/// Interval of checks for blocked threads.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// After a part of a flood of requests, the channel is left alone for so long.
+/// Pause of the channel after a part of a flood of requests.
 const REST: Duration = Duration::from_millis(20);
 
-/// Why a device ends.
-pub(crate) const GONE: &str = "the back end closed the connection; the device is not used any more";
-pub(crate) const LATE: &str = "the back end did not answer a control message in time; the device is not used any more";
-const BLOCKS: &str = "the back end made the eventfd of a kick block; the device is not used any more";
+/// Reasons for the end of a device.
+pub(crate) const GONE: &str = "the back end closed the connection; the device is declared dead";
+pub(crate) const LATE: &str = "the back end did not reply to a control message in time; the device is declared dead";
+const BLOCKS: &str = "the back end blocked a kick eventfd; the device is declared dead";
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -44,23 +44,23 @@ pub(crate) struct Watch {
 struct Shared {
     stream: UnixStream,
     life: Arc<Liveness>,
-    /// Written to when `state` has changed.
+    /// Written after every change of `state`.
     wake: EventFd,
-    /// Written to when the back end says that its configuration has changed.
+    /// Written when the back end has reported a configuration change.
     config_changes: EventFd,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// When the answer to the current message has to be there.
+    /// Deadline of the current message's reply.
     deadline: Option<Instant>,
-    /// A deadline passed. The connection is over then: a late answer would be taken for the next message's.
+    /// A deadline has passed. This ends the connection: a late reply would be taken for the next message's.
     late: bool,
-    /// Connecting has succeeded: from here on the log is told when the back end goes.
+    /// The connect is complete: from here on, the end of the back end is logged.
     established: bool,
     stop: bool,
-    /// The eventfds of kicks, and what [`Notifier::is_stuck`] saw last.
+    /// Kick eventfds, each with the last result of [`Notifier::is_stuck`].
     kicks: Vec<(Arc<Notifier>, u64)>,
 }
 
@@ -74,7 +74,8 @@ impl Watch {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Runs `exchange`, which talks to the back end. After `timeout` the socket is shut down, and `exchange` fails.
+    /// Calls `exchange`, which exchanges messages with the back end. After `timeout` the socket is shut down, so `exchange`
+    /// fails.
     pub(crate) fn within<R>(&self, timeout: Duration, exchange: impl FnOnce() -> R) -> R {
         self.shared.change(|state| state.deadline = Instant::now().checked_add(timeout));
         let result = exchange();
@@ -91,7 +92,7 @@ impl Watch {
         self.shared.state().established = true;
     }
 
-    /// Has an eye on the eventfds, in which a kick must not block.
+    /// Watches kick eventfds, so that a kick cannot block forever.
     pub(crate) fn guard(&self, kicks: [&Arc<Notifier>; 2]) {
         self.shared.change(|state| state.kicks.extend(kicks.map(|kick| (Arc::clone(kick), 0))));
     }
@@ -106,12 +107,12 @@ impl Watch {
         self.shared.end(established, why);
     }
 
-    /// Readable when the back end has said that its configuration has changed.
+    /// Becomes readable when the back end has reported a configuration change.
     pub(crate) fn config_changes(&self) -> BorrowedFd<'_> {
         self.shared.config_changes.as_fd()
     }
 
-    /// Shuts the socket down. The back end sees the front end leave, and every exchange fails.
+    /// Shuts the socket down. The back end sees a disconnect, and every exchange fails.
     pub(crate) fn shut_down(&self) {
         let _ = self.shared.stream.shutdown(Shutdown::Both);
     }
@@ -132,13 +133,13 @@ impl Shared {
         if established {
             self.life.end(why);
         } else {
-            // The thread that connects reports the reason.
+            // The connecting thread reports the reason.
             self.life.end_quietly();
         }
     }
 
     fn run(&self, mut requests: Requests) {
-        // The connection has ended. The thread goes on: what blocks must be freed then, too.
+        // The connection has ended. This thread continues, because blocked threads must still be freed.
         let mut over = false;
         let mut rest: Option<Instant> = None;
         loop {
@@ -159,14 +160,14 @@ impl Shared {
             let incoming_fd = PollFd::new(incoming.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN);
             let mut fds = [wake, incoming_fd, stream];
             let watched = if over { 1 } else { 3 };
-            // EINTR is as good as nothing having happened.
+            // EINTR is harmless: the loop checks everything again.
             let _ = poll(&mut fds[..watched], timeout);
-            // `None`: flags that nix has no name for, such as the one asked for.
+            // `None`: nix has no name for some of the flags, such as the requested one.
             let gone = !over && fds[2].any() != Some(false);
             if incoming.is_some() && fds[1].any() != Some(false) {
                 let taken = requests.take();
                 if taken.changed {
-                    // Not read from here, but by the thread that wants to know: this one sees to it that reading ends.
+                    // Another thread reads the configuration: this one enforces the deadline of that read.
                     let _ = self.config_changes.write(1);
                 }
                 if taken.more {

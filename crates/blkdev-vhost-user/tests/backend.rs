@@ -1,4 +1,4 @@
-//! What happens when there is no back end, or a slow, a dying or a hostile one.
+//! Back ends that are missing, slow, dying or faulty.
 
 mod common;
 
@@ -18,14 +18,14 @@ use common::{ALL, Answer, Backend, CONFIG, Dir, MEM_SLOTS, MQ, Qemu, Quirks, REP
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
-/// Far more than anything here takes, on a machine that is busy with something else.
+/// Far more time than any test needs, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn short(path: impl Into<std::path::PathBuf>) -> Options {
     Options { connect_timeout: Duration::from_millis(300), ..Options::new(path) }
 }
 
-/// Connecting fails, soon, with all of `parts` in the text.
+/// Checks that connecting fails in time, with all of `parts` in the error.
 fn refuse(options: &Options, parts: &[&str]) {
     let begin = Instant::now();
     let text = VhostUser::connect(options).unwrap_err().to_string();
@@ -52,7 +52,7 @@ fn a_path_without_a_back_end() {
     fs::write(dir.join("file"), "").unwrap();
     refuse(&short(dir.join("file")), &["not a socket"]);
     drop(UnixListener::bind(dir.join("left")).unwrap());
-    refuse(&short(dir.join("left")), &["nobody listens"]);
+    refuse(&short(dir.join("left")), &["no process listens"]);
     refuse(&short(dir.join(&"x".repeat(108))), &["at most 107 bytes"]);
 }
 
@@ -60,7 +60,7 @@ fn a_path_without_a_back_end() {
 fn a_back_end_that_never_answers() {
     let dir = Dir::new();
     let _listener = UnixListener::bind(dir.join("socket")).unwrap();
-    refuse(&short(dir.join("socket")), &["no answer within", "busy with another front end?"]);
+    refuse(&short(dir.join("socket")), &["no reply within", "busy with another front end?"]);
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn a_back_end_that_falls_silent_while_connecting() {
     // GET_FEATURES, SET_FEATURES, ADD_MEM_REG, GET_CONFIG, SET_VRING_ENABLE, GET_VRING_BASE.
     for message in [1, 2, 37, 24, 18, 11] {
         let backend = Backend::new(Model::new(Spec::new(MIB)), Quirks { mute: vec![message], ..Quirks::default() });
-        refuse(&short(&backend.socket), &["no answer within"]);
+        refuse(&short(&backend.socket), &["no reply within"]);
         assert!(backend.seen.lock().unwrap().contains(&message));
     }
     let backend = Backend::new(Model::new(Spec::new(MIB).fault(Fault::Silent, 0)), Quirks::default());
@@ -101,7 +101,7 @@ fn a_back_end_without_a_configuration() {
     refuse(&short(&backend.socket), &["CONFIG", "capacity is unknown"]);
     let quirks = Quirks { config: Answer::AtMost(0), ..Quirks::default() };
     let backend = Backend::new(Model::new(Spec::new(MIB)), quirks);
-    refuse(&short(&backend.socket), &["refuses to tell its configuration"]);
+    refuse(&short(&backend.socket), &["refuses to return its configuration"]);
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn too_many_memory_regions() {
     let protocol = ALL & !MEM_SLOTS;
     let backend = Backend::new(Model::new(Spec::new(MIB)), Quirks { protocol, ..Quirks::default() });
     let device = VhostUser::connect(&Options::new(&backend.socket)).unwrap();
-    // One holds the rings.
+    // One region holds the rings.
     let mappings: Vec<_> = (0..8).map(|_| Mapping::new(1).unwrap()).collect();
     for mapping in &mappings[..7] {
         device.register(mapping).unwrap();
@@ -149,7 +149,7 @@ fn too_many_memory_regions() {
     assert!(e.contains("at most 8 memory regions"), "{e}");
 }
 
-/// Memory is added while requests run, on back ends that take a whole new table for it.
+/// Memory is registered while requests are in flight, on back ends that must replace the whole memory table.
 #[test]
 fn memory_that_comes_late() {
     for protocol in [ALL, ALL & !MEM_SLOTS, ALL & !MEM_SLOTS & !REPLY_ACK] {
@@ -218,7 +218,7 @@ fn a_write_to_a_read_only_export_fails() {
     assert_eq!(collect(&mut *queue, 1, PATIENCE)[0].result, Err(Error::Io));
 }
 
-/// Every request ends, with [`Error::Gone`] from some point on, and a sleeper on an idle queue wakes up.
+/// Checks that every request ends, from some point on with [`Error::Gone`], and that an idle, armed queue wakes up.
 fn dies_under_load(device: &dyn Device, kill: impl FnOnce() + Send) {
     let mut idle = device.open_queue(4).unwrap();
     assert!(idle.arm());
@@ -303,7 +303,7 @@ fn hostile_back_ends() {
             }
             queue.kick();
             if matches!(fault, Fault::Silent | Fault::Scribble) && backend.model.taken() > 30 {
-                // What the request clock of a Channel would do.
+                // As a Channel's request time-out would do.
                 thread::sleep(Duration::from_millis(50));
                 queue.give_up();
             }
@@ -333,7 +333,7 @@ fn a_queue_that_cannot_be_drained_is_dropped_in_bounded_time() {
     let begin = Instant::now();
     drop((queue, device));
     assert!(begin.elapsed() < Duration::from_secs(5));
-    assert_eq!(arena.free(), arena.capacity() - 4096, "the back end may still write to it");
+    assert_eq!(arena.free(), arena.capacity() - 4096, "memory that the back end may still write to is not reused");
 }
 
 #[test]
@@ -389,7 +389,7 @@ fn qemu_switches_its_write_cache() {
     for write_cache in [Some(WriteCache::Writethrough), Some(WriteCache::Writeback), None] {
         VhostUser::connect(&Options { write_cache, ..Options::new(&qemu.socket) }).unwrap();
     }
-    // This one has no packed rings.
+    // This back end has no packed rings.
     let packed = Options { ring: Some(Format::Packed), ..Options::new(&qemu.socket) };
     let e = VhostUser::connect(&packed).unwrap_err().to_string();
     assert!(e.contains("VIRTIO_F_RING_PACKED"), "{e}");

@@ -1,4 +1,4 @@
-//! The suite of [`blkdev::conformance`], on qemu-storage-daemon and on a model behind a socket.
+//! The suite of [`blkdev::conformance`], against qemu-storage-daemon and against a model behind a socket.
 
 mod common;
 

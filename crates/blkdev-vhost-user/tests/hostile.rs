@@ -1,5 +1,5 @@
-//! A back end that does whatever it can to its front end with what it was given: the memory, the eventfds, the socket and the
-//! channel for requests of its own.
+//! A hostile back end, which attacks its front end through everything they share: memory, eventfds, socket and the channel for
+//! back-end requests.
 
 mod common;
 
@@ -25,10 +25,10 @@ use nix::{
 };
 
 const MIB: u64 = 1 << 20;
-/// Far more than anything here takes, on a machine that is busy with something else.
+/// Far more time than any test needs, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Numbers of messages.
+/// Message ids.
 const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
@@ -50,7 +50,7 @@ fn short(backend: &Backend) -> Options {
     Options { connect_timeout, request_timeout: Duration::from_secs(2), ..Options::new(&backend.socket) }
 }
 
-/// Runs `act` in a thread of its own, and panics when it does not come back: a thread that blocks cannot fail a test.
+/// Runs `act` in its own thread, and panics if it does not return: a blocked thread cannot fail a test.
 fn bounded<R: Send + 'static>(what: &str, act: impl FnOnce() -> R + Send + 'static) -> R {
     let (tell, told) = mpsc::channel();
     let thread = thread::spawn(move || {
@@ -74,7 +74,7 @@ fn read(tag: u64, arena: &mut Arena) -> Request {
     Request { tag, op: Op::Read { at: tag % 128 * 4096, buf: arena.alloc(4096).unwrap() } }
 }
 
-/// Whether a queue learns that the device is dead without being asked to give it up.
+/// Whether a queue detects the dead device without a call of `give_up`.
 fn dies(queue: &mut dyn Queue) -> bool {
     let end = Instant::now() + PATIENCE;
     while !queue.is_dead() {
@@ -101,7 +101,7 @@ fn memory_cannot_be_taken_away() {
             let e = ftruncate(memory, len as i64).unwrap_err();
             assert_eq!(e, nix::errno::Errno::EPERM, "to {len} bytes");
         }
-        // A hole reads as zeroes: it loses what was there, and nothing more.
+        // A hole reads as zeroes: it loses the content, and has no other effect.
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(memory, punch, 0, 2 * MIB as i64).unwrap();
     }
@@ -136,7 +136,7 @@ fn eventfds_that_block_are_as_good_as_others() {
             }
         }
         for _ in 0..100 {
-            // With nothing to wait for, and with something.
+            // Sleep both without and with requests in flight.
             assert!(queue.arm());
             for tag in 0..16 {
                 queue.push(read(tag, &mut arena)).unwrap();
@@ -223,7 +223,7 @@ fn giving_up_does_not_block() {
 
 #[test]
 fn connecting_does_not_block() {
-    // The eventfds of the queue that is tried at open are full and block; the back end then hangs up, or says nothing more.
+    // The eventfds of the probe queue are full and block; then the back end either hangs up or stays silent.
     for hang_up in [true, false] {
         let backend = backend(Quirks { deaf_from: 0, block_from: 0, ..Quirks::default() });
         let options = short(&backend);
@@ -242,7 +242,7 @@ fn connecting_does_not_block() {
     }
 }
 
-/// Requests of the back end's own, all the time, until the channel is closed.
+/// Sends back-end requests continuously, until the channel is closed.
 fn flood(backend: &Backend) -> thread::JoinHandle<()> {
     let mut requests = backend.requests();
     thread::spawn(move || {
@@ -281,14 +281,14 @@ fn of_a_flood_of_changes_a_few_are_looked_at_and_the_last() {
     requests.write_all(&[2_u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
     let end = Instant::now() + PATIENCE;
     while device.capacity() != 3 * MIB {
-        assert!(Instant::now() < end, "the last change is seen");
+        assert!(Instant::now() < end, "the last change is detected");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
 #[test]
 fn answers_about_the_configuration_that_are_late_or_nonsense() {
-    // The length that is reported, what the back end then is.
+    // The reported length, and whether open must succeed.
     for (config, good) in [
         (Answer::Nonsense(0, u32::MAX, 60), true),
         (Answer::Nonsense(0, 0, 60), false),
@@ -342,15 +342,15 @@ fn an_answer_that_comes_twice_ends_the_device() {
             device.register(&Mapping::new(1).unwrap()).unwrap();
         }
         let e = device.register(&Mapping::new(1).unwrap()).unwrap_err();
-        assert!(e.to_string().contains("answers what it was not asked"), "{e}");
+        assert!(e.to_string().contains("sent an unrequested reply"), "{e}");
         assert!(dies(&mut *queue));
     }
 }
 
-/// However many descriptors come along with an answer, none stays open.
+/// Descriptors attached to a reply are all closed, however many they are.
 #[test]
 fn descriptors_that_nobody_asked_for_are_closed() {
-    // GET_FEATURES and GET_CONFIG, which are read by us; the others by `vhost`.
+    // GET_FEATURES and GET_CONFIG are read by this crate; others by `vhost`.
     for (count, messages) in [
         (1, vec![GET_CONFIG]),
         (253, vec![GET_CONFIG]),
@@ -394,7 +394,7 @@ fn descriptors_on_the_channel_of_requests_are_closed() {
     drop(device);
 }
 
-/// The pipe has no writer any more.
+/// Checks that the pipe has no writer left.
 fn hears_the_end(reader: &OwnedFd, what: &str) {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(20_000_u16)), Ok(1), "{what}: a descriptor was left open");
@@ -415,7 +415,7 @@ fn a_back_end_that_hangs_up_at_any_message() {
         let first = [1, 3].contains(&message);
         let part = if first { "not a vhost-user back end" } else { "the back end closed the connection" };
         assert!(e.contains(part), "at {message}: {e}");
-        // Later, when the device is in use.
+        // Later, while the device is in use.
         backend.quirks.lock().unwrap().hang_up_at = None;
         let device = VhostUser::connect(&short(&backend)).unwrap();
         let mut queue = device.open_queue(1).unwrap();
@@ -441,11 +441,11 @@ fn what_is_no_vhost_user_back_end() {
         (b"", "closed the connection"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP/1.1 400"),
         (&[1, 0, 0, 0, 5, 0], "in the middle"),
-        (&[1, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0], "it says"),
-        (&[1, 0, 0, 0, 5, 0, 0, 0, 255, 255, 255, 255], "it says"),
-        (&[0; 64], "it says"),
+        (&[1, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0], "it sent"),
+        (&[1, 0, 0, 0, 5, 0, 0, 0, 255, 255, 255, 255], "it sent"),
+        (&[0; 64], "it sent"),
     ] {
-        // An NBD server waits for an answer; the others go.
+        // An NBD server waits for a reply; the others close the connection.
         let stays = words == nbd;
         let listener = listener.try_clone().unwrap();
         let server = thread::spawn(move || {
@@ -459,12 +459,12 @@ fn what_is_no_vhost_user_back_end() {
         let begin = Instant::now();
         let e = VhostUser::connect(&options).unwrap_err().to_string();
         assert!(e.contains("not a vhost-user back end") && e.contains(part), "{e}");
-        assert!(begin.elapsed() < Duration::from_secs(15), "not by the time-out");
+        assert!(begin.elapsed() < Duration::from_secs(15), "the error comes before the time-out");
         server.join().unwrap();
     }
 }
 
-/// Another memory table is refused, or not answered, while a queue is stopped for it; or the queue cannot go on.
+/// The new memory table is refused, or not acknowledged, while a queue is stopped for it; or the queue cannot be restarted.
 #[test]
 fn a_queue_that_stops_for_memory_goes_on_or_the_device_is_dead() {
     for (message, mute) in [
@@ -539,7 +539,7 @@ fn memory_comes_and_goes() {
             device.unregister(&Mapping::new(1).unwrap());
             device.unregister(&mapping);
             device.unregister(&mapping);
-            assert_eq!(Arc::strong_count(&mapping), 1, "nothing keeps it");
+            assert_eq!(Arc::strong_count(&mapping), 1, "no reference is left");
             for tag in 0..16 {
                 queue.push(read(tag, &mut arena)).unwrap();
             }
@@ -547,7 +547,7 @@ fn memory_comes_and_goes() {
             assert!(collect(&mut *queue, 16, PATIENCE).iter().all(|c| c.result.is_ok()));
         }
         assert_eq!(backend.model.regions(), 2);
-        // Of a dead device, too.
+        // Also for a dead device.
         let mapping = Mapping::new(1).unwrap();
         device.register(&mapping).unwrap();
         backend.hang_up();
@@ -572,7 +572,7 @@ fn a_size_that_is_not_announced_is_seen_when_asked_for() {
     backend.quirks.lock().unwrap().mute = vec![GET_CONFIG];
     let begin = Instant::now();
     device.refresh();
-    assert!(begin.elapsed() < Duration::from_secs(3), "whatever the back end does");
+    assert!(begin.elapsed() < Duration::from_secs(3), "refresh is bounded whatever the back end does");
 }
 
 #[test]
@@ -582,7 +582,7 @@ fn a_back_end_that_was_started_again_is_another_one() {
     assert!(!device.is_replaced());
     let aside = first.socket.with_extension("aside");
     std::fs::rename(&first.socket, &aside).unwrap();
-    assert!(!device.is_replaced(), "there is no other one");
+    assert!(!device.is_replaced(), "no other socket exists");
     let second = UnixListener::bind(&first.socket).unwrap();
     assert!(device.is_replaced());
     drop((device, second));

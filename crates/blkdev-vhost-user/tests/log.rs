@@ -1,4 +1,4 @@
-//! The log is told once, and only of what went wrong.
+//! Each failure is logged once, and nothing else is.
 
 mod common;
 
@@ -26,7 +26,7 @@ impl Log for Keep {
     fn flush(&self) {}
 }
 
-/// The lines that `act` leaves in the log, about the back end that it is given.
+/// Returns the log lines of `act` about its back end.
 fn lines(spec: Spec, act: impl FnOnce(&Backend, VhostUser)) -> Vec<String> {
     let backend = Backend::new(Model::new(spec), Quirks::default());
     let device = VhostUser::connect(&Options::new(&backend.socket)).unwrap();
@@ -34,12 +34,12 @@ fn lines(spec: Spec, act: impl FnOnce(&Backend, VhostUser)) -> Vec<String> {
     let name = format!("vhost-user {}: ", backend.socket.display());
     let mut lines = std::mem::take(&mut *LINES.lock().unwrap());
     for line in &mut lines {
-        *line = line.strip_prefix(&name).expect("a line names the back end").to_owned();
+        *line = line.strip_prefix(&name).expect("each line starts with the back end's name").to_owned();
     }
     lines
 }
 
-// One test, since the log is global.
+// A single test, because the logger is global.
 #[test]
 fn once_and_only_when_something_went_wrong() {
     log::set_logger(&Keep).unwrap();
@@ -65,7 +65,7 @@ fn once_and_only_when_something_went_wrong() {
             collect(&mut **queue, 1, Duration::from_secs(20));
         }
     });
-    assert_eq!(gone, ["the back end closed the connection; the device is not used any more"]);
+    assert_eq!(gone, ["the back end closed the connection; the device is declared dead"]);
 
     let nonsense = lines(Spec::new(1 << 20).fault(Fault::WrongId, 2), |_, device| {
         let mut queue = device.open_queue(4).unwrap();

@@ -1,4 +1,4 @@
-//! Back ends for the tests: qemu-storage-daemon, and one made of the model device with faults of its own.
+//! Back ends for the tests: qemu-storage-daemon, and a model device with injected faults.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
 use std::{
@@ -30,7 +30,7 @@ use nix::{
     },
 };
 
-/// A directory that goes with the test.
+/// A directory that is removed after the test.
 pub struct Dir(PathBuf);
 
 impl Dir {
@@ -61,7 +61,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Over a file of `len` zero bytes, which is at `file()`.
+    /// An export of a file of `len` zero bytes; see `disk()`.
     pub fn file(len: u64, export: &str) -> Self {
         let dir = Dir::new();
         fs::File::create(dir.join("disk")).unwrap().set_len(len).unwrap();
@@ -82,9 +82,9 @@ impl Qemu {
             .arg(format!("type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},{export}", socket.display()))
             .stdin(Stdio::null())
             .spawn()
-            .expect("qemu-storage-daemon is installed");
+            .expect("qemu-storage-daemon starts (is it installed?)");
         let end = Instant::now() + Duration::from_secs(20);
-        // The socket is there a little before anything listens; the pid file comes after both.
+        // The socket file appears shortly before the listen; the pid file appears after both.
         while !pid_file.exists() {
             assert!(Instant::now() < end, "qemu-storage-daemon listens");
             thread::sleep(Duration::from_millis(5));
@@ -96,7 +96,7 @@ impl Qemu {
         self._dir.join("disk")
     }
 
-    /// kill -9.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -109,7 +109,7 @@ impl Drop for Qemu {
     }
 }
 
-/// Waits for `count` completions, by the wake-up descriptor; panics after `patience`.
+/// Waits for `count` completions through the wake-up descriptor; panics after `patience`.
 pub fn collect(queue: &mut dyn Queue, count: usize, patience: Duration) -> Vec<Completion> {
     let end = Instant::now() + patience;
     let mut done = Vec::new();
@@ -121,13 +121,13 @@ pub fn collect(queue: &mut dyn Queue, count: usize, patience: Duration) -> Vec<C
         if queue.arm() {
             let fd = queue.wake_fd().unwrap();
             let woken = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16));
-            assert_eq!(woken, Ok(1), "{} of {count} requests came back, and no wake-up", done.len());
+            assert_eq!(woken, Ok(1), "{} of {count} requests completed, but no wake-up came", done.len());
         }
-        assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+        assert!(Instant::now() < end, "only {} of {count} requests completed in time", done.len());
     }
 }
 
-/// Protocol feature bits of the specification.
+/// Protocol feature bits.
 pub const MQ: u64 = 1 << 0;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
@@ -135,18 +135,18 @@ pub const MEM_SLOTS: u64 = 1 << 15;
 pub const BACKEND_REQ: u64 = 1 << 5;
 pub const ALL: u64 = MQ | REPLY_ACK | CONFIG | MEM_SLOTS | BACKEND_REQ;
 
-/// How a back end answers GET_CONFIG.
+/// Replies of a back end to GET_CONFIG.
 #[derive(Clone, Copy)]
 pub enum Answer {
-    /// With as many bytes as were asked for.
+    /// As many bytes as requested.
     Asked,
-    /// With so many, whatever was asked for.
+    /// This many bytes, whatever was requested.
     Always(usize),
-    /// With nothing to whoever asks for more than so many.
+    /// An empty configuration for a request of more bytes than this.
     AtMost(usize),
-    /// With this for an offset and this for a length, and so many bytes.
+    /// This offset, this length, and this many bytes.
     Nonsense(u32, u32, usize),
-    /// With the start of a header only.
+    /// A part of a header.
     Short,
 }
 
@@ -154,23 +154,23 @@ pub enum Answer {
 pub struct Quirks {
     pub protocol: u64,
     pub config: Answer,
-    /// Messages that are never answered.
+    /// Messages that get no reply.
     pub mute: Vec<u32>,
-    /// Messages that get an error reply, where they have an acknowledgement.
+    /// Messages that get an error reply, if they have an acknowledgement.
     pub refuse: Vec<u32>,
-    /// Messages that are answered twice.
+    /// Messages that get two replies.
     pub twice: Vec<u32>,
-    /// The message at which the connection is closed.
+    /// The message at which the back end closes the connection.
     pub hang_up_at: Option<u32>,
-    /// How long each answer takes.
+    /// Delay of each reply.
     pub delay: Duration,
-    /// Memory slots.
+    /// Number of memory slots.
     pub slots: u64,
-    /// So many duplicates of a descriptor come along with the answers to these messages.
+    /// Replies to these messages carry this many duplicates of a descriptor.
     pub attach: Option<(Arc<OwnedFd>, usize, Vec<u32>)>,
-    /// The started rings, counted from 0, from which on kicks are not heard.
+    /// The first started ring, counted from 0, whose kicks are ignored; later ones are ignored, too.
     pub deaf_from: usize,
-    /// The started rings from which on the eventfds are made to block, and full.
+    /// The first started ring whose eventfds are filled and made blocking; later ones are, too.
     pub block_from: usize,
 }
 
@@ -192,16 +192,16 @@ impl Default for Quirks {
     }
 }
 
-/// A back end made of a [`Model`], which serves one front end after the other.
+/// A back end made of a [`Model`]. It serves one front end at a time.
 pub struct Backend {
     pub socket: PathBuf,
     pub model: Arc<Model>,
     pub seen: Arc<Mutex<BTreeSet<u32>>>,
-    /// Can be changed at any time.
+    /// Faults; they can be changed at any time.
     pub quirks: Arc<Mutex<Quirks>>,
-    /// What a hostile back end keeps of what it was given.
+    /// Descriptors that a hostile back end keeps.
     pub loot: Arc<Mutex<Loot>>,
-    /// The channel for requests of the back end's own.
+    /// The channel for back-end requests.
     requests: Arc<Mutex<Option<UnixStream>>>,
     stop: Arc<AtomicBool>,
     client: Arc<Mutex<Option<UnixStream>>>,
@@ -209,22 +209,22 @@ pub struct Backend {
     _dir: Dir,
 }
 
-/// Descriptors that the front end shares.
+/// Descriptors shared by the front end.
 #[derive(Default)]
 pub struct Loot {
     pub memory: Vec<OwnedFd>,
     pub kicks: Vec<OwnedFd>,
     pub calls: Vec<OwnedFd>,
-    /// Rings started, and requests for the configuration.
+    /// Number of rings started and of configuration reads.
     pub rings: usize,
     pub configs: usize,
 }
 
-/// Makes an eventfd block, and full.
+/// Makes an eventfd blocking and full.
 pub fn attack(eventfd: &OwnedFd) {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     fcntl(eventfd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    // Nothing to read, or that much less to fill.
+    // Empty the counter first; it can be empty already.
     let _ = nix::unistd::read(eventfd, &mut [0; 8]);
     let _ = nix::unistd::write(eventfd, &(u64::MAX - 1).to_ne_bytes());
     fcntl(eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
@@ -267,25 +267,25 @@ impl Backend {
         Self { socket, model, seen, quirks, loot, requests, stop, client, thread: Some(thread), _dir: dir }
     }
 
-    /// Gives the disk another size, and says so.
+    /// Changes the size of the disk, in bytes, and reports it to the front end.
     pub fn resize(&self, capacity: u64) {
         self.model.resize(capacity);
         let message = [2u32, 1 | 8, 0].map(u32::to_ne_bytes).concat();
         let mut requests = self.requests.lock().unwrap();
-        let requests = requests.as_mut().expect("the front end has given us a channel");
+        let requests = requests.as_mut().expect("the front end has opened a request channel");
         requests.write_all(&message).unwrap();
         let mut answer = [0; 20];
         requests.read_exact(&mut answer).unwrap();
-        assert_eq!(answer[12..], [0; 8], "it was understood");
+        assert_eq!(answer[12..], [0; 8], "the front end acknowledged the change");
     }
 
-    /// The channel for requests of its own.
+    /// The channel for back-end requests.
     pub fn requests(&self) -> UnixStream {
         let requests = self.requests.lock().unwrap();
-        requests.as_ref().expect("the front end has given us a channel").try_clone().unwrap()
+        requests.as_ref().expect("the front end has opened a request channel").try_clone().unwrap()
     }
 
-    /// Closes the connection, and lives on.
+    /// Closes the connection, without ending the back end.
     pub fn hang_up(&self) {
         if let Some(client) = self.client.lock().unwrap().take() {
             let _ = client.shutdown(std::net::Shutdown::Both);
@@ -360,7 +360,7 @@ impl Session<'_> {
         }
         let ack = self.ack && flags & 8 != 0;
         if quirks.refuse.contains(&request) {
-            assert!(ack, "message {request} can be refused");
+            assert!(ack, "message {request} has an acknowledgement");
             return self.answer(&quirks, request, 1_u64.to_ne_bytes().to_vec());
         }
 
@@ -376,7 +376,7 @@ impl Session<'_> {
             }
             3 | 14 => {}
             5 => {
-                assert_eq!(protocol & MEM_SLOTS, 0, "a back end with slots is given slots");
+                assert_eq!(protocol & MEM_SLOTS, 0, "a back end with memory slots gets no memory table");
                 assert!(self.rings.values().all(|r| r.running.is_none()), "the table changes while nothing uses it");
                 self.model.unmap_all();
                 self.loot.lock().unwrap().memory.extend(fds.iter().map(|fd| fd.try_clone().unwrap()));
@@ -401,7 +401,7 @@ impl Session<'_> {
             13 => self.ring(number(0) as u32).call = fds.pop(),
             15 => answer = Some(protocol.to_ne_bytes().to_vec()),
             16 => {
-                assert_eq!(number(0) & !protocol, 0, "only what was offered");
+                assert_eq!(number(0) & !protocol, 0, "only offered features are accepted");
                 self.ack = number(0) & REPLY_ACK != 0;
             }
             17 => answer = Some(4u64.to_ne_bytes().to_vec()),
@@ -455,8 +455,8 @@ impl Session<'_> {
                 self.loot.lock().unwrap().memory.push(fds[0].try_clone()?);
                 self.map(&payload[8..], &fds[0])?;
             }
-            38 => assert!(self.model.unmap(number(8)), "what is removed was added"),
-            _ => panic!("message {request} is one that this back end offers"),
+            38 => assert!(self.model.unmap(number(8)), "a removed region was added before"),
+            _ => panic!("this back end does not offer message {request}"),
         }
         match answer.or(ack.then(|| vec![0; 8])) {
             Some(body) => self.answer(&quirks, request, body),
@@ -489,7 +489,7 @@ impl Session<'_> {
         self.rings.entry(index).or_default()
     }
 
-    /// Address, length, user address, offset.
+    /// A region: guest address, length, user address, mmap offset.
     fn map(&self, region: &[u8], fd: &OwnedFd) -> io::Result<()> {
         let number = |at: usize| u64::from_ne_bytes(region[at..at + 8].try_into().unwrap());
         self.model.map(number(0), number(8) as usize, fd.as_fd(), number(24))
@@ -498,11 +498,11 @@ impl Session<'_> {
 
 #[allow(unsafe_code)]
 fn own(raw: std::os::fd::RawFd) -> OwnedFd {
-    // SAFETY: the kernel made this descriptor for us in recvmsg, and nobody else knows of it.
+    // SAFETY: the kernel created this descriptor for us in recvmsg, and it has no other owner.
     unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
 }
 
-/// Connects to `path` and says nothing.
+/// Connects to `path` and sends nothing.
 pub fn idle_client(path: &Path) -> UnixStream {
     UnixStream::connect(path).unwrap()
 }
