@@ -1,4 +1,4 @@
-//! Tells what a PCI device on vfio-pci is, and shows its first registers: `registers 0000:01:00.0`.
+//! Prints the ids and the first registers of a PCI device bound to vfio-pci: `registers 0000:01:00.0`.
 
 use std::{env, io};
 

@@ -1,4 +1,4 @@
-//! A device's registers, mapped; what the kernel does not let us map is read and written by system calls.
+//! A device's registers, mapped into memory. Parts that the kernel cannot map are accessed by system calls.
 #![allow(unsafe_code)]
 
 use std::{
@@ -14,20 +14,20 @@ use std::{
 
 use crate::pci::Bar;
 
-/// One region of a VFIO device.
+/// A region of a VFIO device.
 #[derive(Debug)]
 pub(crate) struct Region {
     /// Keeps the device open.
     device: Arc<OwnedFd>,
-    /// The same file, for `pread` and `pwrite`.
+    /// A duplicate of `device`, for `pread` and `pwrite`.
     file: File,
-    /// Where the region starts in the device's file.
+    /// Offset of the region in the device's file.
     start: u64,
     len: usize,
     areas: Vec<Area>,
 }
 
-/// A part of a region that is mapped.
+/// A mapped part of a region.
 #[derive(Debug)]
 struct Area {
     at: usize,
@@ -35,14 +35,14 @@ struct Area {
     base: *mut u8,
 }
 
-// SAFETY: the pointer stands for registers that stay mapped until this is dropped; every access is volatile, and what two
-// threads do to a device's registers at a time is between them and the device, not a matter of memory.
+// SAFETY: the pointer refers to registers that stay mapped until this is dropped. Every access is volatile. Concurrent accesses
+// of two threads to a device's registers are a matter of the device, not of memory safety.
 unsafe impl Send for Area {}
 // SAFETY: as above.
 unsafe impl Sync for Area {}
 
 impl Region {
-    /// Maps the areas (first byte and length, within the region) of the region at `start` of the device's file.
+    /// Maps the `areas` (first byte and length, within the region) of the region at offset `start` of the device's file.
     pub(crate) fn new(device: &Arc<OwnedFd>, start: u64, len: u64, areas: &[(u64, u64)]) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(io::Error::other)?;
         let mut region = Self {
@@ -53,12 +53,12 @@ impl Region {
             areas: Vec::with_capacity(areas.len()),
         };
         for &(at, size) in areas {
-            // What cannot lie in the region is reached by system calls.
+            // An area that cannot be mapped in full is accessed by system calls.
             let (Ok(at), Ok(size)) = (usize::try_from(at), usize::try_from(size)) else { continue };
             if size == 0 || at > len || size > len - at {
                 continue;
             }
-            // SAFETY: a new mapping at an address of the kernel's choice, of a file that maps registers there.
+            // SAFETY: a new mapping at an address chosen by the kernel, of a file that maps registers.
             let base = unsafe {
                 let offset = start.wrapping_add(at as u64) as libc::off_t;
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -78,14 +78,14 @@ impl Region {
         let size = size_of::<T>();
         assert!(
             at.is_multiple_of(size) && at <= self.len && size <= self.len - at,
-            "a register access at {at:#x} lies in a region of {:#x} bytes",
+            "a register access at {at:#x} lies in the region of {:#x} bytes",
             self.len
         );
         let area = self.areas.iter().find(|area| at >= area.at && at + size <= area.at + area.len)?;
         Some(area.base.wrapping_add(at - area.at).cast())
     }
 
-    /// All ones when it cannot be read, as from a device that is not there.
+    /// Returns all ones if the read fails, as for a removed device.
     #[cold]
     fn read_by_call<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0xff; N];
@@ -95,7 +95,7 @@ impl Region {
 
     #[cold]
     fn write_by_call(&self, at: usize, bytes: &[u8]) {
-        // A device that is not there takes no writes either; who cares reads something back.
+        // A removed device ignores writes. A caller that depends on a write reads it back.
         let _ = self.file.write_all_at(bytes, self.start.saturating_add(at as u64));
     }
 }
@@ -109,18 +109,18 @@ impl Drop for Region {
     }
 }
 
-/// What was stored to memory before is seen by the device before what is written to a register after.
+/// Orders earlier stores to memory before later register writes, as seen by the device.
 #[inline]
 fn barrier() {
-    // On x86 stores are seen in order, and registers are mapped uncached: only the compiler must be held back. Elsewhere a
-    // fence between processors is not enough, since devices may lie outside of their domain.
+    // On x86 stores are ordered, and registers are mapped uncached, so a compiler fence is enough. Elsewhere a fence between
+    // CPUs is not enough, because devices may lie outside of their shareability domain.
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: a barrier touches nothing.
+    // SAFETY: a barrier accesses no memory.
     unsafe {
         core::arch::asm!("dmb oshst", options(nostack, preserves_flags));
     }
     #[cfg(target_arch = "riscv64")]
-    // SAFETY: a barrier touches nothing.
+    // SAFETY: a barrier accesses no memory.
     unsafe {
         core::arch::asm!("fence w,o", options(nostack, preserves_flags));
     }
@@ -132,7 +132,7 @@ macro_rules! access {
         #[inline]
         fn $read(&self, at: usize) -> $value {
             match self.find::<$value>(at) {
-                // SAFETY: `find` gives an aligned address within an area that is mapped as long as `self` lives.
+                // SAFETY: `find` returns an aligned address within an area that stays mapped as long as `self` lives.
                 Some(from) => <$value>::from_le(unsafe { from.read_volatile() }),
                 None => <$value>::from_le_bytes(self.read_by_call(at)),
             }
@@ -164,9 +164,9 @@ mod tests {
 
     use super::*;
 
-    /// A file in place of a device.
+    /// A region backed by a file instead of a device.
     fn region(areas: &[(u64, u64)]) -> Region {
-        // SAFETY: a new descriptor, ours alone.
+        // SAFETY: a new descriptor with no other owner.
         let fd: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(libc::memfd_create(c"bar".as_ptr(), 0)) };
         File::from(fd.try_clone().unwrap()).set_len(0x10000).unwrap();
         Region::new(&Arc::new(fd), 0x4000, 0x4000, areas).unwrap()
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "lies in a region")]
+    #[should_panic(expected = "lies in the region")]
     fn accesses_are_checked() {
         region(&[]).read32(0x4000);
     }

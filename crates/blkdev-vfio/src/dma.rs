@@ -1,4 +1,4 @@
-//! What lets a device reach memory: a type 1 container, an iommufd, or nothing at all.
+//! Device access to memory: through a type 1 container, iommufd, or without an IOMMU.
 
 use std::{
     io,
@@ -14,20 +14,20 @@ use crate::{
     translation::Translation,
 };
 
-/// Memory that a device can reach, and the way in which it does.
+/// The memory that a device can access, and the kernel interface in use.
 #[derive(Debug)]
 pub(crate) struct Dma {
     way: Way,
-    /// Usable addresses, first and last byte; empty: the kernel does not tell.
+    /// Usable I/O addresses, first and last byte; empty: the kernel does not report them.
     ranges: Vec<(u64, u64)>,
     mapped: Mutex<Vec<Arc<Mapping>>>,
 }
 
 #[derive(Debug)]
 pub(crate) enum Way {
-    /// A container with a type 1 IOMMU. The group is open as long as the device is in use.
+    /// A container with a type 1 IOMMU. The group must stay open while the device is in use.
     Container { container: OwnedFd, _group: OwnedFd },
-    /// An address space of an iommufd.
+    /// An I/O address space of an iommufd.
     Iommufd { iommu: OwnedFd, ioas: u32 },
     /// A container without an IOMMU.
     None { _container: OwnedFd, _group: OwnedFd, translation: Arc<Translation> },
@@ -64,7 +64,7 @@ impl Dma {
         let (start, len) = (mapping.iova().get(), mapping.len() as u64);
         reachable(&self.ranges, start, len)?;
         let locked = mapped.iter().map(|known| known.len() as u64).sum::<u64>();
-        // It is pinned in any case; large pieces take fewer entries of the IOMMU and of its TLB.
+        // The memory gets pinned anyway. Larger pieces need fewer entries of the IOMMU and its TLB.
         mapping.consolidate();
         match &self.way {
             Way::Container { container, .. } => {
@@ -118,17 +118,17 @@ impl Dma {
         Ok(())
     }
 
-    /// Keeps all mappings for ever, since the device may go on writing to them.
+    /// Leaks all mappings on purpose, because the device may still write to them.
     pub(crate) fn leak(&self) {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(std::mem::forget);
     }
 }
 
-/// What a type 1 IOMMU tells of itself.
+/// Limits reported by a type 1 IOMMU.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Limits {
     ranges: Vec<(u64, u64)>,
-    /// Mappings that can be added still.
+    /// Number of mappings that can still be added.
     entries: Option<u32>,
 }
 
@@ -137,7 +137,7 @@ impl Limits {
         sys::ask(container.as_fd(), Exchange::IOMMU_INFO, 24, |_| {}).map(|packet| Self::parse(&packet))
     }
 
-    /// `struct vfio_iommu_type1_info` with its chain of capabilities.
+    /// Parses `struct vfio_iommu_type1_info` with its capability chain.
     fn parse(packet: &Packet) -> Self {
         let mut limits = Self::default();
         for (at, id) in capabilities(packet, packet.read32(16).unwrap_or(0)) {
@@ -155,10 +155,10 @@ impl Limits {
     }
 }
 
-/// Offset and number of each capability in a chain (`struct vfio_info_cap_header`) that starts at `first`.
+/// Offset and id of each capability in the chain (`struct vfio_info_cap_header`) that starts at `first`.
 pub(crate) fn capabilities(packet: &Packet, first: u32) -> impl Iterator<Item = (usize, u32)> {
     let mut next = first as usize;
-    // Forwards only, so that no chain is endless.
+    // Forward links only, so that a chain cannot loop.
     std::iter::from_fn(move || {
         if next == 0 {
             return None;
@@ -174,7 +174,7 @@ pub(crate) fn capabilities(packet: &Packet, first: u32) -> impl Iterator<Item = 
 }
 
 /// # Errors
-/// The range does not lie in one of the usable ones.
+/// The range does not lie in a usable range.
 fn reachable(ranges: &[(u64, u64)], start: u64, len: u64) -> io::Result<()> {
     let last = start + (len - 1);
     if ranges.is_empty() || ranges.iter().any(|range| range.0 <= start && last <= range.1) {
@@ -184,19 +184,19 @@ fn reachable(ranges: &[(u64, u64)], start: u64, len: u64) -> io::Result<()> {
     Err(io::Error::new(
         io::ErrorKind::Unsupported,
         format!(
-            "the IOMMU reaches {}, and the memory that was found lies at {start:#x}-{last:#x}; where the machine allows \
-             it, raise the width of its IOMMU's addresses (in a VM: intel-iommu,aw-bits=48)",
+            "the IOMMU can access only {}, but the memory lies at {start:#x}-{last:#x}; if the machine allows it, raise \
+             the address width of its IOMMU (in a VM: intel-iommu,aw-bits=48)",
             ranges.join(", ")
         ),
     ))
 }
 
-/// What to do about memory that could not be mapped.
+/// Names the remedy for a failed mapping.
 fn explain(error: &io::Error, len: u64, locked: u64, entries: Option<u32>) -> io::Error {
-    let what = format!("mapping {} MiB of memory for DMA: {error}", len >> 20);
+    let what = format!("cannot map {} MiB of memory for DMA: {error}", len >> 20);
     let remedy = match (error.raw_os_error(), entries, sys::locked_memory_limit()) {
         (Some(libc::ENOSPC), ..) | (_, Some(0), _) => {
-            ": no mapping is left; raise the module parameter vfio_iommu_type1.dma_entry_limit".to_owned()
+            ": no IOMMU entry is left; raise the module parameter vfio_iommu_type1.dma_entry_limit".to_owned()
         }
         (Some(libc::ENOMEM), _, Some(limit)) => format!(
             ": RLIMIT_MEMLOCK is {} MiB, this device alone needs {} MiB; raise it (ulimit -l, LimitMEMLOCK= in a systemd \
@@ -204,7 +204,7 @@ fn explain(error: &io::Error, len: u64, locked: u64, entries: Option<u32>) -> io
             limit >> 20,
             (locked + len) >> 20
         ),
-        (Some(libc::EEXIST), ..) => ": something else is mapped at its address".to_owned(),
+        (Some(libc::EEXIST), ..) => ": another mapping uses its address".to_owned(),
         _ => String::new(),
     };
     io::Error::new(error.kind(), what + &remedy)

@@ -1,7 +1,7 @@
-//! PCI devices in user space: what a driver needs of one ([`PciDevice`]), and how Linux gives it ([`Vfio`]).
+//! PCI devices in user space: the interface for drivers ([`PciDevice`]), and its implementation on Linux ([`Vfio`]).
 //!
-//! A driver written against [`PciDevice`] runs on real hardware through VFIO and, in tests, against a model of its device
-//! in the same process.
+//! A driver written against [`PciDevice`] runs on real hardware through VFIO, and in tests against a model of its device in the
+//! same process.
 //!
 //! ```no_run
 //! use blkdev_vfio::{Options, PciDevice, Vfio};
@@ -13,16 +13,17 @@
 //! ```
 //!
 //! # Preparing a device
-//! It has to be bound to the kernel's driver `vfio-pci`; the error that [`Vfio::open`] gives says how. With an IOMMU no
-//! privilege is needed beyond access to the files in `/dev/vfio` and enough locked memory (`RLIMIT_MEMLOCK`).
+//! The device must be bound to the kernel driver `vfio-pci`; otherwise the error of [`Vfio::open`] shows the commands. With an
+//! IOMMU the process needs only access to the files in `/dev/vfio` and enough locked memory (`RLIMIT_MEMLOCK`).
 //!
-//! # Ways into the kernel
-//! The device's own file with iommufd (`/dev/vfio/devices/vfioN` and `/dev/iommu`, Linux 6.6) where both are there and can
-//! be opened, otherwise the IOMMU group with a type 1 container (`/dev/vfio/N`, `/dev/vfio/vfio`). Without an IOMMU only
-//! when [`Options::no_iommu`] asks for it, since the device can then write to all of the machine's memory.
+//! # Kernel interfaces
+//! Preferred: the device's own file with iommufd (`/dev/vfio/devices/vfioN` and `/dev/iommu`, Linux 6.6), if both exist and can
+//! be opened. Otherwise: the IOMMU group with a type 1 container (`/dev/vfio/N`, `/dev/vfio/vfio`). A device without an IOMMU
+//! is used only with [`Options::no_iommu`], because it can write to all of the machine's memory.
 //!
 //! # Addresses
-//! A device sees a [`Mapping`](blkdev::Mapping) at its virtual address, which lies below 2^38, so nothing has to be
+//! A device sees a [`Mapping`](blkdev::Mapping) at its virtual address. It lies below 2^38, so it needs no translation and fits
+//! behind IOMMUs with 39 address bits. Only without an IOMMU there is a [`Translation`].
 //! translated, and it fits behind IOMMUs of 39 bits. Only without an IOMMU there is a [`Translation`].
 
 mod bar;

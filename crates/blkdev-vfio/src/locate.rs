@@ -1,4 +1,4 @@
-//! From what a user calls a PCI device to the files that VFIO has for it.
+//! Locates the VFIO files of a PCI device by its name.
 
 use std::{
     fs, io,
@@ -15,7 +15,7 @@ pub(crate) struct Location {
 }
 
 impl Location {
-    /// Finds the device that `name` means: an address, with or without domain, or a path in sysfs.
+    /// Finds the device with the PCI address (with or without domain) or sysfs path `name`.
     pub(crate) fn find(name: &str) -> io::Result<Self> {
         Self::find_in(Path::new("/sys/bus/pci/devices"), name)
     }
@@ -38,12 +38,12 @@ impl Location {
     }
 
     /// # Errors
-    /// Another driver has the device, or none; the text says how to bind it.
+    /// The device is bound to another driver or to none; the text shows the commands to bind it.
     pub(crate) fn check_driver(&self) -> io::Result<()> {
         let driver = link(&self.sysfs.join("driver"));
         let address = &self.address;
         let state = match driver.as_deref() {
-            // Variants of vfio-pci for some vendors' devices have their name end so.
+            // The names of vendor variants of vfio-pci end like this.
             Some(name) if name == "vfio-pci" || name.ends_with("-vfio-pci") || name.ends_with("_vfio_pci") => {
                 return Ok(());
             }
@@ -64,19 +64,19 @@ impl Location {
         ))
     }
 
-    /// The device's own file, where the kernel has such files.
+    /// The device's own file (cdev), if the kernel supports that.
     pub(crate) fn cdev(&self) -> Option<PathBuf> {
         let mut entries = fs::read_dir(self.sysfs.join("vfio-dev")).ok()?;
         let name = entries.next()?.ok()?.file_name();
         Some(Path::new("/dev/vfio/devices").join(name)).filter(|path| path.exists())
     }
 
-    /// The number of its IOMMU group; `None`: it has none.
+    /// Number of its IOMMU group; `None`: it is in no group.
     pub(crate) fn group(&self) -> Option<String> {
         link(&self.sysfs.join("iommu_group"))
     }
 
-    /// The devices of its group that another driver than `vfio-pci` has.
+    /// The devices of its group that are bound to another driver than `vfio-pci`.
     pub(crate) fn strangers(&self) -> Vec<String> {
         let Ok(devices) = fs::read_dir(self.sysfs.join("iommu_group/devices")) else { return Vec::new() };
         let stranger = |entry: fs::DirEntry| {
@@ -87,12 +87,12 @@ impl Location {
     }
 }
 
-/// The last component of what a symbolic link points at.
+/// The last component of a symbolic link's target.
 fn link(path: &Path) -> Option<String> {
     Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
 }
 
-/// The address in full and in lower case, if `name` is one: `[domain:]bus:device.function`, in hexadecimal digits.
+/// The full address in lower case, if `name` is one: `[domain:]bus:device.function`, in hexadecimal digits.
 fn address(name: &str) -> Option<String> {
     let (front, function) = name.split_once('.')?;
     let parts: Vec<&str> = front.split(':').collect();

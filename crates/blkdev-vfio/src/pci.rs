@@ -1,4 +1,4 @@
-//! [`PciDevice`] and [`Bar`]: all that a driver needs of a PCI device, be it real or a model.
+//! [`PciDevice`] and [`Bar`]: the interface between a driver and a PCI device, real or a model.
 
 use std::{fmt, io, os::fd::BorrowedFd, sync::Arc};
 
@@ -6,55 +6,53 @@ use blkdev::Mapping;
 
 use crate::translation::Translation;
 
-/// A PCI device that this process has to itself.
+/// A PCI device in exclusive use by this process.
 ///
-/// Dropped, it can reach no memory any more: bus mastering is off and the device reset before anything is unmapped.
+/// After drop it cannot access memory: bus mastering is switched off and the device is reset before anything is unmapped.
 pub trait PciDevice: fmt::Debug + Send + Sync {
-    /// Where it is: `0000:01:00.0`. For people.
+    /// PCI address, `0000:01:00.0`. For people.
     fn address(&self) -> &str;
 
-    /// Reads configuration space.
+    /// Reads `bytes.len()` bytes of configuration space at byte offset `at`.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn read_config(&self, at: u16, bytes: &mut [u8]) -> io::Result<()>;
 
-    /// Writes configuration space, as far as the kernel lets us.
+    /// Writes configuration space at byte offset `at`. The kernel may ignore or virtualise some registers.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn write_config(&self, at: u16, bytes: &[u8]) -> io::Result<()>;
 
-    /// Maps one of the device's memory regions, 0 to 5. A 64-bit region has the index of its first half.
+    /// Maps a memory region (BAR) of the device, 0 to 5. A 64-bit region has the index of its first half.
     ///
     /// # Errors
-    /// There is none, or it cannot be mapped.
+    /// The device has no such region, or it cannot be mapped.
     fn bar(&self, index: u8) -> io::Result<Arc<dyn Bar>>;
 
-    /// Lets the device read and write `mapping`, at the addresses that [`Mapping::iova`] tells, and keeps it alive. Mapping
-    /// again what is mapped has no effect.
+    /// Gives the device access to `mapping`, at its [`Mapping::iova`], and keeps it alive. No effect if it is mapped already.
     ///
     /// # Errors
-    /// The IOMMU cannot reach so far, has no entry left, or more memory would be locked than is allowed; the text says
-    /// what to do.
+    /// The address is outside of the IOMMU's range, no IOMMU entry is left, or the limit of locked memory would be exceeded.
+    /// The text names the remedy.
     fn dma_map(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// Takes it away again. Does nothing when it is not mapped.
+    /// Undoes [`dma_map`](Self::dma_map). No effect if it is not mapped.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn dma_unmap(&self, mapping: &Arc<Mapping>) -> io::Result<()>;
 
-    /// How a driver gets from virtual addresses to those that the device wants. `None`, which is all but always: they are
-    /// the same.
+    /// Translates virtual addresses to the addresses that the device uses. `None`: they are equal, as with every IOMMU.
     fn translation(&self) -> Option<Arc<Translation>> {
         None
     }
 
-    /// Lets the device start transfers by itself, or stops it.
+    /// Lets the device start transfers (bus mastering), or forbids it.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         let mut command = [0; 2];
         self.read_config(COMMAND, &mut command)?;
@@ -63,41 +61,41 @@ pub trait PciDevice: fmt::Debug + Send + Sync {
         self.write_config(COMMAND, &bit(COMMAND_BUS_MASTER, on).to_le_bytes())
     }
 
-    /// How many MSI-X vectors the device has; 0: none at all.
+    /// Number of MSI-X vectors of the device; 0: it has no MSI-X.
     fn vectors(&self) -> u16;
 
-    /// Makes vector `n` write to the eventfd `fds[n]`, from the first on. Replaces what was set before; with no `fds` the
-    /// device has no interrupts. The eventfds are kept open by the device.
+    /// Makes vector `n` write to the eventfd `fds[n]`. Replaces the earlier setting; an empty `fds` disables all interrupts.
+    /// The device keeps the eventfds open.
     ///
     /// # Errors
-    /// More than [`vectors`](Self::vectors), or what the kernel said.
+    /// There are more `fds` than [`vectors`](Self::vectors), or the kernel refused.
     fn enable_vectors(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()>;
 
-    /// Makes one vector, of those enabled, write to another eventfd, or to none.
+    /// Makes one enabled vector write to another eventfd, or to none.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn set_vector(&self, index: u16, fd: Option<BorrowedFd<'_>>) -> io::Result<()>;
 
-    /// Asks for a write to this eventfd when the device is to be taken away, or has failed for good: let go of it soon
-    /// then.
+    /// Registers an eventfd, to be written when the device is about to be removed or has failed permanently. The process should
+    /// then close the device soon.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel refused.
     fn watch_removal(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// Resets the function. Its registers are as after power-on then; configuration space and vectors are kept.
+    /// Resets the function. Afterwards its registers are as after power-on; configuration space and vectors are kept.
     ///
     /// # Errors
-    /// The device cannot be reset by itself (`Unsupported`), or what the kernel said.
+    /// The device does not support a function reset (`Unsupported`), or the kernel refused.
     fn reset(&self) -> io::Result<()>;
 }
 
-/// A region of a device's registers. Every access is exactly one of its size, in program order, little-endian.
+/// A region of device registers. Each access is a single access of its size, in program order, little-endian. Reads of a
+/// removed device return all ones.
 ///
 /// # Panics
-/// All methods panic for accesses that are misaligned or outside of the region. A device that was taken away reads as all
-/// ones.
+/// All methods panic if the access is misaligned or outside of the region.
 #[expect(clippy::len_without_is_empty, reason = "never empty")]
 pub trait Bar: fmt::Debug + Send + Sync {
     /// Length in bytes.
@@ -116,7 +114,7 @@ pub trait Bar: fmt::Debug + Send + Sync {
     fn write8(&self, at: usize, value: u8);
     /// Writes 16 bits, as [`write32`](Self::write32).
     fn write16(&self, at: usize, value: u16);
-    /// Writes 32 bits. The device sees everything that this thread has stored to memory before, when it sees this.
+    /// Writes 32 bits. The device sees all earlier stores of this thread to memory before this write.
     fn write32(&self, at: usize, value: u32);
     /// Writes 64 bits, as [`write32`](Self::write32).
     fn write64(&self, at: usize, value: u64);
@@ -124,9 +122,9 @@ pub trait Bar: fmt::Debug + Send + Sync {
 
 /// The command register (PCI 3.0, 6.2.2).
 pub(crate) const COMMAND: u16 = 4;
-/// Memory regions answer.
+/// Enables access to memory regions.
 pub(crate) const COMMAND_MEMORY: u16 = 1 << 1;
-/// The device may start transfers.
+/// Enables bus mastering: the device may start transfers.
 pub(crate) const COMMAND_BUS_MASTER: u16 = 1 << 2;
-/// No interrupts by wire.
+/// Disables legacy (INTx) interrupts.
 pub(crate) const COMMAND_INTX_OFF: u16 = 1 << 10;

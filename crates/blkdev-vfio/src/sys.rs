@@ -1,4 +1,4 @@
-//! The system calls of VFIO and iommufd, with structures as plain bytes.
+//! System calls of VFIO and iommufd, with structures as plain bytes.
 #![allow(unsafe_code)]
 
 use std::{
@@ -7,12 +7,12 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-/// A structure of the kernel's whose first 32 bits tell its size, so that the kernel never touches more than that.
+/// A kernel structure whose first 32 bits hold its size, so that the kernel never accesses more.
 #[derive(Debug)]
 pub(crate) struct Packet(Vec<u64>);
 
 impl Packet {
-    /// `len` bytes, zero but for the size.
+    /// Creates a structure of `len` bytes, all zero except for the size.
     pub(crate) fn new(len: usize) -> Self {
         let mut packet = Self(vec![0; len.div_ceil(8)]);
         packet.put32(0, len as u32);
@@ -31,30 +31,30 @@ impl Packet {
         self.0[at / 8] = value;
     }
 
-    /// `None`: it lies outside.
+    /// `None`: the field lies outside of the structure.
     pub(crate) fn read16(&self, at: usize) -> Option<u16> {
         let bytes = self.0.get(at / 8)?.to_ne_bytes();
         bytes.get(at % 8..at % 8 + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]))
     }
 
-    /// `None`: it lies outside.
+    /// `None`: the field lies outside of the structure.
     pub(crate) fn read32(&self, at: usize) -> Option<u32> {
         let bytes = self.0.get(at / 8)?.to_ne_bytes();
         bytes.get(at % 8..at % 8 + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
     }
 
-    /// `None`: it lies outside. May straddle words.
+    /// `None`: the field lies outside of the structure. The field may straddle words.
     pub(crate) fn read64(&self, at: usize) -> Option<u64> {
         let halves = [self.read32(at)?.to_ne_bytes(), self.read32(at + 4)?.to_ne_bytes()].concat();
         halves.try_into().ok().map(u64::from_ne_bytes)
     }
 }
 
-/// The longest answer that makes sense: capabilities take a few hundred bytes.
+/// The longest plausible reply, in bytes: capabilities take a few hundred.
 const ANSWER_MAX: usize = 1 << 20;
 
-/// Asks for a structure that may be longer than its fixed part of `len` bytes, as the answer's first field shows then.
-/// `fill` sets the fields of the question.
+/// Requests a structure that may be longer than its fixed part of `len` bytes; then the first field of the reply has the
+/// length. `fill` sets the fields of the request.
 pub(crate) fn ask(fd: BorrowedFd<'_>, what: Exchange, len: usize, fill: impl Fn(&mut Packet)) -> io::Result<Packet> {
     let once = |len| {
         let mut packet = Packet::new(len);
@@ -63,13 +63,13 @@ pub(crate) fn ask(fd: BorrowedFd<'_>, what: Exchange, len: usize, fill: impl Fn(
     };
     let packet = once(len)?;
     match packet.read32(0).unwrap_or(0) as usize {
-        told if told > ANSWER_MAX => Err(io::Error::other(format!("an answer of {told} bytes"))),
+        told if told > ANSWER_MAX => Err(io::Error::other(format!("the kernel's reply of {told} bytes is too long"))),
         told if told > len => once(told),
         _ => Ok(packet),
     }
 }
 
-/// An ioctl that takes a [`Packet`].
+/// An ioctl whose argument is a [`Packet`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Exchange(u32);
 
@@ -94,22 +94,22 @@ impl Exchange {
     pub(crate) const IOAS_UNMAP: Self = Self(number(0x86));
 }
 
-/// Hands `packet` to the kernel, which answers in it.
+/// Passes `packet` to the kernel, which replies in it.
 pub(crate) fn exchange(fd: BorrowedFd<'_>, what: Exchange, packet: &mut Packet) -> io::Result<i32> {
-    // SAFETY: each of the ioctls above takes a structure whose size its first field tells, and the kernel reads and writes
-    // no more than that (`argsz` of VFIO, `size` of iommufd). What the structure tells the device of memory is that of a
-    // Mapping, which the kernel pins and `Dma` keeps alive; it is only ever accessed raw.
+    // SAFETY: each of the ioctls above takes a structure whose first field holds its size, and the kernel reads and writes no
+    // more than that (`argsz` of VFIO, `size` of iommufd). Memory addresses in the structure are those of a Mapping, which the
+    // kernel pins and `Dma` keeps alive; it is only ever accessed raw.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::Ioctl::from(what.0), packet.0.as_mut_ptr()) })
 }
 
-/// `IOMMU_IOAS_IOVA_RANGES`: where the device can be given memory, first and last byte.
+/// `IOMMU_IOAS_IOVA_RANGES`: the usable I/O addresses, each with first and last byte.
 pub(crate) fn ioas_ranges(iommu: BorrowedFd<'_>, ioas: u32) -> io::Result<Vec<(u64, u64)>> {
     let mut ranges = vec![[0u64; 2]; 64];
     let mut packet = Packet::new(32);
     packet.put32(4, ioas);
     packet.put32(8, ranges.len() as u32);
     packet.put64(16, ranges.as_mut_ptr() as u64);
-    // SAFETY: the packet tells its size, and of an array that has as many elements as it says.
+    // SAFETY: the packet holds its size, and the address of an array with as many elements as it states.
     check(unsafe { libc::ioctl(iommu.as_raw_fd(), libc::Ioctl::from(number(0x84)), packet.0.as_mut_ptr()) })?;
     ranges.truncate(packet.read32(8).unwrap_or(0) as usize);
     Ok(ranges.into_iter().map(|[first, last]| (first, last)).collect())
@@ -117,7 +117,7 @@ pub(crate) fn ioas_ranges(iommu: BorrowedFd<'_>, ioas: u32) -> io::Result<Vec<(u
 
 /// `VFIO_GET_API_VERSION`.
 pub(crate) fn api_version(container: BorrowedFd<'_>) -> io::Result<i32> {
-    // SAFETY: no argument is read.
+    // SAFETY: the kernel reads no argument.
     check(unsafe { libc::ioctl(container.as_raw_fd(), libc::Ioctl::from(number(100)), 0) })
 }
 
@@ -143,27 +143,27 @@ pub(crate) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) ->
 
 /// `VFIO_GROUP_GET_DEVICE_FD`.
 pub(crate) fn device_of_group(group: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel reads a string that ends with NUL.
+    // SAFETY: the kernel reads a NUL-terminated string.
     let fd = check(unsafe { libc::ioctl(group.as_raw_fd(), libc::Ioctl::from(number(106)), name.as_ptr()) })?;
-    // SAFETY: a new descriptor, ours alone.
+    // SAFETY: a new descriptor with no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// `VFIO_DEVICE_RESET`.
 pub(crate) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: no argument is read.
+    // SAFETY: the kernel reads no argument.
     check(unsafe { libc::ioctl(device.as_raw_fd(), libc::Ioctl::from(number(111)), 0) }).map(drop)
 }
 
 /// `RLIMIT_MEMLOCK`, in bytes; `None`: unlimited.
 pub(crate) fn locked_memory_limit() -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: one rlimit is written.
+    // SAFETY: the kernel writes one rlimit.
     let failed = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } < 0;
     (!failed && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
-/// Brings all pages of a mapping into memory.
+/// Populates all pages of a mapping.
 pub(crate) fn populate(mapping: &blkdev::Mapping) -> io::Result<()> {
     // SAFETY: the range is that of the mapping, and no content changes.
     check(unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.len(), libc::MADV_POPULATE_WRITE) }).map(drop)
@@ -172,7 +172,7 @@ pub(crate) fn populate(mapping: &blkdev::Mapping) -> io::Result<()> {
 /// Whether a file lies on hugetlbfs.
 pub(crate) fn is_huge(fd: BorrowedFd<'_>) -> bool {
     let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: one statfs is written, and all zeroes is a valid value of it.
+    // SAFETY: the kernel writes one statfs, and all zeroes is a valid value of it.
     let stat = unsafe {
         if libc::fstatfs(fd.as_raw_fd(), stat.as_mut_ptr()) < 0 {
             return false;

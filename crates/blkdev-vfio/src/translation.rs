@@ -11,8 +11,8 @@ use blkdev::Mapping;
 
 use crate::sys;
 
-/// Where the memory of mappings really lies. Only for devices without an IOMMU, and only for huge pages, which the kernel
-/// does not move and which are contiguous for 2 MiB.
+/// Physical addresses of mappings. Only for devices without an IOMMU, and only for huge pages: the kernel does not move them,
+/// and each is contiguous for 2 MiB.
 #[derive(Debug, Default)]
 pub struct Translation {
     mappings: RwLock<Vec<Known>>,
@@ -21,28 +21,29 @@ pub struct Translation {
 #[derive(Debug)]
 struct Known {
     start: u64,
-    /// One physical address for each huge page.
+    /// The physical address of each huge page.
     pages: Vec<u64>,
 }
 
-/// What a mapping is a multiple of, and contiguous for.
+/// Size of a huge page in bytes: the granularity of mappings, each contiguous in physical memory.
 const HUGE: u64 = 2 << 20;
 
-/// Bytes for each page of 4096 in `/proc/self/pagemap`, and what they say.
+/// Size and fields of an entry of `/proc/self/pagemap`, one for each page of 4096 bytes.
 const ENTRY: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;
 
 impl Translation {
-    /// The physical address of the byte at virtual address `address`. It is contiguous up to the next multiple of 2 MiB.
+    /// Returns the physical address of the byte at virtual address `address`. Memory is contiguous up to the next multiple of 2
+    /// MiB.
     ///
     /// # Panics
-    /// When the address does not lie in a mapping that is mapped for DMA.
+    /// If the address is not in memory that is mapped for DMA.
     pub fn physical(&self, address: u64) -> u64 {
         let known = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
         let offset = |k: &Known| address.checked_sub(k.start).filter(|at| *at < k.pages.len() as u64 * HUGE);
         let (pages, at) =
-            known.iter().find_map(|k| offset(k).map(|at| (&k.pages, at))).expect("memory is mapped before it is used");
+            known.iter().find_map(|k| offset(k).map(|at| (&k.pages, at))).expect("the memory is mapped for DMA");
         pages[(at / HUGE) as usize] + at % HUGE
     }
 
@@ -51,8 +52,8 @@ impl Translation {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 format!(
-                    "a device without an IOMMU needs huge pages, and none are free for {} MiB: reserve some \
-                     (sysctl vm.nr_hugepages)",
+                    "a device without an IOMMU needs huge pages, but fewer than {} MiB of them are free: reserve \
+                     more (sysctl vm.nr_hugepages)",
                     mapping.len() >> 20
                 ),
             ));
@@ -66,7 +67,7 @@ impl Translation {
             map.read_exact_at(&mut entry, page / 4096 * ENTRY)?;
             let entry = u64::from_ne_bytes(entry);
             if entry & PRESENT == 0 || entry & FRAME == 0 {
-                let why = "the kernel does not tell physical addresses: CAP_SYS_ADMIN is needed without an IOMMU";
+                let why = "the kernel hides physical addresses: without an IOMMU this process needs CAP_SYS_ADMIN";
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
             }
             pages.push((entry & FRAME) * 4096);

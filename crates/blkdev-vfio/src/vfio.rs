@@ -1,4 +1,4 @@
-//! [`Vfio`]: a device of this machine as a [`PciDevice`].
+//! [`Vfio`]: a PCI device of this machine as a [`PciDevice`].
 
 use std::{
     ffi::CString,
@@ -29,36 +29,36 @@ use crate::{
     translation::Translation,
 };
 
-/// How to open a device.
+/// Settings for opening a device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Do without an IOMMU where the device has none. It can write to all of the machine's memory then, so this is never
-    /// done unasked. Needs root, huge pages, and the kernel's consent (`vfio.enable_unsafe_noiommu_mode`).
+    /// Use a device without an IOMMU. Such a device can write to all of the machine's memory, so this must be requested
+    /// explicitly. It needs root, huge pages, and the kernel's permission (`vfio.enable_unsafe_noiommu_mode`). Default: no.
     pub no_iommu: bool,
 }
 
-/// A device bound to `vfio-pci`, opened.
+/// An open device, bound to `vfio-pci`.
 #[derive(Debug)]
 pub struct Vfio {
     address: String,
-    /// Before `dma`: fields are dropped in this order.
+    /// Before `dma`: fields are dropped in declaration order.
     device: Arc<OwnedFd>,
     file: File,
     config: u64,
     vectors: u16,
     can_reset: bool,
-    /// How to reach the device, for the log.
+    /// The kernel interface in use, for the log.
     way: &'static str,
     dma: Dma,
 }
 
 impl Vfio {
-    /// Opens the device at a PCI address (`01:00.0`, `0000:01:00.0`) or path in sysfs. Nobody else can use it then. Its
-    /// bus mastering and its interrupts are off.
+    /// Opens the device at a PCI address (`01:00.0`, `0000:01:00.0`) or path in sysfs, for exclusive use. Its bus mastering and
+    /// its interrupts are off.
     ///
     /// # Errors
-    /// There is no such device, it is not bound to `vfio-pci`, somebody else uses it, or VFIO is not available to us; the
-    /// text says what to do.
+    /// The device does not exist, is not bound to `vfio-pci`, is in use by another process, or VFIO is not available to this
+    /// user. The text names the remedy.
     pub fn open(name: &str, options: &Options) -> io::Result<Self> {
         let location = Location::find(name)?;
         Self::open_at(&location, options)
@@ -71,7 +71,7 @@ impl Vfio {
         let (device, way, name) = match by_cdev(location) {
             Some(Ok((device, way))) => (device, way, "iommufd"),
             Some(Err(e)) => {
-                log::debug!("{}: not by iommufd: {e}", location.address);
+                log::debug!("{}: cannot use iommufd: {e}", location.address);
                 by_group(location, options)?
             }
             None => by_group(location, options)?,
@@ -83,7 +83,7 @@ impl Vfio {
             .map_err(|e| said("VFIO_DEVICE_GET_INFO", &e))?;
         let flags = info.read32(4).unwrap_or(0);
         if flags & VFIO_DEVICE_FLAGS_PCI == 0 {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO says that this is no PCI device"));
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO reports that this is not a PCI device"));
         }
         let config = region(device.as_fd(), VFIO_PCI_CONFIG_REGION_INDEX)?.start;
         let mut irqs = Packet::new(16);
@@ -155,7 +155,7 @@ impl PciDevice for Vfio {
         let what = |e: io::Error| io::Error::new(e.kind(), format!("{}: BAR {index}: {e}", self.address));
         let region = region(self.device.as_fd(), index.min(5).into()).map_err(what)?;
         if index > 5 || region.len == 0 {
-            return Err(what(io::Error::new(io::ErrorKind::NotFound, "the device has none of that number")));
+            return Err(what(io::Error::new(io::ErrorKind::NotFound, "the device has no such BAR")));
         }
         Ok(Arc::new(Region::new(&self.device, region.start, region.len, &region.areas).map_err(what)?))
     }
@@ -178,10 +178,12 @@ impl PciDevice for Vfio {
 
     fn enable_vectors(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         if fds.len() > usize::from(self.vectors) {
-            let text = format!("{}: {} vectors asked for, the device has {}", self.address, fds.len(), self.vectors);
+            let text =
+                format!("{}: {} vectors requested, but the device has {}", self.address, fds.len(), self.vectors);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        // First none: the number of those enabled cannot grow on all kernels (VFIO_IRQ_INFO_NORESIZE). EINVAL: none were.
+        // Disable all first: on some kernels the number of enabled vectors cannot grow (VFIO_IRQ_INFO_NORESIZE). EINVAL: none
+        // were enabled.
         let disabled = self.disable_irqs(VFIO_PCI_MSIX_IRQ_INDEX);
         if fds.is_empty() {
             return disabled.or_else(|e| if e.kind() == io::ErrorKind::InvalidInput { Ok(()) } else { Err(e) });
@@ -196,34 +198,34 @@ impl PciDevice for Vfio {
 
     fn watch_removal(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.set_irqs(VFIO_PCI_REQ_IRQ_INDEX, 0, &[fd.as_raw_fd()])?;
-        // Errors are told of on PCI Express only.
+        // Errors are reported on PCI Express only.
         if let Err(e) = self.set_irqs(VFIO_PCI_ERR_IRQ_INDEX, 0, &[fd.as_raw_fd()]) {
-            log::debug!("{}: errors of the link are not told: {e}", self.address);
+            log::debug!("{}: link errors are not reported: {e}", self.address);
         }
         Ok(())
     }
 
     fn reset(&self) -> io::Result<()> {
         if !self.can_reset {
-            let text = format!("{}: the device has no reset of its own", self.address);
+            let text = format!("{}: the device does not support a function reset", self.address);
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
         sys::reset(self.device.as_fd()).map_err(|e| said(&format!("{}: VFIO_DEVICE_RESET", self.address), &e))
     }
 }
 
-/// Stops the device before the memory goes that it could reach.
+/// Stops the device before the memory that it can access is unmapped.
 impl Drop for Vfio {
     fn drop(&mut self) {
         let stopped = self.set_bus_master(false);
         for irqs in [VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ERR_IRQ_INDEX] {
-            // A device that is gone has none any more.
+            // A removed device has no interrupts any more.
             let _ = self.disable_irqs(irqs);
         }
         let reset = if self.can_reset { self.reset() } else { Ok(()) };
         if let (Err(first), Err(second)) = (&stopped, &reset) {
-            // Behind an IOMMU that is all the same; without one, the device may write to whatever gets the memory next.
-            log::warn!("{}: could not be stopped: {first}; {second}", self.address);
+            // Behind an IOMMU this is harmless. Without one, the device may write to memory that is reused.
+            log::warn!("{}: cannot stop the device: {first}; {second}", self.address);
             if self.dma.translation().is_some() {
                 self.dma.leak();
             }
@@ -231,7 +233,7 @@ impl Drop for Vfio {
     }
 }
 
-/// Through the device's own file and iommufd. `None`: the kernel has no such files.
+/// Opens the device through its own file and iommufd. `None`: the kernel does not support them.
 fn by_cdev(location: &Location) -> Option<io::Result<(OwnedFd, Way)>> {
     let path = location.cdev()?;
     let iommu = Path::new("/dev/iommu");
@@ -252,7 +254,7 @@ fn by_cdev(location: &Location) -> Option<io::Result<(OwnedFd, Way)>> {
     })
 }
 
-/// Through the group that the device is in.
+/// Opens the device through its IOMMU group.
 fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way, &'static str)> {
     let number = location.group().ok_or_else(|| {
         io::Error::new(
@@ -273,14 +275,14 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
     let container = open(Path::new("/dev/vfio/vfio"))?;
     let version = sys::api_version(container.as_fd()).map_err(|e| said("VFIO_GET_API_VERSION", &e))?;
     if version != 0 {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, format!("VFIO's version is {version}, not 0")));
+        return Err(io::Error::new(io::ErrorKind::Unsupported, format!("VFIO has API version {version}, not 0")));
     }
     let group = open(Path::new(if no_iommu { &without } else { &with }))?;
     let mut status = Packet::new(8);
     sys::exchange(group.as_fd(), Exchange::GROUP_STATUS, &mut status).map_err(|e| said("VFIO_GROUP_GET_STATUS", &e))?;
     if status.read32(4).unwrap_or(0) & VFIO_GROUP_FLAGS_VIABLE == 0 {
         let text = format!(
-            "IOMMU group {number} has devices that other drivers than vfio-pci use: {}; unbind them",
+            "IOMMU group {number} has devices bound to other drivers than vfio-pci: {}; unbind them",
             location.strangers().join(", ")
         );
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
@@ -288,7 +290,7 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
     sys::set_container(group.as_fd(), container.as_fd()).map_err(|e| said("VFIO_GROUP_SET_CONTAINER", &e))?;
     let kind = if no_iommu { VFIO_NOIOMMU_IOMMU } else { VFIO_TYPE1v2_IOMMU };
     if !sys::has_extension(container.as_fd(), kind) {
-        let text = format!("VFIO has no IOMMU of type {kind} here: modprobe vfio_iommu_type1");
+        let text = format!("VFIO does not support IOMMU type {kind} here: modprobe vfio_iommu_type1");
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
     sys::set_iommu(container.as_fd(), kind).map_err(|e| said("VFIO_SET_IOMMU", &e))?;
@@ -305,9 +307,9 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
 fn open(path: &Path) -> io::Result<OwnedFd> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
         let remedy = match e.raw_os_error() {
-            Some(libc::EBUSY) => ": somebody else uses the device, or one of its IOMMU group",
-            Some(libc::EACCES | libc::EPERM) => ": be root, or be given the file (chown)",
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => ": is the module loaded? modprobe vfio-pci",
+            Some(libc::EBUSY) => ": another process uses the device, or a device of its IOMMU group",
+            Some(libc::EACCES | libc::EPERM) => ": run as root, or change the owner of the file (chown)",
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => ": load the module: modprobe vfio-pci",
             _ => "",
         };
         io::Error::new(e.kind(), format!("{}: {e}{remedy}", path.display()))
@@ -315,7 +317,7 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Where a region lies in the device's file, and what of it can be mapped (first byte and length, within the region).
+/// Location of a region in the device's file, and its mappable areas (first byte and length, within the region).
 #[derive(Debug)]
 struct Place {
     start: u64,
@@ -333,7 +335,7 @@ fn region(device: BorrowedFd<'_>, index: u32) -> io::Result<Place> {
 }
 
 impl Place {
-    /// `struct vfio_region_info` with its chain of capabilities.
+    /// Parses `struct vfio_region_info` with its capability chain.
     fn parse(packet: &Packet) -> Self {
         let flags = packet.read32(4).unwrap_or(0);
         let (len, start) = (packet.read64(16).unwrap_or(0), packet.read64(24).unwrap_or(0));
@@ -352,7 +354,7 @@ impl Place {
         }
         let areas = match sparse {
             _ if flags & CAN_MAP == 0 => Vec::new(),
-            // The page with the table of vectors can be mapped, too.
+            // The page with the MSI-X table can be mapped, too.
             _ if whole => vec![(0, len)],
             Some(areas) => areas,
             None => vec![(0, len)],
@@ -369,7 +371,7 @@ fn said(who: &str, error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
 
-    /// A region of 16 KiB with a chain of capabilities: number, then words.
+    /// Checks a region of 16 KiB with a capability chain: id, then words.
     fn check(flags: u32, capabilities: &[(u32, &[u64])], areas: &[(u64, u64)]) {
         let mut packet = Packet::new(32 + capabilities.iter().map(|(_, words)| 8 + 8 * words.len()).sum::<usize>());
         packet.put32(4, flags);
