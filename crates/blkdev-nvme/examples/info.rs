@@ -1,4 +1,4 @@
-//! Tells what an NVMe namespace can do: `info 0000:01:00.0/1` (a controller on vfio-pci) or `info /dev/ng0n1`.
+//! Prints the properties of an NVMe namespace: `info 0000:01:00.0/1` (a controller bound to vfio-pci) or `info /dev/ng0n1`.
 
 use std::{env, io};
 

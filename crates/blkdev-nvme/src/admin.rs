@@ -1,4 +1,4 @@
-//! [`Admin`]: the admin queue pair, one command at a time, and the events that come through it.
+//! [`Admin`]: the admin queue pair, with one command at a time, and asynchronous events.
 
 use std::{
     io,
@@ -19,41 +19,41 @@ use crate::{
     spec::{self, Command, Completion, IDENTIFY_LEN, Status},
 };
 
-/// Places in the admin queue: a command, an event request, and what comes late.
+/// Size of the admin queue: one command, one event request, and room for late completions.
 pub(crate) const SIZE: u16 = 16;
 
-/// The admin queue, which one thread uses at a time.
+/// The admin queue. One thread uses it at a time.
 #[derive(Debug)]
 pub(crate) struct Admin {
     pub(crate) pair: Pair<Asked>,
     pub(crate) wake: Arc<EventFd>,
     pub(crate) life: Arc<Liveness>,
     pub(crate) timeout: Duration,
-    /// The answer to the command that is being waited for.
+    /// The completion of the current command, once it has arrived.
     answer: Option<Completion>,
-    /// Events that came and were not dealt with yet: word 0 of their completions.
+    /// Unhandled events: word 0 of their completions.
     pub(crate) events: Vec<u32>,
-    /// A command was not answered in time. Nothing is asked any more until the controller has been reset.
+    /// A command was not completed in time. No further commands are sent until the controller has been reset.
     pub(crate) is_late: bool,
 }
 
-/// What a command was for.
+/// Purpose of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
-    /// Somebody waits for it.
+    /// A thread waits for its completion.
     Now,
-    /// The controller answers when something happens.
+    /// Asynchronous Event Request: the controller completes it when an event occurs.
     Event,
 }
 
-/// How a command failed.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The controller refused it.
+    /// The controller completed it with an error status.
     Refused(Status),
-    /// It was not answered in time, or an earlier one was not.
+    /// It, or an earlier command, was not completed in time.
     Late,
-    /// There is nobody to ask any more.
+    /// The device is dead.
     Dead,
 }
 
@@ -64,8 +64,8 @@ impl Failure {
                 let kind = status.result().err().map_or(io::ErrorKind::Other, |e| io::Error::from(e).kind());
                 io::Error::new(kind, format!("{what}: {status}"))
             }
-            Self::Late => io::Error::new(io::ErrorKind::TimedOut, format!("{what}: the controller does not answer")),
-            Self::Dead => io::Error::new(io::ErrorKind::NotConnected, format!("{what}: the device is gone")),
+            Self::Late => io::Error::new(io::ErrorKind::TimedOut, format!("{what}: the controller does not respond")),
+            Self::Dead => io::Error::new(io::ErrorKind::NotConnected, format!("{what}: the device is dead")),
         }
     }
 }
@@ -75,24 +75,24 @@ impl Admin {
         Self { pair, wake, life, timeout, answer: None, events: Vec::new(), is_late: false }
     }
 
-    /// Begins anew, as a controller that was reset does.
+    /// Starts over after a reset of the controller.
     pub(crate) fn restart(&mut self) {
         self.pair.restart(0);
         (self.answer, self.is_late) = (None, false);
         self.events.clear();
     }
 
-    /// Sends a command and waits for its answer.
+    /// Sends a command and waits for its completion.
     pub(crate) fn ask(&mut self, command: Command) -> Result<Completion, Failure> {
         self.ask_for(self.timeout, |_| command)
     }
 
-    /// As [`ask`](Self::ask), for less time.
+    /// As [`ask`](Self::ask), with a shorter time-out.
     pub(crate) fn ask_within(&mut self, time: Duration, command: Command) -> Result<Completion, Failure> {
         self.ask_for(time, |_| command)
     }
 
-    /// As [`ask`](Self::ask), for a command with an answer of `N` bytes at most, in one memory page.
+    /// As [`ask`](Self::ask), for a command that returns at most `N` bytes, in one memory page.
     pub(crate) fn ask_bytes<const N: usize>(&mut self, command: Command) -> Result<[u8; N], Failure> {
         let answer = self.ask_for(self.timeout, |address| command.prps(address, 0))?;
         Ok(self.pair.answer(answer.id))
@@ -110,13 +110,13 @@ impl Admin {
             return Err(Failure::Late);
         }
         let pushed = self.pair.push(Asked::Now, |_, list| {
-            // What an earlier command got here is not an answer to this one.
+            // Clear data from earlier commands, so that it cannot be taken for this one's.
             for word in 0..IDENTIFY_LEN / 8 {
                 list.put(word, 0);
             }
             command(list.address())
         });
-        pushed.expect("the admin queue has room: one command is asked at a time");
+        pushed.expect("the admin queue has room: one command is in flight at a time");
         self.pair.publish();
         let deadline = Instant::now() + time;
         loop {
@@ -124,7 +124,7 @@ impl Admin {
             self.collect();
             if let Some(answer) = self.answer.take() {
                 if !self.events.is_empty() {
-                    // For the thread that deals with them: we have taken its wake-up.
+                    // Wake the thread that handles events: we consumed its wake-up.
                     let _ = self.wake.write(1);
                 }
                 return if answer.status.is_success() { Ok(answer) } else { Err(Failure::Refused(answer.status)) };
@@ -135,22 +135,22 @@ impl Admin {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 self.is_late = true;
-                // For the thread that resets the controller.
+                // Wake the thread that resets the controller.
                 let _ = self.wake.write(1);
                 return Err(Failure::Late);
             }
-            // In steps, to see in time that the device has died, and to do without an interrupt if need be.
+            // Wait in steps, to notice a dead device, and to work without interrupts if necessary.
             wait(&self.wake, left.min(Duration::from_millis(100)));
         }
     }
 
-    /// Takes in what the controller has answered.
+    /// Handles new completions.
     pub(crate) fn collect(&mut self) {
         loop {
             match self.pair.pop() {
                 Ok(Some((Asked::Now, answer))) => self.answer = Some(answer),
                 Ok(Some((Asked::Event, answer))) if answer.status.is_success() => self.events.push(answer.result),
-                // Not supported, or withdrawn with the queue: no events then.
+                // Event requests are not supported, or were aborted with the queue: no events in either case.
                 Ok(Some((Asked::Event, _))) => {}
                 Ok(None) => break,
                 Err(nonsense) => return self.life.end(&format!("admin queue: {nonsense}")),
@@ -159,21 +159,21 @@ impl Admin {
         self.pair.acknowledge();
     }
 
-    /// Asks to be told of the next event.
+    /// Sends an Asynchronous Event Request.
     pub(crate) fn expect_event(&mut self) {
         let request = Command::new(spec::admin::ASYNC_EVENT_REQUEST, 0);
-        self.pair.push(Asked::Event, |_, _| request).expect("the admin queue has room: one event is waited for");
+        self.pair.push(Asked::Event, |_, _| request).expect("the admin queue has room: one event request is in flight");
         self.pair.publish();
     }
 }
 
-/// Waits until `fd` is readable, for a time. `false`: it is not.
+/// Waits until `fd` is readable. `false`: `time` has passed.
 pub(crate) fn wait(fd: &EventFd, time: Duration) -> bool {
     // Rounded up: a wait of 0 ms just before the end would spin.
     let timeout = PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
     match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
         Ok(count) => count > 0,
-        // The caller looks at the clock again.
+        // The caller checks the clock again.
         Err(Errno::EINTR) => false,
         Err(_) => false,
     }

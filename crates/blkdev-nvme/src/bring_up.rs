@@ -1,4 +1,4 @@
-//! Brings a controller up, and finds its namespace.
+//! Initialises a controller, and finds its namespace.
 
 use std::{
     io,
@@ -25,39 +25,42 @@ use crate::{
     spec::{self, Controller, Limits, Namespace, RANGE_LEN, cns},
 };
 
-/// I/O queue pairs that are used unless more are asked for: each has an interrupt vector and a file descriptor.
+/// Default number of I/O queue pairs: each has an interrupt vector and a file descriptor.
 const QUEUES: u16 = 64;
 
-/// Longest transfer, in bytes: what a list in one page of 4096 bytes can describe. Longer ones gain nothing.
+/// Longest transfer, in bytes: the length that a PRP list in one page of 4096 bytes can describe. Longer transfers gain
+/// nothing.
 const TRANSFER_MAX: u64 = 2 << 20;
 
-/// How long an admin command may take where requests may take for ever.
+/// Time-out of admin commands, if requests have none.
 const ADMIN: Duration = Duration::from_secs(60);
 
-/// How long a controller may take to shut down when it does not tell.
+/// Longest shutdown, if the controller does not report a time.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
-/// The class code of an NVMe controller (PCI code and ID assignment, 1.9): mass storage, non-volatile memory, NVMe.
+/// Class code of an NVMe controller (PCI code and ID assignment, 1.9): mass storage, non-volatile memory, NVMe.
 const CLASS: [u8; 3] = [0x02, 0x08, 0x01];
 
-/// Whatever fails in here, the drop of `pci` stops the device before any memory goes.
+/// If any step fails, the drop of `pci` stops the device before memory is unmapped.
 pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     if !(2..=SIZE_MAX).contains(&options.queue_size) {
-        return Err(invalid(format!("queue size {}, not from 2 to {SIZE_MAX}", options.queue_size)));
+        return Err(invalid(format!("queue size {} is not from 2 to {SIZE_MAX}", options.queue_size)));
     }
     let mut class = [0; 3];
     pci.read_config(0x09, &mut class)?;
     if class != CLASS {
         let [interface, subclass, class] = class;
-        return Err(unusable(format!("no NVMe controller, but of PCI class {class:02x}{subclass:02x}{interface:02x}")));
+        return Err(unusable(format!(
+            "PCI class {class:02x}{subclass:02x}{interface:02x} is not that of an NVMe controller (010802)"
+        )));
     }
     let registers = Registers::new(pci.bar(0)?)?;
-    // Left running by whoever had it before, or in trouble.
+    // The controller may still run for an earlier user, or may have failed.
     stop(&*pci, &registers)?;
 
     let vectors = pci.vectors();
     if vectors < 2 {
-        return Err(unusable(format!("it has {vectors} MSI-X vectors, at least 2 are needed")));
+        return Err(unusable(format!("it has {vectors} MSI-X vectors, but needs at least 2")));
     }
     let pairs = registers.pairs();
     if pairs == 0 {
@@ -70,12 +73,12 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     let queues_max = (vectors - 1).min(pairs);
     let wanted = options.queues.unwrap_or(QUEUES.min(queues_max));
     if wanted == 0 || wanted > queues_max {
-        return Err(invalid(format!("{wanted} queues asked for, the device has {queues_max}")));
+        return Err(invalid(format!("{wanted} queues requested, but the device has {queues_max}")));
     }
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     let wake = || Ok(Arc::new(EventFd::from_value_and_flags(0, flags)?));
     let mut wakes = (0..=wanted).map(|_| wake()).collect::<io::Result<Vec<_>>>()?;
-    // Before the controller is enabled: some look at their vectors only then.
+    // Before the controller is enabled: some controllers read their vectors only then.
     pci.enable_vectors(&wakes.iter().map(|wake| wake.as_fd()).collect::<Vec<_>>())?;
 
     let page_shift = registers.page_shift();
@@ -98,7 +101,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
 
     let granted = ask_for_queues(&mut admin, wanted)?;
     if options.queues.is_some_and(|queues| queues > granted) {
-        return Err(invalid(format!("{wanted} queues asked for, the device has {granted}")));
+        return Err(invalid(format!("{wanted} queues requested, but the device has {granted}")));
     }
     let queues = wanted.min(granted);
     wakes.truncate(usize::from(queues) + 1);
@@ -106,7 +109,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     let size = u32::from(options.queue_size).min(registers.queue_size()) as u16;
     let target = format!("{}/{}", pci.address(), found.nsid);
     let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX)?;
-    // One entry for each page, as an odd start adds a page and the first page needs no entry.
+    // One entry for each page: an unaligned start adds a page, but the first page needs no entry.
     let list_len = (transfer_max as usize).div_ceil(page).saturating_mul(8).next_power_of_two().clamp(256, page);
     let shape = Shape {
         driver: "nvme",
@@ -145,15 +148,15 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
 }
 
 fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
-    let controller = admin.identify(cns::CONTROLLER, 0).map_err(|e| e.explain("identifying the controller"))?;
+    let controller = admin.identify(cns::CONTROLLER, 0).map_err(|e| e.explain("cannot identify the controller"))?;
     let controller = Controller::parse(&controller);
     let version = registers.version();
-    // Told by controllers of NVMe 2.0, and of others that have I/O command sets (CAP.CSS).
+    // Supported by controllers of NVMe 2.0, and by older ones with I/O command sets (CAP.CSS).
     let limits = if version >= 2 << 16 || registers.cap >> 43 & 1 != 0 {
         match admin.identify(cns::CONTROLLER_OF_COMMAND_SET, 0) {
             Ok(bytes) => Limits::parse(&bytes),
             Err(Failure::Refused(_)) => Limits::default(),
-            Err(silent) => return Err(silent.explain("identifying the controller")),
+            Err(silent) => return Err(silent.explain("cannot identify the controller")),
         }
     } else {
         Limits::default()
@@ -169,19 +172,19 @@ fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Resu
     Ok(Found { controller, limits, nsid, namespace })
 }
 
-/// Namespaces that are there, in order.
+/// Identifiers of the active namespaces, in order.
 fn active(admin: &mut Admin, controller: &Controller, version: u32) -> io::Result<Vec<u32>> {
-    // The list came with NVMe 1.1.
+    // The list was added in NVMe 1.1.
     if version < 1 << 16 | 1 << 8 {
         return Ok((1..=controller.namespaces.min(1024)).collect());
     }
-    let list = admin.identify(cns::ACTIVE_NAMESPACES, 0).map_err(|e| e.explain("listing the namespaces"))?;
+    let list = admin.identify(cns::ACTIVE_NAMESPACES, 0).map_err(|e| e.explain("cannot list the namespaces"))?;
     let numbers = list.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
     Ok(numbers.take_while(|nsid| is_nsid(*nsid)).collect())
 }
 
 pub(crate) fn identify_namespace(admin: &mut Admin, nsid: u32) -> io::Result<Namespace> {
-    let what = format!("identifying namespace {nsid}");
+    let what = format!("cannot identify namespace {nsid}");
     let namespace = Namespace::parse(&admin.identify(cns::NAMESPACE, nsid).map_err(|e| e.explain(&what))?);
     check(&namespace, nsid)?;
     Ok(namespace)

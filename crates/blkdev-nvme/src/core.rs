@@ -1,4 +1,4 @@
-//! [`Core`]: what a controller, its queues and the thread that watches it share.
+//! [`Core`]: the state shared by a controller, its queues and its watching thread.
 
 use std::{
     io,
@@ -22,7 +22,7 @@ use crate::{
     spec::{self, Command},
 };
 
-/// What the device, its queues and the watching thread share.
+/// The state shared by the device, its queues and the watching thread.
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) pci: Arc<dyn PciDevice>,
@@ -32,18 +32,18 @@ pub(crate) struct Core {
     pub(crate) capacity: AtomicU64,
     pub(crate) admin: Mutex<Admin>,
     pub(crate) disk: Disk,
-    /// Contiguous memory can be described by one descriptor.
+    /// Contiguous memory is described by a single SGL descriptor.
     pub(crate) sgl: bool,
-    /// It can be asked to tell of changes.
+    /// The controller can report namespace changes.
     pub(crate) tells: bool,
     pub(crate) page_shift: u32,
     pub(crate) addresses: Addresses,
     pub(crate) queue_layout: Layout,
-    /// One for each vector; the first is the admin queue's.
+    /// One eventfd for each vector; the first belongs to the admin queue.
     pub(crate) wakes: Vec<Arc<EventFd>>,
-    /// For each I/O queue, what is in flight, while it is open.
+    /// For each I/O queue: its commands in flight, while it is open.
     pub(crate) queues: Mutex<Vec<Place>>,
-    /// Counts eighths of the time-out.
+    /// Counts ticks: eighths of the time-out.
     pub(crate) clock: Arc<AtomicU32>,
     pub(crate) shutdown: Duration,
 }
@@ -51,12 +51,12 @@ pub(crate) struct Core {
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     Free,
-    /// Being opened or closed, or its memory may still be written to.
+    /// The queue is being opened or closed, or the device may still write to its memory.
     Taken,
     Open(Open),
 }
 
-/// An open queue, as others than its owner know it.
+/// An open queue, as seen by other threads than its owner.
 #[derive(Clone, Debug)]
 pub(crate) struct Open {
     pub(crate) flights: Arc<Flights>,
@@ -100,50 +100,53 @@ impl Core {
         let open = Open { flights: Arc::clone(pair.flights()), size, submission, completion };
         let mut admin = lock(&self.admin);
         if let Err(e) = self.announce(&mut admin, id, &open) {
-            // One that does not answer may have taken it, and forgets it only when it is reset.
+            // A controller that does not respond may have created the queue; it forgets the queue only at a reset.
             if !self.life.is_dead() && !admin.is_late {
                 let _ = self.pci.dma_unmap(&memory);
             }
             return Err(e);
         }
-        // Before the lock is given up: who resets the controller has to know of the queue.
+        // Before the lock is released: the thread that resets the controller must see the queue.
         lock(&self.queues)[usize::from(id) - 1] = Place::Open(open);
         let wake = Arc::clone(&self.wakes[usize::from(id)]);
         self.life.watch(&wake);
         Ok((pair, wake))
     }
 
-    /// Tells the controller of a queue.
+    /// Creates a queue on the controller.
     pub(crate) fn announce(&self, admin: &mut Admin, id: u16, open: &Open) -> io::Result<()> {
         admin
             .ask(Command::create_cq(id, open.size, id, open.completion))
-            .map_err(|e| e.explain("creating the completion queue"))?;
+            .map_err(|e| e.explain("cannot create the completion queue"))?;
         admin.ask(Command::create_sq(id, open.size, open.submission)).map(drop).map_err(|e| {
             let _ = admin.ask(Command::delete_queue(spec::admin::DELETE_CQ, id));
-            e.explain("creating the submission queue")
+            e.explain("cannot create the submission queue")
         })
     }
 
-    /// Stops the controller and brings it up again. No queue's owner touches it meanwhile; afterwards they restart their
-    /// queues, and [`resume`](Self::resume) tells the controller of them.
+    /// Resets the controller and initialises it again. No queue's owner accesses it meanwhile. Afterwards the owners restart
+    /// their queues, and [`resume`](Self::resume) creates them on the controller.
     ///
     /// # Errors
-    /// It does not come up, or not as it was.
+    /// The controller does not start, or its limits changed.
     pub(crate) fn reset(&self, admin: &mut Admin) -> io::Result<()> {
         let queues = lock(&self.queues).clone();
         let all =
             || queues.iter().filter_map(|place| if let Place::Open(open) = place { Some(&open.flights) } else { None });
-        // Those that were restarted already, and never ran, can wait as they are.
+        // Queues that were restarted but never ran can stay as they are.
         all().filter(|flights| flights.stage() == Stage::Running).for_each(|flights| flights.reach(Stage::Stopped));
         stop(&*self.pci, &self.registers)?;
         admin.restart();
         let (submission, completion) = admin.pair.addresses();
-        // A reset of the function has switched it off.
+        // A function reset switches bus mastering off.
         self.pci.set_bus_master(true)?;
         self.registers.enable(self.page_shift, admin::SIZE, submission, completion)?;
         let granted = ask_for_queues(admin, self.info.queues_max)?;
         if granted < self.info.queues_max {
-            return Err(io::Error::other(format!("it has {granted} I/O queues now, not {}", self.info.queues_max)));
+            return Err(io::Error::other(format!(
+                "it now has {granted} I/O queues instead of {}",
+                self.info.queues_max
+            )));
         }
         ask_for_events(admin, self.tells);
         all().filter(|flights| flights.stage() == Stage::Stopped).for_each(|flights| flights.reach(Stage::Cleared));
@@ -151,7 +154,7 @@ impl Core {
         Ok(())
     }
 
-    /// Lets queues run whose owners have restarted them after a reset.
+    /// Creates the queues that their owners have restarted after a reset, and lets them run.
     pub(crate) fn resume(&self, admin: &mut Admin) -> io::Result<()> {
         let queues = lock(&self.queues).clone();
         for (place, id) in queues.iter().zip(1..) {
@@ -173,18 +176,18 @@ impl Core {
         }
     }
 
-    /// For the owner of a queue that was restarted.
+    /// Wakes the watching thread. Called by the owner of a restarted queue.
     pub(crate) fn wake_guard(&self) {
         let _ = self.wakes[0].write(1);
     }
 
-    /// Takes a queue with nothing in flight away from the controller.
+    /// Deletes a queue with nothing in flight from the controller.
     pub(crate) fn close_queue(&self, id: u16, memory: &Arc<Mapping>, wake: &Arc<EventFd>) {
         self.life.unwatch(wake);
         let index = usize::from(id) - 1;
         let deleted = {
             let mut admin = lock(&self.admin);
-            // The lock is held: the controller is not being reset, and has been if the queue does not run.
+            // Under the lock the controller is not being reset. If the queue does not run, the reset has deleted it.
             match std::mem::replace(&mut lock(&self.queues)[index], Place::Taken) {
                 Place::Open(open) if open.flights.stage() != Stage::Running && !self.life.is_dead() => Ok(()),
                 _ => admin
@@ -200,15 +203,15 @@ impl Core {
                 }
                 lock(&self.queues)[index] = Place::Free;
             }
-            // The queue stays taken, and its memory mapped.
-            Err(e) => log::warn!("nvme {}: {}", self.info.target, e.explain(&format!("deleting queue {id}"))),
+            // The queue stays taken, and its memory stays mapped.
+            Err(e) => log::warn!("nvme {}: {}", self.info.target, e.explain(&format!("cannot delete queue {id}"))),
         }
     }
 
-    /// Stops a device that is given up, as far as it lets us: from then on it should touch no memory.
+    /// Stops a dead device as far as possible: afterwards it should not access memory.
     pub(crate) fn cut_off(&self) {
         if let Err(e) = self.registers.disable() {
-            log::warn!("nvme {}: the controller could not be disabled: {e}", self.info.target);
+            log::warn!("nvme {}: cannot disable the controller: {e}", self.info.target);
         }
         if let Err(e) = self.pci.set_bus_master(false) {
             log::debug!("nvme {}: {e}", self.info.target);
@@ -221,22 +224,22 @@ impl Core {
         }
         let done = self.registers.shut_down(self.shutdown).and_then(|()| self.registers.disable());
         if let Err(e) = done {
-            log::warn!("nvme {}: shutting down: {e}", self.info.target);
+            log::warn!("nvme {}: cannot shut down the controller: {e}", self.info.target);
         }
     }
 }
 
-/// Asks for I/O queues, and tells how many there are to be had.
+/// Requests I/O queues. Returns the number granted.
 pub(crate) fn ask_for_queues(admin: &mut Admin, wanted: u16) -> io::Result<u16> {
     let count = u32::from(wanted - 1);
     let answer = admin.ask(Command::set_features(0x07, count | count << 16));
-    let result = answer.map_err(|e| e.explain("asking for I/O queues"))?.result;
+    let result = answer.map_err(|e| e.explain("cannot request I/O queues"))?.result;
     Ok((result as u16).min((result >> 16) as u16).saturating_add(1))
 }
 
 pub(crate) fn ask_for_events(admin: &mut Admin, tells: bool) {
     if tells {
-        // Changes of namespaces, and what a drive says of its health. Without it there are no events, which is no error.
+        // Events for namespace changes and health warnings. An error is ignored: the controller then sends no events.
         let _ = admin.ask(Command::set_features(0x0b, 1 << 8 | 0x1f));
     }
     admin.expect_event();

@@ -10,28 +10,27 @@ use blkdev_vfio::{PciDevice, Vfio};
 
 use crate::{bring_up::bring_up, options::Options, owner::Owner, queue::IoQueue, target::Target, watch::Watch};
 
-/// A namespace of an NVMe controller that this process drives.
+/// A namespace of an NVMe controller, driven by this process.
 #[derive(Debug)]
 pub struct Nvme {
     owner: Arc<Owner>,
 }
 
 impl Nvme {
-    /// Opens a controller that is bound to `vfio-pci`. The namespace that the target names goes before
-    /// [`Options::nsid`].
+    /// Opens a controller that is bound to `vfio-pci`. A namespace in the target takes precedence over [`Options::nsid`].
     ///
     /// # Errors
-    /// As [`Vfio::open`] and [`open`](Self::open).
+    /// Those of [`Vfio::open`] and [`open`](Self::open).
     pub fn open_vfio(target: &Target, how: &blkdev_vfio::Options, options: &Options) -> io::Result<Self> {
         let pci = Vfio::open(&target.controller, how)?;
         Self::open(Arc::new(pci), &Options { nsid: target.nsid.or(options.nsid), ..options.clone() })
     }
 
-    /// Brings the controller up, and finds out what the namespace can do.
+    /// Initialises the controller, and reads the namespace's limits.
     ///
     /// # Errors
-    /// The options are out of range, the device is no NVMe controller, fails or does not answer, or the namespace is not
-    /// there or cannot be driven.
+    /// An option is out of range; the device is not an NVMe controller, has failed or does not respond; or the namespace does
+    /// not exist or is not supported.
     pub fn open(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
         let name = format!("nvme {}", pci.address());
         let core = bring_up(pci, options).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
@@ -59,11 +58,11 @@ impl Device for Nvme {
     fn unregister(&self, mapping: &Arc<Mapping>) {
         let core = &self.owner.core;
         if core.life.is_dead() && core.addresses.is_translated() {
-            // A device without an IOMMU that is dead but not stopped may write here as long as the process lives.
+            // Without an IOMMU, a dead device that could not be stopped may write here as long as the process lives.
             return;
         }
         if let Err(e) = core.pci.dma_unmap(mapping) {
-            log::warn!("nvme {}: unmapping {} MiB of memory: {e}", core.info.target, mapping.len() >> 20);
+            log::warn!("nvme {}: cannot unmap {} MiB of memory: {e}", core.info.target, mapping.len() >> 20);
         }
     }
 

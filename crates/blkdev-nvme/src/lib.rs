@@ -1,7 +1,7 @@
-//! NVMe controllers in user space, and namespaces through the kernel's passthrough, as [`blkdev::Device`]s.
+//! NVMe controllers in user space, and NVMe namespaces through the kernel's passthrough, as [`blkdev::Device`]s.
 //!
-//! [`Nvme`] drives a controller by itself: over VFIO on real hardware, or over any other [`PciDevice`]. Each
-//! queue of the device is a queue pair of the controller's, with an interrupt vector of its own.
+//! [`Nvme`] drives a controller directly: real hardware through VFIO, or any other [`PciDevice`]. Each queue of the device is
+//! an I/O queue pair of the controller, with its own interrupt vector.
 //!
 //! ```no_run
 //! use blkdev::Device;
@@ -13,22 +13,21 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! [`Passthrough`] leaves the controller to the kernel's driver, and sends it commands past the block layer: each queue is an
-//! io_uring on `/dev/ngXnY`.
+//! [`Passthrough`] uses the kernel's NVMe driver, but bypasses the block layer: each queue is an io_uring on `/dev/ngXnY`.
 //!
 //! [`PciDevice`]: blkdev_vfio::PciDevice
 //!
-//! # A device that does not answer
-//! A controller is judged by its progress, not by the age of a command. As long as it completes commands of a queue, the
-//! others in that queue may wait their turn. When it completes none of them for half of [`Options::timeout`], the
-//! overdue ones are aborted, and fail. After three quarters of it, the controller is reset. One command that is lost while
-//! others of its queue complete is aborted alone, after 10 times the time-out.
+//! # Unresponsive controllers
+//! The driver watches the progress of a queue, not the age of single commands. As long as the queue completes commands, the
+//! others may wait. If it completes none for half of [`Options::timeout`], the overdue commands are aborted, and fail. After
+//! three quarters of the time-out, the controller is reset. If one command is lost while others of its queue complete, it is
+//! aborted after 10 times the time-out.
 //!
-//! When none of that helps, the queue's owner declares the device dead: the controller is disabled, everything in flight ends
-//! with [`Error::Gone`](blkdev::Error::Gone), and memory that it may still have been writing to is not used again. The same
-//! happens when the controller answers what was not asked, is taken away, or fails (`CSTS.CFS`) again after several resets.
+//! If nothing helps, the queue's owner declares the device dead: the controller is disabled, all requests in flight end with
+//! [`Error::Gone`](blkdev::Error::Gone), and memory that the controller may still write to is never reused. The same happens if
+//! the controller sends an invalid completion, is removed, or fails (`CSTS.CFS`) again after several resets.
 //!
-//! No value that a controller or the kernel reports is trusted: one that makes no sense is an error when the device is opened,
+//! No value from the controller or the kernel is trusted: an invalid one fails the open, or ends the device later.
 //! or ends it later.
 
 mod admin;

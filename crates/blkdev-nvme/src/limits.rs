@@ -1,5 +1,4 @@
-//! From what Identify tells of a namespace to what is told of the device, and from requests to commands: what both drivers
-//! have in common.
+//! From the Identify data of a namespace to the device's limits, and from requests to commands. Common to both drivers.
 
 use std::{io, time::Duration};
 
@@ -7,7 +6,7 @@ use blkdev::{Caps, Error, Info, Op};
 
 use crate::spec::{self, BLOCKS_MAX, Command, Controller, Limits, Namespace, RANGES_MAX, Status};
 
-/// What Identify has told.
+/// The Identify data.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) controller: Controller,
@@ -16,7 +15,7 @@ pub(crate) struct Found {
     pub(crate) namespace: Namespace,
 }
 
-/// What a driver adds to it.
+/// The driver's own limits.
 #[derive(Debug)]
 pub(crate) struct Shape {
     pub(crate) driver: &'static str,
@@ -24,7 +23,7 @@ pub(crate) struct Shape {
     /// The controller's smallest memory page, in bytes.
     pub(crate) page: u64,
     pub(crate) transfer_max: u32,
-    /// Ranges in one Dataset Management command.
+    /// Most ranges in one Dataset Management command.
     pub(crate) ranges: usize,
     pub(crate) queues: u16,
     pub(crate) depth: u16,
@@ -32,29 +31,29 @@ pub(crate) struct Shape {
     pub(crate) timeout: Option<Duration>,
 }
 
-/// What queues need to know of the namespace.
+/// The properties of the namespace that its queues need.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Disk {
     pub(crate) nsid: u32,
     pub(crate) block_shift: u8,
     /// Write Zeroes can deallocate.
     deallocate: bool,
-    /// Blocks in one range of Dataset Management.
+    /// Most blocks in one range of Dataset Management.
     range_max: u32,
 }
 
-/// `2^power` pages in bytes; a power of 0 is no limit.
+/// The length of `2^power` pages in bytes. A power of 0 means no limit.
 fn pages(power: u8, page: u64) -> u64 {
     if power == 0 { u64::MAX } else { 1u64.checked_shl(power.into()).map_or(u64::MAX, |n| n.saturating_mul(page)) }
 }
 
-/// For fields in which 0 is no limit.
+/// For fields in which 0 means no limit.
 fn or_max(limit: u64) -> u64 {
     if limit == 0 { u64::MAX } else { limit }
 }
 
 impl Found {
-    /// The longest transfer in bytes, of what the controller takes and the driver can do (`most`, less than 2^32).
+    /// Returns the longest transfer in bytes, within the limits of the controller and of the driver (`most`, less than 2^32).
     ///
     /// # Errors
     /// The controller cannot transfer a single block.
@@ -64,14 +63,14 @@ impl Found {
         if told < block {
             let nsid = self.nsid;
             return Err(unusable(format!(
-                "namespace {nsid} has blocks of {block} bytes, and the controller transfers at most {told} (MDTS)"
+                "namespace {nsid} has blocks of {block} bytes, but the controller transfers at most {told} (MDTS)"
             )));
         }
         let max = told.min(most).min(BLOCKS_MAX * block);
         Ok((max / block * block).max(page).max(block) as u32)
     }
 
-    /// What the device can do, and what its queues need to know.
+    /// Returns the device's limits and capabilities, and the properties that its queues need.
     pub(crate) fn describe(&self, shape: Shape) -> (Info, Disk) {
         let Self { controller, limits, nsid, namespace } = self;
         let block = 1u64 << namespace.block_shift;
@@ -80,7 +79,7 @@ impl Found {
         let range_max = or_max(limits.dmrsl.into()).min(u32::MAX.into());
         let ranges = or_max(limits.dmrl.into()).min(shape.ranges.min(RANGES_MAX) as u64);
         let unit = namespace.npdg.map_or(1, u64::from) * block;
-        // Larger than any that is of use; then it is only a wish.
+        // Larger units are implausible; the value is only a hint, so it is ignored.
         let unit = if unit > 1 << 30 { block } else { unit };
         let discard_max = or_max(limits.dmsl).min(ranges * range_max).saturating_mul(block) / unit * unit;
 
@@ -93,7 +92,7 @@ impl Found {
             queues_max: shape.queues,
             depth_max: shape.depth,
             block_size: block as u32,
-            // The power of two that is not above what the device prefers.
+            // The preferred size, rounded down to a power of two.
             preferred_block_size: 1 << preferred.clamp(block, 1 << 30).ilog2(),
             transfer_max: shape.transfer_max,
             zero_max,
@@ -125,7 +124,7 @@ impl Disk {
         bytes >> self.block_shift
     }
 
-    /// The command for a request that the device can do. What it says of memory is still missing.
+    /// Builds the command for a supported request, without its memory addresses.
     #[inline]
     pub(crate) fn command(&self, op: &Op) -> Command {
         let transfer = |opcode, at: u64, len: usize, fua| {
@@ -139,7 +138,7 @@ impl Disk {
             }
             Op::Discard { at, len } => Command::deallocate(self.nsid, self.ranges(*at, *len).count()),
             Op::Flush => Command::new(spec::io::FLUSH, self.nsid),
-            Op::Status { .. } | Op::Prefetch { .. } => unreachable!("what the device cannot do is refused before"),
+            Op::Status { .. } | Op::Prefetch { .. } => unreachable!("unsupported requests were refused before"),
         }
     }
 
@@ -154,12 +153,12 @@ impl Disk {
     }
 }
 
-/// What the status means for the request.
+/// Translates the status of a request's command into its result.
 #[inline]
 pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
     match (op, status.result()) {
         (_, Ok(())) => Ok(()),
-        // The command is well-formed, so a field that is not valid is one that this controller does not know.
+        // The command is well-formed. So an invalid field is one that this controller does not support.
         (Op::Zero { .. } | Op::Discard { .. }, Err(Error::Invalid)) => Err(Error::NotSupported),
         (_, Err(error)) => {
             log::debug!("{op:?}: {status}");
@@ -168,13 +167,13 @@ pub(crate) fn settle(op: &Op, status: Status) -> Result<(), Error> {
     }
 }
 
-/// Whether a number can name a namespace. The highest one means all of them.
+/// Whether a number is a valid namespace identifier. The highest number means all namespaces.
 pub(crate) fn is_nsid(nsid: u32) -> bool {
     (1..u32::MAX).contains(&nsid)
 }
 
 /// # Errors
-/// The namespace is not there, or has a format that cannot be driven.
+/// The namespace does not exist, or its format is not supported.
 pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
     if namespace.blocks == 0 {
         return Err(invalid(format!("there is no namespace {nsid}")));
@@ -188,7 +187,10 @@ pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
     }
     let shift = namespace.block_shift;
     if !(9..=16).contains(&shift) || namespace.blocks.checked_mul(1 << shift).is_none_or(|len| len > i64::MAX as u64) {
-        return Err(unusable(format!("namespace {nsid} has {} blocks of 2^{shift} bytes", namespace.blocks)));
+        return Err(unusable(format!(
+            "namespace {nsid} has {} blocks of 2^{shift} bytes, which is not supported",
+            namespace.blocks
+        )));
     }
     Ok(())
 }

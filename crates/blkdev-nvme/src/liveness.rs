@@ -1,4 +1,4 @@
-//! [`Liveness`]: whether a controller still lives, and who must hear of it when it does not.
+//! [`Liveness`]: whether a controller is alive, and which threads wake when it dies.
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -7,10 +7,10 @@ use std::sync::{
 
 use nix::sys::eventfd::EventFd;
 
-/// One for each controller, shared by all that use it. It dies once, as a whole, and stays dead.
+/// The liveness of a controller, shared by all its users. It dies once, as a whole, and stays dead.
 #[derive(Debug)]
 pub(crate) struct Liveness {
-    /// What the log calls the device.
+    /// The device's name in log messages.
     name: String,
     dead: AtomicBool,
     sleepers: Mutex<Vec<Arc<EventFd>>>,
@@ -26,13 +26,13 @@ impl Liveness {
         self.dead.load(Ordering::Acquire)
     }
 
-    /// Ends it: the first time, the log is told why, and everybody who sleeps is woken.
+    /// Marks the controller dead. The first call logs the reason and wakes all sleeping threads.
     pub(crate) fn end(&self, why: &str) {
-        // SeqCst: a queue that goes to sleep first empties its eventfd and then looks at `dead`.
+        // SeqCst: a queue first empties its eventfd and then loads `dead` before it sleeps.
         if self.dead.swap(true, Ordering::SeqCst) {
             return;
         }
-        log::error!("{}: {why}; the device is not used any more", self.name);
+        log::error!("{}: {why}; the device is declared dead", self.name);
         for sleeper in self.sleepers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // A full counter is readable, too.
             let _ = sleeper.write(1);

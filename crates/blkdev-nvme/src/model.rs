@@ -1,7 +1,7 @@
-//! A model of an NVMe controller within this process, as a [`PciDevice`]: honest, or hostile in a chosen way.
+//! A model of an NVMe controller within this process, as a [`PciDevice`]: conforming, or with an injected fault.
 //!
-//! It holds every command against the specification, and panics (in a thread of its own, so that requests are not answered
-//! any more) when the driver breaks it: memory that was not mapped, lists that are misaligned, a queue that overflows.
+//! It checks every command against the specification. If the driver violates it (memory that is not mapped, misaligned lists, a
+//! queue overflow), the model's thread panics, so that requests no longer complete.
 #![allow(unsafe_code)]
 
 use std::{
@@ -22,52 +22,52 @@ use blkdev_vfio::{Bar, PciDevice};
 
 use crate::spec::{COMMAND_LEN, COMPLETION_LEN, Completion, IDENTIFY_LEN, RANGE_LEN, Status, admin, cns, io as nvm};
 
-/// What the controller is like.
+/// Properties of the model controller.
 #[derive(Clone, Debug)]
 pub struct Spec {
     /// Size of the namespace in blocks.
     pub blocks: u64,
-    /// Its block's size as a power of two.
+    /// Block size of the namespace, as a power of two.
     pub block_shift: u8,
-    /// Its identifier.
+    /// Identifier of the namespace.
     pub nsid: u32,
     /// Longest transfer, as a power of two of memory pages; 0: no limit.
     pub mdts: u8,
-    /// SGLs are offered.
+    /// Offer SGLs.
     pub sgl: bool,
-    /// Memory pages are at least of this size, a power of two.
+    /// Smallest memory page, as a power of two.
     pub page_shift: u8,
-    /// I/O queue pairs.
+    /// Number of I/O queue pairs.
     pub queues: u16,
-    /// Largest queue.
+    /// Entries of the largest queue.
     pub queue_size: u16,
-    /// Blocks in one range of Dataset Management; 0: no limit.
+    /// Most blocks in one range of Dataset Management; 0: no limit.
     pub range_max: u32,
-    /// Bytes of metadata with each block.
+    /// Bytes of metadata for each block.
     pub metadata: u8,
-    /// Nothing can be written.
+    /// Whether the namespace is write protected.
     pub write_protected: bool,
-    /// Optional commands (`ONCS`).
+    /// Supported optional commands (`ONCS`).
     pub oncs: u16,
-    /// A volatile write cache.
+    /// Whether there is a volatile write cache.
     pub cache: bool,
-    /// What it does wrong,
+    /// The fault to inject, if any.
     pub fault: Option<Fault>,
-    /// from this I/O command on, counted from 0.
+    /// The I/O command, counted from 0, at which the fault starts.
     pub after: u64,
-    /// The capabilities register reads as this.
+    /// Value of the capabilities register; `None`: a valid one.
     pub cap: Option<u64>,
-    /// Length of the registers in bytes.
+    /// Length of the registers in bytes; `None`: the required length.
     pub bar_len: Option<usize>,
-    /// MSI-X vectors.
+    /// Number of MSI-X vectors; `None`: enough for all queues.
     pub vectors: Option<u16>,
-    /// It answers with numbers from this seed: registers, structures, results and completions, each of them now and then,
-    /// or all the time.
+    /// Seed of a noisy controller: registers, data structures, results and completions have pseudo-random values, each
+    /// occasionally or always.
     pub noise: Option<u64>,
 }
 
 impl Spec {
-    /// An honest controller with blocks of 512 bytes.
+    /// A conforming controller with `bytes` bytes in blocks of 512 bytes.
     pub fn new(bytes: u64) -> Self {
         Self {
             blocks: bytes >> 9,
@@ -92,19 +92,19 @@ impl Spec {
         }
     }
 
-    /// With blocks of this size.
+    /// Sets the block size.
     #[must_use]
     pub fn block_shift(self, shift: u8) -> Self {
         Self { blocks: self.blocks << self.block_shift >> shift, block_shift: shift, ..self }
     }
 
-    /// With registers of this length.
+    /// Sets the length of the registers.
     #[must_use]
     pub fn bar_len(self, len: usize) -> Self {
         Self { bar_len: Some(len), ..self }
     }
 
-    /// With a fault, from the given I/O command on.
+    /// Injects a fault, from the given I/O command on.
     #[must_use]
     pub fn fault(self, fault: Fault, after: u64) -> Self {
         Self { fault: Some(fault), after, ..self }
@@ -123,44 +123,44 @@ impl Spec {
         )
     }
 
-    /// Bytes from one doorbell to the next.
+    /// Distance between doorbells in bytes.
     fn stride(&self) -> usize {
         4 << (self.capabilities() >> 32 & 0xf)
     }
 }
 
-/// What a controller does wrong.
+/// Faults to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// One command is never answered, until it is aborted.
+    /// One command is never completed, until it is aborted.
     Lost,
-    /// No I/O command is answered any more, and none can be aborted, until the controller is reset.
+    /// No I/O command is completed any more, and none can be aborted, until the controller is reset.
     Hung,
-    /// As [`Hung`](Self::Hung), and no admin command is answered either.
+    /// As [`Hung`](Self::Hung), and no admin command is completed either.
     Deaf,
-    /// No I/O command is answered any more, none can be aborted, and the controller cannot be reset.
+    /// No I/O command is completed any more, none can be aborted, and the controller cannot be reset.
     Silent,
-    /// One completion comes twice.
+    /// One completion arrives twice.
     Doubled,
-    /// Completions name commands that were not sent.
+    /// Completions have identifiers of commands that were not sent.
     WrongId,
-    /// The controller fails, until it is reset: `CSTS.CFS`.
+    /// The controller fails (`CSTS.CFS`), until it is reset.
     FatalOnce,
-    /// It fails with each command.
+    /// The controller fails at each command.
     Fatal,
-    /// The device is not there any more: all registers read as ones.
+    /// The device is removed: all registers read as ones.
     Removed,
     /// Commands end with this status.
     Status(Status),
     /// I/O commands are completed in order, one at a time, each after a pause.
     Slow(Duration),
-    /// To read the status register panics, as a mistake in the driver's own thread would.
+    /// A read of the status register panics, as a bug in the driver's thread would.
     Unreadable,
-    /// As [`Slow`](Self::Slow), and one command is never answered, until it is aborted.
+    /// As [`Slow`](Self::Slow), and one command is never completed, until it is aborted.
     SlowLost(Duration),
 }
 
-/// A controller. Give it to [`Nvme::open`](crate::Nvme::open).
+/// A model controller, for [`Nvme::open`](crate::Nvme::open).
 #[derive(Debug)]
 pub struct Model {
     shared: Arc<Shared>,
@@ -193,19 +193,19 @@ struct State {
     command: u16,
     disk: Vec<u8>,
     blocks: u64,
-    /// Commands that are not answered.
+    /// Commands that are not completed.
     held: Vec<(u16, u16)>,
-    /// Commands that are answered later, in order.
+    /// Commands that are completed later, in order.
     paced: VecDeque<(u16, u16)>,
-    /// Event requests: identifiers.
+    /// Identifiers of pending event requests.
     waiting: Vec<u16>,
     events: Vec<u32>,
-    /// I/O commands so far.
+    /// Number of I/O commands so far.
     count: u64,
     removed: bool,
-    /// Resets with a fault that they help against, or would.
+    /// Number of resets after the fault has started.
     resets: u32,
-    /// Commands that the driver has asked to abort.
+    /// Number of Abort commands.
     aborts: u32,
     noise: Option<Noise>,
     stopping: bool,
@@ -240,11 +240,11 @@ impl CompletionQueue {
 /// The model's serial number.
 pub const SERIAL: &str = "MODEL-1";
 
-/// Memory regions, bus mastering: what the command register says.
+/// Bus master bit of the command register.
 const BUS_MASTER: u16 = 1 << 2;
 
 impl Model {
-    /// Switches it on.
+    /// Creates and starts a controller.
     pub fn new(spec: Spec) -> Arc<Self> {
         let state = State {
             config: 0,
@@ -279,59 +279,59 @@ impl Model {
         Arc::new(Self { shared, thread: Some(thread.expect("a thread")) })
     }
 
-    /// Changes the namespace's size, and tells the driver if it has asked for that.
+    /// Changes the namespace's size, and reports it if the driver has requested events.
     pub fn resize(&self, blocks: u64) {
         let mut state = self.shared.lock();
         state.blocks = blocks;
         state.disk.resize((blocks << self.shared.spec.block_shift) as usize, 0);
-        // A notice: namespace attributes have changed; log page 4.
+        // Asynchronous event: notice, namespace attribute changed, log page 4.
         state.events.push(2 | 4 << 16);
         self.shared.changed.notify_all();
     }
 
-    /// Asks the driver to let go of the device, as the kernel does before it takes one away.
+    /// Requests the device back, as the kernel does before a removal.
     pub fn ask_back(&self) {
         if let Some(fd) = &self.shared.lock().removal {
             nix::unistd::write(fd, &1u64.to_ne_bytes()).expect("an eventfd takes a count");
         }
     }
 
-    /// Takes it away at once.
+    /// Removes the device at once.
     pub fn remove(&self) {
         self.shared.lock().removed = true;
     }
 
-    /// Whether it works on commands.
+    /// Whether the controller is enabled.
     pub fn is_enabled(&self) -> bool {
         self.shared.lock().config & 1 != 0
     }
 
-    /// Whether it can reach memory.
+    /// Whether it can access memory.
     pub fn is_bus_master(&self) -> bool {
         self.shared.lock().command & BUS_MASTER != 0
     }
 
-    /// Whether it was shut down in good order.
+    /// Whether it was shut down properly.
     pub fn was_shut_down(&self) -> bool {
         self.shared.lock().shut_down
     }
 
-    /// Mappings that it can reach.
+    /// Number of mappings that it can access.
     pub fn mappings(&self) -> usize {
         self.shared.lock().memory.len()
     }
 
-    /// How often it was reset after it had begun to do wrong.
+    /// Number of resets after the fault had started.
     pub fn resets(&self) -> u32 {
         self.shared.lock().resets
     }
 
-    /// Commands that the driver has asked to abort.
+    /// Number of Abort commands.
     pub fn aborts(&self) -> u32 {
         self.shared.lock().aborts
     }
 
-    /// I/O commands so far.
+    /// Number of I/O commands so far.
     pub fn commands(&self) -> u64 {
         self.shared.lock().count
     }
@@ -345,7 +345,7 @@ impl Drop for Model {
             && thread.join().is_err()
             && !thread::panicking()
         {
-            panic!("the model found the driver at fault");
+            panic!("the model detected a driver error");
         }
     }
 }
@@ -432,7 +432,7 @@ impl Bar for Shared {
 
     fn read32(&self, at: usize) -> u32 {
         let mut state = self.lock();
-        assert!(at + 4 <= self.len(), "a register lies in the BAR");
+        assert!(at + 4 <= self.len(), "the register lies in the BAR");
         if state.removed {
             return u32::MAX;
         }
@@ -448,7 +448,7 @@ impl Bar for Shared {
             _ => panic!("register {at:#x} is not read"),
         };
         match &mut state.noise {
-            // That it is ready, and that it shuts down, it says truly: the driver would wait for it.
+            // Ready and shutdown bits stay true, because the driver waits for them.
             Some(noise) if at == 0x1c => value | noise.status(),
             Some(noise) if at == 0x08 => noise.word(value),
             _ => value,
@@ -469,7 +469,7 @@ impl Bar for Shared {
 
     fn write32(&self, at: usize, value: u32) {
         let mut state = self.lock();
-        assert!(at + 4 <= self.len(), "a register lies in the BAR");
+        assert!(at + 4 <= self.len(), "the register lies in the BAR");
         if state.removed {
             return;
         }
@@ -486,14 +486,14 @@ impl Bar for Shared {
                 let (bell, value) = ((at - 0x1000) / self.spec.stride(), value as u16);
                 let id = bell as u16 / 2;
                 if state.config & 1 == 0 || state.noise.is_some() && !state.submission.contains_key(&id) {
-                    // A driver that has not noticed yet, or one that believes what it was told.
+                    // The driver has not noticed the reset yet, or believes a false value.
                 } else if bell.is_multiple_of(2) {
-                    let queue = state.submission.get_mut(&id).expect("a doorbell of a queue that exists");
-                    assert!(value < queue.size, "a tail lies in its queue");
+                    let queue = state.submission.get_mut(&id).expect("the doorbell of an existing queue");
+                    assert!(value < queue.size, "the tail lies in the queue");
                     queue.tail = value;
                 } else {
-                    let queue = state.completion.get_mut(&id).expect("a doorbell of a queue that exists");
-                    assert!(value < queue.size, "a head lies in its queue");
+                    let queue = state.completion.get_mut(&id).expect("the doorbell of an existing queue");
+                    assert!(value < queue.size, "the head lies in the queue");
                     queue.head = value;
                 }
             }
@@ -510,7 +510,7 @@ impl Bar for Shared {
 }
 
 impl State {
-    /// Whether the next answer to an admin command is the right one: most are, or no driver would get far.
+    /// Whether the next reply to an admin command is valid. Most are, because otherwise no driver would get far.
     fn noise_passes(&mut self) -> bool {
         self.noise.as_mut().is_none_or(|noise| noise.rng.below(16) != 0 || !noise.is_wrong())
     }
@@ -522,9 +522,9 @@ impl State {
         }
         if before & 1 == 0 {
             assert!(!self.vectors.is_empty(), "vectors are set before the controller is enabled");
-            assert!(self.command & BUS_MASTER != 0, "it can reach memory when it is enabled");
+            assert!(self.command & BUS_MASTER != 0, "bus mastering is on when it is enabled");
             assert_eq!(value >> 16 & 0xff, 0x46, "entries of 64 and 16 bytes");
-            assert_eq!(value >> 7 & 0xf, (spec.capabilities() >> 48) as u32 & 0xf, "pages of a size that it has");
+            assert_eq!(value >> 7 & 0xf, (spec.capabilities() >> 48) as u32 & 0xf, "a supported page size");
             let (submission, completion) = ((self.aqa & 0xfff) as u16 + 1, (self.aqa >> 16) as u16 + 1);
             self.submission.insert(0, Submission { address: self.asq, size: submission, ..Submission::default() });
             self.completion.insert(0, CompletionQueue::new(self.acq, completion, 0));
@@ -551,13 +551,13 @@ impl State {
         self.waiting.clear();
     }
 
-    /// Runs `act` on memory of this process that the device sees at `address`.
+    /// Calls `act` with the memory of this process at device address `address`.
     fn at<T>(&self, address: u64, len: usize, act: impl FnOnce(*mut u8) -> T) -> T {
-        assert!(self.command & BUS_MASTER != 0, "memory is reached by a bus master");
+        assert!(self.command & BUS_MASTER != 0, "memory access needs bus mastering");
         let offset = |m: &Arc<Mapping>| address.checked_sub(m.iova().get()).filter(|at| *at < m.len() as u64);
         let (mapping, at) =
-            self.memory.iter().find_map(|m| offset(m).map(|at| (m, at as usize))).expect("memory that was mapped");
-        assert!(len <= mapping.len() - at, "memory within one mapping");
+            self.memory.iter().find_map(|m| offset(m).map(|at| (m, at as usize))).expect("the memory is mapped");
+        assert!(len <= mapping.len() - at, "the memory lies within one mapping");
         act(mapping.as_ptr().wrapping_add(at))
     }
 
@@ -575,7 +575,7 @@ impl State {
 
     fn store(&self, address: u64, value: u64, order: Ordering) {
         assert!(address.is_multiple_of(8), "an entry is aligned");
-        // SAFETY: as in `read`; all accesses to this place by the driver are atomic, too.
+        // SAFETY: as in `read`; the driver also accesses this memory by atomics only.
         self.at(address, 8, |to| unsafe { AtomicU64::from_ptr(to.cast()) }.store(value.to_le(), order));
     }
 
@@ -583,7 +583,7 @@ impl State {
         self.put(cq, Completion { result, sq_head: 0, sq, id, status }, false);
     }
 
-    /// Puts an entry into a completion queue; the head of the submission queue is the right one unless it was `told`.
+    /// Writes a completion queue entry. The submission queue head is the valid one unless it was `told`.
     fn put(&mut self, cq: u16, mut entry: Completion, told: bool) {
         if !told {
             entry.sq_head = self.submission.get(&entry.sq).map_or(0, |queue| queue.head);
@@ -593,7 +593,7 @@ impl State {
         if self.noise.is_some() && next == queue.head {
             return;
         }
-        assert_ne!(next, queue.head, "completions are acknowledged before their queue is full");
+        assert_ne!(next, queue.head, "completions are acknowledged before the queue is full");
         let (low, high) = entry.halves(queue.phase);
         let (address, vector) = (queue.address + u64::from(queue.tail) * COMPLETION_LEN as u64, queue.vector);
         queue.tail = next;
@@ -602,15 +602,15 @@ impl State {
         }
         self.store(address, low, Ordering::Relaxed);
         self.store(address + 8, high, Ordering::Release);
-        // Full: it is readable as it is.
+        // If the counter is full, the eventfd is readable already.
         let _ = nix::unistd::write(&self.vectors[usize::from(vector)], &1u64.to_ne_bytes());
     }
 }
 
-/// Random answers of a hostile controller.
+/// Pseudo-random replies of a hostile controller.
 struct Noise {
     rng: Rng,
-    /// One answer in so many is not the right one.
+    /// One of this many replies is invalid.
     rarity: u64,
 }
 
@@ -625,7 +625,7 @@ impl Noise {
         self.rng.below(self.rarity) == 0
     }
 
-    /// A value that a driver may fail to think of.
+    /// An extreme value that a driver may not expect.
     fn extreme(&mut self) -> u64 {
         match self.rng.below(4) {
             0 => 0,
@@ -639,7 +639,7 @@ impl Noise {
         if self.is_wrong() { self.extreme() as u32 } else { right }
     }
 
-    /// Bits of the status register that it sets: it has failed, or says what has no meaning.
+    /// Extra bits of the status register: failure, or reserved bits.
     fn status(&mut self) -> u32 {
         match self.rng.below(64 * self.rarity) {
             0 => 2,
@@ -648,7 +648,7 @@ impl Noise {
         }
     }
 
-    /// Changes bytes of a structure that a driver looks at, or all of them.
+    /// Changes fields that a driver reads, or all bytes.
     fn structure(&mut self, bytes: &mut [u8; IDENTIFY_LEN]) {
         if self.rng.below(64) == 0 {
             return bytes.fill_with(|| self.rng.next() as u8);
@@ -686,7 +686,7 @@ impl Sent {
     }
 }
 
-/// How a command is answered: a status and a result, or not now.
+/// Reply to a command: a status and a result, or `None` for no reply now.
 type Answer = Option<(Status, u32)>;
 
 const OK: Answer = Some((Status::SUCCESS, 0));
@@ -711,7 +711,7 @@ impl Shared {
             if !self.step(&mut state) && state.paced.is_empty() {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else if state.rng.below(4) == 0 {
-                // The driver's turn.
+                // Give the driver a turn.
                 drop(state);
                 thread::yield_now();
                 state = self.lock();
@@ -719,7 +719,7 @@ impl Shared {
         }
     }
 
-    /// How long the next command takes that is answered later.
+    /// Delay of the next delayed command.
     fn pace(&self, state: &State) -> Option<Duration> {
         match self.spec.fault {
             Some(Fault::Slow(pause) | Fault::SlowLost(pause)) if !state.paced.is_empty() => Some(pause),
@@ -727,7 +727,7 @@ impl Shared {
         }
     }
 
-    /// Takes up to a few commands of one queue, and completes them in any order. `false`: there is nothing to do.
+    /// Takes a few commands of one queue, and completes them in any order. `false`: nothing to do.
     fn step(&self, state: &mut State) -> bool {
         if state.removed || state.status & 1 == 0 || state.status & 2 != 0 {
             return false;
@@ -745,7 +745,7 @@ impl Shared {
         let sq = busy[state.rng.below(busy.len() as u64) as usize];
         let mut taken = Vec::new();
         for _ in 0..=state.rng.below(8) {
-            let queue = state.submission.get_mut(&sq).expect("chosen among them");
+            let queue = state.submission.get_mut(&sq).expect("the queue was chosen among them");
             if queue.head == queue.tail {
                 break;
             }
@@ -798,9 +798,9 @@ impl Shared {
         if state.noise.is_some() {
             return self.babble(state, sq, id);
         }
-        let (status, result) = self.execute(state, command).expect("an I/O command is answered at once");
+        let (status, result) = self.execute(state, command).expect("an I/O command completes at once");
         match fault {
-            // Once: the queue has room for no more completions than there are commands.
+            // Only once: the queue has no room for more completions than commands.
             Some(Fault::Doubled) if first => {
                 state.complete(sq, sq, id, status, result);
                 state.complete(sq, sq, id, status, result);
@@ -842,13 +842,13 @@ impl Shared {
                 state.write(command.prp(0), &vec![0; len]);
             }
             admin::CREATE_CQ => {
-                assert!(words[11] & 3 == 3 && size > 1 && size <= self.spec.queue_size, "a contiguous queue");
+                assert!(words[11] & 3 == 3 && size > 1 && size <= self.spec.queue_size, "the queue is contiguous");
                 if state.noise.is_some() && (words[11] >> 16) as usize >= state.vectors.len() {
                     return INVALID_FIELD;
                 }
                 let is_new = id <= self.spec.queues && !state.completion.contains_key(&id);
-                // A driver that got false values may be wrong about that.
-                assert!(id > 0 && (is_new || state.noise.is_some()), "a new queue");
+                // A driver that read false values may be wrong here.
+                assert!(id > 0 && (is_new || state.noise.is_some()), "the queue is new");
                 let queue = CompletionQueue::new(command.prp(0), size, (words[11] >> 16) as u16);
                 state.completion.insert(id, queue);
             }
@@ -856,10 +856,10 @@ impl Shared {
                 assert_eq!(
                     (words[11] & 1, words[11] >> 16),
                     (1, id.into()),
-                    "a contiguous queue, with its own completions"
+                    "the queue is contiguous, with its own completion queue"
                 );
                 let is_new = state.completion.contains_key(&id) && !state.submission.contains_key(&id);
-                assert!(is_new || state.noise.is_some(), "a new queue");
+                assert!(is_new || state.noise.is_some(), "the queue is new");
                 let queue = Submission { address: command.prp(0), size, ..Submission::default() };
                 state.submission.insert(id, queue);
             }
@@ -871,12 +871,12 @@ impl Shared {
                 }
             }
             admin::DELETE_SQ => {
-                state.submission.remove(&id).expect("a queue that exists");
-                assert!(!state.held.iter().any(|(sq, _)| *sq == id), "a queue is deleted when nothing is in flight");
+                state.submission.remove(&id).expect("the queue exists");
+                assert!(!state.held.iter().any(|(sq, _)| *sq == id), "a deleted queue has nothing in flight");
             }
             admin::DELETE_CQ => {
-                assert!(!state.submission.contains_key(&id), "commands go before completions");
-                state.completion.remove(&id).expect("a queue that exists");
+                assert!(!state.submission.contains_key(&id), "submission queues are deleted before completion queues");
+                state.completion.remove(&id).expect("the queue exists");
             }
             admin::ABORT => {
                 let which = (words[10] as u16, (words[10] >> 16) as u16);
@@ -900,7 +900,7 @@ impl Shared {
         OK
     }
 
-    /// Completes a command in a way that may be wrong, or does not.
+    /// Completes a command in a possibly invalid way, or not at all.
     fn babble(&self, state: &mut State, sq: u16, id: u16) {
         let Some(noise) = &mut state.noise else { return };
         let (rng, mut entry) = (&mut noise.rng, Completion { result: 0, sq_head: 0, sq, id, status: Status::SUCCESS });
@@ -930,7 +930,7 @@ impl Shared {
 
     fn namespace(&self, state: &State, bytes: &mut [u8; IDENTIFY_LEN]) {
         bytes[..8].copy_from_slice(&state.blocks.to_le_bytes());
-        // Preferred granularities are told: 8 blocks for writes and for deallocation.
+        // Reports preferred granularities: 8 blocks for writes and for deallocation.
         bytes[24] = 1 << 4;
         (bytes[64], bytes[68]) = (7, 7);
         bytes[33] = 1 | 1 << 3;
@@ -941,9 +941,9 @@ impl Shared {
     fn execute(&self, state: &mut State, command: &Sent) -> Answer {
         let shift = self.spec.block_shift;
         let blocks = u64::from(command.words[12] & 0xffff) + 1;
-        assert_eq!(command.words[1], self.spec.nsid, "the namespace that was opened");
+        assert_eq!(command.words[1], self.spec.nsid, "the opened namespace");
         let changes = !matches!(command.opcode(), nvm::READ | nvm::FLUSH);
-        assert!(!(changes && self.spec.write_protected), "nothing is written to what is write protected");
+        assert!(!(changes && self.spec.write_protected), "no writes to a write-protected namespace");
         let range = |state: &State, block: u64, blocks: u64| {
             let fits = block.checked_add(blocks).is_some_and(|end| end <= state.blocks);
             fits.then(|| (block << shift) as usize..((block + blocks) << shift) as usize)
@@ -967,7 +967,7 @@ impl Shared {
                     }
                     at += len;
                 }
-                assert_eq!(at, range.end, "memory for all of it");
+                assert_eq!(at, range.end, "the memory covers the whole transfer");
             }
             nvm::WRITE_ZEROES if self.spec.oncs & 1 << 3 != 0 => {
                 let Some(range) = range(state, command.block(), blocks) else { return out_of_range };
@@ -975,7 +975,7 @@ impl Shared {
             }
             nvm::DATASET_MANAGEMENT if self.spec.oncs & 1 << 2 != 0 => {
                 let count = (command.words[10] & 0xff) as usize + 1;
-                assert_eq!(command.words[11], 1 << 2, "deallocation");
+                assert_eq!(command.words[11], 1 << 2, "the attribute is deallocation");
                 let mut list = vec![0; count * RANGE_LEN];
                 let page = 1u64 << self.spec.page_shift;
                 assert!(command.prp(0) % page + list.len() as u64 <= page, "the list lies in one page");
@@ -995,12 +995,16 @@ impl Shared {
         OK
     }
 
-    /// The memory of a transfer, held against the rules (base, 4.1).
+    /// The memory of a transfer, checked against the specification (base, 4.1).
     fn pieces(&self, state: &State, command: &Sent, len: usize) -> Vec<(u64, usize)> {
         let page = 1u64 << self.spec.page_shift;
         if command.words[0] >> 14 & 3 == 1 {
-            assert!(self.spec.sgl, "SGLs are used where they are offered");
-            assert_eq!((command.words[8] as usize, command.words[9]), (len, 0), "one data block descriptor for all");
+            assert!(self.spec.sgl, "SGLs are used only if offered");
+            assert_eq!(
+                (command.words[8] as usize, command.words[9]),
+                (len, 0),
+                "one data block descriptor covers the transfer"
+            );
             return vec![(command.prp(0), len)];
         }
         let (first, second) = (command.prp(0), command.prp(1));
@@ -1009,7 +1013,10 @@ impl Shared {
         let mut left = len - pieces[0].1;
         if left > page as usize {
             let entries = left.div_ceil(page as usize);
-            assert!(second.is_multiple_of(8) && second % page + 8 * entries as u64 <= page, "a list in one page");
+            assert!(
+                second.is_multiple_of(8) && second % page + 8 * entries as u64 <= page,
+                "the list lies in one page"
+            );
             for n in 0..entries {
                 let mut entry = [0; 8];
                 state.read(second + 8 * n as u64, &mut entry);
@@ -1019,7 +1026,7 @@ impl Shared {
         } else if left > 0 {
             pieces.push((second, left));
         }
-        assert!(pieces[1..].iter().all(|(at, _)| at.is_multiple_of(page)), "all pages but the first from their start");
+        assert!(pieces[1..].iter().all(|(at, _)| at.is_multiple_of(page)), "all pages but the first are aligned");
         pieces
     }
 }

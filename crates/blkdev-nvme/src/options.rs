@@ -1,20 +1,20 @@
-//! [`Options`]: what the user of an NVMe controller can choose.
+//! [`Options`]: user settings of an NVMe controller.
 
 use std::time::Duration;
 
-/// What the user can choose.
+/// User settings of an NVMe controller.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The namespace; `None`: the first that is active.
+    /// Namespace identifier; `None`: the first active namespace.
     pub nsid: Option<u32>,
-    /// Never write, even if the device would allow it.
+    /// Refuses writes, even if the device allows them.
     pub read_only: bool,
-    /// I/O queue pairs to use; `None`: as many as the controller has, up to 64. More than it has is an error.
+    /// Number of I/O queue pairs; `None`: all of the controller, at most 64. More than the controller has is an error.
     pub queues: Option<u16>,
-    /// Places in each I/O queue, 2 to 1024; the controller may have fewer. One less can be in use.
+    /// Entries of each I/O queue, 2 to 1024; the controller may allow fewer. One entry less can be in use.
     pub queue_size: u16,
-    /// How long a queue with commands may go without completing any before the device is declared dead; `None`: forever. Before
-    /// that commands are aborted, and then the controller is reset. See the [crate](crate) on when.
+    /// Longest time without a completion, for a queue with commands in flight, before the device is declared dead; `None`:
+    /// forever. Before that the driver aborts commands and then resets the controller; see the [crate](crate).
     pub timeout: Option<Duration>,
 }
 

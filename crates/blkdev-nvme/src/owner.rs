@@ -1,17 +1,17 @@
-//! [`Owner`]: the controller, brought up, with the thread that watches it.
+//! [`Owner`]: the running controller, with its watching thread.
 
 use std::sync::Arc;
 
 use crate::{core::Core, watch::Watch};
 
-/// The controller, brought up. Dropped last of all, it shuts it down.
+/// The running controller. Its drop shuts the controller down.
 #[derive(Debug)]
 pub(crate) struct Owner {
     pub(crate) core: Arc<Core>,
     pub(crate) watch: Watch,
 }
 
-/// The queues are closed: what holds this last.
+/// The last owner: all queues are closed.
 impl Drop for Owner {
     fn drop(&mut self) {
         self.watch.stop();

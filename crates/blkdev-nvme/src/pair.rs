@@ -1,4 +1,4 @@
-//! [`Pair`]: a submission queue with its completion queue, and the commands that are in them.
+//! [`Pair`]: a submission queue and its completion queue, with the commands in flight.
 
 use std::{
     fmt,
@@ -16,7 +16,7 @@ use crate::{
     window::Window,
 };
 
-/// A queue pair as the driver has it. `T` owns whatever a command needs, and comes back when the command has ended.
+/// The driver side of a queue pair. `T` owns the resources of a command, and comes back when the command has ended.
 #[derive(Debug)]
 pub(crate) struct Pair<T> {
     id: u16,
@@ -24,42 +24,42 @@ pub(crate) struct Pair<T> {
     window: Window,
     addresses: Addresses,
     bells: Bells,
-    /// Where the next command goes.
+    /// Submission queue entry of the next command.
     tail: u16,
-    /// The tail that the controller knows.
+    /// The tail last written to the doorbell.
     rung: u16,
-    /// Where the next completion comes.
+    /// Completion queue entry of the next completion.
     head: u16,
-    /// The head that the controller knows.
+    /// The head last written to the doorbell.
     acknowledged: u16,
-    /// The phase tag of completions that are new.
+    /// The phase tag of new completions.
     phase: bool,
     slots: Box<[Slot<T>]>,
-    /// Slots that are free, last used on top.
+    /// Free slots, last used on top.
     free: Vec<u16>,
     flights: Arc<Flights>,
 }
 
 #[derive(Debug)]
 struct Slot<T> {
-    /// Counts the commands that this slot has had.
+    /// Number of commands that this slot has had.
     sequence: u16,
-    /// What it holds was sent before the controller was reset, too.
+    /// The command in it was also sent before the last reset of the controller.
     again: bool,
     owner: Option<T>,
 }
 
-/// A command identifier is the slot in its lower bits and the slot's count above, so that a completion that comes twice, or
-/// after its command was given up, is known for what it is.
+/// A command identifier has the slot in its lower bits and the slot's sequence number above. So a completion that arrives
+/// twice, or after its command was given up, is recognised.
 const SLOT_BITS: u32 = 10;
 
-/// The largest queue. With one place left free, an identifier is never 0xffff, which the error log uses for "none".
+/// The largest queue size. One entry stays free, so an identifier is never 0xffff, which the error log uses for "none".
 pub(crate) const SIZE_MAX: u16 = 1 << SLOT_BITS;
 
-/// How the memory of a pair is divided: commands, completions, and for each command memory for a list of pages or ranges.
+/// Layout of a pair's memory: commands, completions, and list memory (PRPs or ranges) for each command.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    /// Places in each queue, 2 to [`SIZE_MAX`]. One less can be in use.
+    /// Entries of each queue, 2 to [`SIZE_MAX`]. One entry less can be in use.
     pub(crate) size: u16,
     /// Bytes of list memory for each command: a power of two, at most a page.
     pub(crate) list_len: usize,
@@ -85,7 +85,7 @@ impl Layout {
     }
 }
 
-/// From addresses of this process to those that the device wants.
+/// Translates addresses of this process to the addresses that the device uses.
 #[derive(Clone, Debug)]
 pub(crate) struct Addresses(pub(crate) Option<Arc<Translation>>);
 
@@ -103,7 +103,7 @@ impl Addresses {
     }
 }
 
-/// A pair's two doorbells.
+/// The two doorbells of a pair.
 #[derive(Debug)]
 pub(crate) struct Bells {
     bar: Arc<dyn Bar>,
@@ -118,25 +118,25 @@ impl Bells {
         Self { bar: Arc::clone(bar), submission, completion: submission + stride }
     }
 
-    /// Where the doorbells of the first `count` pairs end.
+    /// The end of the doorbells of the first `count` pairs.
     pub(crate) fn end(count: u16, stride: usize) -> usize {
         0x1000 + 2 * usize::from(count) * stride
     }
 }
 
-/// What is in flight, for a thread that looks after commands that take too long: for each slot 0, or the time when the
-/// command was pushed (never 0) and its identifier.
+/// The commands in flight, for the thread that looks for overdue commands. For each slot: 0, or the time when the command was
+/// pushed (never 0) and its identifier.
 #[derive(Debug)]
 pub(crate) struct Flights {
-    /// Ticks; its owner counts them.
+    /// The current tick, updated by the watching thread.
     pub(crate) now: Arc<AtomicU32>,
     slots: Box<[AtomicU32]>,
     stage: AtomicU8,
-    /// After a reset, commands that have taken this many ticks are not sent again.
+    /// After a reset, commands of at least this age in ticks are not sent again.
     old: AtomicU16,
 }
 
-/// What a thread that looks at a pair's [`Flights`] at every tick knows of them.
+/// Progress of a pair, from a look at its [`Flights`] at every tick.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     /// The flights at the last look.
@@ -145,7 +145,7 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// To be called at every tick: for how many ticks commands have been in flight and none has ended.
+    /// Called at every tick. Returns the number of ticks with commands in flight and without a completion.
     pub(crate) fn look(&mut self, flights: &Flights) -> u16 {
         let mut found = flights.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
         if self.seen.len() != flights.slots.len() {
@@ -156,42 +156,42 @@ impl Pace {
             let now = found.next().unwrap_or(0);
             was_busy |= *seen != 0;
             is_busy |= now != 0;
-            // A slot that is used again has another identifier or time.
+            // A reused slot has another identifier or time.
             has_moved |= *seen != 0 && *seen != now;
             *seen = now;
         }
         self.silent = match (is_busy, has_moved) {
             (false, _) | (true, true) => 0,
-            // What was pushed since the last look has waited for a part of a tick.
+            // A command pushed since the last look has waited for less than a tick.
             (true, false) if !was_busy => 1,
             (true, false) => self.silent.saturating_add(1),
         };
         self.silent
     }
 
-    /// What [`look`](Self::look) returned last.
+    /// The last result of [`look`](Self::look).
     pub(crate) fn silent(&self) -> u16 {
         self.silent
     }
 }
 
-/// What a pair's owner may do with it, while the controller is reset and afterwards.
+/// State of a pair during and after a reset of the controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// All is well.
+    /// Normal operation.
     Running,
-    /// Nothing: the controller is being reset. So says whoever resets it.
+    /// The controller is being reset: the owner must not touch the pair. Set by the resetting thread.
     Stopped,
-    /// The controller is up again, and knows of no pair: its owner has to [restart](Pair::restart) it.
+    /// The controller runs again without any I/O queues: the owner must [restart](Pair::restart) the pair.
     Cleared,
-    /// So its owner has, and the controller is to be told of it; then it runs.
+    /// The owner has restarted the pair. It runs once it is created on the controller.
     Ready,
 }
 
 impl Flights {
     #[inline]
     pub(crate) fn stage(&self) -> Stage {
-        // Acquire: what was done before the stage was reached can be relied upon.
+        // Acquire: orders accesses to the pair after those before the stage was reached.
         match self.stage.load(Ordering::Acquire) {
             0 => Stage::Running,
             1 => Stage::Stopped,
@@ -201,21 +201,21 @@ impl Flights {
     }
 
     pub(crate) fn reach(&self, stage: Stage) {
-        // SeqCst: a queue that goes to sleep first empties its eventfd and then looks at the stage.
+        // SeqCst: a queue first empties its eventfd and then loads the stage before it sleeps.
         self.stage.store(stage as u8, Ordering::SeqCst);
     }
 
-    /// Sets the age, in ticks, from which commands are not sent again after a reset. Before [`Stage::Cleared`].
+    /// Sets the age in ticks from which commands are not sent again after a reset. Called before [`Stage::Cleared`].
     pub(crate) fn retire(&self, old: u16) {
         self.old.store(old, Ordering::Relaxed);
     }
 
-    /// What was [set](Self::retire).
+    /// Returns the age [set](Self::retire) last.
     pub(crate) fn old(&self) -> u16 {
         self.old.load(Ordering::Relaxed)
     }
 
-    /// Commands that were pushed at least `age` ticks ago: identifiers.
+    /// Identifiers of the commands that were pushed at least `age` ticks ago.
     pub(crate) fn older(&self, age: u16) -> impl Iterator<Item = u16> {
         let now = self.now.load(Ordering::Relaxed) as u16;
         self.slots.iter().filter_map(move |slot| {
@@ -229,7 +229,7 @@ fn split(flight: u32) -> (u16, u16) {
     (flight as u16, (flight >> 16) as u16)
 }
 
-/// What a completion queue entry said that cannot be.
+/// An invalid completion queue entry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Nonsense(Completion);
 
@@ -245,7 +245,7 @@ impl fmt::Display for Nonsense {
 }
 
 impl<T> Pair<T> {
-    /// An empty pair in `mapping`, which has room for `layout` and which the device can reach.
+    /// Creates an empty pair in `mapping`, which has room for `layout` and is mapped for DMA.
     pub(crate) fn new(
         id: u16,
         layout: Layout,
@@ -254,7 +254,7 @@ impl<T> Pair<T> {
         bells: Bells,
         now: &Arc<AtomicU32>,
     ) -> Self {
-        assert!((2..=SIZE_MAX).contains(&layout.size) && layout.len() <= mapping.len(), "a pair fits its memory");
+        assert!((2..=SIZE_MAX).contains(&layout.size) && layout.len() <= mapping.len(), "the pair fits in its memory");
         let slots = layout.slots();
         Self {
             id,
@@ -282,7 +282,7 @@ impl<T> Pair<T> {
         self.id
     }
 
-    /// Where commands and completions lie, for the device.
+    /// Device addresses of the submission and the completion queue.
     pub(crate) fn addresses(&self) -> (u64, u64) {
         let bus = |at| self.addresses.bus(self.window.iova(at));
         (bus(0), bus(self.layout.completions()))
@@ -301,7 +301,7 @@ impl<T> Pair<T> {
         self.slots.len() - self.free.len()
     }
 
-    /// Takes a command, which `describe` makes; it can use the slot's list memory. The controller hears of it at the next
+    /// Adds a command, built by `describe`, which can use the slot's list memory. The controller sees it after the next
     /// [`publish`](Self::publish).
     #[inline]
     pub(crate) fn push(&mut self, owner: T, describe: impl FnOnce(&T, List<'_>) -> Command) -> Result<u16, T> {
@@ -330,12 +330,12 @@ impl<T> Pair<T> {
         for (n, pair) in command.0.chunks_exact(2).enumerate() {
             self.window.store64(entry + 8 * n, u64::from(pair[0]) | u64::from(pair[1]) << 32);
         }
-        // There is room: fewer commands are in flight than the queue has places, and the controller reads them in order.
+        // The queue has room: fewer commands are in flight than it has entries, and the controller reads them in order.
         self.tail = if self.tail + 1 == self.layout.size { 0 } else { self.tail + 1 };
         Ok(id)
     }
 
-    /// Rings the doorbell for everything pushed since the last time.
+    /// Rings the doorbell for all commands pushed since the last call.
     #[inline]
     pub(crate) fn publish(&mut self) {
         if self.tail != self.rung {
@@ -349,17 +349,17 @@ impl<T> Pair<T> {
         self.layout.completions() + usize::from(self.head) * COMPLETION_LEN
     }
 
-    /// Whether a completion waits.
+    /// Whether a completion is pending.
     #[inline]
     pub(crate) fn has_completion(&self) -> bool {
         Completion::phase(self.window.load64(self.next() + 8, Ordering::Acquire)) == self.phase
     }
 
-    /// The next command that has ended. To be [acknowledged](Self::acknowledge) at the end of a batch.
+    /// Returns the next completed command. The caller [acknowledges](Self::acknowledge) a batch at its end.
     #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<(T, Completion)>, Nonsense> {
         let at = self.next();
-        // The half with the phase tag first, so that the other one is at least as new.
+        // Load the half with the phase tag first, so that the other half is at least as new.
         let high = self.window.load64(at + 8, Ordering::Acquire);
         if Completion::phase(high) != self.phase {
             return Ok(None);
@@ -386,7 +386,7 @@ impl<T> Pair<T> {
         Ok(Some((owner, completion)))
     }
 
-    /// Gives the places of completions that were popped back to the controller.
+    /// Returns the entries of popped completions to the controller.
     #[inline]
     pub(crate) fn acknowledge(&mut self) {
         if self.head != self.acknowledged {
@@ -395,7 +395,7 @@ impl<T> Pair<T> {
         }
     }
 
-    /// Everything that is in flight, for good.
+    /// Removes and returns all commands in flight, permanently.
     pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> {
         for flight in &self.flights.slots {
             flight.store(0, Ordering::Relaxed);
@@ -404,8 +404,8 @@ impl<T> Pair<T> {
         self.slots.iter_mut().filter_map(|slot| slot.owner.take())
     }
 
-    /// Begins anew, as a controller that was reset does. What was in flight comes back, and whether it is worth being sent
-    /// once more: not when it has taken `old` ticks or has been sent twice.
+    /// Starts over after a reset of the controller. Returns the commands that were in flight, each with a flag: true if it
+    /// should be sent again. It should not after `old` ticks, or if it was sent twice already.
     pub(crate) fn restart(&mut self, old: u16) -> Vec<(T, bool)> {
         (self.tail, self.rung, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, true);
         for at in (self.layout.completions()..self.layout.lists()).step_by(8) {
@@ -418,9 +418,11 @@ impl<T> Pair<T> {
         back
     }
 
-    /// As [`push`](Self::push), for what [`restart`](Self::restart) gave back.
+    /// As [`push`](Self::push), for a command that [`restart`](Self::restart) returned.
     pub(crate) fn push_again(&mut self, owner: T, describe: impl FnOnce(&T, List<'_>) -> Command) {
-        let Ok(id) = self.push(owner, describe) else { unreachable!("there is room for what was in flight before") };
+        let Ok(id) = self.push(owner, describe) else {
+            unreachable!("the queue has room for commands that were in flight before")
+        };
         self.slots[usize::from(id & (SIZE_MAX - 1))].again = true;
     }
 
@@ -428,14 +430,14 @@ impl<T> Pair<T> {
         self.layout.lists() + usize::from(slot) * self.layout.list_len
     }
 
-    /// A copy of the list memory of a command that has ended, where the controller may have put something.
+    /// A copy of the list memory of a completed command, where the controller may have written data.
     pub(crate) fn answer<const N: usize>(&self, id: u16) -> [u8; N] {
-        assert!(N <= self.layout.list_len, "an answer fits list memory");
+        assert!(N <= self.layout.list_len, "the data fits in the list memory");
         self.window.read(self.list(id & (SIZE_MAX - 1)))
     }
 }
 
-/// Memory for what a command is too small for.
+/// Memory for PRP lists or ranges of a command.
 #[derive(Debug)]
 pub(crate) struct List<'a> {
     window: &'a Window,
@@ -452,15 +454,15 @@ impl List<'_> {
         self.addresses.bus(self.window.iova(self.at))
     }
 
-    /// Puts 64 bits, little-endian.
+    /// Writes 64 bits, little-endian.
     #[inline]
     pub(crate) fn put(&self, index: usize, value: u64) {
-        assert!(8 * index < self.len, "a list has room");
+        assert!(8 * index < self.len, "the list has room");
         self.window.store64(self.at + 8 * index, value);
     }
 
-    /// Points the command at `len` bytes of payload from `address` on: in the command itself as far as they lie in two
-    /// pages, otherwise with a list (base, 4.1.1), or with one descriptor where `sgl` says that the controller takes it.
+    /// Sets the command's data pointer to `len` bytes of payload from `address` on. Up to two pages fit in the command itself;
+    /// more need a PRP list (base, 4.1.1). If `sgl` is set, a single SGL descriptor is used instead.
     #[inline]
     pub(crate) fn payload(&self, command: Command, address: u64, len: usize, sgl: bool) -> Command {
         let page = self.page as u64;

@@ -1,4 +1,4 @@
-//! [`Passthrough`]: a namespace through the kernel's NVMe driver, but past its block layer.
+//! [`Passthrough`]: a namespace through the kernel's NVMe driver, bypassing the block layer.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -25,30 +25,29 @@ use crate::{
     sys,
 };
 
-/// How to open a namespace's character device.
+/// Settings for opening a namespace's character device.
 #[derive(Debug)]
 pub struct PassthroughOptions {
-    /// The device.
+    /// The device's path or descriptor.
     pub source: Source,
-    /// Nothing can be written. The device is opened for reading only then, and the kernel asks for `CAP_SYS_ADMIN`.
+    /// Refuses writes. The device is then opened for reading only, for which the kernel requires `CAP_SYS_ADMIN`.
     pub read_only: bool,
-    /// The deepest queue that can be opened, in requests, 1 to 4096. Default: 128.
+    /// Depth of the deepest queue, in requests, 1 to 4096. Default: 128.
     pub entries: u16,
-    /// Queues whose completions are polled for (`IOPOLL`): they have no descriptor to wait on. The kernel's driver needs
-    /// queues for that (`nvme.poll_queues`).
+    /// Polls for completions (`IOPOLL`): such queues have no wake-up descriptor. The kernel's driver must have poll queues
+    /// (`nvme.poll_queues`).
     pub polled: bool,
-    /// How long a request may take before the device is declared dead. `None`: forever.
+    /// Longest time for a request before the device is declared dead; `None`: forever.
     ///
-    /// Half of it is the time-out that the kernel's driver gets for each command. The kernel counts from when it hands the
-    /// command to the controller, and looks at that age alone: a command that the controller keeps behind others for so long
-    /// is aborted, even if those complete. After as long again the kernel resets the controller. Its own time-out for block
-    /// I/O (`nvme_core.io_timeout`, 30 s) works alike. A slow controller with a deep queue needs a longer time-out, or
-    /// fewer [`entries`](Self::entries).
+    /// Half of it is the time-out of each command in the kernel's driver. The kernel measures the age of a command from its
+    /// submission to the controller. It aborts a command of that age, even if the controller still completes others. After the
+    /// same time again the kernel resets the controller. Its time-out for block I/O (`nvme_core.io_timeout`, 30 s) works in the
+    /// same way. A slow controller with a deep queue needs a longer time-out, or fewer [`entries`](Self::entries).
     pub timeout: Option<Duration>,
 }
 
 impl PassthroughOptions {
-    /// The device at `path`, and the defaults.
+    /// The default options for the device at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             source: Source::Path(path.into()),
@@ -60,10 +59,10 @@ impl PassthroughOptions {
     }
 }
 
-/// Queues that can be open at a time: each is a ring with locked memory and a descriptor.
+/// Most queues open at a time: each is a ring with locked memory and a descriptor.
 const QUEUES_MAX: u16 = 256;
 
-/// Longest transfer in bytes where the kernel does not tell of one.
+/// Longest transfer in bytes, if the kernel reports none.
 const TRANSFER_MAX: u64 = 128 << 10;
 
 /// A namespace behind the kernel's NVMe driver.
@@ -90,12 +89,12 @@ impl Passthrough {
     /// Opens a namespace's character device.
     ///
     /// # Errors
-    /// It cannot be opened, is no NVMe namespace, or has a format that cannot be driven; or there is no io_uring that has
-    /// passthrough. The text says which and what to do.
+    /// The device cannot be opened, is not an NVMe namespace, or has an unsupported format; or io_uring is missing or does not
+    /// support passthrough. The text names the reason and the remedy.
     pub fn open(options: PassthroughOptions) -> io::Result<Self> {
         let PassthroughOptions { source, read_only, entries, polled, timeout } = options;
         let (name, file) = match source {
-            // For writing, as that is what the kernel wants of those who are not root (Linux 6.2).
+            // For writing, which the kernel requires of processes that are not root (Linux 6.2).
             Source::Path(path) => {
                 (path.display().to_string(), OpenOptions::new().read(true).write(!read_only).open(path))
             }
@@ -108,7 +107,7 @@ impl Passthrough {
     }
 }
 
-/// [`PassthroughOptions`] without the file.
+/// [`PassthroughOptions`] without the source.
 struct Wish {
     read_only: bool,
     entries: u16,
@@ -119,16 +118,16 @@ struct Wish {
 fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let meta = file.metadata()?;
     if !meta.file_type().is_char_device() {
-        return Err(invalid("not a character device; NVMe passthrough wants /dev/ngXnY, not /dev/nvmeXnY".to_owned()));
+        return Err(invalid(
+            "it is not a character device; NVMe passthrough needs /dev/ngXnY, not /dev/nvmeXnY".to_owned(),
+        ));
     }
-    let nsid = sys::nsid(&file).map_err(|e| invalid(format!("no NVMe namespace: {e}")))?;
+    let nsid = sys::nsid(&file).map_err(|e| invalid(format!("it is not an NVMe namespace: {e}")))?;
     let identify = |cns, nsid| {
         sys::identify(&file, cns, nsid).map_err(|e| {
             let remedy = match e.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) if options.read_only => {
-                    ": CAP_SYS_ADMIN is needed for read-only access"
-                }
-                Some(libc::EACCES | libc::EPERM) => ": CAP_SYS_ADMIN is needed before Linux 6.2",
+                Some(libc::EACCES | libc::EPERM) if options.read_only => ": read-only access needs CAP_SYS_ADMIN",
+                Some(libc::EACCES | libc::EPERM) => ": before Linux 6.2 this needs CAP_SYS_ADMIN",
                 _ => "",
             };
             io::Error::new(e.kind(), format!("Identify: {e}{remedy}"))
@@ -138,19 +137,20 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let controller = Controller::parse(&identify(cns::CONTROLLER, 0)?.map_err(refused)?);
     let namespace = Namespace::parse(&identify(cns::NAMESPACE, nsid)?.map_err(refused)?);
     check(&namespace, nsid)?;
-    // Older controllers do not know it.
+    // Older controllers do not support it.
     let limits = identify(cns::CONTROLLER_OF_COMMAND_SET, 0)?.map_or_else(|_| Limits::default(), |b| Limits::parse(&b));
 
     let sysfs = Sysfs::new(&meta)?;
     if sysfs.text("zoned").is_some_and(|zoned| zoned != "none") {
         return Err(unusable("the namespace is zoned, which is not supported"));
     }
-    // Passthrough does not split: what is too long or too scattered is refused. A page more, for an odd start.
+    // The kernel does not split passthrough commands: it refuses those that are too long or have too many segments. One page is
+    // added for an unaligned start.
     let told = sysfs.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib.saturating_mul(1 << 10));
     let segments = sysfs.number("max_segments").unwrap_or(u64::MAX);
     let scattered = segments.saturating_sub(1).max(1).saturating_mul(PAGE as u64);
     let found = Found { controller, limits, nsid, namespace };
-    // The kernel's page is the controller's, at least 4096 bytes; its MDTS is part of what sysfs tells.
+    // The kernel uses a controller page of at least 4096 bytes; sysfs already accounts for MDTS.
     let transfer_max = found.transfer_max(PAGE as u64, told.min(scattered).min(32 << 20))?;
     let shape = Shape {
         driver: "nvme-io_uring",
@@ -177,7 +177,7 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     })
 }
 
-/// What the kernel tells of the block device that goes with a character device.
+/// The sysfs directory of the block device that belongs to a character device.
 #[derive(Debug)]
 struct Sysfs(PathBuf);
 
@@ -186,7 +186,7 @@ impl Sysfs {
         let (major, minor) = (libc::major(meta.rdev()), libc::minor(meta.rdev()));
         let path = fs::canonicalize(format!("/sys/dev/char/{major}:{minor}"))?;
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let digits = name.strip_prefix("ng").ok_or_else(|| invalid(format!("{name} is no NVMe namespace")))?;
+        let digits = name.strip_prefix("ng").ok_or_else(|| invalid(format!("{name} is not an NVMe namespace")))?;
         Ok(Self(PathBuf::from(format!("/sys/class/block/nvme{digits}/queue"))))
     }
 
@@ -215,10 +215,10 @@ impl Device for Passthrough {
         self.shared.capacity.load(Ordering::Relaxed)
     }
 
-    /// The kernel's driver hears of a new size from the controller. To ask the controller itself could take long.
+    /// The controller reports a new size to the kernel's driver. A query to the controller itself could take long.
     fn refresh(&self) {
         let Shared { sysfs, disk, capacity, .. } = &*self.shared;
-        // 0: it was taken away. Its requests are to fail with EIO, not for their range.
+        // 0: the device was removed. Its requests must fail with EIO, not because of their range.
         if let Some(size) = sysfs.size(disk.block_shift).filter(|&size| size > 0) {
             capacity.store(size, Ordering::Relaxed);
         }
@@ -246,7 +246,7 @@ impl Device for Passthrough {
             let text = format!("{}: all {max} queues are open; close one first", shared.info.target);
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         }
-        // A channel opens its queues when it has registered its memory: the latest is what this queue will use.
+        // A channel opens its queues after it has registered its memory. So this queue will use the latest mapping.
         let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
         let depth = depth.clamp(1, shared.info.depth_max);
         let timeout = shared.info.timeout.map(|timeout| u32::try_from((timeout / 2).as_millis()).unwrap_or(u32::MAX));
@@ -269,10 +269,10 @@ impl Device for Passthrough {
 
 #[derive(Debug)]
 struct PassthroughQueue {
-    /// Before the file that it works on: fields are dropped in this order.
+    /// Before the file that it uses: fields are dropped in declaration order.
     ring: Ring<Flight, blkdev_ring::Passthrough>,
     shared: Arc<Shared>,
-    /// What ended without the kernel.
+    /// Requests that ended without the kernel.
     done: Vec<Completion>,
     /// Requests may use registered memory.
     fixed: bool,
@@ -285,7 +285,7 @@ impl Queue for PassthroughQueue {
     fn push(&mut self, request: Request) -> Result<(), Request> {
         let refusal = match &request.op {
             _ if self.gone => Some(Error::Gone),
-            // Not among this device's Caps, so never asked for.
+            // Not among this device's `Caps`, so a caller never pushes it.
             Op::Status { .. } | Op::Prefetch { .. } => Some(Error::NotSupported),
             _ => None,
         };
@@ -343,7 +343,10 @@ impl Queue for PassthroughQueue {
     fn give_up(&mut self) {
         if !self.gone {
             let count = self.ring.in_flight();
-            log::error!("{}: given up with {count} requests in flight", self.shared.info.target);
+            log::error!(
+                "{}: abandoned with {count} requests in flight; the device is declared dead",
+                self.shared.info.target
+            );
         }
         self.gone = true;
         let done = &mut self.done;

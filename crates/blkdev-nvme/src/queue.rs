@@ -1,4 +1,4 @@
-//! [`IoQueue`]: one I/O queue pair as a [`Queue`].
+//! [`IoQueue`]: an I/O queue pair as a [`Queue`].
 
 use std::{
     os::fd::{AsFd, BorrowedFd},
@@ -20,9 +20,9 @@ use crate::{
     spec::Command,
 };
 
-/// How long a queue that is dropped waits for the next of the commands in flight to end, …
+/// Longest wait of a dropped queue for the next completion, …
 const DRAIN: Duration = Duration::from_secs(5);
-/// … and for all of them, in terms of that.
+/// … and for all completions, as a multiple of it.
 const DRAIN_MAX: u32 = 10;
 
 #[derive(Debug)]
@@ -31,9 +31,9 @@ pub(crate) struct IoQueue {
     id: u16,
     pair: Pair<Request>,
     wake: Arc<EventFd>,
-    /// What ended when it was pushed.
+    /// Requests that ended in `push`.
     ended: Vec<Completion>,
-    /// What was in flight when the controller was reset waits for the doorbell.
+    /// Commands resent after a reset wait for the doorbell.
     again: bool,
 }
 
@@ -42,14 +42,14 @@ impl IoQueue {
         Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new(), again: false }
     }
 
-    /// Whether the controller takes commands: it is not being reset.
+    /// Whether the controller accepts commands: false while it is being reset.
     #[inline]
     fn is_running(&self) -> bool {
         self.pair.flights().stage() == Stage::Running
     }
 
-    /// The controller is being reset. When it has been, it touches no memory of what was in flight, and has forgotten the
-    /// queue. What was in flight is laid out once more, or ends.
+    /// Handles a reset of the controller. After the reset, the controller no longer accesses the memory of earlier commands,
+    /// and has no I/O queues. Commands that were in flight are prepared again, or fail.
     #[cold]
     fn stand_by(&mut self, done: &mut Vec<Completion>) {
         if self.pair.flights().stage() != Stage::Cleared {
@@ -74,7 +74,7 @@ impl IoQueue {
         core.wake_guard();
     }
 
-    /// Takes what has finished out of the ring.
+    /// Pops all completions.
     #[inline]
     fn pop(&mut self, done: &mut Vec<Completion>) {
         loop {
@@ -89,9 +89,8 @@ impl IoQueue {
         }
     }
 
-    /// The device is dead: what is in flight ends now, without its memory. Reads because the device may still write to it;
-    /// writes, too, because one that is still under way would otherwise put on the disk whatever the memory is used for
-    /// next.
+    /// Ends all requests of a dead device and abandons their memory. Reads, because the device may still write to it. Writes
+    /// too: a write that is still in flight would put the memory's next content on the disk.
     #[cold]
     fn finish(&mut self, done: &mut Vec<Completion>) {
         done.extend(self.pair.take_all().map(|Request { tag, mut op }| {
@@ -102,7 +101,7 @@ impl IoQueue {
         }));
     }
 
-    /// Ends a request that the device is not asked for.
+    /// Ends a request without sending it to the device.
     #[cold]
     fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
         self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
@@ -117,10 +116,10 @@ impl Queue for IoQueue {
             return self.refuse(request, Error::Gone);
         }
         if !self.is_running() {
-            // Later: the owner is woken.
+            // The caller retries later: a wake-up follows.
             return Err(request);
         }
-        // The last two are not among this device's Caps, so never asked for.
+        // `Caps` denies the last two, so a caller never pushes them.
         if let Op::Status { .. } | Op::Prefetch { .. } = &request.op {
             return self.refuse(request, Error::NotSupported);
         }
@@ -160,9 +159,9 @@ impl Queue for IoQueue {
     }
 
     fn arm(&mut self) -> bool {
-        // Interrupts write to it for completions that were seen already, too. EAGAIN: they have not.
+        // Interrupts also write to it for completions that were popped already. EAGAIN: there was none.
         let _ = self.wake.read();
-        // After the eventfd was emptied: `Liveness::end` marks first and writes then.
+        // Only after emptying the eventfd: `Liveness::end` sets its mark first and then writes to the eventfd.
         fence(Ordering::SeqCst);
         if self.is_dead() {
             return self.pair.in_flight() == 0 && self.ended.is_empty();
@@ -173,13 +172,13 @@ impl Queue for IoQueue {
             Stage::Stopped | Stage::Ready => return self.ended.is_empty(),
             Stage::Cleared => return false,
         }
-        // What came before the eventfd was emptied raises no interrupt again.
+        // Completions from before the eventfd was emptied raise no further interrupt.
         self.ended.is_empty() && !self.pair.has_completion()
     }
 
     fn give_up(&mut self) {
         let count = self.pair.in_flight();
-        self.owner.core.life.end(&format!("queue {}: given up with {count} requests in flight", self.id));
+        self.owner.core.life.end(&format!("queue {}: abandoned with {count} requests in flight", self.id));
     }
 
     #[inline]
@@ -215,7 +214,7 @@ impl Drop for IoQueue {
         loop {
             self.reap(&mut done);
             if !done.is_empty() {
-                // Other queues are in use: a slow controller must not be declared dead for this one.
+                // Other queues are in use: a slow controller must not be declared dead because of this one.
                 deadline = (Instant::now() + patience).min(last);
             }
             done.clear();
@@ -230,7 +229,7 @@ impl Drop for IoQueue {
             }
         }
         if core.life.is_dead() {
-            // Its memory stays mapped, and the queue taken.
+            // Its memory stays mapped, and the queue stays taken.
             core.life.unwatch(&self.wake);
             return;
         }

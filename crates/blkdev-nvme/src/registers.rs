@@ -1,4 +1,4 @@
-//! [`Registers`]: the registers of a controller, and what they say of its state.
+//! [`Registers`]: the registers of a controller, and the state that they report.
 
 use std::{
     io,
@@ -35,21 +35,21 @@ const CSTS_FATAL: u32 = 2;
 const CSTS_SHUTDOWN: u32 = 3 << 2;
 const CSTS_SHUTDOWN_DONE: u32 = 2 << 2;
 
-/// Trouble that no reset helps against.
-pub(crate) const TAKEN_AWAY: &str = "its registers read as all ones: it was taken away";
+/// A failure that a reset cannot repair.
+pub(crate) const TAKEN_AWAY: &str = "its registers read as all ones: it was removed";
 
-/// Larger memory pages gain nothing, and a queue takes several.
+/// Larger memory pages gain nothing, and a queue takes several pages.
 const PAGE_SHIFT_MAX: u32 = 16;
 
-/// What a device that is not there reads as.
+/// Registers of a removed device read as this.
 const NOTHING: u32 = u32::MAX;
 
 impl Registers {
     pub(crate) fn new(bar: Arc<dyn Bar>) -> io::Result<Self> {
         if bar.len() < Bells::end(1, 4) {
-            return Err(unusable("its registers are too few for NVMe"));
+            return Err(unusable("it has too few registers for NVMe"));
         }
-        // In halves, as not every controller can do 64 bits at a time.
+        // In halves, because some controllers do not support 64-bit accesses.
         let cap = u64::from(bar.read32(CAP)) | u64::from(bar.read32(CAP + 4)) << 32;
         if cap == u64::MAX {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "its registers read as all ones"));
@@ -59,16 +59,16 @@ impl Registers {
         Ok(registers)
     }
 
-    /// The version of the specification that it implements.
+    /// Version of the NVMe specification (VS).
     pub(crate) fn version(&self) -> u32 {
         self.bar.read32(VS)
     }
 
     /// # Errors
-    /// The capabilities are not those of a controller that this driver can use.
+    /// The driver does not support the controller's capabilities.
     pub(crate) fn check(&self) -> io::Result<()> {
         if self.cap >> 37 & 1 == 0 {
-            return Err(unusable("it does not have the NVM command set (CAP.CSS)"));
+            return Err(unusable("it does not support the NVM command set (CAP.CSS)"));
         }
         if self.page_shift() > PAGE_SHIFT_MAX {
             let kib = 1u64 << (self.page_shift() - 10);
@@ -77,29 +77,29 @@ impl Registers {
             )));
         }
         if self.queue_size() < 2 {
-            return Err(unusable("its queues have a single place, at least 2 are needed (CAP.MQES)"));
+            return Err(unusable("its queues have a single entry, but at least 2 are needed (CAP.MQES)"));
         }
         Ok(())
     }
 
-    /// I/O queue pairs that have doorbells.
+    /// Number of I/O queue pairs that have doorbells.
     pub(crate) fn pairs(&self) -> u16 {
         let (len, stride) = (self.bar.len(), self.stride());
         let room = len.saturating_sub(Bells::end(1, stride)) / (2 * stride);
         u16::try_from(room).unwrap_or(u16::MAX)
     }
 
-    /// The largest queue.
+    /// Entries of the largest queue.
     pub(crate) fn queue_size(&self) -> u32 {
         (self.cap as u32 & 0xffff) + 1
     }
 
-    /// How long it may take to become ready, or not ready any more.
+    /// Longest time to become ready, or not ready (CAP.TO).
     pub(crate) fn timeout(&self) -> Duration {
         Duration::from_millis(500) * (self.cap >> 24 & 0xff).max(2) as u32
     }
 
-    /// Bytes from one doorbell to the next, 4 to 128 Ki.
+    /// Distance between doorbells in bytes, 4 to 128 Ki.
     pub(crate) fn stride(&self) -> usize {
         4 << (self.cap >> 32 & 0xf)
     }
@@ -114,7 +114,7 @@ impl Registers {
         self.bar.write32(at + 4, (value >> 32) as u32);
     }
 
-    /// Why the controller cannot work any more; `None`: it says nothing of the kind.
+    /// Why the controller cannot work any more; `None`: it reports no failure.
     pub(crate) fn trouble(&self) -> Option<&'static str> {
         match self.bar.read32(CSTS) {
             NOTHING => Some(TAKEN_AWAY),
@@ -123,12 +123,12 @@ impl Registers {
         }
     }
 
-    /// Whether it was enabled and is so no more.
+    /// Whether it was enabled, and has stopped on its own.
     pub(crate) fn has_stopped(&self) -> bool {
         self.bar.read32(CSTS) & CSTS_READY == 0
     }
 
-    /// Waits until `good` holds of the status.
+    /// Waits until the status (CSTS) satisfies `good`.
     pub(crate) fn wait(&self, time: Duration, what: &str, good: impl Fn(u32) -> bool) -> io::Result<()> {
         let deadline = Instant::now() + time;
         loop {
@@ -147,7 +147,7 @@ impl Registers {
         }
     }
 
-    /// Stops the controller: from then on it touches no memory.
+    /// Disables the controller: afterwards it does not access memory.
     pub(crate) fn disable(&self) -> io::Result<()> {
         let config = self.bar.read32(CC);
         if config != NOTHING && config & CC_ENABLE != 0 {
@@ -160,7 +160,7 @@ impl Registers {
         self.bar.write32(AQA, u32::from(size - 1) << 16 | u32::from(size - 1));
         self.write64(ASQ, submission);
         self.write64(ACQ, completion);
-        // Entries of 64 and 16 bytes, the NVM command set, round robin.
+        // Entries of 64 and 16 bytes, the NVM command set, round robin arbitration.
         self.bar.write32(CC, 4 << 20 | 6 << 16 | (page_shift - 12) << 7 | CC_ENABLE);
         self.wait(self.timeout(), "ready", |status| status & (CSTS_READY | CSTS_FATAL) != 0)?;
         self.trouble().map_or(Ok(()), |why| Err(io::Error::other(why)))
@@ -173,7 +173,7 @@ impl Registers {
     }
 }
 
-/// Stops a controller, whoever had it before, by a reset of the function if need be.
+/// Stops a controller of unknown state, by a function reset if necessary.
 pub(crate) fn stop(pci: &dyn PciDevice, registers: &Registers) -> io::Result<()> {
     if registers.disable().is_err() || registers.trouble().is_some() {
         pci.reset()?;

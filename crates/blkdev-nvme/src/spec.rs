@@ -1,5 +1,5 @@
-//! NVMe's own words: commands, completions, status codes and the structures of Identify (NVM Express base specification 2.0
-//! and NVM command set specification 1.0). Pure data: no memory, no device.
+//! NVMe data formats: commands, completions, status codes and Identify structures (NVM Express base specification 2.0 and NVM
+//! command set specification 1.0). Pure data: no memory, no device.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ pub mod io {
     pub const DATASET_MANAGEMENT: u8 = 0x09;
 }
 
-/// What Identify can be asked for (base, figure 273): CNS values.
+/// Data structures that Identify returns (base, figure 273): CNS values.
 pub mod cns {
     #![allow(missing_docs, reason = "the names are the specification's")]
     pub const NAMESPACE: u8 = 0x00;
@@ -44,13 +44,13 @@ pub const COMMAND_LEN: usize = 64;
 /// Length of a completion queue entry in bytes.
 pub const COMPLETION_LEN: usize = 16;
 
-/// Length of all structures of Identify, in bytes.
+/// Length of every Identify data structure, in bytes.
 pub const IDENTIFY_LEN: usize = 4096;
 
-/// Logical blocks that one command can name at most: its count has 16 bits and is one less.
+/// Most logical blocks in one command: the count has 16 bits and is one less.
 pub const BLOCKS_MAX: u64 = 1 << 16;
 
-/// A submission queue entry, as 16 little-endian words; word 0 has no command identifier yet.
+/// A submission queue entry, as 16 little-endian words. Word 0 has no command identifier yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Command(pub [u32; 16]);
 
@@ -69,7 +69,7 @@ impl Command {
         self
     }
 
-    /// The data lies in up to two memory pages, or in one and those that a list names.
+    /// Sets the PRP entries: up to two memory pages, or one page and a list of the others.
     #[must_use]
     pub fn prps(mut self, prp1: u64, prp2: u64) -> Self {
         (self.0[6], self.0[7]) = halves(prp1);
@@ -77,7 +77,7 @@ impl Command {
         self
     }
 
-    /// The data lies in one contiguous piece of memory: an SGL data block descriptor (base, 4.1.2.1) in the command.
+    /// Sets an SGL data block descriptor (base, 4.1.2.1) for one contiguous piece of memory.
     #[must_use]
     pub fn sgl(mut self, address: u64, len: u32) -> Self {
         self.0[0] |= 1 << 14;
@@ -86,7 +86,7 @@ impl Command {
         self
     }
 
-    /// Names it, so that its completion can be found.
+    /// Sets the command identifier, which its completion returns.
     #[must_use]
     pub fn id(mut self, id: u16) -> Self {
         self.0[0] = self.0[0] & 0xffff | u32::from(id) << 16;
@@ -112,17 +112,18 @@ impl Command {
 
     /// Dataset Management that deallocates `ranges` ranges (1 to 256), which the data lists.
     pub fn deallocate(nsid: u32, ranges: usize) -> Self {
-        assert!((1..=RANGES_MAX).contains(&ranges), "{ranges} ranges, 1 to 256 are possible");
+        assert!((1..=RANGES_MAX).contains(&ranges), "{ranges} ranges are not in 1 to 256");
         Self::new(io::DATASET_MANAGEMENT, nsid).words(&[ranges as u32 - 1, 1 << 2])
     }
 
-    /// Create I/O Completion Queue: contiguous, with interrupts.
+    /// Create I/O Completion Queue: physically contiguous, with interrupts.
     pub fn create_cq(id: u16, size: u16, vector: u16, address: u64) -> Self {
         let words = [u32::from(id) | u32::from(size - 1) << 16, 3 | u32::from(vector) << 16];
         Self::new(admin::CREATE_CQ, 0).prps(address, 0).words(&words)
     }
 
-    /// Create I/O Submission Queue: contiguous, of medium priority, with the completion queue of the same number.
+    /// Create I/O Submission Queue: physically contiguous, of medium priority, with the completion queue of the same
+    /// identifier.
     pub fn create_sq(id: u16, size: u16, address: u64) -> Self {
         let words = [u32::from(id) | u32::from(size - 1) << 16, 1 | 2 << 1 | u32::from(id) << 16];
         Self::new(admin::CREATE_SQ, 0).prps(address, 0).words(&words)
@@ -133,7 +134,7 @@ impl Command {
         Self::new(opcode, 0).words(&[id.into()])
     }
 
-    /// Abort the command of this identifier in this submission queue.
+    /// Abort, for the command with this identifier in this submission queue.
     pub fn abort(queue: u16, id: u16) -> Self {
         Self::new(admin::ABORT, 0).words(&[u32::from(queue) | u32::from(id) << 16])
     }
@@ -143,13 +144,13 @@ impl Command {
         Self::new(admin::SET_FEATURES, 0).words(&[feature.into(), value])
     }
 
-    /// Get Log Page, the first `len` bytes; events that this page tells of may come again.
+    /// Get Log Page, the first `len` bytes. It re-enables the asynchronous events of this page.
     pub fn log_page(page: u8, len: u32) -> Self {
         Self::new(admin::GET_LOG_PAGE, u32::MAX).words(&[u32::from(page) | (len / 4 - 1) << 16])
     }
 }
 
-/// Ranges that one Dataset Management command can have.
+/// Most ranges in one Dataset Management command.
 pub const RANGES_MAX: usize = 256;
 
 /// Length of one range of Dataset Management, in bytes.
@@ -165,27 +166,27 @@ fn halves(value: u64) -> (u32, u32) {
 }
 
 fn count(blocks: u64) -> u32 {
-    assert!((1..=BLOCKS_MAX).contains(&blocks), "{blocks} blocks, 1 to 65536 are possible");
+    assert!((1..=BLOCKS_MAX).contains(&blocks), "{blocks} blocks are not in 1 to 65536");
     blocks as u32 - 1
 }
 
 /// A completion queue entry (base, 3.3.3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Word 0: the result, for commands that have one.
+    /// Word 0: the command-specific result.
     pub result: u32,
-    /// How far the controller has read the submission queue.
+    /// The controller's position in the submission queue.
     pub sq_head: u16,
-    /// The submission queue.
+    /// Submission queue identifier.
     pub sq: u16,
-    /// The command.
+    /// Command identifier.
     pub id: u16,
-    /// How it ended.
+    /// Status of the command.
     pub status: Status,
 }
 
 impl Completion {
-    /// From its two halves, little-endian.
+    /// Parses the two little-endian halves.
     pub fn parse(low: u64, high: u64) -> Self {
         Self {
             result: low as u32,
@@ -196,7 +197,7 @@ impl Completion {
         }
     }
 
-    /// The two halves, with the phase tag.
+    /// The two little-endian halves, with the phase tag.
     pub fn halves(&self, phase: bool) -> (u64, u64) {
         let words = [self.sq_head, self.sq, self.id, self.status.0 << 1 | u16::from(phase)];
         (self.result.into(), words.iter().rev().fold(0, |all, word| all << 16 | u64::from(*word)))
@@ -208,36 +209,36 @@ impl Completion {
     }
 }
 
-/// How a command ended (base, 3.3.3.2.1): code, type of code and flags, without the phase tag.
+/// Status of a command (base, 3.3.3.2.1): status code, status code type and flags, without the phase tag.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Status(pub u16);
 
 impl Status {
-    /// It succeeded.
+    /// Successful completion.
     pub const SUCCESS: Self = Self(0);
 
-    /// Of a type of code and a code.
+    /// A status with this status code type and status code.
     pub const fn new(kind: u8, code: u8) -> Self {
         Self((kind as u16) << 8 | code as u16)
     }
 
-    /// Type of code and code, without flags.
+    /// Status code type and status code, without flags.
     pub fn code(self) -> (u8, u8) {
         ((self.0 >> 8) as u8 & 7, self.0 as u8)
     }
 
-    /// Whether it succeeded.
+    /// Whether the command succeeded.
     #[inline]
     pub fn is_success(self) -> bool {
         self.0 & 0x7ff == 0
     }
 
-    /// What it means for a request.
+    /// The result of a request whose command ended with this status.
     pub fn result(self) -> Result<(), Error> {
         Err(match self.code() {
             (0, 0x00) => return Ok(()),
             (0, 0x01) => Error::NotSupported,
-            // Fields, PRPs and SGLs that are not valid, and what exceeds a limit.
+            // Invalid fields, PRPs and SGLs, and exceeded limits.
             (0, 0x02 | 0x0d..=0x13 | 0x16) | (1, 0x80 | 0x83) => Error::Invalid,
             (0, 0x0b) => Error::Gone,
             (0, 0x20) | (1, 0x82) => Error::ReadOnly,
@@ -298,31 +299,31 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// What Identify tells of the controller (base, figure 275), as far as it matters here.
+/// The Identify Controller data structure (base, figure 275), as far as this driver uses it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Controller {
-    /// Serial number, without the blanks around it.
+    /// Serial number, trimmed.
     pub serial: String,
-    /// Model number, without the blanks around it.
+    /// Model number, trimmed.
     pub model: String,
-    /// Longest transfer, as a power of two of the smallest memory page; 0: no limit.
+    /// Longest transfer (MDTS), as a power of two of the smallest memory page; 0: no limit.
     pub mdts: u8,
-    /// How long a shutdown may take, in microseconds; 0: not told.
+    /// Longest shutdown (RTD3E), in microseconds; 0: not reported.
     pub shutdown_us: u32,
-    /// Events that can be reported: bit 8 is a change of a namespace's attributes.
+    /// Supported events (OAES): bit 8 is a change of a namespace's attributes.
     pub oaes: u32,
-    /// Optional commands: bit 2 is Dataset Management, bit 3 Write Zeroes.
+    /// Supported optional commands (ONCS): bit 2 is Dataset Management, bit 3 Write Zeroes.
     pub oncs: u16,
-    /// Bit 0: there is a volatile write cache.
+    /// Bit 0: the controller has a volatile write cache.
     pub vwc: u8,
-    /// Bits 1:0 are not 0: SGLs are supported for I/O commands. 2: their address and length are multiples of 4.
+    /// SGL support: if bits 1:0 are not 0, I/O commands support SGLs; if they are 2, address and length must be multiples of 4.
     pub sgls: u32,
-    /// The highest namespace identifier.
+    /// The highest namespace identifier (NN).
     pub namespaces: u32,
 }
 
 impl Controller {
-    /// From the structure's bytes.
+    /// Parses the data structure.
     pub fn parse(bytes: &[u8; IDENTIFY_LEN]) -> Self {
         Self {
             serial: text(&bytes[4..24]),
@@ -338,49 +339,49 @@ impl Controller {
     }
 }
 
-/// Limits that the controller has for commands of the NVM command set (NVM command set, figure 118). 0: no limit told.
+/// Command limits of the NVM command set (NVM command set, figure 118). 0: no limit reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Longest Write Zeroes, as a power of two of the smallest memory page.
     pub wzsl: u8,
-    /// Ranges of one Dataset Management.
+    /// Most ranges in one Dataset Management command.
     pub dmrl: u8,
-    /// Blocks in one range.
+    /// Most blocks in one range.
     pub dmrsl: u32,
-    /// Blocks in all ranges.
+    /// Most blocks in all ranges of a command.
     pub dmsl: u64,
 }
 
 impl Limits {
-    /// From the structure's bytes.
+    /// Parses the data structure.
     pub fn parse(bytes: &[u8; IDENTIFY_LEN]) -> Self {
         Self { wzsl: bytes[1], dmrl: bytes[3], dmrsl: u32_at(bytes, 4), dmsl: u64_at(bytes, 8) }
     }
 }
 
-/// What Identify tells of a namespace (NVM command set, figure 97), as far as it matters here.
+/// The Identify Namespace data structure (NVM command set, figure 97), as far as this driver uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Size in blocks; 0: the namespace is not there.
+    /// Size in blocks; 0: the namespace does not exist or is inactive.
     pub blocks: u64,
-    /// The block's size as a power of two.
+    /// Block size as a power of two.
     pub block_shift: u8,
-    /// Bytes of metadata with each block.
+    /// Bytes of metadata for each block.
     pub metadata: u16,
     /// Type of end-to-end protection; 0: none.
     pub protection: u8,
     /// Write Zeroes can deallocate (`DLFEAT`, bit 3).
     pub zeroes_deallocate: bool,
-    /// Preferred granularity of writes in blocks; `None`: not told.
+    /// Preferred granularity of writes in blocks; `None`: not reported.
     pub npwg: Option<u32>,
-    /// Preferred granularity of deallocations in blocks; `None`: not told.
+    /// Preferred granularity of deallocations in blocks; `None`: not reported.
     pub npdg: Option<u32>,
-    /// Nothing can be written at the moment (`NSATTR`, bit 0).
+    /// Currently write protected (`NSATTR`, bit 0).
     pub write_protected: bool,
 }
 
 impl Namespace {
-    /// From the structure's bytes.
+    /// Parses the data structure.
     pub fn parse(bytes: &[u8; IDENTIFY_LEN]) -> Self {
         let (features, formats, current) = (bytes[24], bytes[25], bytes[26]);
         let high = if formats > 15 { current >> 5 & 3 } else { 0 };
@@ -399,7 +400,7 @@ impl Namespace {
     }
 }
 
-/// ASCII padded with blanks.
+/// ASCII text padded with blanks.
 fn text(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.trim_matches(|c: char| c == ' ' || c == '\0').chars().filter(|c| !c.is_control()).collect()

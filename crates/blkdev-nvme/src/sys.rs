@@ -13,20 +13,20 @@ const NVME_IOCTL_ID: libc::Ioctl = 0x4e40;
 /// `_IOWR('N', 0x41, struct nvme_passthru_cmd)`.
 const NVME_IOCTL_ADMIN_CMD: u32 = 0xc048_4e41;
 
-/// The namespace identifier of a namespace's device.
+/// Returns the namespace identifier of a namespace's device.
 pub(crate) fn nsid(file: &File) -> io::Result<u32> {
-    // SAFETY: no argument is read.
+    // SAFETY: the kernel reads no argument.
     let nsid = unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ID) };
     if nsid > 0 { Ok(nsid as u32) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Identify. `Ok(Err)`: the controller refuses.
+/// Sends Identify. `Ok(Err)`: the controller refuses.
 pub(crate) fn identify(file: &File, cns: u8, nsid: u32) -> io::Result<Result<[u8; IDENTIFY_LEN], Status>> {
     let mut answer = [0; IDENTIFY_LEN];
     let address = answer.as_mut_ptr() as u64;
     let mut command = passthru(&Command::identify(cns, nsid).0, address, IDENTIFY_LEN as u32, 0);
-    // SAFETY: the structure has the size that the request's number tells, and the kernel writes as many bytes to `answer`
-    // as `data_len` in it tells.
+    // SAFETY: the structure has the size that the ioctl's number states, and the kernel writes `data_len` bytes, a field of the
+    // structure, to `answer`.
     let status = unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD as libc::Ioctl, command.as_mut_ptr()) };
     match status {
         0 => Ok(Ok(answer)),

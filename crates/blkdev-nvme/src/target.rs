@@ -1,13 +1,13 @@
-//! [`Target`]: `0000:01:00.0/2`, a controller and one of its namespaces.
+//! [`Target`]: a controller and one of its namespaces, `0000:01:00.0/2`.
 
 use std::{io, str::FromStr};
 
-/// Where a namespace is: `CONTROLLER[/NSID]`.
+/// Location of a namespace: `CONTROLLER[/NSID]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     /// The controller's PCI address, or its path in sysfs.
     pub controller: String,
-    /// The namespace identifier; `None`: the first that is active.
+    /// The namespace identifier; `None`: the first active namespace.
     pub nsid: Option<u32>,
 }
 
@@ -18,18 +18,16 @@ impl FromStr for Target {
         let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("{text:?}: {why}"));
         let text = text.trim_end_matches('/');
         let (controller, nsid) = match text.rsplit_once('/') {
-            // The last component of a path in sysfs is a PCI address, which has a colon.
+            // The last component of a path in sysfs is a PCI address, which contains a colon.
             Some((front, last)) if !last.contains(':') => (front, Some(last)),
             _ => (text, None),
         };
         let nsid = nsid.map(|digits| match digits.parse() {
             Ok(nsid @ 1..=0xffff_fffe) => Ok(nsid),
-            _ => Err(invalid("after the last slash comes a namespace identifier, 1 or more")),
+            _ => Err(invalid("expected a namespace identifier, 1 or more, after the last slash")),
         });
         if controller.is_empty() {
-            return Err(invalid(
-                "expected a PCI address such as 0000:01:00.0, and perhaps a namespace: 0000:01:00.0/1",
-            ));
+            return Err(invalid("expected a PCI address, optionally with a namespace: 0000:01:00.0 or 0000:01:00.0/1"));
         }
         Ok(Self { controller: controller.to_owned(), nsid: nsid.transpose()? })
     }

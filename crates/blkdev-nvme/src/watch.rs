@@ -1,4 +1,4 @@
-//! [`Watch`]: the thread that looks after a controller: events, commands that take too long, failure and removal.
+//! [`Watch`]: the thread that watches a controller: events, overdue commands, failure and removal.
 
 use std::{
     io,
@@ -26,10 +26,10 @@ use crate::{
     spec::{Command, Namespace, cns},
 };
 
-/// A running thread. To be [stopped](Self::stop).
+/// The running thread. The owner must [stop](Self::stop) it.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// Written when the device dies, and to stop.
+    /// Written when the device dies, and to stop the thread.
     bell: Arc<EventFd>,
     stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -55,9 +55,9 @@ impl Watch {
         };
         let core = Arc::clone(core);
         let run = move || {
-            // Without this thread nothing would ever end a request that the controller does not answer.
+            // Without this thread, requests that the controller does not complete would never end.
             if catch_unwind(AssertUnwindSafe(|| guard.run())).is_err() {
-                core.life.end("the thread that watches it has panicked");
+                core.life.end("the watching thread panicked");
                 core.cut_off();
             }
         };
@@ -69,7 +69,7 @@ impl Watch {
         self.stopping.store(true, Ordering::Release);
         let _ = self.bell.write(1);
         if let Some(thread) = self.thread.take() {
-            // A panic has been reported where it happened.
+            // A panic was reported where it happened.
             let _ = thread.join();
         }
     }
@@ -77,37 +77,37 @@ impl Watch {
 
 struct Guard {
     core: Arc<Core>,
-    /// The admin queue's vector.
+    /// Eventfd of the admin queue's vector.
     wake: Arc<EventFd>,
     bell: Arc<EventFd>,
     removal: EventFd,
     stopping: Arc<AtomicBool>,
-    /// Whether each I/O queue makes progress.
+    /// Progress of each I/O queue.
     paces: Vec<Pace>,
-    /// Commands that are being aborted: queue and identifier.
+    /// Commands being aborted: queue and identifier.
     aborted: Vec<(u16, u16)>,
-    /// Resets, one soon after the other.
+    /// Number of resets in short succession.
     resets: u32,
     last_reset: Option<Instant>,
 }
 
-/// How often the status register is looked at, at least: a device that was taken away tells in no other way.
+/// Longest interval between reads of the status register: the only sign of a removed device.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// When no command of a queue has ended for this many ticks, those that have taken as long are aborted.
+/// After this many ticks without a completion in a queue, commands of that age are aborted.
 const OLD: u16 = 4;
 
-/// After so many the controller is reset; the owner of the queue gives the device up after 8 and a bit.
+/// After this many ticks the controller is reset. The queue's owner declares the device dead shortly after 8 ticks.
 const TOO_OLD: u16 = 6;
 
-/// In a queue whose other commands end, a command waits for its turn. After this many ticks, 10 times the time-out, it is
-/// lost, and aborted alone.
+/// While other commands of its queue complete, a command only waits for its turn. After this many ticks, 10 times the time-out,
+/// it counts as lost, and is aborted alone.
 const LOST: u16 = 80;
 
-/// How often a controller is reset in a time-out before it is given up.
+/// Most resets within a time-out before the device is declared dead.
 const RESETS_MAX: u32 = 3;
 
-/// The time-out in that, where requests may take for ever.
+/// That time-out, if requests have none.
 const AGAIN: Duration = Duration::from_secs(30);
 
 impl Guard {
@@ -118,12 +118,12 @@ impl Guard {
             match self.core.registers.trouble() {
                 Some(TAKEN_AWAY) => self.core.life.end(TAKEN_AWAY),
                 Some(why) => self.reset(why),
-                None if self.core.registers.has_stopped() => self.reset("it has stopped by itself (CSTS.RDY)"),
+                None if self.core.registers.has_stopped() => self.reset("it stopped on its own (CSTS.RDY)"),
                 None => {}
             }
             if self.core.life.is_dead() {
                 self.core.cut_off();
-                // Nothing is left to be looked after.
+                // Nothing is left to watch.
                 while !self.stopping.load(Ordering::Acquire) {
                     self.sleep(None);
                 }
@@ -134,7 +134,7 @@ impl Guard {
             if let Some(tick) = tick
                 && now >= next
             {
-                // One at a time, however long it was: a process that was stopped must first hear what has finished.
+                // One tick at a time, however late: a process that was stopped must first handle its completions.
                 next = now + tick;
                 let clock = &self.core.clock;
                 let time = clock.load(Ordering::Relaxed) as u16;
@@ -151,18 +151,18 @@ impl Guard {
             PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
         });
         let mut fds = [&*self.bell, &self.removal, &*self.wake].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-        // A dead device's admin vector and removal are nobody's business any more.
+        // A dead device's events and removal are ignored.
         let count = if time.is_some() { 3 } else { 1 };
         if poll(&mut fds[..count], timeout).is_err() {
             return;
         }
         let _ = self.bell.read();
         if time.is_some() && self.removal.read().is_ok() {
-            self.core.life.end("it is being taken away, or its link has failed");
+            self.core.life.end("it is being removed, or its link has failed");
         }
     }
 
-    /// Deals with events.
+    /// Handles events.
     fn collect(&mut self) {
         let mut admin = lock(&self.core.admin);
         let _ = admin.wake.read();
@@ -172,10 +172,10 @@ impl Guard {
             log::debug!("nvme {}: event {kind}/{about:02x}, log page {page:#x}", self.core.info.target);
             match kind {
                 0 => log::warn!("nvme {}: the controller reports error {about:#x}", self.core.info.target),
-                1 => log::warn!("nvme {}: the controller warns of its health ({about:#x})", self.core.info.target),
+                1 => log::warn!("nvme {}: the controller reports a health warning ({about:#x})", self.core.info.target),
                 _ => {}
             }
-            // To read the page is what lets the event come again.
+            // Reading the log page re-enables the event.
             let len = if page == 4 { 4096 } else { 512 };
             let read = admin.ask_bytes::<4096>(Command::log_page(page as u8, len));
             if let Err(Failure::Dead | Failure::Late) = read {
@@ -194,14 +194,14 @@ impl Guard {
         }
     }
 
-    /// The namespace is perhaps not what it was.
+    /// Handles a possible change of the namespace.
     fn changed(&self, namespace: &Namespace) {
         let core = &self.core;
         if let Err(why) = check(namespace, core.disk.nsid) {
             return core.life.end(&why.to_string());
         }
         if namespace.block_shift != core.disk.block_shift {
-            return core.life.end("the namespace was formatted with blocks of another size");
+            return core.life.end("the namespace was formatted with another block size");
         }
         let now = namespace.blocks << namespace.block_shift;
         let before = core.capacity.swap(now, Ordering::Relaxed);
@@ -209,11 +209,11 @@ impl Guard {
             log::info!("nvme {}: capacity changed from {before} to {now} bytes", core.info.target);
         }
         if namespace.write_protected && !core.info.caps.read_only {
-            log::warn!("nvme {}: the namespace is write protected now", core.info.target);
+            log::warn!("nvme {}: the namespace is now write protected", core.info.target);
         }
     }
 
-    /// Starts a controller anew that has failed or does not answer.
+    /// Resets a controller that has failed or does not respond.
     fn reset(&mut self, why: &str) {
         let core = &self.core;
         let again = |at: Instant| at.elapsed() < core.info.timeout.unwrap_or(AGAIN);
@@ -222,40 +222,40 @@ impl Guard {
         if self.resets > RESETS_MAX {
             return core.life.end(&format!("{why}, after {RESETS_MAX} resets"));
         }
-        log::warn!("nvme {}: {why}: the controller is reset", core.info.target);
+        log::warn!("nvme {}: {why}: resetting the controller", core.info.target);
         for (n, place) in lock(&core.queues).iter().enumerate() {
             if let Place::Open(open) = place {
-                // What a silent queue has waited for may be what hangs the controller. In others it only had no turn yet.
+                // A command of a silent queue may be what hangs the controller. In other queues it only waited for its turn.
                 let is_silent = self.paces.get(n).is_some_and(|pace| pace.silent() >= OLD);
                 open.flights.retire(if is_silent { OLD } else { LOST });
             }
         }
         let mut admin = lock(&core.admin);
         if let Err(e) = core.reset(&mut admin) {
-            return core.life.end(&format!("{why}, and is not to be reset: {e}"));
+            return core.life.end(&format!("{why}, and the reset failed: {e}"));
         }
         self.aborted.clear();
-        // It may be another firmware that answers now.
+        // The controller may run another firmware now.
         match admin.identify(cns::NAMESPACE, core.disk.nsid) {
             Ok(bytes) => self.changed(&Namespace::parse(&bytes)),
-            Err(e) => core.life.end(&e.explain("after a reset").to_string()),
+            Err(e) => core.life.end(&e.explain("cannot identify the namespace after a reset").to_string()),
         }
     }
 
-    /// Goes on with queues that are ready after a reset, or resets a controller whose admin queue is stuck.
+    /// Resumes queues that are ready after a reset. Resets a controller whose admin queue is stuck.
     fn resume(&mut self) {
         let mut admin = lock(&self.core.admin);
         let resumed = self.core.resume(&mut admin);
         if admin.is_late {
             drop(admin);
-            return self.reset("an admin command was not answered in time");
+            return self.reset("an admin command was not completed in time");
         }
         if let Err(e) = resumed {
-            self.core.life.end(&format!("after a reset: {e}"));
+            self.core.life.end(&format!("cannot resume after a reset: {e}"));
         }
     }
 
-    /// Aborts what is overdue, each command once, and resets the controller when that does not help a silent queue.
+    /// Aborts overdue commands, each once, and resets the controller if that does not help a silent queue.
     fn abort_old(&mut self, tick: Duration) {
         let (mut old, mut too_old) = (Vec::new(), None);
         let queues = lock(&self.core.queues).clone();
@@ -274,7 +274,7 @@ impl Guard {
             }
         }
         if let Some((queue, id)) = too_old {
-            return self.reset(&format!("queue {queue}: command {id:#06x} is not answered"));
+            return self.reset(&format!("queue {queue}: command {id:#06x} is not completed"));
         }
         self.aborted.retain(|known| old.contains(known));
         for (queue, id) in old {
@@ -282,7 +282,8 @@ impl Guard {
                 continue;
             }
             self.aborted.push((queue, id));
-            // One that has ended meanwhile, or whose owner has not looked, is not found, and nothing happens.
+            // If the command has ended meanwhile, or its owner has not reaped it, the controller does not find it, and nothing
+            // happens.
             match lock(&self.core.admin).ask_within(tick * u32::from(TOO_OLD - OLD), Command::abort(queue, id)) {
                 Ok(answer) if answer.result & 1 == 0 => {
                     log::warn!(

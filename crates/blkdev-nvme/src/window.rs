@@ -1,4 +1,4 @@
-//! [`Window`]: a stretch of queue memory, which the device may write at any time, behind bounds-checked atomic access.
+//! [`Window`]: a window of queue memory that the device may write at any time, behind bounds-checked atomic access.
 #![allow(unsafe_code)]
 
 use std::{
@@ -11,18 +11,18 @@ use std::{
 
 use blkdev::Mapping;
 
-/// Memory that a controller reads commands from, and writes completions and structures to. Little-endian.
+/// Memory from which a controller reads commands, and to which it writes completions and data structures. Little-endian.
 ///
-/// Offsets count bytes from its start and must be aligned to the value's size; both that and the bounds are checked.
+/// Offsets are bytes from its start and must be aligned to the value's size. Alignment and bounds are checked.
 #[derive(Debug)]
 pub(crate) struct Window {
     mapping: Arc<Mapping>,
 }
 
 impl Window {
-    /// All of a mapping that nobody else uses, set to zero.
+    /// A whole mapping without other users, cleared to zero.
     pub(crate) fn zeroed(mapping: &Arc<Mapping>) -> Self {
-        // SAFETY: all of the mapping, which no device has been told of as a queue yet.
+        // SAFETY: the range is the whole mapping, and no device knows of it as a queue yet.
         unsafe { ptr::write_bytes(mapping.as_ptr(), 0, mapping.len()) };
         Self { mapping: Arc::clone(mapping) }
     }
@@ -34,7 +34,7 @@ impl Window {
     /// The address of byte `at`, as the device sees it behind an IOMMU.
     #[inline]
     pub(crate) fn iova(&self, at: usize) -> u64 {
-        assert!(at < self.mapping.len(), "an address lies in its window");
+        assert!(at < self.mapping.len(), "the address lies in the window");
         self.mapping.iova().get() + at as u64
     }
 
@@ -43,21 +43,21 @@ impl Window {
         let len = self.mapping.len();
         assert!(
             at.is_multiple_of(size_of::<T>()) && at <= len && size_of::<T>() <= len - at,
-            "queue access at {at} lies in a window of {len}"
+            "queue access at {at} lies in the window of {len}"
         );
         self.mapping.as_ptr().wrapping_add(at).cast()
     }
 
     #[inline]
     pub(crate) fn load64(&self, at: usize, order: Ordering) -> u64 {
-        // SAFETY: `at` gives an aligned address within memory that `self.mapping` keeps mapped; the reference that
-        // `from_ptr` makes lives for this access only, is to an atomic, and all threads of this process use atomics.
+        // SAFETY: `at` returns an aligned address within memory that `self.mapping` keeps mapped. The reference from `from_ptr`
+        // lives for this access only and is to an atomic, and all threads of this process use atomics.
         u64::from_le(unsafe { AtomicU64::from_ptr(self.at(at)) }.load(order))
     }
 
     #[inline]
     pub(crate) fn store64(&self, at: usize, value: u64) {
-        // SAFETY: as for the load. The doorbell's write makes it visible to the device.
+        // SAFETY: as for the load. The doorbell write makes it visible to the device.
         unsafe { AtomicU64::from_ptr(self.at(at)) }.store(value.to_le(), Ordering::Relaxed);
     }
 
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "lies in a window")]
+    #[should_panic(expected = "lies in the window")]
     fn accesses_are_checked() {
         Window::zeroed(&Mapping::new(1).unwrap()).load64(2 << 20, Ordering::Relaxed);
     }

@@ -1,6 +1,6 @@
-//! Real controllers: `NBDBLK_NVME` is the PCI address of one that is bound to `vfio-pci`, `NBDBLK_NG` and `NBDBLK_NG4K` are
-//! namespaces of the kernel's driver, `/dev/ngXnY`; ALL NAMESPACES ARE OVERWRITTEN. Without them the tests say that they
-//! were skipped.
+//! Tests on real controllers. `NBDBLK_NVME` is the PCI address of a controller bound to `vfio-pci`; `NBDBLK_NG` and
+//! `NBDBLK_NG4K` are namespaces of the kernel's driver, `/dev/ngXnY`. ALL NAMESPACES ARE OVERWRITTEN. Without the variables the
+//! tests print SKIPPED.
 
 use std::{
     env, fs,
@@ -13,14 +13,16 @@ use blkdev::{Arena, Device, Error, Mapping, Op, Queue, Request, conformance};
 use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target, VfioOptions};
 use blkdev_vfio::{PciDevice, Vfio};
 
-/// A controller has one user at a time.
+/// Serialises the tests: a controller has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
 fn controller() -> Option<(String, MutexGuard<'static, ()>)> {
     match env::var("NBDBLK_NVME") {
         Ok(address) => Some((address, ONE.lock().unwrap_or_else(PoisonError::into_inner))),
         Err(_) => {
-            eprintln!("SKIPPED: NBDBLK_NVME names no NVMe controller on vfio-pci, so nothing was tested on hardware");
+            eprintln!(
+                "SKIPPED: NBDBLK_NVME does not name an NVMe controller bound to vfio-pci, so nothing was tested on hardware"
+            );
             None
         }
     }
@@ -32,12 +34,12 @@ fn open(address: &str, nsid: Option<u32>, options: &Options) -> Arc<dyn Device> 
     Arc::new(device.unwrap_or_else(|e| panic!("{e}")))
 }
 
-/// `NBDBLK_NO_IOMMU` is set where there is no IOMMU.
+/// Set `NBDBLK_NO_IOMMU` on a machine without an IOMMU.
 fn how() -> VfioOptions {
     VfioOptions { no_iommu: env::var_os("NBDBLK_NO_IOMMU").is_some() }
 }
 
-/// Its namespaces, as the refusal of one that is not there lists them.
+/// The active namespaces, parsed from the error for a missing one.
 fn namespaces(address: &str) -> Vec<u32> {
     let target = Target { controller: address.to_owned(), nsid: Some(0xffff_fffe) };
     let refusal = Nvme::open_vfio(&target, &how(), &Options::default()).unwrap_err().to_string();
@@ -80,7 +82,7 @@ fn read_only_conforms() {
 #[test]
 fn a_small_mdts_conforms() {
     let Ok(address) = env::var("NBDBLK_NVME_MDTS") else {
-        return eprintln!("SKIPPED: NBDBLK_NVME_MDTS names no controller with a small MDTS");
+        return eprintln!("SKIPPED: NBDBLK_NVME_MDTS does not name a controller with a small MDTS");
     };
     let device = open(&address, None, &Options::default());
     assert!(device.info().transfer_max < 128 << 10, "{:?}", device.info());
@@ -96,7 +98,7 @@ fn it_can_be_given_up_and_opened_again() {
     works(&*open(&address, None, &Options::default()));
 }
 
-/// Reads a page.
+/// Checks that a read completes.
 fn works(device: &dyn Device) {
     let (mut queue, mut arena) = queue(device);
     let buf = arena.alloc(4096).unwrap();
@@ -105,7 +107,7 @@ fn works(device: &dyn Device) {
     let (started, mut done) = (Instant::now(), Vec::new());
     while done.is_empty() {
         queue.reap(&mut done);
-        assert!(started.elapsed() < Duration::from_secs(10), "a read is answered");
+        assert!(started.elapsed() < Duration::from_secs(10), "the read completes");
     }
     assert_eq!(done[0].result, Ok(()));
 }
@@ -137,7 +139,7 @@ fn a_device_that_is_taken_away_under_load_is_let_go() {
         count += done.len() as u64;
         if count > 1000 && unbinding.is_none() {
             let (unbind, name) = (unbind.clone(), name.clone());
-            // It waits until the device is closed.
+            // The unbind waits until the device is closed.
             unbinding = Some((Instant::now(), thread::spawn(move || fs::write(unbind, name))));
         }
         for done in done.drain(..) {
@@ -147,19 +149,19 @@ fn a_device_that_is_taken_away_under_load_is_let_go() {
             }
         }
         if let Some((started, _)) = &unbinding {
-            assert!(started.elapsed() < Duration::from_secs(20), "removal is noticed");
+            assert!(started.elapsed() < Duration::from_secs(20), "the removal is detected");
         }
     }
     let (started, thread) = unbinding.unwrap();
     drop(queue);
     drop(device);
     thread.join().unwrap().unwrap();
-    println!("{address}: taken away under load: requests failed after {told:?}, gone after {:?}", started.elapsed());
+    println!("{address}: removed under load: requests failed after {told:?}, gone after {:?}", started.elapsed());
     fs::write(driver.join("bind"), &address).unwrap();
     works(&*open(&address, None, &Options::default()));
 }
 
-/// Disabled by its register, and by a reset of its function, while it works.
+/// Disables the controller under load, by its register and by a function reset.
 #[test]
 fn a_controller_that_stops_is_reset_and_nothing_is_lost() {
     let Some((address, _one)) = controller() else { return };
@@ -204,7 +206,7 @@ fn a_controller_that_stops_is_reset_and_nothing_is_lost() {
 fn namespaces_of_the_kernel() -> Vec<String> {
     let list: Vec<_> = ["NBDBLK_NG", "NBDBLK_NG4K"].iter().filter_map(|name| env::var(name).ok()).collect();
     if list.is_empty() {
-        eprintln!("SKIPPED: NBDBLK_NG names no /dev/ngXnY, so passthrough was not tested");
+        eprintln!("SKIPPED: NBDBLK_NG does not name a /dev/ngXnY, so passthrough was not tested");
     }
     list
 }
@@ -226,7 +228,7 @@ fn passthrough_conforms() {
 fn passthrough_conforms_polled() {
     let queues = fs::read_to_string("/sys/module/nvme/parameters/poll_queues").unwrap_or_default();
     if ["", "0"].contains(&queues.trim()) {
-        eprintln!("SKIPPED: the kernel's driver has no queues for polling (nvme.poll_queues=1)");
+        eprintln!("SKIPPED: the kernel's driver has no poll queues (nvme.poll_queues=1)");
         return;
     }
     for path in namespaces_of_the_kernel() {
@@ -242,7 +244,7 @@ fn passthrough_says_what_is_no_namespace() {
         let e = Passthrough::open(PassthroughOptions::new(path)).unwrap_err().to_string();
         assert!(e.starts_with(path) && e.contains(part), "{e}");
     };
-    refuse("/dev/null", "no NVMe namespace");
+    refuse("/dev/null", "not an NVMe namespace");
     refuse("/dev/no-such-device", "No such file");
 }
 
@@ -254,8 +256,8 @@ fn what_cannot_be_opened_is_explained() {
         let e = Nvme::open_vfio(&target, &how(), &options).unwrap_err().to_string();
         assert!(e.contains(part), "{e}");
     };
-    refuse(Options { queues: Some(1000), ..Options::default() }, "1000 queues asked for, the device has");
+    refuse(Options { queues: Some(1000), ..Options::default() }, "1000 queues requested, but the device has");
     refuse(Options { queue_size: 1, ..Options::default() }, "queue size 1");
     let _first = open(&address, None, &Options::default());
-    refuse(Options::default(), "somebody else uses the device");
+    refuse(Options::default(), "another process uses the device");
 }

@@ -1,4 +1,4 @@
-//! The driver against a controller in this process that keeps to the specification, completes out of order, or is hostile.
+//! Tests of the driver against a controller in this process that conforms, completes out of order, or is hostile.
 
 use std::{
     os::fd::AsFd,
@@ -25,7 +25,7 @@ fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
     (model, Arc::new(device))
 }
 
-/// Runs the suite, and checks that the controller is left as it should be.
+/// Runs the suite, and checks the controller's state afterwards.
 fn conforms(spec: Spec, options: &Options) {
     let (model, device) = open(spec, options);
     conformance::check(&device);
@@ -140,7 +140,7 @@ fn doorbells_far_apart_are_found() {
     conforms(spec.bar_len(0x1000 + 2 * stride * 3), &Options::default());
 }
 
-/// Opens a controller that says anything, and works with it. Whatever happens, it happens soon, and nothing panics.
+/// Opens a controller with arbitrary values, and works with it. Everything must end in bounded time, without a panic.
 fn survives(spec: &Spec, seed: u64) -> bool {
     let started = Instant::now();
     let model = Model::new(Spec { noise: Some(seed), ..spec.clone() });
@@ -184,7 +184,7 @@ fn survives(spec: &Spec, seed: u64) -> bool {
     opened
 }
 
-/// Counts the panics of all threads, that of the driver included, but for those that another test in this process wants.
+/// Counts the panics of all threads, the driver's included, except those that another test in this process causes on purpose.
 fn without_panics(run: impl FnOnce()) {
     static PANICS: AtomicUsize = AtomicUsize::new(0);
     let before = std::panic::take_hook();
@@ -207,7 +207,7 @@ fn a_controller_that_says_anything_does_no_harm() {
             let spec = Spec { sgl: seed % 2 == 0, mdts: (seed % 7) as u8 + 4, ..Spec::new(4 * MIB).block_shift(shift) };
             opened += u32::from(survives(&spec, seed));
         }
-        assert!(opened > 100, "{opened} of them could be opened");
+        assert!(opened > 100, "{opened} controllers could be opened");
     });
 }
 
@@ -219,7 +219,7 @@ fn registers_that_say_anything_do_no_harm() {
             let mut rng = Rng::new(!seed);
             let mut cap = rng.next() & !(0xff << 24);
             if rng.below(4) != 0 {
-                // Within what is possible, or nothing else would be tried.
+                // Within the valid range; otherwise nothing else would be tested.
                 cap = cap & !(0xf << 48) | 1 << 37 | rng.below(6) << 48;
             }
             let len = [0, 0x14, 0x1000, 0x1008, 0x1010, 0x1018, 0x2000, 0x4000, 0x20_0000, 1 << 40];
@@ -231,7 +231,7 @@ fn registers_that_say_anything_do_no_harm() {
             };
             opened += u32::from(survives(&spec, seed));
         }
-        assert!(opened > 20, "{opened} of them could be opened");
+        assert!(opened > 20, "{opened} controllers could be opened");
     });
 }
 
@@ -253,17 +253,17 @@ fn rig(spec: Spec, options: &Options) -> Rig {
 }
 
 impl Rig {
-    /// Pushes, when the controller is not being reset any more.
+    /// Pushes a request, once the controller is not being reset.
     fn push(&mut self, mut request: Request) {
         let end = Instant::now() + Duration::from_secs(5);
         while let Err(back) = self.queue.push(request) {
-            assert!(Instant::now() < end, "a queue with few requests is full for a moment only");
+            assert!(Instant::now() < end, "a queue with few requests is full only briefly");
             self.queue.reap(&mut Vec::new());
             request = back;
         }
     }
 
-    /// Another queue of the device, with memory of its own.
+    /// Another queue of the device, with its own memory.
     fn beside(&self) -> Self {
         let memory = Mapping::new(MIB as usize).unwrap();
         self.device.register(&memory).unwrap();
@@ -272,7 +272,7 @@ impl Rig {
         Self { model, device, arena: memory.arenas(1).remove(0), queue }
     }
 
-    /// 40 writes, at once.
+    /// Pushes 40 writes at once.
     fn writes(&mut self) {
         for tag in 0..40 {
             let mut buf = self.arena.alloc(4096).unwrap();
@@ -282,7 +282,7 @@ impl Rig {
         self.queue.kick();
     }
 
-    /// Reads what [`writes`](Self::writes) wrote.
+    /// Checks the data written by [`writes`](Self::writes).
     fn is_written(&mut self) {
         for tag in 0..40 {
             let buf = self.arena.alloc(4096).unwrap();
@@ -294,7 +294,7 @@ impl Rig {
         }
     }
 
-    /// 40 reads, at once.
+    /// Pushes 40 reads at once.
     fn reads(&mut self) {
         for tag in 0..40 {
             let buf = self.arena.alloc(4096).unwrap();
@@ -303,7 +303,7 @@ impl Rig {
         self.queue.kick();
     }
 
-    /// Waits for `count` completions, by the wake-up descriptor; panics after ten seconds.
+    /// Waits for `count` completions through the wake-up descriptor; panics after ten seconds.
     fn collect(&mut self, count: usize) -> Vec<Completion> {
         let end = Instant::now() + Duration::from_secs(10);
         let mut done = Vec::new();
@@ -316,13 +316,13 @@ impl Rig {
             if self.queue.arm() {
                 let fd = self.queue.wake_fd().unwrap();
                 let woken = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16));
-                assert_eq!(woken, Ok(1), "{} of {count} requests came back, and no wake-up", done.len());
+                assert_eq!(woken, Ok(1), "{} of {count} requests completed, but no wake-up came", done.len());
             }
-            assert!(Instant::now() < end, "{} of {count} requests came back in time", done.len());
+            assert!(Instant::now() < end, "only {} of {count} requests completed in time", done.len());
         }
     }
 
-    /// The device is dead: memory is not used again, nothing works, and the controller is stopped.
+    /// Checks a dead device: memory is not reused, all requests fail, and the controller is stopped.
     fn is_over(&mut self, done: &[Completion]) {
         let lost = done.iter().filter(|done| done.result == Err(Error::Gone)).count();
         assert!(lost > 0, "something was in flight");
@@ -331,7 +331,7 @@ impl Rig {
             assert_eq!(
                 buf.is_empty(),
                 done.result == Err(Error::Gone),
-                "memory of what was lost is abandoned: {done:?}"
+                "the memory of lost requests is abandoned: {done:?}"
             );
         }
         let buf = self.arena.alloc(4096).unwrap();
@@ -375,11 +375,11 @@ fn a_controller_that_fails_is_reset_and_nothing_is_lost() {
     let mut other = rig.beside();
     let mappings = rig.model.mappings();
     rig.writes();
-    assert!(rig.collect(40).iter().all(|done| done.result == Ok(())), "what was in flight was sent again");
+    assert!(rig.collect(40).iter().all(|done| done.result == Ok(())), "requests in flight were sent again");
     other.is_written();
     rig.is_written();
     assert_eq!((rig.model.resets(), rig.model.mappings()), (1, mappings));
-    // A queue that was closed, and one that was opened later.
+    // For a queue that was closed, and one that was opened later.
     drop(other);
     other = rig.beside();
     other.is_written();
@@ -400,7 +400,7 @@ fn a_controller_that_hangs_is_reset_and_works_again() {
         let failed: Vec<_> = done.iter().filter(|done| done.result.is_err()).collect();
         assert!(failed.len() == 30 && failed.iter().all(|done| done.result == Err(Error::Io)), "{fault:?}: {failed:?}");
         drop(done);
-        assert_eq!(rig.arena.free(), rig.arena.capacity(), "{fault:?}: all memory is back");
+        assert_eq!(rig.arena.free(), rig.arena.capacity(), "{fault:?}: all memory was returned");
         rig.writes();
         assert!(rig.collect(40).iter().all(|done| done.result == Ok(())), "{fault:?}");
         other.is_written();
@@ -433,7 +433,7 @@ fn a_controller_that_fails_again_and_again_is_given_up() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
     until(|| !rig.model.is_enabled() && !rig.model.is_bus_master());
-    assert_eq!(rig.model.resets(), 4, "the last one for good");
+    assert_eq!(rig.model.resets(), 4, "the last reset stops the controller");
 }
 
 #[test]
@@ -468,7 +468,7 @@ fn a_lost_command_is_aborted_and_the_device_lives_on() {
     let failed: Vec<_> = done.iter().filter(|done| done.result.is_err()).collect();
     assert_eq!((failed.len(), failed[0].result), (1, Err(Error::Io)));
     drop(done);
-    assert_eq!(rig.arena.free(), rig.arena.capacity(), "all memory is back");
+    assert_eq!(rig.arena.free(), rig.arena.capacity(), "all memory was returned");
     rig.reads();
     assert!(rig.collect(40).iter().all(|done| done.result == Ok(())));
 }
@@ -480,7 +480,7 @@ fn what_cannot_be_aborted_is_given_up() {
     let mut done = rig.collect(10);
     std::thread::sleep(Duration::from_millis(800));
     rig.queue.reap(&mut done);
-    assert_eq!(done.len(), 10, "it is the owner of the queue who gives it up");
+    assert_eq!(done.len(), 10, "only the queue's owner gives it up");
     rig.queue.give_up();
     done.extend(rig.collect(30));
     rig.is_over(&done);
@@ -518,7 +518,7 @@ fn errors_are_kept_apart() {
     check(Status::new(0, 0x01), Error::NotSupported);
     check(Status::new(2, 0x81), Error::Io);
 
-    // A field that is not valid is an operation that the controller does not know, where there are several ways to ask.
+    // For operations with optional fields, an invalid field means that the controller does not support the operation.
     let mut rig = rig(Spec::new(MIB).fault(Fault::Status(Status::new(0, 2)), 0), &quick());
     rig.queue.push(Request { tag: 1, op: Op::Zero { at: 0, len: 4096, unmap: true } }).unwrap();
     rig.queue.push(Request { tag: 2, op: Op::Discard { at: 0, len: 4096 } }).unwrap();
@@ -570,12 +570,12 @@ fn memory_that_comes_and_goes_leaves_no_mapping() {
         drop(queue);
         device.unregister(&memory);
         device.unregister(&memory);
-        assert_eq!(Arc::strong_count(&memory), 1, "the device has forgotten it");
+        assert_eq!(Arc::strong_count(&memory), 1, "the device holds no reference");
     }
     assert_eq!(model.mappings(), before);
 }
 
-/// How long the machine kept a test from running: a queue whose owner does not look makes no progress either.
+/// How long the machine kept the test from running: without reaps, a queue makes no progress.
 struct Stall {
     last: Instant,
     longest: Duration,
@@ -605,12 +605,12 @@ fn a_slow_controller_that_completes_something_is_left_alone() {
         rig.queue.reap(&mut done);
         std::thread::sleep(Duration::from_millis(10));
         stall.look();
-        assert!(started.elapsed() < Duration::from_secs(60), "{} of 40 have ended", done.len());
+        assert!(started.elapsed() < Duration::from_secs(60), "{} of 40 requests have ended", done.len());
     }
     if stall.longest > options.timeout.unwrap() / 8 {
         return;
     }
-    assert!(started.elapsed() > 2 * options.timeout.unwrap() - pace, "most waited longer than the time-out");
+    assert!(started.elapsed() > 2 * options.timeout.unwrap() - pace, "most requests waited longer than the time-out");
     assert!(done.iter().all(|done| done.result == Ok(())), "{done:?}");
     assert_eq!((rig.model.aborts(), rig.model.resets()), (0, 0));
     assert!(!rig.queue.is_dead());
@@ -635,7 +635,7 @@ fn a_command_that_is_lost_while_others_complete_is_aborted_alone_and_late() {
     let started = Instant::now();
     let (mut failed, mut sent, mut done, mut stall) = (Vec::new(), 0, Vec::new(), Stall::new());
     while failed.is_empty() {
-        // Some are always in flight.
+        // Keep some commands in flight all the time.
         while sent < 8 {
             let buf = rig.arena.alloc(4096).unwrap();
             rig.push(Request { tag: 0, op: Op::Read { at: 0, buf } });
@@ -687,7 +687,7 @@ fn it_can_be_given_up() {
 fn until(condition: impl Fn() -> bool) {
     let end = Instant::now() + Duration::from_secs(5);
     while !condition() {
-        assert!(Instant::now() < end, "it happens within five seconds");
+        assert!(Instant::now() < end, "the condition holds within five seconds");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
