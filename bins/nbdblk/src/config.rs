@@ -428,7 +428,7 @@ mod tests {
         refuse("threads = 0", "1:11", "--threads");
         refuse("memory = \"64K\"", "1:10", "at least 1M");
         refuse("port = 99999999999999999999", "1:8", "");
-        refuse("[[export]]\nallow = [\"uid=0\", \"uid=x\"]", "2:19", "\"uid=x\": its value must be a number");
+        refuse("[[export]]\nallow = [\"uid=0\", \"uid=x\"]", "2:19", "\"uid=x\": the value must be a number");
         refuse("[[export]]\non-remove = \"gently\"", "2:13", "\"gently\" is none of \"hide\", \"soft\" and \"hard\"");
         refuse("[[export]]\ndevice = \"null=x\"", "2:10", "null: size=x");
         refuse("[[export]]\ndevice = \"a:null=1\"", "2:10", "stands in name");

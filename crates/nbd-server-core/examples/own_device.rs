@@ -1,15 +1,15 @@
-//! A device of your own, served over NBD:
+//! Serves a device of your own over NBD:
 //!
 //! ```text
 //! cargo run --example own_device -- nbd.sock
 //! nbdcopy 'nbd+unix:///?socket=nbd.sock' - | head -3
 //! ```
 //!
-//! Every block of 64 bytes holds a line of text with its number, until it is written. A block takes a moment to serve, as if it
-//! came over a network; so `Blocking` serves several at a time, and a client that waits holds up no other one.
+//! Every block of 64 bytes holds a line of text with its number, until it is written. A block takes a moment to serve, as if over
+//! a network. So `Blocking` serves several at a time, and one client's requests do not delay another's.
 //!
-//! `blkdev::Channel` keeps its word to `serve`: ranges lie within the capacity and consist of whole blocks, and operations that
-//! `Info::caps` does not name never come. What the client asked for may be anything; the channel does the rest.
+//! `serve` can rely on `blkdev::Channel`: ranges lie within the capacity and consist of whole blocks, and only operations that
+//! `Info::caps` names arrive. Clients may send any request; the channel adapts it.
 
 use std::{collections::HashMap, io, os::unix::net::UnixListener, sync::Mutex, thread, time::Duration};
 

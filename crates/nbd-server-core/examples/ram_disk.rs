@@ -1,4 +1,4 @@
-//! Serves 1 GiB of memory on a unix socket, until it is killed: `cargo run --release --example ram_disk -- /tmp/nbd.sock`.
+//! Serves a RAM disk of 1 GiB on a unix socket until killed: `cargo run --release --example ram_disk -- /tmp/nbd.sock`.
 
 use std::{os::unix::net::UnixListener, sync::Arc, thread};
 

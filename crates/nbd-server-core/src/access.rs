@@ -1,4 +1,4 @@
-//! [`Access`]: who may open an export.
+//! [`Access`]: the rules that decide which clients may open an export.
 
 use std::{
     fmt, io,
@@ -8,36 +8,35 @@ use std::{
 
 use crate::peer::{Identity, Origin, Peer};
 
-/// The rules of one export. Without any, everybody may open it; with some, whoever meets at least one of them, and nobody
-/// else.
+/// The rules of one export. Without rules, every client may open it. With rules, a client must match at least one of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Access(pub Vec<Rule>);
 
-/// Lets in the clients that meet it. As text, `KIND=VALUE`:
+/// Matches clients by one property. As text, `KIND=VALUE`:
 ///
-/// | text | lets in |
+/// | text | matches |
 /// |---|---|
 /// | `ip=ADDRESS`, `ip=ADDRESS/BITS` | TCP clients with this IPv4 or IPv6 address, or in this network |
-/// | `uid=N`, `gid=N` | processes on a unix socket with this effective user or group (not a supplementary one) |
+/// | `uid=N`, `gid=N` | processes on a unix socket with this effective user or group (supplementary groups do not count) |
 /// | `cid=N` | this vsock context: a virtual machine, or 2, its host |
-/// | `dn=NAME` | TLS clients with a certificate of this subject (RFC 4514), exactly |
-/// | `san=KIND:NAME` | TLS clients with a certificate for this name, exactly: `DNS:host.example`, `IP:192.0.2.7`, … |
+/// | `dn=NAME` | TLS clients with a certificate of exactly this subject (RFC 4514) |
+/// | `san=KIND:NAME` | TLS clients with a certificate for exactly this name: `DNS:host.example`, `IP:192.0.2.7`, … |
 /// | `psk=USER` | TLS clients with the pre-shared key of this user |
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// Addresses that begin with the first so many bits of this one. The rest of its bits is zero.
+    /// A network: its address, with all host bits zero, and the length of its prefix in bits.
     Net(IpAddr, u8),
-    /// An effective user.
+    /// The effective user id of a process on a unix socket.
     Uid(u32),
-    /// An effective group.
+    /// The effective group id of a process on a unix socket.
     Gid(u32),
-    /// A vsock context.
+    /// A vsock context id.
     Cid(u32),
-    /// The subject of a certificate.
+    /// The subject of a certificate (RFC 4514).
     Subject(String),
-    /// Another name in a certificate, with its kind.
+    /// A subject alternative name of a certificate, with its kind: `DNS:host.example`.
     Name(String),
-    /// The user of a pre-shared key.
+    /// The user name of a pre-shared key.
     Psk(String),
 }
 
@@ -64,7 +63,7 @@ impl Rule {
     }
 }
 
-/// The address with all but its first bits zero.
+/// Clears all but the first `bits` of an address.
 fn first_bits(address: IpAddr, bits: u8) -> IpAddr {
     match address {
         IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() & !u32::MAX.checked_shr(bits.into()).unwrap_or(0)).into(),
@@ -78,9 +77,9 @@ impl FromStr for Rule {
     fn from_str(text: &str) -> io::Result<Self> {
         let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("\"{text}\": {what}"));
         let (kind, value) = text.split_once('=').ok_or_else(|| wrong("a rule is KIND=VALUE, such as uid=0"))?;
-        let number = || value.parse().map_err(|_| wrong("its value must be a number"));
+        let number = || value.parse().map_err(|_| wrong("the value must be a number"));
         let name = || match value {
-            "" => Err(wrong("its value is empty")),
+            "" => Err(wrong("the value is empty")),
             _ => Ok(value.to_owned()),
         };
         Ok(match kind {
@@ -99,7 +98,7 @@ impl FromStr for Rule {
 
 fn net(text: &str) -> Result<Rule, String> {
     let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
-    let address: IpAddr = address.parse().map_err(|_| "not an IPv4 or IPv6 address, or one with /BITS")?;
+    let address: IpAddr = address.parse().map_err(|_| "not an IPv4 or IPv6 address, nor one with /BITS")?;
     let width = if address.is_ipv4() { 32 } else { 128 };
     let bits = match bits.map(str::parse) {
         None => width,
@@ -108,10 +107,10 @@ fn net(text: &str) -> Result<Rule, String> {
     };
     let net = first_bits(address, bits);
     if net != address {
-        return Err(format!("there are bits after the first {bits}; the network is {net}/{bits}"));
+        return Err(format!("the address has bits after the first {bits}; write the network as {net}/{bits}"));
     }
     if let (IpAddr::V6(v6), IpAddr::V4(v4)) = (address, net.to_canonical()) {
-        return Err(format!("write {v6} as the IPv4 address that it is: {v4}"));
+        return Err(format!("{v6} is an IPv4 address; write it as {v4}"));
     }
     Ok(Rule::Net(net, bits))
 }
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_without_rules_and_only_who_meets_one_with_some() {
+    fn without_rules_every_client_is_admitted_and_with_rules_those_that_match_one() {
         let unix = Peer { origin: Origin::Unix { uid: 1000, gid: 100, pid: 1 }, identity: None };
         let vsock = Peer { origin: Origin::Vsock { cid: 3, port: 1000 }, identity: None };
         for peer in [&unix, &vsock, &Peer::default(), &tcp("::1")] {
@@ -197,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn words() {
+    fn rules_as_text() {
         for same in ["ip=10.0.0.0/8", "ip=::1/128", "uid=0", "gid=7", "cid=3", "dn=CN=a,O=b", "san=DNS:a", "psk=alice"]
         {
             assert_eq!(same.parse::<Rule>().unwrap().to_string(), same);

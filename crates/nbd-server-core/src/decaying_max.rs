@@ -1,16 +1,16 @@
 //! [`DecayingMax`]: an exponentially decaying maximum.
 
-/// The largest of the counted numbers. Each count first takes a 1024th off the value.
+/// The largest of the counted numbers. Each count first reduces the value by a 1024th.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
 pub(crate) struct DecayingMax(u32);
 
 impl DecayingMax {
-    /// As after one number.
+    /// The value after one count of `n`.
     pub(crate) const fn of(n: u32) -> Self {
         Self(if n < 1 << 22 { n << 10 } else { u32::MAX })
     }
 
-    /// Counts one more.
+    /// Counts `n`.
     #[inline]
     pub(crate) fn count(&mut self, n: u32) {
         self.0 = Self::of(n).0.max(self.0 - (self.0 >> 10));

@@ -1,4 +1,4 @@
-//! The door: accepts connections and shakes hands, on one thread, away from the workers. It never touches a device.
+//! The door: accepts connections and does their handshakes, on one thread apart from the workers. It never waits for a device.
 
 use std::{
     cmp::Reverse,
@@ -39,7 +39,7 @@ use crate::{
 /// The accepting thread's state.
 pub(crate) struct Door {
     poll: Poll,
-    /// By number.
+    /// Indexed by number.
     listeners: Vec<Option<Ear>>,
     views: Arc<Views>,
     workers: Arc<[Handle]>,
@@ -49,7 +49,7 @@ pub(crate) struct Door {
     limits: Limits,
     end: End,
     staging: Box<[u8]>,
-    /// Until when nobody is let in: there were no descriptors left.
+    /// The door accepts no client until then: the process had no descriptors left.
     closed_until: Option<Instant>,
     turned_away: Seldom,
     cut_off: Seldom,
@@ -59,32 +59,32 @@ pub(crate) struct Door {
 /// A listening socket.
 struct Ear {
     socket: OwnedFd,
-    /// Whether the poll reports it.
+    /// The poll set contains it.
     watched: bool,
 }
 
 /// A connection in its handshake.
 struct Guest {
     stream: Stream,
-    /// What it was offered.
+    /// The TLS configuration that the server offered this client.
     tls: Option<Tls>,
-    /// TLS that is being agreed on.
+    /// The TLS handshake in progress.
     shaking: Option<Shaking>,
     peer: Peer,
-    /// Whoever waits for its end sees that this is dropped.
+    /// Dropped at the end of the connection, which the receiver notices.
     over: Option<mpsc::Sender<()>>,
     handshake: Handshake,
-    /// What is still to be sent.
+    /// Bytes to be sent.
     out: Vec<u8>,
-    /// What came after the last option.
+    /// Bytes that came after the last option.
     sent: Vec<u8>,
     ending: Option<Ending>,
     deadline: Instant,
-    /// When it last sent something, or came.
+    /// When the client last sent something; at first, when it connected.
     heard: Instant,
 }
 
-/// What becomes of a guest when `out` is sent.
+/// What happens to a guest once `out` is sent.
 enum Ending {
     Serve(Box<Negotiated>, Ticket),
     StartTls,
@@ -92,20 +92,20 @@ enum Ending {
 }
 
 const BELL: u64 = u64::MAX;
-/// Tokens of listeners have this bit; those of guests are their numbers.
+/// Set in the tokens of listeners. The token of a guest is its number.
 const LISTENER: u64 = 1 << 32;
 
-/// Received at a time. Options are short, and what comes after them is bounded by this.
+/// Bytes received at a time. Options are short; data after the last one is limited to this.
 const STAGING: usize = STAGING_MIN;
 
-/// Options a client may send about each export, beyond those that every client may send.
+/// Options that a client may send for each export, in addition to a fixed number for each client.
 const OPTIONS_EACH: u32 = 8;
 
-/// A client that is silent for so long is cut off when there is no room for another connection. Until then it is a client
-/// like any other.
+/// When the server has no room for another connection, it disconnects a client that has been silent in its handshake for this
+/// long. Otherwise a silent client keeps its place until the handshake times out.
 const SILENT: Duration = Duration::from_secs(1);
 
-/// How long to wait when there are no descriptors left for another connection.
+/// Pause before the next accept when the process has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(100);
 
 impl Door {
@@ -156,7 +156,7 @@ impl Door {
     pub(crate) fn run(mut self) {
         while !self.stop.load(Ordering::Relaxed) {
             if let Err(e) = self.turn() {
-                log::error!("no more connections are accepted: {e}");
+                log::error!("the server accepts no more connections: {e}");
                 return;
             }
         }
@@ -184,7 +184,7 @@ impl Door {
         for number in 0..self.guests.len() {
             if let Some(guest) = self.guests[number].take_if(|g| g.deadline <= now) {
                 let limit = self.limits.handshake_timeout;
-                log::info!("{} did not finish its handshake within {limit:?}: cut off", guest.peer);
+                log::info!("{} did not finish its handshake within {limit:?}: disconnected", guest.peer);
             }
         }
         if self.closed_until.is_some_and(|t| t <= now) {
@@ -193,19 +193,19 @@ impl Door {
         Ok(())
     }
 
-    /// `ended`: nothing comes after what is there.
+    /// `ended`: the listening socket will have no further connections after the pending ones.
     fn accept(&mut self, number: usize, ended: bool) {
-        // Another one of this turn may have closed the door.
+        // An earlier event of this turn may have closed the door.
         let Some(ear) = self.listeners[number].as_ref().filter(|_| self.closed_until.is_none()) else { return };
         match listener::accept(ear.socket.as_fd()) {
             Ok(socket) => match listener::prepare(socket.as_fd()) {
                 Ok(peer) => self.receive(socket, peer, None),
-                Err(e) => log::debug!("a client was dropped before its handshake: {e}"),
+                Err(e) => log::debug!("a client was disconnected before its handshake: {e}"),
             },
-            // Of some sockets that were shut down accept only says that nothing is there.
+            // On some sockets that were shut down, accept(2) only returns EAGAIN.
             Err(Obstacle::None) if ended => self.give_up(number, &Errno::EINVAL.into()),
             Err(Obstacle::None | Obstacle::Gone) => {}
-            // The connection stays in the backlog; if a client is cut off for it, it is accepted in the next turn.
+            // The connection stays in the backlog. If another client was disconnected for it, the next turn accepts it.
             Err(Obstacle::Room(_)) if self.make_room(SILENT) => {}
             Err(Obstacle::Room(e) | Obstacle::Other(e)) => {
                 if let Some(times) = self.closed.due() {
@@ -217,10 +217,10 @@ impl Door {
         }
     }
 
-    /// Accepts no client for a while: without a pause the door would only spin.
+    /// Accepts no client for a while. Without the pause the door would spin.
     fn close(&mut self) {
         for ear in self.listeners.iter_mut().flatten().filter(|ear| ear.watched) {
-            // If it fails, the ear is only heard in vain.
+            // If this fails, events of the socket are ignored.
             ear.watched = self.poll.remove(&ear.socket).is_err();
         }
         self.closed_until = Some(Instant::now() + PAUSE);
@@ -234,23 +234,23 @@ impl Door {
                 Ok(()) => ear.watched = true,
                 Err(e) => {
                     if let Some(times) = self.closed.due() {
-                        log::warn!("cannot wait for connections, and tries again: {e}{times}");
+                        log::warn!("cannot wait for connections, will retry: {e}{times}");
                     }
                     self.closed_until = Some(Instant::now() + PAUSE);
                 }
             }
         }
         if self.closed_until.is_some() {
-            // All or none, so that `accept` knows what it is to do.
+            // All or none: `accept` relies on that.
             self.close();
         }
     }
 
-    /// Does without a listening socket that will never have another connection.
+    /// Closes a listening socket that can never return another connection.
     fn give_up(&mut self, number: usize, error: &io::Error) {
-        log::error!("a listening socket is of no use any more, and is closed: {error}");
+        log::error!("a listening socket is unusable and was closed: {error}");
         if let Some(ear) = self.listeners[number].take() {
-            // Another process may hold a descriptor for it, so that closing ours would not end its events.
+            // Another process may hold a descriptor for the socket. Then closing ours would not end its events.
             let _ = self.poll.remove(&ear.socket);
         }
         if self.listeners.iter().all(Option::is_none) {
@@ -258,7 +258,7 @@ impl Door {
         }
     }
 
-    /// Begins a handshake, if there is room for one more, or can be made.
+    /// Begins a handshake, if there is room for one more or room can be made.
     fn receive(&mut self, socket: OwnedFd, peer: Peer, over: Option<mpsc::Sender<()>>) {
         let served: usize = self.workers.iter().filter(|worker| worker.is_alive()).map(Handle::load).sum();
         let shaking = self.guests.iter().flatten().count();
@@ -266,14 +266,14 @@ impl Door {
             && (self.guests.iter().flatten().count() + served < self.limits.connections || self.make_room(SILENT));
         if !fits {
             if let Some(times) = self.turned_away.due() {
-                log::warn!("{peer} was turned away: {shaking} are in their handshake, {served} are served{times}");
+                log::warn!("{peer} was rejected: {shaking} clients are in their handshake, {served} are served{times}");
             }
             return;
         }
         let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
         if let Err(e) = self.poll.add_edge(&socket, number as u64, Interest::Both) {
             if let Some(times) = self.turned_away.due() {
-                log::warn!("{peer} was turned away: cannot wait for what it says: {e}{times}");
+                log::warn!("{peer} was rejected: cannot wait for its data: {e}{times}");
             }
             return;
         }
@@ -300,7 +300,7 @@ impl Door {
         self.talk(number);
     }
 
-    /// Cuts off a client that has been silent for so long, if there is one.
+    /// Disconnects a client that has been silent in its handshake for at least `silent`, if there is one.
     fn make_room(&mut self, silent: Duration) -> bool {
         let now = Instant::now();
         let guests = self.guests.iter().enumerate().filter_map(|(number, guest)| {
@@ -312,21 +312,21 @@ impl Door {
         if let Some(times) = self.cut_off.due() {
             let silence = now.saturating_duration_since(guest.heard);
             log::info!(
-                "{} was cut off in its handshake, silent for {silence:.1?}, for somebody else{times}",
+                "{} was disconnected in its handshake after {silence:.1?} of silence, to make room for another client{times}",
                 guest.peer
             );
         }
         true
     }
 
-    /// Goes on with a handshake as far as the client has.
+    /// Continues a handshake with the data that has arrived.
     fn talk(&mut self, number: usize) {
         let Some(guest) = &mut self.guests[number] else { return };
-        // What a device does when it is asked for its size is not the door's to know. The guest is dropped afterwards, and
-        // nothing is left of what it may have left half done.
+        // The handshake asks the device for its size, and that code may panic. The guest is dropped afterwards, so no
+        // inconsistent state is left.
         let talked = catch_unwind(AssertUnwindSafe(|| guest.talk(&self.views, &mut self.staging)));
         let talked = talked.unwrap_or_else(|panic| {
-            log::error!("{} was turned away: its handshake panicked: {}", guest.peer, end::words(&*panic));
+            log::error!("{} was rejected: its handshake panicked: {}", guest.peer, end::words(&*panic));
             Err(io::Error::other("its handshake panicked"))
         });
         match talked {
@@ -336,7 +336,7 @@ impl Door {
                 self.hand_over(guest);
             }
             Err(e) => {
-                log::debug!("{} was dropped in its handshake: {e}", guest.peer);
+                log::debug!("{} was disconnected in its handshake: {e}", guest.peer);
                 self.guests[number] = None;
             }
         }
@@ -346,15 +346,15 @@ impl Door {
         let Guest { mut stream, peer, over, sent, ending, .. } = guest;
         let Some(Ending::Serve(negotiated, ticket)) = ending else { return stream.close(&mut self.staging) };
         if let Err(e) = self.poll.remove(&stream) {
-            return log::warn!("{peer} was turned away: {e}");
+            return log::warn!("{peer} was rejected: {e}");
         }
         if let Err(e) = stream.offload() {
-            return log::warn!("{peer} was turned away: {e}");
+            return log::warn!("{peer} was rejected: {e}");
         }
         let name = &negotiated.export.name;
         let living = ticket.workers.iter().map(|n| &self.workers[*n]).filter(|worker| worker.is_alive());
         let Some(worker) = living.min_by_key(|worker| worker.load()) else {
-            return log::error!("{peer} was turned away: no worker for export {name:?} is alive");
+            return log::error!("{peer} was rejected: no worker for export {name:?} is alive");
         };
         log::info!("{peer} opens export {name:?}: {stream:?}");
         worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
@@ -362,7 +362,7 @@ impl Door {
 }
 
 impl Guest {
-    /// `true`: the handshake is over, one way or the other, and all is sent.
+    /// Returns `true` when the handshake is over, successful or not, and everything is sent.
     fn talk(&mut self, views: &Views, staging: &mut [u8]) -> io::Result<bool> {
         self.check_policy(&views.look())?;
         loop {
@@ -372,7 +372,7 @@ impl Guest {
                     return Ok(false);
                 }
                 self.peer.identity = self.stream.protect(shaking)?;
-                log::debug!("{} is under TLS: {:?}", self.peer, self.stream);
+                log::debug!("{} uses TLS: {:?}", self.peer, self.stream);
             }
             if !self.stream.send_bytes(&mut self.out, staging)? {
                 return Ok(false);
@@ -406,7 +406,7 @@ impl Guest {
                     let ticket = view.ticket(position);
                     self.ending = Some(Ending::Serve(negotiated, ticket));
                 }
-                // Nobody may send before the answer: what somebody did may have been put there by somebody else.
+                // A client must wait for our reply. Data sent earlier could have been injected (CVE-2021-3716).
                 Step::StartTls if !input.is_empty() => return Err(io::Error::other("plain text after STARTTLS")),
                 Step::StartTls => self.ending = Some(Ending::StartTls),
                 Step::Closed => self.ending = Some(Ending::Close),
@@ -414,16 +414,17 @@ impl Guest {
         }
     }
 
-    /// What is there now may not be meant for a client without TLS.
+    /// Fails if the TLS policy has changed since the handshake began: the present exports may not be meant for a client without
+    /// TLS.
     fn check_policy(&self, view: &View) -> io::Result<()> {
         match policy(self.tls.as_ref()) == policy(view.tls.as_ref()) {
             true => Ok(()),
-            false => Err(io::Error::other("it began before TLS was switched on or off")),
+            false => Err(io::Error::other("the TLS setting changed during its handshake")),
         }
     }
 }
 
-/// Of the parties that have the most guests, the guest that was not heard for longest.
+/// Returns the guest that has been silent for longest among the parties with the most guests.
 fn most_idle(guests: impl Iterator<Item = (usize, Party, Instant)>) -> Option<usize> {
     let mut parties: HashMap<Party, (usize, Instant, usize)> = HashMap::new();
     for (number, party, heard) in guests {
@@ -437,7 +438,7 @@ fn most_idle(guests: impl Iterator<Item = (usize, Party, Instant)>) -> Option<us
     worst.map(|(_, _, number)| number)
 }
 
-/// Keeps what clients can make happen as often as they like from filling the log.
+/// Limits how often a message is logged: clients can cause some events at any rate.
 #[derive(Debug, Default)]
 struct Seldom {
     last: Option<Instant>,
@@ -445,7 +446,7 @@ struct Seldom {
 }
 
 impl Seldom {
-    /// Whether it is to be said now, and then how often it was not said before.
+    /// `Some`: log the message now, with the number of messages that were suppressed before it.
     fn due(&mut self) -> Option<Unsaid> {
         let now = Instant::now();
         if self.last.is_some_and(|last| now.saturating_duration_since(last) < Duration::from_secs(1)) {
@@ -457,7 +458,7 @@ impl Seldom {
     }
 }
 
-/// How often something has happened that was not said.
+/// The number of suppressed messages.
 struct Unsaid(u32);
 
 impl fmt::Display for Unsaid {
@@ -469,12 +470,12 @@ impl fmt::Display for Unsaid {
     }
 }
 
-/// What the handshake is to say of TLS.
+/// The TLS policy for the handshake.
 fn policy(tls: Option<&Tls>) -> nbd_proto::Tls {
     tls.map_or(OFFER.tls, Tls::policy)
 }
 
-/// What every client is offered.
+/// The offer that is the same for every client.
 const OFFER: Offer = Offer {
     structured: true,
     extended: true,
@@ -491,7 +492,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_most_idle_guest_of_the_most_crowded_party_has_to_go() {
+    fn the_most_idle_guest_of_the_most_crowded_party_is_chosen() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let ip = |text: &str| Party::Ip(text.parse::<IpAddr>().unwrap());
@@ -500,15 +501,15 @@ mod tests {
         };
         assert_eq!(pick(&[]), None);
         assert_eq!(pick(&[(Party::User(1), 5)]), Some(0));
-        // The lonely one stays, however idle it is.
+        // A party with a single guest keeps it, however idle it is.
         assert_eq!(pick(&[(ip("::1"), 0), (Party::User(1), 7), (Party::User(1), 6), (Party::User(1), 8)]), Some(2));
         assert_eq!(pick(&[(Party::User(1), 0), (ip("::1"), 9), (ip("::1"), 8), (Party::Unknown, 1)]), Some(2));
-        // Of two that are as crowded the one with the more idle guest.
+        // Of two equally crowded parties, the one with the more idle guest.
         assert_eq!(pick(&[(Party::Machine(3), 4), (ip("::1"), 3), (Party::Machine(3), 2), (ip("::1"), 5)]), Some(2));
     }
 
     #[test]
-    fn what_happens_often_is_said_seldom() {
+    fn frequent_events_are_logged_rarely() {
         let mut seldom = Seldom::default();
         assert_eq!(seldom.due().unwrap().to_string(), "");
         assert!(seldom.due().is_none() && seldom.due().is_none());

@@ -1,4 +1,4 @@
-//! [`End`]: how a server ends, for a caller that waits for that.
+//! [`End`]: reports how a server ends, to a caller that waits for it.
 
 use std::{
     any::Any,
@@ -12,7 +12,7 @@ use std::{
 
 use crate::threads::lock;
 
-/// Reports how a [`Server`](crate::Server) ends. Cheap to clone, and valid when the server has gone.
+/// Reports how a [`Server`](crate::Server) ends. Cheap to clone. Stays valid after the server is dropped.
 #[derive(Clone, Debug, Default)]
 pub struct End(Arc<Inner>);
 
@@ -31,8 +31,8 @@ enum Fate {
 }
 
 impl End {
-    /// Blocks until the server has stopped or failed. `None`: it was stopped. Otherwise what has failed: a thread of it has
-    /// ended, or it has nothing left to listen on. Such a server goes on with what still works, but does not recover: stop
+    /// Blocks until the server has stopped or failed. `None`: it was stopped. Otherwise the text names the failure: a thread has
+    /// ended, or no listening socket is left. Such a server continues with the parts that still work, but does not recover: stop
     /// it, and start another one.
     pub fn wait(&self) -> Option<String> {
         let mut fate = lock(&self.0.fate);
@@ -51,13 +51,13 @@ impl End {
         self.set(Fate::Stopped);
     }
 
-    /// Something of the server has failed that it does not recover from.
+    /// Reports a failure that the server does not recover from.
     pub(crate) fn failed(&self, what: impl fmt::Display) {
         log::error!("{what}");
         self.set(Fate::Failed(what.to_string()));
     }
 
-    /// What comes first counts: the rest may follow from it.
+    /// Only the first report counts: later ones may be its consequences.
     fn set(&self, new: Fate) {
         let mut fate = lock(&self.0.fate);
         if matches!(*fate, Fate::Running) {
@@ -66,14 +66,14 @@ impl End {
         }
     }
 
-    /// Runs the body of a thread, and reports when that has ended although `stop` was not set.
+    /// Runs the body of a thread. Reports a failure if it ends although `stop` was not set.
     pub(crate) fn watch(&self, name: &str, stop: &AtomicBool, body: impl FnOnce()) {
-        // All that the body has is gone afterwards, but for what is behind a lock, which is always whole.
+        // The body and its state are dropped after a panic. Data behind locks remains, and is always consistent.
         match catch_unwind(AssertUnwindSafe(body)) {
             Err(panic) => self.failed(format_args!("the thread \"{name}\" panicked: {}", words(&*panic))),
             Ok(()) if !stop.load(Ordering::Relaxed) => {
                 self.failed(format_args!(
-                    "the thread \"{name}\" ended before its time; the message before this says why"
+                    "the thread \"{name}\" ended unexpectedly; see the previous log message for the reason"
                 ));
             }
             Ok(()) => {}
@@ -81,10 +81,10 @@ impl End {
     }
 }
 
-/// What a panic says.
+/// The message of a panic.
 pub(crate) fn words(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word")
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no message)")
 }
 
 #[cfg(test)]
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_end_counts_and_everybody_hears_of_it() {
+    fn the_first_end_counts_and_every_waiter_gets_it() {
         let (end, stop) = (End::default(), AtomicBool::new(false));
         let waiters = [(); 3].map(|()| {
             let end = end.clone();
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_thread_that_was_told_to_may_end() {
+    fn a_thread_that_ends_without_stop_is_a_failure() {
         let stop = AtomicBool::new(false);
         let end = End::default();
         end.watch("door", &stop, || stop.store(true, Ordering::Relaxed));
@@ -116,6 +116,6 @@ mod tests {
         stop.store(false, Ordering::Relaxed);
         let end = End::default();
         end.watch("door", &stop, || {});
-        assert!(end.wait().unwrap().contains("\"door\" ended before its time"));
+        assert!(end.wait().unwrap().contains("\"door\" ended unexpectedly"));
     }
 }

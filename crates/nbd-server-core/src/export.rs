@@ -1,4 +1,4 @@
-//! [`Export`]: a device under a name, and what clients are told about it.
+//! [`Export`]: a device under a name, and the properties that clients see.
 
 use std::{collections::HashSet, io, sync::Arc};
 
@@ -13,25 +13,26 @@ use nbd_proto::{
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Export {
-    /// At most 4096 bytes; may be empty.
+    /// The name in the NBD protocol: at most 4096 bytes, may be empty.
     pub name: String,
-    /// For people; may be empty.
+    /// A text for people, sent with NBD_REP_SERVER and NBD_INFO_DESCRIPTION: at most 4096 bytes, may be empty.
     pub description: String,
-    /// What is served.
+    /// The device that is served.
     pub device: Arc<dyn Device>,
-    /// Refuse what would change the device, even where the device would allow it.
+    /// Refuse requests that change the device, even if the device supports them.
     pub read_only: bool,
-    /// Who may open it.
+    /// The rules for clients that may open it.
     pub access: Access,
-    /// Serve it under TLS only, on a server where other exports can do without.
+    /// Serve this export under TLS only, even if other exports are also served without TLS.
     pub tls_only: bool,
-    /// Refuse clients that do not ask for block sizes, if the smallest is more than a byte: as
-    /// [`Limits::block_size_required`](crate::Limits::block_size_required), for this export.
+    /// Refuse clients that do not request block sizes, if the smallest block is larger than a byte:
+    /// [`Limits::block_size_required`](crate::Limits::block_size_required) for this export only.
     pub block_size_required: bool,
 }
 
 impl Export {
-    /// An export that every client may open, for reading and writing. Its fields change that.
+    /// Returns an export that every client may open, for reading and writing, with or without TLS. Change the fields to restrict
+    /// it.
     pub fn new(name: impl Into<String>, device: Arc<dyn Device>) -> Self {
         Self {
             name: name.into(),
@@ -44,9 +45,9 @@ impl Export {
         }
     }
 
-    /// What the handshake reports about it. Asks the device nothing that takes more than a moment.
+    /// Returns the properties that the handshake reports. Does not block on the device for more than a moment.
     fn told(&self, payload_max: u32, multi_conn: bool) -> nbd_proto::Export {
-        // A device that does not report a change of its size must be asked, or a new client would get the old one.
+        // Some devices do not report a change of size. Ask for it, so that a new client gets the present size.
         self.device.refresh();
         let info = self.device.info();
         let writable = !(self.read_only || info.caps.read_only);
@@ -72,19 +73,19 @@ impl Export {
     }
 }
 
-/// The exports of a server; the first is the default one, served under the empty name too.
+/// The exports of a server. The first one is the default export, which also has the empty name.
 #[derive(Clone, Debug)]
 pub struct Exports {
     list: Arc<[Export]>,
-    /// Longest READ or WRITE, in bytes.
+    /// Longest READ or WRITE payload, in bytes.
     payload_max: u32,
-    /// A client may connect more than once.
+    /// Advertise NBD_FLAG_CAN_MULTI_CONN.
     multi_conn: bool,
 }
 
 impl Exports {
     /// # Errors
-    /// No export at all, a name twice, or a name or description that no client could be told.
+    /// The list is empty, a name occurs twice, or a name or description is longer than 4096 bytes or contains NUL.
     pub fn new(list: Vec<Export>, payload_max: u32) -> io::Result<Self> {
         let refuse = |text: String| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         if list.is_empty() {
@@ -106,15 +107,15 @@ impl Exports {
         Ok(Self { list: list.into(), payload_max, multi_conn: true })
     }
 
-    /// Those of a server that has none yet.
+    /// An empty list, for a server that has no exports yet.
     pub(crate) fn none(payload_max: u32, multi_conn: bool) -> Self {
         Self { list: Arc::new([]), payload_max, multi_conn }
     }
 
-    /// Others in their place; there may be none.
+    /// Returns the same settings with other exports; the list may be empty.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new), except for the empty list.
     pub(crate) fn with(&self, list: Vec<Export>) -> io::Result<Self> {
         let Self { payload_max, multi_conn, .. } = *self;
         if list.is_empty() {
@@ -123,25 +124,25 @@ impl Exports {
         Ok(Self { multi_conn, ..Self::new(list, payload_max)? })
     }
 
-    /// All of them, the default one first.
+    /// All exports, the default one first.
     pub fn list(&self) -> &[Export] {
         &self.list
     }
 
-    /// Those that a client may open; `secure`: it is under TLS.
+    /// The exports that `peer` may open. `secure`: its connection uses TLS.
     pub fn seen_by<'a>(&'a self, peer: &'a Peer, secure: bool) -> Seen<'a> {
         Seen { exports: self, peer, secure }
     }
 
-    /// Which export is meant by a name.
+    /// Returns the index of the export with this name.
     fn position(&self, name: &str) -> Option<usize> {
-        // Somebody may have named an export other than the first "".
+        // An export other than the first may have the empty name.
         let default = name.is_empty() && !self.list.is_empty();
         self.list.iter().position(|e| e.name == name).or(default.then_some(0))
     }
 }
 
-/// The exports that a client may open, as the handshake asks for them. All others are, in every way, not there.
+/// The exports that one client may open. For the handshake of this client, no others exist.
 #[derive(Debug)]
 pub struct Seen<'a> {
     exports: &'a Exports,
@@ -150,7 +151,7 @@ pub struct Seen<'a> {
 }
 
 impl Seen<'_> {
-    /// Which export the client means by a name.
+    /// Returns the index of the export that the client names; `None`: it has no such export.
     pub fn position(&self, name: &str) -> Option<usize> {
         self.exports.position(name).filter(|&n| self.may_open(&self.exports.list[n]))
     }
@@ -159,11 +160,11 @@ impl Seen<'_> {
         (self.secure || !export.tls_only) && export.access.admits(self.peer)
     }
 
-    /// Why there is no such export. Where any of them needs TLS, so may one of this name: without TLS nobody learns more
-    /// (proto.md, "SELECTIVETLS mode").
+    /// Refuses a name. If any export requires TLS, an export with this name might: a client without TLS gets ERR_TLS_REQD, and so
+    /// cannot probe for names (proto.md, "SELECTIVETLS mode").
     fn refuse(&self, name: &str) -> Refusal {
         if !self.secure && self.exports.list.iter().any(|export| export.tls_only) {
-            return Refusal::new(Rep::ERR_TLS_REQD, "not without TLS");
+            return Refusal::new(Rep::ERR_TLS_REQD, "TLS is required");
         }
         Refusal::unknown(name)
     }

@@ -4,15 +4,15 @@
 //!   listeners ──► door (handshakes, one thread) ──► workers (one thread each, one Channel per export) ──► devices
 //! ```
 //!
-//! - [`Export`] is policy: a device under a name. It answers what the handshake asks about it.
-//! - [`Peer`] is what is known of a client, [`Access`] the rules about who may open an export. To everybody else it is as if
-//!   there were no such export.
-//! - [`Session`] is one connection's transmission phase without a socket and without a clock: client bytes become block
-//!   requests, completions become replies. It can be driven by any loop, and simulated.
-//! - [`Server`] is the loop: it accepts, shakes hands, and moves each connection to a worker that owns a queue of its export.
-//!
-//! - [`Turns`] is the policy of a worker: it decides which connection has the next turn and which gets memory, in [`Lines`]. It
-//!   knows no socket and no clock either.
+//! - [`Export`] is policy: a device under a name, with the properties that the handshake reports.
+//! - [`Peer`] describes a client: its address, its process, its TLS identity. [`Access`] holds the rules for clients that may
+//!   open an export. Other clients cannot see the export.
+//! - [`Session`] is one connection's transmission phase. It turns client bytes into block requests, and completions into replies.
+//!   It has no socket and no clock, so any event loop can drive it, and a test can simulate it.
+//! - [`Turns`] is the policy of a worker: it decides which connection has the next turn, and which one gets memory ([`Lines`]).
+//!   It has no socket and no clock either.
+//! - [`Server`] is the event loop: it accepts connections, does their handshakes, and moves each to a worker that owns a queue of
+//!   its export's device.
 //!
 //! A minimal server:
 //!
@@ -30,8 +30,8 @@
 //! ```
 //!
 //! The caller opens a device once; all connections share it. Exports can be added, changed and removed while the server runs
-//! ([`Server::add`], [`Server::remove`], [`Server::replace`]); clients of other exports do not notice. Payload memory is
-//! bounded by [`Limits::memory`] for each worker and export. A request that does not fit waits in the socket.
+//! ([`Server::add`], [`Server::remove`], [`Server::replace`]); clients of other exports do not notice. Payload memory is bounded
+//! by [`Limits::memory`] for each worker and export. A request that does not fit waits in the socket.
 #![forbid(unsafe_code)]
 
 mod access;

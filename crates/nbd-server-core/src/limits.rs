@@ -1,40 +1,41 @@
-//! [`Limits`]: what bounds a server.
+//! [`Limits`]: resource limits and time limits of a server.
 
 use std::{thread, time::Duration};
 
-/// What bounds the server.
+/// Resource limits and time limits of a server.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Threads that move data; a device with fewer queues is served by as many.
+    /// Threads that move data, at least 1. If a device has fewer queues, so many of them serve it.
     pub workers: usize,
-    /// Payload memory of each worker for each export, in bytes, at least 1 MiB. Requests that do not fit wait, first come,
-    /// first served. An eighth more is a reserve for the small requests of clients that hold little: at most a 64th of this.
-    /// A READ or WRITE is at most as long as this, or 32 MiB.
+    /// Payload memory of each worker for each export, in bytes, at least 1 MiB. Requests that do not fit wait, first come, first
+    /// served. An eighth more is a reserve for small requests (up to a 64th of this) of clients that hold little. A READ or WRITE
+    /// is at most as long as this, and at most 32 MiB.
     pub memory: usize,
-    /// Requests in a device's queue.
+    /// Depth of each device queue, in requests.
     pub depth: u16,
-    /// Connections, in their handshake or served. For one more, a client that has been silent in the handshake for a second
-    /// is cut off; if there is none, the new one is closed at once. If it is 1, multi-conn is not advertised.
+    /// Connections, in their handshake or served. When the limit is reached, the server disconnects a client that has been silent
+    /// in its handshake for a second, and accepts the new one. If there is none, it closes the new connection at once. If the
+    /// limit is 1, NBD_FLAG_CAN_MULTI_CONN is not advertised.
     pub connections: usize,
-    /// Connections in their handshake. For one more, the one of the most crowded peer (address, user, virtual machine) that
-    /// has been silent for longest is cut off.
+    /// Connections in their handshake. When the limit is reached, the server disconnects one: of the peer (address, user, virtual
+    /// machine) with the most handshakes, the one that has been silent for longest.
     pub handshakes: usize,
-    /// How long a handshake may take.
+    /// Longest time of a handshake, TLS included.
     pub handshake_timeout: Duration,
-    /// Refuse clients that do not ask for block sizes, such as the Linux kernel, where blocks are larger than a byte. They
-    /// are served otherwise, but each write of a part of a block stops the other writes of the device for a moment.
+    /// Refuse clients that do not request block sizes (NBD_INFO_BLOCK_SIZE), such as the Linux kernel, if the smallest block is
+    /// larger than a byte. Otherwise they are served, but each write of a part of a block briefly stops the other writes to the
+    /// device.
     pub block_size_required: bool,
-    /// The time that a client has, while others wait for the memory, to send a payload that it has announced. A client whose
-    /// pace, measured over a fifth of this, is too slow for that is cut off. To take its replies it has a tenth of this; if
-    /// it is slower, measured over a 200th of this, the replies lose their memory, and are read again when it takes them.
+    /// Longest time that a client may need for a WRITE payload while others wait for the memory. The server measures its pace
+    /// over a fifth of this, and disconnects a client that is too slow. For its replies, a client has a tenth of this, measured
+    /// over a 200th. The replies of a slower client lose their memory, and the server reads them again when the client continues.
     pub stall_timeout: Duration,
-    /// How long the clients of an export that is removed [softly](crate::Removal::Soft) have to say goodbye.
+    /// Grace period of clients whose export is removed [softly](crate::Removal::Soft).
     pub farewell: Duration,
-    /// For how long, at most, a worker without anything to do looks again before it sleeps. It does so for devices that
-    /// answer soon, and for clients that have few requests at a time but the next one soon: these are served without the
-    /// time that waking up takes, tens of microseconds for each request. The processor is left to whoever else wants it.
-    /// Zero: never.
+    /// Longest busy-poll before a worker sleeps (adaptive). A worker busy-polls if its devices answer soon, or if its clients
+    /// send few requests at a time in quick succession. Then it serves them without the wake-up time, which is tens of
+    /// microseconds for each request. It yields the CPU to other threads that are ready to run. Zero: never.
     pub poll: Duration,
 }
 

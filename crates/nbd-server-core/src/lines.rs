@@ -1,46 +1,45 @@
-//! [`Lines`]: which connection gets payload memory next, and how much of the device's queue. First come, first served.
+//! [`Lines`]: decides which connection gets payload memory next, and its share of the device's queue. First come, first served.
 //!
-//! A channel's memory has two parts, and a line of waiting connections for each. Small requests of connections that hold little
-//! are served from a reserve that nothing else can use up, so that a few clients with large requests keep no other client
-//! waiting. All other requests wait for the common part. Small requests may use the common part as well, but not while
-//! a connection waits for it.
+//! A channel's memory has two parts, each with a line of waiting connections. Small requests of connections that hold little use
+//! a reserve that is kept for them, so that a few clients with large requests cannot delay all others. All other requests wait
+//! for the common part. Small requests may use the common part as well, but not while a connection waits for it.
 //!
-//! A connection takes memory only when no other one is ahead of it in its line. Where others wait behind it, it gets
-//! memory for one request at a time, and goes to the end of the line for the next.
+//! A connection takes memory only if no other one is ahead of it in its line. If others wait behind it, it gets memory for one
+//! request, then goes to the end of the line.
 //!
-//! No connection waits in line for the queue. While more requests are in flight than the queue takes, a connection begins none
-//! beyond its share: twice the queue's depth, divided by the number of connections that have requests in flight.
+//! No connection waits in line for the queue. While more requests are in flight than the queue takes, a connection may have only
+//! its share in flight: twice the queue's depth, divided by the number of connections that have requests in flight.
 
 use std::collections::VecDeque;
 
-/// Which part of a channel's memory a request is served from.
+/// The part of a channel's memory that a request uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// The reserve: the request is small, and so is all that its connection holds.
+    /// The reserve: for small requests of connections that hold little.
     Reserve,
-    /// The rest.
+    /// The common part: for all other requests.
     Common,
 }
 
-/// What memory a connection may take now.
+/// The memory that a connection may take now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Of the reserve.
+    /// It may use the reserve.
     pub reserve: bool,
-    /// Of the common part, for small requests.
+    /// It may use the common part for small requests.
     pub spill: bool,
-    /// Of the common part, for others.
+    /// It may use the common part for other requests.
     pub common: bool,
-    /// For one request only, since others wait.
+    /// Memory for one request only, because others wait.
     pub once: bool,
-    /// So many requests in flight, while more are than the queue takes.
+    /// Most requests that it may have in flight, while more are in flight than the queue takes.
     pub calls: usize,
-    /// Memory was taken.
+    /// It has taken memory.
     pub used: bool,
 }
 
 impl Grant {
-    /// Everything that is free: no connection waits.
+    /// All free memory: no connection waits.
     pub const ALL: Self =
         Self { reserve: true, spill: true, common: true, once: false, calls: usize::MAX, used: false };
 
@@ -54,30 +53,30 @@ impl Grant {
     }
 }
 
-/// The connections that wait for memory of one channel, by their numbers.
+/// The connections that wait for memory of one channel, identified by their numbers.
 #[derive(Debug)]
 pub struct Lines {
     reserve: VecDeque<u32>,
     common: VecDeque<u32>,
-    /// Requests that the queue takes.
+    /// Depth of the queue, in requests.
     depth: usize,
     /// Connections with requests in flight.
     busy: usize,
 }
 
 impl Lines {
-    /// The lines of a channel whose queue takes `depth` requests.
+    /// Returns empty lines for a channel whose queue takes `depth` requests.
     pub fn new(depth: usize) -> Self {
         Self { reserve: VecDeque::new(), common: VecDeque::new(), depth, busy: 0 }
     }
 
-    /// A connection had `before` requests in flight, and has `now`.
+    /// Updates a connection's requests in flight from `before` to `now`.
     #[inline]
     pub fn count(&mut self, before: usize, now: usize) {
         self.busy = self.busy + usize::from(now > 0) - usize::from(before > 0);
     }
 
-    /// How many requests each connection may have in flight while more are than the queue takes.
+    /// The requests that each connection may have in flight, while more are in flight than the queue takes.
     #[inline]
     fn share(&self) -> usize {
         (2 * self.depth / self.busy.max(1)).max(1)
@@ -89,12 +88,12 @@ impl Lines {
         self.reserve.is_empty() && self.common.is_empty()
     }
 
-    /// The connection whose turn it is for a part of the memory.
+    /// The connection at the front of the line for a part of the memory.
     pub fn first(&self, part: Part) -> Option<u32> {
         self.line(part).front().copied()
     }
 
-    /// What a connection may take.
+    /// Returns the memory that a connection may take now.
     #[inline]
     pub fn grant(&self, number: u32) -> Grant {
         if self.is_empty() {
@@ -107,7 +106,7 @@ impl Lines {
         Grant { reserve, spill: reserve && self.common.is_empty(), common, once, calls, used: false }
     }
 
-    /// A connection had its turn under `grant`, and waits now for `wants`.
+    /// Ends a connection's turn under `grant`. `wants` is the memory that it waits for now.
     #[inline]
     pub fn settle(&mut self, number: u32, grant: Grant, wants: Option<Part>) {
         if wants.is_none() && self.is_empty() {
@@ -117,7 +116,7 @@ impl Lines {
             let line = self.line_mut(part);
             let place = line.iter().position(|&other| other == number);
             match place {
-                // It keeps its place until it has got something.
+                // It keeps its place until it gets memory.
                 Some(_) if wants == Some(part) && !grant.used => {}
                 Some(place) => {
                     line.remove(place);
@@ -131,7 +130,7 @@ impl Lines {
         }
     }
 
-    /// A connection has closed.
+    /// Removes a closed connection.
     pub fn forget(&mut self, number: u32) {
         self.reserve.retain(|&other| other != number);
         self.common.retain(|&other| other != number);
@@ -163,7 +162,7 @@ mod tests {
             lines.settle(number, lines.grant(number), Some(Part::Common));
         }
         assert!(lines.grant(7).common && !lines.grant(8).common && !lines.grant(1).common);
-        // Nothing was free: it stays the first. Then it takes for one request, and goes to the end for the next.
+        // Nothing was free: it stays first. Then it takes memory for one request, and goes to the end for the next.
         lines.settle(7, lines.grant(7), Some(Part::Common));
         assert_eq!(lines.first(Part::Common), Some(7));
         let mut grant = lines.grant(7);
@@ -177,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn small_requests_pass_large_ones_but_take_nothing_of_theirs() {
+    fn small_requests_pass_large_ones_without_taking_their_memory() {
         let mut lines = Lines::new(256);
         lines.settle(1, lines.grant(1), Some(Part::Common));
         let grant = lines.grant(2);
@@ -189,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_queue_is_shared_by_those_that_use_it() {
+    fn busy_connections_share_the_queue() {
         let mut lines = Lines::new(8);
         assert_eq!(lines.grant(1).calls, 16);
         for _ in 0..4 {
@@ -198,7 +197,7 @@ mod tests {
         }
         assert_eq!(lines.grant(1).calls, 4);
         (0..100).for_each(|_| lines.count(0, 1));
-        assert_eq!(lines.grant(1).calls, 1, "everyone has one");
+        assert_eq!(lines.grant(1).calls, 1, "each connection may have one");
         (0..103).for_each(|_| lines.count(1, 0));
         assert_eq!(lines.grant(1).calls, 16);
     }

@@ -1,4 +1,4 @@
-//! [`Listener`]: where connections come from.
+//! [`Listener`]: a source of connections.
 
 use std::{
     io,
@@ -21,16 +21,16 @@ use nix::{
 
 use crate::peer::{Origin, Peer};
 
-/// Where connections come from.
+/// A source of connections.
 #[derive(Debug)]
 pub enum Listener {
-    /// A stream socket that is bound and listens, of whatever family.
+    /// A bound, listening stream socket of any address family.
     Listening(OwnedFd),
-    /// One client, who is there already.
+    /// A single client that is already connected.
     Connected {
-        /// A stream socket.
+        /// A connected stream socket.
         socket: OwnedFd,
-        /// Dropped when its connection is over, and nothing of it is left at a device.
+        /// Dropped when the connection is over and none of its requests is left at a device.
         over: mpsc::Sender<()>,
     },
 }
@@ -48,36 +48,36 @@ impl From<TcpListener> for Listener {
 }
 
 impl Listener {
-    /// Takes a socket that somebody else made: it must listen for streams.
+    /// Takes an inherited socket, which must be a listening stream socket.
     ///
     /// # Errors
-    /// It does not, or is no socket.
+    /// It is not one, or not a socket.
     pub fn inherited(socket: OwnedFd) -> io::Result<Self> {
         let kind = getsockopt(&socket, SockType)?;
         if kind != nix::sys::socket::SockType::Stream || !getsockopt(&socket, AcceptConn)? {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it does not listen for streams"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a listening stream socket"));
         }
         Ok(Self::Listening(socket))
     }
 }
 
-/// Takes the next connection of a listening socket, which need not wait for one.
+/// Accepts a connection without blocking.
 pub(crate) fn accept(listening: BorrowedFd<'_>) -> Result<OwnedFd, Obstacle> {
     Ok(socket::accept(listening)?)
 }
 
-/// Why there is no connection.
+/// The reason why accept(2) returned no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
-    /// Nothing is there: another process took it.
+    /// No connection is pending: another process may have accepted it.
     None,
-    /// The client has gone again. The next one may be there already.
+    /// The client has disconnected. Another one may be pending.
     Gone,
-    /// Others may go for it to go away: descriptors or memory.
+    /// Descriptors or memory are short. Closing other connections may help.
     Room(Errno),
-    /// It may go away on its own.
+    /// A condition that may pass on its own.
     Other(Errno),
-    /// This socket will never give one again.
+    /// The socket can never return another connection.
     Dead(Errno),
 }
 
@@ -97,13 +97,13 @@ impl From<Errno> for Obstacle {
     }
 }
 
-/// Makes a connection ready to serve.
+/// Sets the options of an accepted connection.
 pub(crate) fn prepare(socket: BorrowedFd<'_>) -> io::Result<Peer> {
     let peer = Peer::of(socket);
     if let Origin::Tcp(_) = peer.origin {
         // Replies leave in batches already; waiting for more would only delay them.
         setsockopt(&socket, TcpNoDelay, &true)?;
-        // A machine that has gone without a word would keep its connection for ever.
+        // Without keep-alive, a machine that has vanished would hold its connection forever.
         setsockopt(&socket, KeepAlive, &true)?;
     }
     Ok(peer)

@@ -1,24 +1,23 @@
-//! [`Outbox`]: replies on their way to the client, heads and payloads in order.
+//! [`Outbox`]: replies on their way to the client, headers and payloads in order.
 
 use std::{collections::VecDeque, io, os::fd::BorrowedFd};
 
 use blkdev::{Buf, socket::Gather};
 use nbd_proto::Put;
 
-/// What is still to be sent. A payload is sent from the memory that the device put it in, which is free again when the last
-/// byte is out.
+/// Unsent replies. A payload is sent from the memory that the device wrote it to; the memory is free after the last byte is sent.
 ///
-/// When others need that memory, it can be [taken](Self::reclaim) earlier: then only the place of the payload on the device is
-/// kept, and the payload is read again, in parts, when the client takes it.
+/// If other requests need the memory, [`reclaim`](Self::reclaim) frees it earlier. Then only the payload's offset on the device
+/// is kept, and the payload is read again, in parts, when the client continues.
 #[derive(Debug, Default)]
 pub struct Outbox {
     items: VecDeque<Item>,
-    /// All heads that are not sent, one behind the other, after `start`.
+    /// All unsent headers, one after the other, from `start` on.
     bytes: Vec<u8>,
     start: usize,
-    /// How much of the first payload is sent, if that is the first item.
+    /// Bytes of the first payload that are sent, if it is the first item.
     payload_sent: usize,
-    /// Bytes of all payloads.
+    /// Bytes of all payloads in memory.
     held: usize,
     /// Bytes sent since the connection began.
     sent: u64,
@@ -26,11 +25,11 @@ pub struct Outbox {
 
 #[derive(Debug)]
 enum Item {
-    /// So many of `bytes`.
+    /// So many bytes of `bytes`.
     Heads(usize),
-    /// What the device holds at `at`.
+    /// The content of the device at `at`.
     Payload { buf: Buf, at: u64 },
-    /// The same, to be read again.
+    /// The same, but it must be read again.
     Missing { at: u64, len: usize },
 }
 
@@ -46,7 +45,7 @@ impl Put for Outbox {
 }
 
 impl Outbox {
-    /// Adds a payload, to be sent after everything that was put before. The device holds it at `at`.
+    /// Adds a payload after all earlier items. It is the content of the device at `at`.
     #[inline]
     pub fn payload(&mut self, buf: Buf, at: u64) {
         if !buf.is_empty() {
@@ -68,7 +67,7 @@ impl Outbox {
         self.held = 0;
     }
 
-    /// What must be read before anything else can be sent: first byte and length.
+    /// The payload that must be read before anything else can be sent: its first byte on the device, and its length in bytes.
     #[inline]
     pub fn missing(&self) -> Option<(u64, usize)> {
         match self.items.front() {
@@ -77,10 +76,10 @@ impl Outbox {
         }
     }
 
-    /// Takes the first part of what is [missing](Self::missing), or all of it.
+    /// Supplies the first part of the [missing](Self::missing) payload, or all of it.
     ///
     /// # Panics
-    /// If nothing is, or not as much.
+    /// If no payload is missing, or less than `buf` holds.
     #[cold]
     pub fn restore(&mut self, buf: Buf) {
         let Some(Item::Missing { at, len }) = self.items.pop_front() else { panic!("no payload is missing") };
@@ -98,37 +97,37 @@ impl Outbox {
         self.items.is_empty()
     }
 
-    /// Heads and payloads, roughly: a measure of how far the client is behind.
+    /// Bytes of headers and payloads, roughly: how far the client is behind.
     #[inline]
     pub fn len(&self) -> usize {
         self.items.len()
     }
 
-    /// Bytes of heads that are not sent.
+    /// Bytes of unsent headers.
     #[inline]
     pub fn heads(&self) -> usize {
         self.bytes.len() - self.start
     }
 
-    /// Bytes sent since the connection began, heads and payloads.
+    /// Bytes sent since the connection began, headers and payloads.
     pub fn sent(&self) -> u64 {
         self.sent
     }
 
-    /// Returns what a burst has left of capacity.
+    /// Frees spare capacity after a burst.
     pub fn shrink(&mut self) {
         if self.items.is_empty() {
             (self.bytes, self.items) = Default::default();
         }
     }
 
-    /// Bytes of payload memory that it holds.
+    /// Bytes of payload memory in use.
     #[inline]
     pub fn held(&self) -> usize {
         self.held
     }
 
-    /// Sends until all is out or something is [missing](Self::missing) (`true`), or the socket is full (`false`).
+    /// Sends until all is sent or a payload is [missing](Self::missing) (`true`), or the socket is full (`false`).
     ///
     /// # Errors
     /// The connection is broken.
@@ -151,7 +150,7 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Moves up to `into.len()` bytes out, for owners without a socket. Returns how many.
+    /// Moves up to `into.len()` bytes out, for a caller without a socket. Returns their number.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let mut done = 0;
         while done < into.len() {
@@ -175,7 +174,7 @@ impl Outbox {
         done
     }
 
-    /// Lists what comes first, as much as one system call takes. Returns how many bytes that is.
+    /// Lists the next bytes, as many as one system call takes. Returns their number.
     fn gather<'a>(&'a self, list: &mut Gather<'a>) -> usize {
         let (mut head, mut sent, mut total) = (self.start, self.payload_sent, 0);
         for item in &self.items {
@@ -199,7 +198,7 @@ impl Outbox {
         total
     }
 
-    /// Forgets what was sent.
+    /// Removes sent bytes.
     fn advance(&mut self, mut sent: usize) {
         self.sent += sent as u64;
         while sent > 0 {
@@ -237,7 +236,7 @@ impl Outbox {
     }
 }
 
-/// Sent heads are cut off the front when there are so many bytes of them that the move is worth it.
+/// Sent headers are removed from the front of `bytes` once they exceed this many bytes, so that the move pays off.
 const COMPACT: usize = 64 << 10;
 
 #[cfg(test)]
@@ -246,15 +245,15 @@ mod tests {
 
     use super::*;
 
-    /// What a device holds.
+    /// The content of the device.
     fn content(at: u64, len: usize) -> Vec<u8> {
         (at..at + len as u64).map(|n| (n * 7 + n / 251) as u8).collect()
     }
 
     #[test]
-    fn comes_out_as_it_went_in_whatever_the_pieces() {
+    fn bytes_come_out_unchanged_in_pieces_of_any_size() {
         let mut arena = Mapping::new(1 << 20).unwrap().arenas(1).remove(0);
-        // After every so many pieces the memory is taken.
+        // `reclaims`: the memory is taken back after this many pieces.
         for (piece, reclaims) in [(1, 97), (3, 10), (7, 0), (64, 5), (1000, 1), (100_000, 0)] {
             let (mut outbox, mut expected) = (Outbox::default(), Vec::new());
             let mut fill = |at: u64, len: usize| {

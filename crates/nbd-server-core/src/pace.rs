@@ -1,15 +1,15 @@
-//! [`Pace`]: whether a client acts fast enough on memory that others wait for.
+//! [`Pace`]: whether a client is fast enough while it holds memory that others wait for.
 
 use std::time::{Duration, Instant};
 
-/// How far a connection has got with what holds memory, in bytes.
+/// Progress of a connection that holds memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes that the client has taken since the connection began …
+    /// Bytes that the client has received since the connection began …
     pub sent: u64,
-    /// … and that it has to take.
+    /// … and bytes that it has still to receive.
     pub unsent: usize,
-    /// Bytes of payload that it has sent …
+    /// Bytes of payload that the client has sent …
     pub landed: u64,
     /// … and the length of the payload that it is sending.
     pub filling: usize,
@@ -19,46 +19,46 @@ pub struct Progress {
 #[derive(Debug)]
 pub(crate) struct Pace {
     since: Instant,
-    /// Bytes that it had taken or sent then.
+    /// Bytes that it had received or sent then.
     done: u64,
-    /// Bytes that it had to take or to send then.
+    /// Bytes that it had to receive or send then.
     due: usize,
 }
 
-/// How slow a client may be while others wait.
+/// The slowest pace that is allowed while others wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit {
-    /// It must be able to do all that is due within this time, at its pace …
+    /// At its pace, the client must be able to finish all due bytes within this time …
     pub(crate) all: Duration,
-    /// … of so long.
+    /// … measured over this window.
     pub(crate) window: Duration,
 }
 
 impl Limit {
-    /// For taking replies. One that is slower loses nothing: its replies are read again when it takes them. So that those who
-    /// wait need not wait long, this is not a long time.
+    /// For receiving replies. A slower client loses nothing: its replies are read again when it continues. So this is short, and
+    /// others wait only briefly.
     pub(crate) fn taking(stall_timeout: Duration) -> Self {
         Self { all: stall_timeout / 10, window: (stall_timeout / 200).max(Duration::from_millis(1)) }
     }
 
-    /// For taking replies, if others only have less memory than they could use: any progress is enough.
+    /// For receiving replies, if others only have less memory than they could use: any progress is enough.
     pub(crate) fn stopped(stall_timeout: Duration) -> Self {
         Self { all: Duration::MAX, window: stall_timeout / 10 }
     }
 
-    /// For sending payloads. One that is slower is cut off.
+    /// For sending payloads. A slower client is disconnected.
     pub(crate) fn sending(stall_timeout: Duration) -> Self {
         Self { all: stall_timeout, window: stall_timeout / 5 }
     }
 
-    /// How often to look.
+    /// Interval of the checks.
     pub(crate) fn interval(self) -> Duration {
         (self.window / 2).clamp(Duration::from_millis(1), Duration::from_secs(1))
     }
 }
 
 impl Pace {
-    /// Whether a client is too slow that has done `done` bytes so far, and has to do `due` more.
+    /// Whether a client is too slow that has done `done` bytes so far, and has `due` more to do.
     pub(crate) fn is_too_slow(pace: &mut Option<Self>, done: u64, due: usize, now: Instant, limit: Limit) -> bool {
         if due == 0 {
             *pace = None;
@@ -93,7 +93,7 @@ mod tests {
         assert!(!Pace::is_too_slow(&mut pace, 200, 800, at(2000), limit));
         assert!(Pace::is_too_slow(&mut pace, 300, 700, at(4000), limit), "140 were due");
         assert!(!Pace::is_too_slow(&mut pace, 300, 0, at(4100), limit), "nothing is due");
-        assert!(!Pace::is_too_slow(&mut pace, 300, 1, at(9000), limit), "it begins anew");
+        assert!(!Pace::is_too_slow(&mut pace, 300, 1, at(9000), limit), "the measurement begins again");
         assert!(Pace::is_too_slow(&mut pace, 300, 1, at(11_000), limit), "no byte at all");
     }
 }

@@ -1,4 +1,4 @@
-//! [`Peer`]: what is known of a client, before any rule looks at it.
+//! [`Peer`]: a client as the kernel and TLS describe it.
 
 use std::{
     fmt,
@@ -10,53 +10,54 @@ use nix::sys::socket::{
     AddressFamily, SockaddrLike, SockaddrStorage, getpeername, getsockopt, sockopt::PeerCredentials,
 };
 
-/// A client, as the kernel and TLS describe it. Nothing in here is the client's own word.
+/// A client, as the kernel and TLS describe it. The client itself cannot choose any of this.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
     /// Where it connects from.
     pub origin: Origin,
-    /// Who it is by TLS; `None` until it has proven that, which it may never do.
+    /// Its TLS identity; `None` if it has not proven one (yet).
     pub identity: Option<Identity>,
 }
 
 /// Where a client connects from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
-    /// Nothing is known, as of a pipe.
+    /// Unknown, as for a pipe.
     #[default]
     Unknown,
-    /// An address and port. An IPv4 address is one, whatever the listener calls it (`::ffff:a.b.c.d`).
+    /// Address and port. An IPv4-mapped IPv6 address (`::ffff:a.b.c.d`) is stored as IPv4.
     Tcp(SocketAddr),
-    /// A process of this machine, as it was when it connected.
+    /// A process on this machine, as it was when it connected.
     Unix {
-        /// Its effective user.
+        /// Effective user id.
         uid: u32,
-        /// Its effective group.
+        /// Effective group id.
         gid: u32,
-        /// Its number; somebody else's by now, perhaps.
+        /// Process id. The process may have ended, and another one may have the id now.
         pid: i32,
     },
-    /// A virtual machine, or the host of this one.
+    /// A virtual machine, or the host of this machine.
     Vsock {
-        /// Its context id: 2 is the host, 1 this machine itself.
+        /// Context id: 2 is the host, 1 is this machine itself.
         cid: u32,
-        /// Its port.
+        /// Port number.
         port: u32,
     },
 }
 
-/// Who a client has proven to be in its TLS handshake.
+/// The identity that a client has proven in its TLS handshake.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// The subject of its certificate as a string (RFC 4514), such as `CN=host,O=Example`.
     pub subject: Option<String>,
-    /// The subject's other names, each with its kind before it: `DNS:host.example`, `IP:192.0.2.7`, `EMAIL:a@b`, `URI:…`.
+    /// The subject alternative names of its certificate, with their kinds: `DNS:host.example`, `IP:192.0.2.7`, `EMAIL:a@b`,
+    /// `URI:…`.
     pub names: Vec<String>,
-    /// The user whose pre-shared key it has.
+    /// The user name of its pre-shared key.
     pub psk: Option<String>,
 }
 
-/// The party behind all connections from one place, as far as can be known.
+/// Groups connections that probably belong to one owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Party {
     Unknown,
@@ -66,7 +67,7 @@ pub(crate) enum Party {
 }
 
 impl Peer {
-    /// Of an IPv6 address only the network counts: a host may have as many addresses in there as it likes.
+    /// For IPv6, only the /64 network counts: a host may use any number of addresses in it.
     pub(crate) fn party(&self) -> Party {
         match self.origin {
             Origin::Unknown => Party::Unknown,
@@ -79,7 +80,7 @@ impl Peer {
         }
     }
 
-    /// What the kernel says of the other end of a connected socket; of anything else, nothing.
+    /// Returns the kernel's description of the peer of a connected socket; [`Origin::Unknown`] for anything else.
     pub fn of(socket: BorrowedFd<'_>) -> Self {
         use std::os::fd::AsRawFd;
         let origin = || -> nix::Result<Origin> {
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_names_the_other_end() {
+    fn the_kernel_identifies_the_peer() {
         let (a, _b) = UnixStream::pair().unwrap();
         let us = Origin::Unix { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: getpid().as_raw() };
         assert_eq!(Peer::of(a.as_fd()).origin, us);
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_party_is_all_that_comes_from_one_place() {
+    fn connections_from_one_place_are_one_party() {
         let party = |text: &str| Peer { origin: Origin::Tcp(text.parse().unwrap()), identity: None }.party();
         assert_eq!(party("192.0.2.1:1"), party("192.0.2.1:2"));
         assert_ne!(party("192.0.2.1:1"), party("192.0.2.2:1"));
@@ -158,7 +159,7 @@ mod tests {
 
     #[test]
     fn an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client() {
-        // A machine without IPv6 has no such clients.
+        // A machine without IPv6 cannot run this test.
         let Ok(listener) = TcpListener::bind("[::]:0") else { return };
         let client = TcpStream::connect(("127.0.0.1", listener.local_addr().unwrap().port())).unwrap();
         let (server, _) = listener.accept().unwrap();

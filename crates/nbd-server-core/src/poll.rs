@@ -1,4 +1,4 @@
-//! The little of epoll that the door and the workers need: edge-triggered, with tokens.
+//! [`Poll`]: the part of epoll(7) that the door and the workers need: edge-triggered events, with tokens.
 
 use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ pub(crate) struct Poll {
     events: Vec<EpollEvent>,
 }
 
-/// What is waited for. Errors are told in any case.
+/// The events to wait for. Errors are always reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Interest {
     Read,
@@ -34,13 +34,13 @@ impl Interest {
     }
 }
 
-/// Something happened to the descriptor with this token.
+/// An event of the descriptor with this token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Happened {
     pub(crate) token: u64,
-    /// There is something to read, an end of the stream or an error included.
+    /// There is something to read, or the end of the stream, or an error.
     pub(crate) readable: bool,
-    /// The peer has closed, or there was an error: after what there is to read comes the end, and no further event.
+    /// The peer has closed, or there was an error. After the data comes the end of the stream; no further event follows.
     pub(crate) ended: bool,
 }
 
@@ -50,22 +50,22 @@ impl Poll {
         Ok(Self { epoll: Arc::new(epoll), events: vec![EpollEvent::empty(); 256] })
     }
 
-    /// Tells each time that the descriptor becomes what `interest` says, not that it still is.
+    /// Adds a descriptor, edge-triggered: reports each change to the state in `interest`, not the state itself.
     pub(crate) fn add_edge(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(interest.flags(), token))?)
     }
 
-    /// Changes the interest, and tells what is already so.
+    /// Changes the interest, and reports states that are already so.
     pub(crate) fn set_edge(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
         Ok(self.epoll.modify(fd, &mut EpollEvent::new(interest.flags(), token))?)
     }
 
-    /// For other threads, to have descriptors waited for.
+    /// Returns a handle with which other threads can add descriptors.
     pub(crate) fn watch(&self) -> Watch {
         Watch(Arc::clone(&self.epoll))
     }
 
-    /// Reports as long as the descriptor is readable, or its peer has closed.
+    /// Adds a descriptor, level-triggered: reports as long as it is readable or its peer has closed.
     pub(crate) fn add_level(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, token))?)
     }
@@ -74,7 +74,7 @@ impl Poll {
         Ok(self.epoll.delete(fd)?)
     }
 
-    /// Waits for events, at most `timeout` (rounded up to milliseconds).
+    /// Waits for events, at most for `timeout`, rounded up to milliseconds.
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = Happened> + use<'_>> {
         let timeout = match timeout {
             None => EpollTimeout::NONE,
@@ -99,18 +99,18 @@ impl Poll {
     }
 }
 
-/// Another thread's way to have a [`Poll`] wait for more.
+/// Adds descriptors to a [`Poll`] from another thread.
 #[derive(Debug)]
 pub(crate) struct Watch(Arc<Epoll>);
 
 impl Watch {
-    /// Tells each time that the descriptor becomes readable.
+    /// Reports each time that the descriptor becomes readable.
     pub(crate) fn add_wake(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
         Ok(self.0.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token))?)
     }
 }
 
-/// An eventfd that one thread waits on and others ring.
+/// Returns an eventfd that one thread waits for and others ring.
 pub(crate) fn bell() -> io::Result<EventFd> {
     Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
 }

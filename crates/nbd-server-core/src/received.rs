@@ -1,24 +1,24 @@
-//! What passes between a [`Stream`](crate::stream::Stream) and its socket: what was [`Received`], and how bytes are pushed.
+//! The data that passes between a [`Stream`](crate::stream::Stream) and its socket: [`Received`] and [`push`].
 
 use std::{io, os::fd::BorrowedFd};
 
 use blkdev::socket::Gather;
 
-/// Staging that a stream needs at least, bytes.
+/// Smallest staging buffer of a stream, in bytes.
 pub(crate) const STAGING_MIN: usize = 64 << 10;
 
-/// What was received.
+/// The result of one receive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Received {
-    /// Bytes where the caller wanted them.
+    /// Bytes that went directly to the caller's buffer.
     pub(crate) landed: usize,
     /// Bytes at the front of the staging buffer.
     pub(crate) staged: usize,
-    /// There may be more, of which no event will tell.
+    /// There may be more, and no event will report it.
     pub(crate) more: bool,
 }
 
-/// Sends what the socket takes now, and returns how many bytes that was.
+/// Sends as many bytes as the socket takes now. Returns their number.
 pub(crate) fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     let mut sent = 0;
     while sent < bytes.len() {

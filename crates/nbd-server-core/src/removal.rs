@@ -1,18 +1,18 @@
-//! [`Removal`]: what becomes of the clients of an export that is removed.
+//! [`Removal`]: what happens to the clients of a removed export.
 
 use std::{fmt, io, str::FromStr};
 
-/// What becomes of the clients of an export that is removed, in qemu's words; as text `hide`, `soft`, `hard`. Nobody new
-/// finds it in any case.
+/// What happens to the clients of a removed export. The names are those of QEMU; as text `hide`, `soft`, `hard`. In any case, new
+/// clients cannot open the export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Removal {
-    /// They are served until they leave.
+    /// Present clients are served until they disconnect.
     #[default]
     Hide,
-    /// What they have asked for is carried out; whatever they ask from now on is answered with ESHUTDOWN, upon which a
-    /// client has to leave. Who has not after [`Limits::farewell`](crate::Limits::farewell) is cut off.
+    /// Requests that have begun are completed. Later ones get ESHUTDOWN, after which a client must disconnect. A client that has
+    /// not disconnected after [`Limits::farewell`](crate::Limits::farewell) is disconnected.
     Soft,
-    /// They are cut off at once. What the device has of theirs already it finishes.
+    /// Present clients are disconnected at once. The device completes the requests that it already has.
     Hard,
 }
 

@@ -1,4 +1,4 @@
-//! [`Roster`]: which exports there are and who serves them, changed as a whole while the server runs.
+//! [`Roster`]: the exports and the workers that serve them; changed atomically while the server runs.
 
 use std::{
     io,
@@ -18,35 +18,35 @@ use crate::{
     worker::Handle,
 };
 
-/// An export as it is now.
+/// The present state of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Its name.
+    /// The export's name.
     pub name: String,
-    /// Connections to it.
+    /// Number of connections to it.
     pub clients: usize,
-    /// How it was removed, when it still has clients, or its device still has something to finish.
+    /// How it was removed, if it still has clients, or its device has requests in flight.
     pub removal: Option<Removal>,
 }
 
-/// What a handshake sees: the exports, where each is served, and what protects them.
+/// The state that a handshake uses: the exports, where each is served, and the TLS configuration.
 #[derive(Debug)]
 pub(crate) struct View {
-    /// While a thread uses this, clients may come to these. They are dropped first: a thread that finds a device closed
-    /// must find the export gone.
+    /// Claims for clients that may arrive while a thread uses this view. Declared first, so that they are dropped first: a thread
+    /// that finds a device closed must find the export gone.
     seats: Vec<Ticket>,
     pub(crate) exports: Exports,
     pub(crate) tls: Option<Tls>,
 }
 
 impl View {
-    /// To where an export is served.
+    /// Returns a claim to the seat of an export.
     pub(crate) fn ticket(&self, position: usize) -> Ticket {
         self.seats[position].clone()
     }
 }
 
-/// The view that counts now. It is locked only to take or to replace it: a thread that uses a view keeps it.
+/// The present view. The lock is held only to take or replace it: a thread keeps the view that it has taken.
 #[derive(Debug)]
 pub(crate) struct Views {
     current: Mutex<Arc<View>>,
@@ -60,7 +60,7 @@ impl Views {
     }
 }
 
-/// A view in use by a thread.
+/// A view that a thread has taken.
 pub(crate) struct Look<'a> {
     view: Option<Arc<View>>,
     views: &'a Views,
@@ -70,13 +70,13 @@ impl Deref for Look<'_> {
     type Target = View;
 
     fn deref(&self) -> &View {
-        self.view.as_ref().expect("there until it is dropped")
+        self.view.as_ref().expect("present until dropped")
     }
 }
 
 impl Drop for Look<'_> {
     fn drop(&mut self) {
-        // It was replaced meanwhile. Closing a device can take its time, which is not that of other clients.
+        // The view was replaced in the meantime. Closing a device can take long, and other clients must not wait for it.
         if let Some(view) = self.view.take().and_then(Arc::into_inner)
             && !view.seats.is_empty()
             && let Ok(thread) = thread::Builder::new().name("closing".into()).spawn(move || drop(view))
@@ -86,8 +86,8 @@ impl Drop for Look<'_> {
     }
 }
 
-/// The exports of a running server. Changes are made one at a time, by whoever asks for them, and either wholly or not at
-/// all: handshakes and workers only hear of those that have succeeded.
+/// The exports of a running server. Changes happen one at a time, on the caller's thread, and are atomic: handshakes and workers
+/// see only changes that have succeeded.
 #[derive(Debug)]
 pub(crate) struct Roster {
     views: Arc<Views>,
@@ -98,7 +98,7 @@ pub(crate) struct Roster {
 
 #[derive(Debug)]
 struct State {
-    /// By number. A number is free when its seat does not exist any more.
+    /// Indexed by number. A number is free when its seat no longer exists.
     lanes: Vec<Weak<Seat>>,
     /// Removed, and perhaps still in use.
     leaving: Vec<Leaving>,
@@ -114,15 +114,15 @@ struct Leaving {
     seat: Weak<Seat>,
 }
 
-/// Channels to a device that are open, but not told to the workers yet.
+/// Open channels to a device that the workers do not have yet.
 struct Opened {
     seat: Arc<Seat>,
-    /// With the workers that shall have them.
+    /// Each with the number of the worker that will get it.
     channels: Vec<(usize, Channel)>,
 }
 
 impl Roster {
-    /// `exports`: none yet. `closers` receives the threads that close a device.
+    /// `exports`: an empty list. `closers` receives the threads that close a device.
     pub(crate) fn new(
         workers: Arc<[Handle]>,
         plan: Plan,
@@ -135,7 +135,7 @@ impl Roster {
         Self { views: Arc::new(views), workers, plan, state: Mutex::new(state) }
     }
 
-    /// For the door.
+    /// The views, for the door.
     pub(crate) fn views(&self) -> Arc<Views> {
         Arc::clone(&self.views)
     }
@@ -193,7 +193,7 @@ impl Roster {
         let exports = before.exports.with(list)?;
         let mut old: Vec<_> =
             before.exports.list().iter().zip(before.seats.iter().map(|ticket| Arc::clone(ticket.seat()))).collect();
-        // Nothing is told to anybody before all that can fail has succeeded.
+        // Do everything that can fail first; publish the change last.
         let (mut seats, mut opened) = (Vec::new(), Vec::new());
         for new in exports.list() {
             let kept = old.iter().position(|(e, _)| e.name == new.name && Arc::ptr_eq(&e.device, &new.device));
@@ -215,7 +215,7 @@ impl Roster {
             }
         }
         let seats = seats.iter().map(Ticket::new).collect();
-        // `before` lives on, so no device is closed under the lock that the door takes.
+        // `before` is still alive, so no device is closed under the lock that the door takes.
         *lock(&self.views.current) = Arc::new(View { exports, tls, seats });
         for (export, seat) in old {
             let (name, removal) = (export.name.clone(), removal(&export.name));
@@ -230,10 +230,10 @@ impl Roster {
         let lane = state.lanes.iter().position(|seat| seat.upgrade().is_none()).unwrap_or(state.lanes.len());
         let living: Vec<usize> = (0..self.workers.len()).filter(|n| self.workers[*n].is_alive()).collect();
         if living.is_empty() {
-            return Err(io::Error::other("no worker of this server is alive to serve it: start the server anew"));
+            return Err(io::Error::other("all workers of this server have failed: restart the server"));
         }
         let count = living.len().min(device.info().queues_max.into());
-        // Devices with few queues are spread over the workers.
+        // Devices with few queues are distributed over the workers.
         let workers: Vec<usize> = (0..count).map(|n| living[(lane + n) % living.len()]).collect();
         let channels: Vec<_> = workers.iter().copied().zip(self.plan.open(device, count)?).collect();
         for (worker, channel) in &channels {
@@ -266,7 +266,7 @@ impl Roster {
         present.chain(leaving).collect()
     }
 
-    /// Waits until every device that is being closed is. The workers have ended.
+    /// Waits until all devices are closed that are being closed. Call it when the workers have ended.
     pub(crate) fn await_closed(&self) {
         let mut state = lock(&self.state);
         state.tidy();
@@ -275,7 +275,7 @@ impl Roster {
 }
 
 impl State {
-    /// Forgets what is over.
+    /// Removes entries that are over.
     fn tidy(&mut self) {
         self.leaving.retain(|leaving| leaving.seat.upgrade().is_some());
         self.closing.extend(self.closers.try_iter());

@@ -1,4 +1,4 @@
-//! [`Seat`] and [`Ticket`]: where a device is served, and the claims of clients that are still to come.
+//! [`Seat`] and [`Ticket`]: where a device is served, and the claims of clients that have not arrived yet.
 
 use std::{
     ops::Deref,
@@ -11,13 +11,13 @@ use std::{
 /// Where a device is served. It exists as long as a client may be sent there.
 #[derive(Debug)]
 pub(crate) struct Seat {
-    /// Its number with the workers, which is not used again while this exists.
+    /// Its lane number in the workers. The number is not reused while the seat exists.
     pub(crate) lane: usize,
     /// The workers that serve it.
     pub(crate) workers: Vec<usize>,
-    /// Connections to it.
+    /// Number of connections to it.
     pub(crate) clients: AtomicUsize,
-    /// Tickets for it, and views that have it.
+    /// Number of tickets, and of views that contain it.
     coming: AtomicUsize,
 }
 
@@ -26,14 +26,14 @@ impl Seat {
         Arc::new(Self { lane, workers, clients: AtomicUsize::new(0), coming: AtomicUsize::new(0) })
     }
 
-    /// Whether a client has been let in that no worker has yet, or a thread still uses a view in which one may be. Once
-    /// no handshake finds the export any more, no new client is.
+    /// Whether an admitted client is still on its way to a worker, or a thread still uses a view from which it could admit one.
+    /// Once no handshake finds the export any more, no new client can arrive.
     pub(crate) fn is_awaited(&self) -> bool {
         self.coming.load(Ordering::Relaxed) > 0
     }
 }
 
-/// A claim to a seat: a client's, from its admission until a worker has it, and a view's.
+/// A claim to a seat. A client holds it from its admission until a worker has the client; a view holds one as well.
 #[derive(Debug)]
 pub(crate) struct Ticket(Arc<Seat>);
 

@@ -1,4 +1,4 @@
-//! [`Server`]: opens the queues, starts the threads, and ends them.
+//! [`Server`]: opens the queues, starts and stops the threads.
 
 use std::{
     io,
@@ -28,10 +28,10 @@ use crate::{
     worker::{self, Handle},
 };
 
-/// The part of [`Limits::memory`] that comes on top of it for small requests: an eighth.
+/// The reserve for small requests, in addition to [`Limits::memory`]: an eighth of it.
 const RESERVE: usize = 8;
 
-/// A running server. Dropped, it stops.
+/// A running server. Dropping it stops it.
 #[derive(Debug)]
 pub struct Server {
     stop: Arc<AtomicBool>,
@@ -43,15 +43,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the queues of all exports, starts the threads and serves. The first export is the default one.
-    /// `tls`: what it offers beside plain text, or instead of it.
+    /// Opens the queues of all exports, starts the threads and serves. The first export is the default one. With `tls`, the
+    /// server offers TLS in addition to plain text, or requires it ([`Tls::required`]).
     ///
     /// # Errors
-    /// Bad names or limits, or what a device or the kernel said. Nothing was accepted then.
+    /// Invalid names or limits, or an error of a device or the kernel. No connection has been accepted then.
     pub fn start(exports: Vec<Export>, listeners: Vec<Listener>, tls: Option<Tls>, limits: Limits) -> io::Result<Self> {
         if limits.memory < 1 << 20 || limits.workers == 0 {
-            let text =
-                format!("{} workers with {} bytes: at least one, and 1 MiB, are needed", limits.workers, limits.memory);
+            let text = format!(
+                "{} workers with {} bytes of memory: needs at least 1 worker and 1 MiB",
+                limits.workers, limits.memory
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let payload_max = PAYLOAD_MAX.min(u32::try_from(limits.memory).unwrap_or(u32::MAX));
@@ -80,7 +82,7 @@ impl Server {
             Exports::none(payload_max, limits.connections > 1),
             (sender, closers),
         );
-        // From here on dropping `server` ends what was started.
+        // From here on, dropping `server` stops the threads.
         let mut server = Self {
             stop: Arc::clone(&stop),
             bell: Arc::clone(&bell),
@@ -99,30 +101,29 @@ impl Server {
         Ok(server)
     }
 
-    /// Serves one more export. Its device's queues are opened on this thread.
+    /// Adds an export. Opens the queues of its device on this thread.
     ///
     /// # Errors
-    /// A name that is taken or cannot be, what the device or the kernel said, or that all workers have failed. Nothing has
-    /// changed then.
+    /// An invalid or duplicate name, an error of the device or the kernel, or all workers have failed. Nothing has changed then.
     pub fn add(&self, export: Export) -> io::Result<()> {
         self.roster.add(export)
     }
 
-    /// Stops serving an export, and has `removal` done to its clients. When the last of them has gone its device is closed.
-    /// For an export that was removed already, and still has clients, a stronger removal takes the place of the first.
+    /// Removes an export; `removal` decides what happens to its clients. The device is closed when the last of them has
+    /// disconnected. For an export that was already removed but still has clients, a stronger removal replaces the earlier one.
     ///
     /// # Errors
-    /// There is no such export.
+    /// [`NotFound`](io::ErrorKind::NotFound): there is no such export.
     pub fn remove(&self, name: &str, removal: Removal) -> io::Result<()> {
         self.roster.remove(name, removal)
     }
 
-    /// Serves these exports instead, under this TLS, all at once: no client sees a part of the change. The first is the
-    /// default one. Connections that are under way keep the TLS that they have.
+    /// Replaces all exports and the TLS configuration at once: no client sees a part of the change. The first export is the
+    /// default one. Established connections keep the TLS that they have.
     ///
-    /// An export of the same name and the same device (by its pointer) stays where it is, whatever else has changed about
-    /// it; its clients keep what they were told. Any other is new. Those that are not there any more, or have another
-    /// device, are removed as `removal` says for each name.
+    /// An export with the same name and the same device (compared by pointer) stays in place, even if its other properties
+    /// change; its clients keep the properties that the handshake reported. Any other export is new. Exports that are missing
+    /// from the list, or have another device, are removed as `removal` returns for each name.
     ///
     /// # Errors
     /// As [`add`](Self::add). Nothing has changed then.
@@ -130,22 +131,22 @@ impl Server {
         self.roster.replace(exports, tls, &removal)
     }
 
-    /// All exports, the default one first, then those that were removed and still have clients.
+    /// All exports, the default one first, then removed exports that still have clients.
     pub fn exports(&self) -> Vec<Status> {
         self.roster.status()
     }
 
-    /// Blocks until the server has failed: see [`End::wait`]. It is still to be dropped then.
+    /// Blocks until the server fails: see [`End::wait`]. A failed server must still be dropped.
     pub fn wait(&self) -> io::Error {
         io::Error::other(self.end.wait().unwrap_or_else(|| "the server was stopped".into()))
     }
 
-    /// The way to wait for its end without the server itself, as on another thread.
+    /// Returns a handle with which another thread can wait for the end of the server.
     pub fn end(&self) -> End {
         self.end.clone()
     }
 
-    /// Stops listening, cuts the connections, lets the devices finish what they have, in bounded time.
+    /// Stops listening, closes all connections, and lets the devices complete their requests, in bounded time.
     pub fn stop(self) {}
 }
 

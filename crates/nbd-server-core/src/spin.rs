@@ -1,45 +1,45 @@
-//! [`Spin`]: whether a worker without anything to do looks again for a moment before it sleeps.
+//! [`Spin`]: whether an idle worker busy-polls for a moment before it sleeps.
 //!
-//! To wake a sleeping processor takes longer than to answer a small request, and costs more. So a device that answers soon
-//! is waited for awake, and so is a client that has few requests at a time, and the next one soon after each reply. Which
-//! they are is found out as hypervisors do for halted processors: a sleep that turns out to have been short makes the next
-//! look longer, one that was long makes it shorter, down to none.
+//! Waking a sleeping CPU costs more than answering a small request. So a worker busy-polls if a device answers soon, or if a
+//! client sends few requests at a time, each soon after the last reply. The window adapts, as in KVM's halt polling: a sleep that
+//! turns out to have been short makes the next window longer, and a long one makes it shorter, down to none.
 
 use std::time::Duration;
 
 use crate::decaying_max::DecayingMax;
 
-/// How long to look, for one worker.
+/// The polling window of one worker.
 #[derive(Debug)]
 pub(crate) struct Spin {
     max: Duration,
-    /// For now. Zero: not at all.
+    /// The present window. Zero: no busy-polling.
     time: Duration,
-    /// The most requests at a time of late.
+    /// The largest recent number of requests in one turn.
     recent: DecayingMax,
 }
 
-/// With more requests at a time those of clients gather during a sleep, and what that saves is more than what waking up
-/// costs. What a device has finished gathers as well while it is looked at.
+/// With more requests at a time, requests from clients gather during a sleep, which saves more than the wake-up costs.
+/// Completions of a device gather even while the worker busy-polls.
 const SHALLOW: DecayingMax = DecayingMax::of(4);
-/// A device that has more requests than that finishes one of them soon, or is slow.
+/// A device with more requests than that either completes one of them soon, or is slow.
 const SOON: Duration = Duration::from_micros(20);
-/// A shorter look finds nothing.
+/// A shorter window finds nothing.
 const MIN: Duration = Duration::from_micros(10);
 
 impl Spin {
-    /// Never longer than `max`.
+    /// The window never exceeds `max`.
     pub(crate) fn new(max: Duration) -> Self {
         Self { max, time: Duration::ZERO, recent: DecayingMax::default() }
     }
 
-    /// Counts the requests of a turn: those that were under way at once.
+    /// Counts the requests of a turn: the number that were in flight at the same time.
     #[inline]
     pub(crate) fn count(&mut self, requests: usize) {
         self.recent.count(u32::try_from(requests).unwrap_or(u32::MAX));
     }
 
-    /// How long to look after there was last something to do, for what a device has finished or for clients alone.
+    /// The window, measured from the last work. `awaits_device`: a device has requests in flight; otherwise only clients can wake
+    /// the worker.
     #[inline]
     pub(crate) fn time(&self, awaits_device: bool) -> Duration {
         match awaits_device {
@@ -49,7 +49,7 @@ impl Spin {
         }
     }
 
-    /// Learns that there was nothing to do for so long, with a sleep at its end.
+    /// Reports an idle period that ended with a sleep, and its total length.
     #[inline]
     pub(crate) fn slept(&mut self, idle: Duration) {
         self.time = if idle > self.max {
@@ -67,7 +67,7 @@ mod tests {
     const MAX: Duration = Duration::from_micros(100);
 
     #[test]
-    fn looks_longer_after_short_sleeps_and_not_at_all_after_long_ones() {
+    fn polls_longer_after_short_sleeps_and_not_at_all_after_long_ones() {
         let mut spin = Spin::new(MAX);
         spin.count(1);
         assert_eq!(spin.time(false), Duration::ZERO, "nothing is known");
@@ -80,19 +80,19 @@ mod tests {
     }
 
     #[test]
-    fn leaves_many_requests_of_clients_to_gather() {
+    fn does_not_poll_while_many_client_requests_gather() {
         let mut spin = Spin::new(MAX);
         (0..5).for_each(|_| spin.slept(MAX));
         spin.count(5);
         assert_eq!((spin.time(false), spin.time(true)), (Duration::ZERO, SOON), "but for devices");
         (0..1000).for_each(|_| spin.count(1));
-        assert_eq!(spin.time(false), MAX, "that is long ago");
+        assert_eq!(spin.time(false), MAX, "the large count was long ago");
         spin.count(usize::MAX);
         assert_eq!(spin.time(false), Duration::ZERO);
     }
 
     #[test]
-    fn never_looks_when_it_may_not() {
+    fn never_polls_when_disabled() {
         let mut spin = Spin::new(Duration::ZERO);
         spin.slept(Duration::ZERO);
         spin.slept(Duration::from_nanos(1));

@@ -1,4 +1,4 @@
-//! [`Stream`]: a connection's bytes, in plain text or under TLS.
+//! [`Stream`]: a connection's bytes, as plain text or under TLS.
 
 use std::{
     fmt, io,
@@ -14,44 +14,44 @@ use crate::{
     tls::{Secure, Shaking},
 };
 
-/// Bytes not worth a system call so that we are woken but once for them.
+/// For so few bytes, setting a low-water mark is not worth the system call.
 const FEW: usize = 32 << 10;
-/// Bytes to be woken at, at most. Together with what comes until then they should fit into the staging buffer.
+/// Highest low-water mark, in bytes. With the data that arrives until the receive, it should fit into the staging buffer.
 const MANY: usize = 192 << 10;
 
-/// A connected socket, and what its bytes go through.
+/// A connected socket, with its TLS state.
 pub(crate) struct Stream {
     socket: OwnedFd,
     /// `None`: plain text.
     tls: Option<Box<Secure>>,
-    /// Bytes that the socket wakes us at.
+    /// The low-water mark of the socket (SO_RCVLOWAT), in bytes.
     wakes_at: usize,
 }
 
 impl Stream {
-    /// Goes under TLS, whose handshake on this socket is over; tells who the client is.
+    /// Switches to TLS when the handshake on this socket is over. Returns the client's identity.
     ///
     /// # Errors
-    /// The handshake's result cannot be used: close the connection.
+    /// The result of the handshake is unusable: close the connection.
     pub(crate) fn protect(&mut self, shaking: Shaking) -> io::Result<Option<Identity>> {
         let (secure, identity) = shaking.agree()?;
         self.tls = Some(Box::new(secure));
         Ok(identity)
     }
 
-    /// Lets the kernel do what it can of TLS, now that the handshake is over.
+    /// Moves TLS into the kernel as far as possible, when the NBD handshake is over.
     ///
     /// # Errors
-    /// Half of it was done: close the connection.
+    /// The kernel failed half-way: close the connection.
     pub(crate) fn offload(&mut self) -> io::Result<()> {
         self.tls.as_mut().map_or(Ok(()), |tls| tls.offload(self.socket.as_fd()))
     }
 
-    /// Receives what is there now: into `landing` as far as that is possible without a copy, and the rest into `staging`,
-    /// which may be overwritten as a whole. `None`: the peer has closed.
+    /// Receives the available data: into `landing` as far as that works without a copy, the rest into `staging`, which may be
+    /// overwritten as a whole. `None`: the peer has closed.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing is there; otherwise the connection is broken.
+    /// `WouldBlock` if nothing is available; otherwise the connection is broken.
     pub(crate) fn receive(
         &mut self,
         landing: Option<(&mut Buf, usize)>,
@@ -64,18 +64,18 @@ impl Stream {
         let room = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
         let got = socket::receive(socket, landing, staging)?;
         let landed = got.min(room);
-        // Less than there was room for: the socket is empty, and the next bytes will be an event of their own.
+        // Less than the buffers hold: the socket is empty, and the next bytes cause a new event.
         let more = got == room + staging.len();
         Ok((got > 0).then_some(Received { landed, staged: got - landed, more }))
     }
 
-    /// Tells that the socket is empty, and that the client is sure to send so many bytes more, since they are the rest of a
-    /// payload: if they are many, nobody need be woken for each packet of them.
+    /// Call it when the socket is empty, and the client must still send `due` bytes of a payload. If `due` is large, the
+    /// low-water mark is raised, so that not every packet wakes the worker.
     pub(crate) fn expect(&mut self, due: usize) {
         let due = match &self.tls {
             None => due,
             Some(tls) if tls.kernel().receives => 0,
-            // A record is longer than what is in it; but of one the beginning may be here.
+            // Records are longer than their content. But the beginning of one may have arrived already.
             Some(tls) => due.saturating_sub(tls.part()),
         };
         let at = if due < FEW { 1 } else { due.min(MANY) };
@@ -85,8 +85,8 @@ impl Stream {
         }
     }
 
-    /// Sends until all is out (`true`) or the socket is full (`false`); then something may be on its way although `outbox`
-    /// is empty. `staging` may be overwritten.
+    /// Sends until all is sent (`true`) or the socket is full (`false`). In the second case, sealed data may be left even if
+    /// `outbox` is empty. `staging` may be overwritten.
     ///
     /// # Errors
     /// The connection is broken.
@@ -97,7 +97,7 @@ impl Stream {
         }
     }
 
-    /// The same for bytes, which are taken off the front.
+    /// As [`send`](Self::send), for bytes, which are removed from the front.
     pub(crate) fn send_bytes(&mut self, bytes: &mut Vec<u8>, staging: &mut [u8]) -> io::Result<bool> {
         match &mut self.tls {
             None => {
@@ -114,14 +114,14 @@ impl Stream {
         }
     }
 
-    /// Returns what a burst has left of capacity.
+    /// Frees spare capacity after a burst.
     pub(crate) fn shrink(&mut self) {
         if let Some(tls) = &mut self.tls {
             tls.shrink();
         }
     }
 
-    /// Takes leave, where there is a form for that. `staging` may be overwritten.
+    /// Sends the TLS closure alert, if there is TLS. `staging` may be overwritten.
     pub(crate) fn close(&mut self, staging: &mut [u8]) {
         if let Some(tls) = &mut self.tls {
             tls.close(self.socket.as_fd(), staging);
@@ -162,7 +162,7 @@ mod tests {
     use crate::poll::{Interest, Poll};
 
     #[test]
-    fn wakes_when_what_is_due_has_come_or_the_peer_has_gone() {
+    fn wakes_when_the_due_bytes_have_arrived_or_the_peer_has_closed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut stream = Stream::from(OwnedFd::from(listener.accept().unwrap().0));

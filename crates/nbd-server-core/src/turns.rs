@@ -1,11 +1,10 @@
-//! [`Turns`]: which connection has the next turn, and what it may take then. This is the whole policy of a worker; it knows no
-//! socket and no clock, so the seeded simulation runs it as it is.
+//! [`Turns`]: decides which connection has the next turn, and what it may take. This is the whole policy of a worker. It has no socket and no clock, so the seeded simulation runs it unchanged.
 //!
-//! In a round the connections that wait for memory come first, in the order of their [`Lines`]. Then those that have something
-//! to do come in the order in which they asked, until they have taken as much memory as fits the cache.
+//! In a round, connections that wait for memory come first, in the order of their [`Lines`]. Then come those that have something
+//! to do, in the order of their requests, until they have taken as much memory as fits the cache.
 //!
-//! While a connection waits for memory, the pace of those that hold some is measured. Replies that are not taken lose their
-//! memory; a connection that does not send the payload of its WRITE is to be cut off.
+//! While a connection waits for memory, the pace of those that hold memory is measured. Replies that a client does not read lose
+//! their memory. A connection that does not send the payload of its WRITE must be disconnected.
 
 use std::{
     collections::VecDeque,
@@ -18,39 +17,39 @@ use crate::{
     session::{Session, TURN},
 };
 
-/// What [`Turns`] asks of the owner of the connections.
+/// The interface of [`Turns`] to the owner of the connections.
 pub trait Connections {
-    /// A connection has its turn. Returns whether there is something to take.
+    /// Called when a connection has its turn. Returns whether it has something to take.
     fn is_ready(&mut self, number: u32) -> bool;
 
-    /// A connection takes what it has received, as far as `grant` allows. `None`: it has ended.
+    /// Makes a connection take what it has received, as far as `grant` allows. `None`: it has ended.
     fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed>;
 
-    /// Memory of a lane's channel that is free, in bytes.
+    /// Free memory of a lane's channel, in bytes.
     fn memory_unused(&self, lane: usize) -> usize;
 
-    /// How far a connection has got.
+    /// The progress of a connection.
     fn progress(&mut self, number: u32) -> Progress;
 
-    /// The replies of a connection are to give up their memory.
+    /// Frees the memory of a connection's unsent replies.
     fn reclaim(&mut self, number: u32);
 }
 
-/// What has become of a connection that was fed.
+/// The state of a connection after it was fed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fed {
-    /// The memory that it waits for.
+    /// The part of memory that it waits for.
     pub wants: Option<Part>,
-    /// It waits until it has less memory itself.
+    /// It waits until it holds less memory itself.
     pub held_back: bool,
-    /// Its requests in flight.
+    /// Its requests in flight, a number.
     pub in_flight: usize,
-    /// What it has taken of the round: bytes of memory, where the device has answered by the end of the round.
+    /// Its share of this round: bytes of memory, if the device answers by the end of the round.
     pub taken: usize,
 }
 
 impl Fed {
-    /// The state of a session that has `taken` so much.
+    /// The state of a session that has taken `taken` bytes.
     #[inline]
     pub fn of(session: &Session, taken: usize) -> Self {
         let held_back = session.is_held_back();
@@ -63,38 +62,38 @@ impl Fed {
 pub struct Turns {
     /// Connections with something to do.
     queue: VecDeque<u32>,
-    /// By number.
+    /// Indexed by number.
     members: Vec<Option<Member>>,
-    /// By number.
+    /// Indexed by number.
     lanes: Vec<Option<Lane>>,
 }
 
 #[derive(Debug)]
 struct Member {
     lane: usize,
-    /// In `queue`.
+    /// It is in `queue`.
     queued: bool,
-    /// Counted as one with requests in flight.
+    /// It is counted as one with requests in flight.
     busy: bool,
-    /// Counted as one that waits until it has less memory.
+    /// It is counted as one that waits until it holds less memory.
     held_back: bool,
-    /// How fast it takes replies, and sends payload, whose memory others wait for.
+    /// Its pace in reading replies, and in sending payload, while others wait for the memory.
     taking: Option<Pace>,
     sending: Option<Pace>,
 }
 
-/// A channel's share of the policy.
+/// The policy's state for one channel.
 #[derive(Debug)]
 struct Lane {
     lines: Lines,
-    /// Memory that was free when it did not suffice for those at the front.
+    /// Free memory that was not enough for the connections at the front.
     too_little: usize,
-    /// Connections that wait until they have less memory.
+    /// Number of connections that wait until they hold less memory.
     held_back: usize,
 }
 
 impl Turns {
-    /// A channel is served from now on whose queue takes `depth` requests.
+    /// Adds a channel, whose queue takes `depth` requests.
     pub fn open(&mut self, lane: usize, depth: usize) {
         if self.lanes.len() <= lane {
             self.lanes.resize_with(lane + 1, || None);
@@ -102,12 +101,12 @@ impl Turns {
         self.lanes[lane] = Some(Lane { lines: Lines::new(depth), too_little: 0, held_back: 0 });
     }
 
-    /// A channel without connections is not served any more.
+    /// Removes a channel that has no connections.
     pub fn close(&mut self, lane: usize) {
         self.lanes[lane] = None;
     }
 
-    /// A connection to an open lane begins.
+    /// Adds a connection to an open lane.
     pub fn enter(&mut self, number: u32, lane: usize) {
         let index = number as usize;
         if self.members.len() <= index {
@@ -117,7 +116,7 @@ impl Turns {
             Some(Member { lane, queued: false, busy: false, held_back: false, taking: None, sending: None });
     }
 
-    /// A connection has ended.
+    /// Removes a connection that has ended.
     pub fn leave(&mut self, number: u32) {
         let Some(member) = self.members[number as usize].take() else { return };
         if let Some(lane) = &mut self.lanes[member.lane] {
@@ -127,7 +126,7 @@ impl Turns {
         }
     }
 
-    /// A connection has something to do: it gets a turn.
+    /// Gives a turn to a connection that has something to do.
     #[inline]
     pub fn enqueue(&mut self, number: u32) {
         if let Some(member) = &mut self.members[number as usize]
@@ -144,7 +143,7 @@ impl Turns {
         self.queue.is_empty()
     }
 
-    /// A connection has so many requests in flight now.
+    /// Updates a connection's number of requests in flight.
     #[inline]
     pub fn count(&mut self, number: u32, in_flight: usize) {
         let Some(member) = &mut self.members[number as usize] else { return };
@@ -157,13 +156,13 @@ impl Turns {
         }
     }
 
-    /// How soon a [round](Self::round) or a [sweep](Self::sweep) can help connections that wait for memory, whatever the others
-    /// do. `unused` counts the memory of the lane's channel that is free. `None`: none waits.
+    /// How soon a [round](Self::round) or a [sweep](Self::sweep) can help connections that wait for memory, even if nothing else
+    /// happens. `unused` returns the free memory of the lane's channel. `None`: none waits.
     #[inline]
     pub fn due(&self, lane: usize, unused: impl FnOnce() -> usize, stall_timeout: Duration) -> Option<Duration> {
         let Lane { lines, too_little, held_back } = self.lanes[lane].as_ref()?;
         if !lines.is_empty() {
-            // Replies that have left freed memory after the waiting connections had their turn.
+            // Replies that were sent have freed memory since the waiting connections had their turn.
             let at_once = unused() > *too_little;
             Some(if at_once { Duration::ZERO } else { Self::interval(stall_timeout) })
         } else {
@@ -171,19 +170,19 @@ impl Turns {
         }
     }
 
-    /// The place of a lane's waiting connections, for those who check it.
+    /// The lines of a lane's waiting connections, for tests.
     pub fn lines(&self, lane: usize) -> Option<&Lines> {
         self.lanes[lane].as_ref().map(|lane| &lane.lines)
     }
 
-    /// Connections take what they have received, in turn.
+    /// Feeds connections with what they have received, in turn.
     pub fn round(&mut self, connections: &mut impl Connections) {
         self.feed_waiting(connections);
         let mut room = TURN;
         while room > 0
             && let Some(number) = self.queue.pop_front()
         {
-            // What is left of one that has gone, or of one that had this number before.
+            // The entry may belong to a connection that has ended, or to an earlier one with the same number.
             let Some(member) = self.members[number as usize].as_mut().filter(|member| member.queued) else { continue };
             member.queued = false;
             if connections.is_ready(number)
@@ -194,12 +193,12 @@ impl Turns {
         }
     }
 
-    /// Connections that wait for memory go on, in order, as far as there is some now.
+    /// Feeds connections that wait for memory, in order, as far as memory is free.
     fn feed_waiting(&mut self, connections: &mut impl Connections) {
         for lane in 0..self.lanes.len() {
             let mut short = false;
             for part in [Part::Reserve, Part::Common] {
-                // Each of them once, at most: those at the end of the line again have had their turn.
+                // Each of them once, at most: one that is at the end of the line again has had its turn.
                 let mut last = None;
                 while let Some(number) = self.lanes[lane].as_ref().and_then(|lane| lane.lines.first(part)) {
                     if last == Some(number) {
@@ -207,7 +206,7 @@ impl Turns {
                     }
                     let alive = self.feed(number, connections).is_some();
                     if alive && self.lanes[lane].as_ref().is_some_and(|lane| lane.lines.first(part) == Some(number)) {
-                        // There is nothing for it, or it is alone and has got what there was.
+                        // Nothing is free for it, or it is alone and has got all that was free.
                         short = true;
                         break;
                     }
@@ -220,7 +219,7 @@ impl Turns {
         }
     }
 
-    /// A connection has its turn, and gets its place in line after that. `None`: it has ended.
+    /// Gives a connection its turn, and then its place in line. `None`: it has ended.
     #[inline]
     fn feed(&mut self, number: u32, connections: &mut impl Connections) -> Option<Fed> {
         let lane = self.members[number as usize].as_ref()?.lane;
@@ -237,12 +236,12 @@ impl Turns {
         Some(fed)
     }
 
-    /// How often to [sweep](Self::sweep).
+    /// Interval of calls to [`sweep`](Self::sweep).
     pub fn interval(stall_timeout: Duration) -> Duration {
         Limit::taking(stall_timeout).interval()
     }
 
-    /// Takes memory that others wait for from connections that are too slow. Returns those that are to be cut off; see
+    /// Reclaims memory that others wait for from connections that are too slow. Returns those that must be disconnected; see
     /// [`Limits::stall_timeout`](crate::Limits::stall_timeout).
     pub fn sweep(&mut self, now: Instant, stall_timeout: Duration, connections: &mut impl Connections) -> Vec<u32> {
         let mut slow = Vec::new();
@@ -250,7 +249,7 @@ impl Turns {
             let Some(member) = &mut self.members[number as usize] else { continue };
             let Some(lane) = &self.lanes[member.lane] else { continue };
             let awaited = !lane.lines.is_empty();
-            // One that is held back goes on, if slowly: for its sake only connections that do nothing lose memory.
+            // A connection that is held back still makes progress. So only connections that do nothing at all lose memory for it.
             let (taking, sending) = match awaited {
                 true => (Limit::taking(stall_timeout), Some(Limit::sending(stall_timeout))),
                 false if lane.held_back > usize::from(member.held_back) => (Limit::stopped(stall_timeout), None),

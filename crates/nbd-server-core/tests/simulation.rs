@@ -1,10 +1,10 @@
-//! A whole server without sockets and without a clock: clients, sessions, the policy of a worker ([`Turns`]), channels and
-//! a disorderly device, all driven by a seed and held against a model.
+//! Simulates a whole server without sockets and without a clock: clients, sessions, the policy of a worker ([`Turns`]), channels,
+//! and a device that completes requests out of order. A seed drives everything, and a model checks it.
 //!
-//! Each seed makes another device (block sizes, limits, capabilities), another mode of the protocol, another set of faults
-//! and several clients at once, whose bytes arrive and leave in pieces of any size; some clients vanish in the middle of a
-//! word. What must hold in every one of them: each request of a living client is answered exactly once and rightly, what was
-//! acknowledged is there, no buffer is lost, the worker sleeps while nothing happens, and all of it ends.
+//! Each seed makes another device (block sizes, limits, capabilities), another protocol mode, another set of faults, and several
+//! clients at once. Their bytes arrive and leave in pieces of any size; some clients vanish in the middle of a request. In every
+//! run, each request of a living client gets exactly one reply, which is correct; acknowledged data is there; no buffer is lost;
+//! the worker sleeps while nothing happens; and everything ends.
 
 use std::{
     collections::HashMap,
@@ -44,13 +44,13 @@ fn dying_devices() {
     run_seeds(20_000..21_000, |rng, faults| faults.death = Some(rng.below(200)));
 }
 
-/// Some requests are never completed: they end all the same, and so does everything that waits behind them.
+/// Some requests are never completed by the device. They must end all the same, and so must all requests behind them.
 #[test]
 fn silent_devices() {
     run_seeds(30_000..31_000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
 }
 
-/// A driver that panics costs its clients errors, and no more.
+/// A driver that panics causes errors for its clients, and nothing else.
 #[test]
 fn faulty_drivers() {
     run_seeds(35_000..35_500, |rng, faults| {
@@ -59,9 +59,9 @@ fn faulty_drivers() {
     });
 }
 
-/// However many clients ask for long replies and take none of them, others are answered, and nobody is cut off.
+/// If many clients request long replies and read none of them, others get replies, and no client is disconnected.
 #[test]
-fn greedy_clients_keep_nobody_waiting() {
+fn greedy_clients_do_not_delay_others() {
     for seed in 40_000..40_300 {
         let greedy = Rng::new(seed).range(1, 60) as usize;
         let mut world = World::crowd(seed, greedy + 1);
@@ -93,13 +93,13 @@ fn greedy_clients_keep_nobody_waiting() {
             }
         }
         world.sleep();
-        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: nobody is cut off");
+        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: no client is disconnected");
         assert!(world.floor.clients[greedy].is_served(), "seed {seed}: the honest client is served");
         assert!(taken >= 16 * count, "seed {seed}: and gets its replies");
     }
 }
 
-/// However many clients fill the queue with requests, those of one that comes later do not wait behind all of them.
+/// If many clients fill the queue with requests, those of a later client do not wait behind all of them.
 #[test]
 fn a_flood_of_requests_does_not_fill_the_queue() {
     for seed in 50_000..50_050 {
@@ -111,7 +111,7 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
         let count = world.rng.range(1, 60) as usize;
         world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
         world.seat();
-        // Unaligned zeroes wait for each other elsewhere than in the queue.
+        // Unaligned zeroes wait for each other before they reach the queue.
         let (kind, at, len) =
             *world.rng.pick(&[(Kind::FLUSH, 0, 0), (Kind::READ, 0, 512), (Kind::WRITE_ZEROES, 1, 100)]);
         for client in &mut world.floor.clients {
@@ -132,8 +132,8 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
     }
 }
 
-/// However many requests wait for memory that a WRITE holds whose payload does not come, the worker sleeps; and requests that
-/// need no memory are answered, as long as their client has not too many.
+/// If many requests wait for memory that is held by a WRITE without its payload, the worker sleeps. Requests that need no memory
+/// get replies, as long as their client does not have too many.
 #[test]
 fn a_worker_sleeps_while_requests_wait_for_memory() {
     for seed in 60_000..60_100 {
@@ -151,7 +151,7 @@ fn a_worker_sleeps_while_requests_wait_for_memory() {
         world.sleep();
         let flushed = world.take(last, usize::MAX).len() >= 16;
         assert_eq!(flushed, has_flush && count < 1024, "seed {seed}: {count} READs wait");
-        // Time passes, and the writers are cut off.
+        // Time passes, and the writers are disconnected.
         while !world.floor.clients[..last].iter().all(|client| client.gone) {
             world.turn();
         }
@@ -162,7 +162,7 @@ fn a_worker_sleeps_while_requests_wait_for_memory() {
     }
 }
 
-/// Clients that do not take a reply do not leave one that asks for much with what little memory they left over.
+/// Clients that do not read replies must give up memory, so that a client with long requests gets more than the rest.
 #[test]
 fn memory_of_stopped_clients_goes_to_others() {
     for seed in 70_000..70_100 {
@@ -179,7 +179,7 @@ fn memory_of_stopped_clients_goes_to_others() {
             most = most.max(world.floor.clients[last].session.in_flight());
         }
         assert!(most >= 8, "seed {seed}: no more than {most} READs in flight");
-        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: nobody is cut off");
+        assert!(world.floor.clients.iter().all(|client| !client.gone), "seed {seed}: no client is disconnected");
     }
 }
 
@@ -191,7 +191,7 @@ fn export(device: Arc<dyn Device>, read_only: bool) -> Export {
 
 fn run_seeds(seeds: std::ops::Range<u64>, worsen: fn(&mut Rng, &mut Faults)) {
     for seed in seeds {
-        // What panics inside names the seed, which is all it takes to see it again.
+        // A panic reports the seed, which is enough to reproduce it.
         let result = std::panic::catch_unwind(|| World::new(seed, worsen).run());
         assert!(result.is_ok(), "seed {seed} fails");
     }
@@ -202,27 +202,27 @@ struct World {
     device: Arc<Fault<Memory>>,
     model: Model,
     floor: Floor,
-    /// The policy of a worker, as it is.
+    /// The policy of a worker, unchanged.
     turns: Turns,
-    /// Requests that the clients will send yet.
+    /// Number of requests that the clients have still to send.
     budget: u32,
     /// The longest of them, in bytes.
     longest: u64,
     faulty: bool,
-    /// The time that the channels get.
+    /// The time that the channels see.
     now: Instant,
 }
 
-/// What a worker serves.
+/// The state that a worker serves.
 struct Floor {
     channels: Vec<Channel>,
     clients: Vec<Client>,
 }
 
-/// What the device must hold: a byte, or anything.
+/// The expected content of the device: each byte has one value, or any.
 struct Model {
     bytes: Vec<Option<u8>>,
-    /// Ranges that are being changed or read, by client and cookie; none overlap unless both only read.
+    /// Ranges of requests in flight, by client and cookie, and whether they change data. Two overlap only if both read.
     busy: HashMap<(usize, u64), (u64, u64, bool)>,
 }
 
@@ -234,21 +234,21 @@ struct Client {
     decoder: Decoder,
     asked: HashMap<u64, Asked>,
     next: u64,
-    /// Encoded, not yet with the server.
+    /// Encoded requests, not yet at the server.
     wire: Vec<u8>,
-    /// With the server, not yet taken.
+    /// Bytes at the server, not yet taken.
     arrived: Vec<u8>,
-    /// Replies on their way to it, of so many bytes at most. The server sends no more until it takes some of them.
+    /// Replies on their way to the client, with a limited length. The server sends no more until the client takes some.
     socket: Vec<u8>,
     socket_len: usize,
     is_blocked: bool,
     /// There may be replies for it.
     is_active: bool,
-    /// The reply that is coming in: of which request, and where its next byte belongs.
+    /// The reply that is arriving: its request, and the offset of its next byte.
     incoming: Option<(u64, u64)>,
     goodbye: bool,
     gone: bool,
-    /// Nothing that it asks for is begun any more.
+    /// The server begins no further request of it.
     refused: bool,
 }
 
@@ -258,13 +258,13 @@ struct Asked {
     len: u64,
     flags: Flags,
     data: Vec<u8>,
-    /// It is wrong on purpose: this is the answer.
+    /// The request is invalid on purpose; this is the expected error.
     expected: Option<WireError>,
 }
 
 const DEVICE: u64 = 256 << 10;
 
-/// For clients that are slower than this; see `Limits::stall_timeout`.
+/// See `Limits::stall_timeout`.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl World {
@@ -310,7 +310,7 @@ impl World {
             .collect();
         let model = Model { bytes: content.into_iter().map(Some).collect(), busy: HashMap::new() };
         let budget = rng.range(20, 200) as u32;
-        // What fits the memory wherever it starts; with more of it, reads are long enough to have holes.
+        // The longest request that fits the memory at any offset. With more memory, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
         let (floor, turns) = (Floor { channels, clients }, Turns::default());
         let mut world = Self { rng, device, model, floor, turns, budget, longest, faulty, now: Instant::now() };
@@ -318,7 +318,7 @@ impl World {
         world
     }
 
-    /// A server with 1 MiB of memory for so many clients.
+    /// A server with 1 MiB of memory and `count` clients.
     fn crowd(seed: u64, count: usize) -> Self {
         let mut world = Self::new(seed, |_, _| {});
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
@@ -330,7 +330,7 @@ impl World {
         world
     }
 
-    /// Clients take most of the memory, with a request each, and do nothing more. Returns the first that did not.
+    /// Clients take most of the memory, with one request each, and do nothing more. Returns the first client without memory.
     fn take_memory(&mut self, kind: Kind, len: u64) -> usize {
         for n in 0.. {
             if self.floor.channels[0].memory_free() < len as usize {
@@ -344,7 +344,7 @@ impl World {
         unreachable!("the memory is bounded")
     }
 
-    /// All clients come in.
+    /// All clients enter.
     fn seat(&mut self) {
         self.turns = Turns::default();
         for (lane, channel) in self.floor.channels.iter().enumerate() {
@@ -368,14 +368,14 @@ impl World {
                 }
             }
             if self.rng.chance(0.001) {
-                // Its export goes softly.
+                // Its export is removed softly.
                 let client = self.rng.below(self.floor.clients.len() as u64) as usize;
                 self.floor.clients[client].refused = true;
                 self.floor.clients[client].session.refuse();
             }
             let n = self.rng.below(self.floor.clients.len() as u64) as usize;
             if self.rng.chance(0.02) {
-                // As if others waited for its memory.
+                // As if other clients waited for its memory.
                 self.floor.clients[n].session.reclaim();
             }
             if self.rng.chance(0.002) {
@@ -393,7 +393,7 @@ impl World {
         self.check_the_end();
     }
 
-    /// All has been said, all has been answered.
+    /// All requests are sent, and all have their replies.
     fn is_over(&mut self) -> bool {
         for client in self.floor.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.asked.is_empty()) {
             client.goodbye = true;
@@ -402,7 +402,7 @@ impl World {
         self.floor.clients.iter().all(|c| if c.gone { c.session.in_flight() == 0 } else { c.session.is_over() })
     }
 
-    /// A client makes up a request.
+    /// A client creates a random request.
     fn ask(&mut self) {
         let n = self.rng.below(self.floor.clients.len() as u64) as usize;
         let rng = &mut self.rng;
@@ -427,7 +427,7 @@ impl World {
         let mut len = rng.range(1, longest);
         let mut at = rng.below(DEVICE - len);
         if rng.chance(0.4) {
-            // Aligned, as clients mostly do it.
+            // Aligned, as most requests of real clients are.
             (at, len) = (at & !4095, len.next_multiple_of(4096).min(DEVICE - (at & !4095)));
         }
         if rng.chance(0.02) {
@@ -478,14 +478,14 @@ impl World {
         self.budget -= 1;
     }
 
-    /// Some bytes of a client reach its session, as a socket would bring them.
+    /// Delivers some bytes of a client to its session, as a socket would.
     fn deliver(&mut self, n: usize) {
         let longest = *self.rng.pick(&[1, 40, 5000, 100_000]);
         let len = self.rng.range(0, longest) as usize + 1;
         self.arrive(n, len);
     }
 
-    /// So many bytes of a client reach the server.
+    /// Moves `len` bytes of a client to the server.
     fn arrive(&mut self, n: usize, len: usize) {
         let client = &mut self.floor.clients[n];
         let len = len.min(client.wire.len());
@@ -496,7 +496,7 @@ impl World {
         self.turns.enqueue(n as u32);
     }
 
-    /// A client takes so many bytes of its replies, and the server learns that there is room for more.
+    /// A client takes `len` bytes of its replies, and the server learns that there is room for more.
     fn take(&mut self, n: usize, len: usize) -> Vec<u8> {
         let client = &mut self.floor.clients[n];
         let len = len.min(client.socket.len());
@@ -506,7 +506,7 @@ impl World {
         client.socket.drain(..len).collect()
     }
 
-    /// Turns in which no client does anything: when the devices have answered, the worker must come to rest.
+    /// Runs turns in which no client does anything: once the devices have completed everything, the worker must come to rest.
     fn sleep(&mut self) {
         let mut idle = 0;
         while idle < 100 {
@@ -527,10 +527,10 @@ impl World {
                 self.turn_now();
             }
         }
-        panic!("a worker never sleeps");
+        panic!("the worker never sleeps");
     }
 
-    /// Some bytes of replies reach a client.
+    /// Delivers some bytes of replies to a client.
     fn collect(&mut self, n: usize) {
         if self.floor.clients[n].gone {
             return;
@@ -541,7 +541,7 @@ impl World {
         let mut input = &piece[..];
         loop {
             let client = &mut self.floor.clients[n];
-            match client.decoder.next(&mut input).expect("the server keeps to the protocol") {
+            match client.decoder.next(&mut input).expect("the server follows the protocol") {
                 None => break,
                 Some(client::Event::Simple(cookie, result)) => {
                     let asked = &client.asked[&cookie.0];
@@ -607,13 +607,13 @@ impl World {
         }
     }
 
-    /// A request is answered: exactly once, and rightly.
+    /// Checks the reply to a request: exactly one, and correct.
     fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
         let asked = self.floor.clients[n].asked.remove(&cookie).expect("one answer for each request");
         self.model.busy.remove(&(n, cookie));
         if result == Err(WireError::Shutdown) {
-            // Nothing has changed, so the model has not either.
-            return assert!(self.floor.clients[n].refused, "only who is refused is told so");
+            // Nothing has changed, so the model does not change either.
+            return assert!(self.floor.clients[n].refused, "ESHUTDOWN only for refused clients");
         }
         if let Some(expected) = asked.expected {
             return assert_eq!(result, Err(expected), "{:?} {:?}", asked.kind, asked.flags);
@@ -628,7 +628,7 @@ impl World {
                 Kind::TRIM => self.model.bytes[range].fill(None),
                 _ => {}
             },
-            // It should not have changed anything.
+            // The request must not have changed anything.
             Err(WireError::NotSup) => assert!(asked.flags.contains(Flags::FAST_ZERO)),
             Err(error) => {
                 assert!(self.faulty, "{:?} of {} at {} failed with {error:?}", asked.kind, asked.len, asked.at);
@@ -680,7 +680,7 @@ impl World {
         }
     }
 
-    /// A client vanishes.
+    /// Disconnects a client.
     fn kill(&mut self, n: usize) {
         let client = &mut self.floor.clients[n];
         if client.gone {
@@ -692,7 +692,7 @@ impl World {
         self.floor.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
         for (cookie, asked) in client.asked.drain() {
             self.model.forget(&asked);
-            // What is at the device may still happen: keep others away from there until the end.
+            // The device may still execute its requests: no other request may touch their ranges until the end.
             if let Some((.., changes)) = self.model.busy.get_mut(&(n, cookie)) {
                 *changes = true;
             }
@@ -724,7 +724,7 @@ impl Connections for Floor {
         let channel = &mut self.channels[client.channel];
         client.is_active = true;
         if let Some((buf, at)) = client.session.landing() {
-            // Straight into place, as `receive` does it; what is more goes the other way.
+            // Directly into the buffer, as `receive` does it; further bytes go through `take`.
             let direct = client.arrived.len().min(buf.len() - at);
             buf.copy_from(at, &client.arrived[..direct]);
             client.session.landed(direct, channel);
@@ -732,9 +732,9 @@ impl Connections for Floor {
         }
         let (free, may) = (channel.memory_unused(), grant.reserve || grant.common);
         let mut input = &client.arrived[..];
-        client.session.take(&mut input, channel, grant).expect("the client keeps to the protocol");
-        // First come, first served: a session with others ahead of it in both lines gets nothing.
-        assert!(may || channel.memory_unused() == free, "memory went past the waiting line");
+        client.session.take(&mut input, channel, grant).expect("the client follows the protocol");
+        // First come, first served: a session with others ahead of it in both lines gets no memory.
+        assert!(may || channel.memory_unused() == free, "memory was allocated out of turn");
         let taken = client.arrived.len() - input.len();
         client.arrived.drain(..taken);
         Some(Fed::of(&client.session, 0))
@@ -769,7 +769,7 @@ impl Model {
         assert!(self.bytes[at as usize..end as usize].iter().all(|b| b.is_none_or(|b| b == 0)), "a hole holds zeroes");
     }
 
-    /// Whether it happened is not known: every byte may be old or new.
+    /// The request may have happened or not: every byte may be old or new.
     fn forget(&mut self, asked: &Asked) {
         let range = asked.at as usize..(asked.at + asked.len).min(DEVICE) as usize;
         match asked.kind {
@@ -781,13 +781,13 @@ impl Model {
 }
 
 impl Client {
-    /// Where the next part of a reply to a read must begin: parts come one after the other, without gaps.
+    /// Where the next part of a reply to a read must begin: parts are consecutive, without gaps.
     fn part(&self, cookie: Cookie) -> u64 {
         let begun = self.incoming.filter(|incoming| incoming.0 == cookie.0);
         begun.map_or(self.asked[&cookie.0].at, |(_, at)| at)
     }
 
-    /// Asks for something, whose answer is not looked at.
+    /// Sends a request whose reply is not checked.
     fn request(&mut self, kind: Kind, at: u64, len: u64) {
         self.next += 1;
         self.encoder.request(&mut self.wire, Cookie(self.next), kind, Flags::NONE, at, len);
@@ -797,14 +797,14 @@ impl Client {
         self.session.is_ready(!self.arrived.is_empty(), self.is_blocked, has_ended)
     }
 
-    /// Whether all that has arrived is answered.
+    /// Whether all requests that have arrived have their replies.
     fn is_served(&mut self) -> bool {
         let session = &mut self.session;
         let waits = session.in_flight() > 0 || session.wants().is_some() || session.is_held_back();
         !waits && self.arrived.is_empty() && session.outbox().is_empty()
     }
 
-    /// Replies go to the socket, as far as it has room.
+    /// Sends replies to the socket, as far as it has room.
     fn send(&mut self) {
         let mut piece = vec![0; 64 << 10];
         loop {
@@ -818,7 +818,7 @@ impl Client {
         }
     }
 
-    /// The handshake of both halves, in pieces of any size.
+    /// Runs the handshake of both sides, in pieces of any size.
     fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
         let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let contexts = if rng.chance(0.8) { vec!["base:allocation".to_owned()] } else { Vec::new() };

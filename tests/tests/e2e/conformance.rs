@@ -670,7 +670,7 @@ const LESSONS: &[Lesson] = &[
         "nbdkit's filter ip: unknown socket families pass, and a denied client may LIST",
         "set a rule; a client that matches no rule sees nothing",
         &[
-            "access::everybody_without_rules_and_only_who_meets_one_with_some",
+            "access::without_rules_every_client_is_admitted_and_with_rules_those_that_match_one",
             "server::what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched",
             "access::a_user_sees_what_is_for_him",
             "access::a_network_sees_what_is_for_it",

@@ -90,12 +90,12 @@ fn a_stderr_that_nobody_reads_delays_nothing() {
     let mut greeting = [0; 18];
     eventually("there is room", || UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_ok());
     eventually("there is room again", || UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_ok());
-    let mut turned_away = 0;
-    while turned_away < 700 {
+    let mut rejected = 0;
+    while rejected < 700 {
         // The first one is served or not; then there is no room, or there is.
         let _one = UnixStream::connect(&path).unwrap();
         for _ in 0..20 {
-            turned_away += u32::from(UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_err());
+            rejected += u32::from(UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_err());
         }
     }
     eventually("a new client is served", || UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_ok());
@@ -118,7 +118,7 @@ fn repeated_warnings_are_few_lines() {
     server.signal(Signal::SIGTERM);
     let (status, log) = server.await_end();
     assert!(status.success(), "{log}");
-    let lines = log.lines().filter(|line| line.contains("turned away")).count();
+    let lines = log.lines().filter(|line| line.contains("rejected")).count();
     assert!((1..50).contains(&lines), "{lines} lines for 700 clients: {log}");
 }
 

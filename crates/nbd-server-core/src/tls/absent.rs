@@ -1,15 +1,15 @@
-//! TLS in a build without the feature `tls`: types that nobody can make, so that nothing is left of what would use them.
+//! Stand-ins for TLS in a build without the feature `tls`: types without values, so the compiler removes the code that uses them.
 
 use std::{io, os::fd::BorrowedFd};
 
 use crate::{peer::Identity, received::Received};
 
-/// What a server offers. It takes the feature `tls` to make one.
+/// The TLS configuration of a server. Without the feature `tls`, none can be created.
 #[derive(Clone, Debug)]
 pub enum Tls {}
 
 impl Tls {
-    /// Whether clients must use it.
+    /// Whether clients must use TLS.
     #[must_use]
     pub fn required(self, _: bool) -> Self {
         match self {}
@@ -39,7 +39,7 @@ impl Shaking {
 #[derive(Debug)]
 pub(crate) enum Secure {}
 
-/// Which ways of a connection the kernel has.
+/// The directions of a connection that the kernel handles.
 #[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) receives: bool,

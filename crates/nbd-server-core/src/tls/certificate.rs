@@ -1,5 +1,5 @@
-//! Who a certificate names: its subject and alternative names, read from the DER that a verifier has accepted (RFC 5280,
-//! 4.1; names as RFC 4514 writes them).
+//! The identity in a certificate: subject and alternative names, read from DER that a verifier has accepted (RFC 5280, 4.1; names
+//! as strings: RFC 4514).
 
 use std::{
     fmt::Write,
@@ -31,7 +31,7 @@ fn parse(der: &[u8]) -> Option<Identity> {
     if tbs.tag() == Some(VERSION) {
         tbs.next()?;
     }
-    // Serial number, signature, issuer and validity come first.
+    // Skips the serial number, signature, issuer and validity.
     for _ in 0..4 {
         tbs.next()?;
     }
@@ -44,7 +44,7 @@ fn parse(der: &[u8]) -> Option<Identity> {
             while !extensions.0.is_empty() {
                 let mut extension = extensions.within(SEQUENCE)?;
                 if extension.content(OID)? == ALTERNATIVE_NAMES {
-                    // Perhaps "critical" stands between.
+                    // The optional field "critical" may come first.
                     let value = loop {
                         if let (OCTETS, value) = extension.next()? {
                             break value;
@@ -58,7 +58,7 @@ fn parse(der: &[u8]) -> Option<Identity> {
     Some(Identity { subject: Some(subject), names, psk: None })
 }
 
-/// RFC 4514: the last part first, parts of one set joined by "+".
+/// Formats a name (RFC 4514): the last part first; parts of one set are joined by "+".
 fn distinguished_name(mut name: Der<'_>) -> Option<String> {
     let mut parts = Vec::new();
     while !name.0.is_empty() {
@@ -79,7 +79,7 @@ fn distinguished_name(mut name: Der<'_>) -> Option<String> {
     Some(parts.join(","))
 }
 
-/// The short names of RFC 4514, 3, and the one for mail that everybody uses; the number of any other.
+/// The short names of RFC 4514, 3, and the common one for mail; for any other, the numbers of the OID.
 fn kind_of(oid: &[u8]) -> Option<String> {
     let short = match oid {
         [0x55, 4, 3] => "CN",
@@ -110,13 +110,13 @@ fn kind_of(oid: &[u8]) -> Option<String> {
     Some(short.into())
 }
 
-/// A character string of any of the kinds that names are made of; a NUL in it is never honest.
+/// A character string of any kind that names use. A NUL is refused: it occurs only in forged names.
 fn string(tag: u8, value: &[u8]) -> Option<String> {
     let units = || value.chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]));
     let text = match tag {
         // UTF8String, NumericString, PrintableString, IA5String.
         12 | 18 | 19 | 22 => String::from_utf8(value.to_vec()).ok()?,
-        // T61String, which is Latin-1 in practice.
+        // T61String, in practice Latin-1.
         20 => value.iter().map(|&byte| char::from(byte)).collect(),
         // BMPString.
         30 if value.len().is_multiple_of(2) => char::decode_utf16(units()).collect::<Result<_, _>>().ok()?,
@@ -125,7 +125,7 @@ fn string(tag: u8, value: &[u8]) -> Option<String> {
     (!text.contains('\0')).then_some(text)
 }
 
-/// RFC 4514, 2.4.
+/// Escapes a value (RFC 4514, 2.4).
 fn escape(value: &str, into: &mut String) {
     let last = value.chars().count().wrapping_sub(1);
     for (n, char) in value.chars().enumerate() {
@@ -137,7 +137,7 @@ fn escape(value: &str, into: &mut String) {
     }
 }
 
-/// RFC 5280, 4.2.1.6: those kinds that a rule could name; others are left out.
+/// The alternative names (RFC 5280, 4.2.1.6) of the kinds that a rule can name. Others are ignored.
 fn alternative_names(mut list: Der<'_>) -> Option<Vec<String>> {
     let mut names = Vec::new();
     while !list.0.is_empty() {
@@ -155,12 +155,12 @@ fn alternative_names(mut list: Der<'_>) -> Option<Vec<String>> {
     Some(names)
 }
 
-/// An ECPrivateKey (RFC 5915, 3) whose key has the length that its curve asks for; `None`: it has already, or is none.
+/// Pads the key of an ECPrivateKey (RFC 5915, 3) to the length of its curve. `None`: it has that length, or is not such a key.
 pub(super) fn of_whole_length(key: &[u8]) -> Option<Vec<u8>> {
     let mut whole = Der(key).within(SEQUENCE)?;
     let ((version_tag, version), octets) = (whole.next()?, whole.content(OCTETS)?);
     let number = &octets[octets.iter().take_while(|byte| **byte == 0).count()..];
-    // P-256, P-384 and P-521: no key of the longer ones has so many zeroes in front.
+    // P-256, P-384 and P-521. No key of a longer curve has so many leading zeroes.
     let len = [32, 48, 66].into_iter().find(|len| number.len() <= *len)?;
     let key = [&vec![0; len - number.len()][..], number].concat();
     let right = || element(SEQUENCE, &[&element(version_tag, version), &element(OCTETS, &key), whole.0].concat());
@@ -169,7 +169,7 @@ pub(super) fn of_whole_length(key: &[u8]) -> Option<Vec<u8>> {
 
 fn element(tag: u8, content: &[u8]) -> Vec<u8> {
     let len = u16::try_from(content.len()).expect("keys and names are short").to_be_bytes();
-    // DER has the shortest form of a length only.
+    // DER allows only the shortest form of a length.
     let len = match len {
         [0, len @ 0..0x80] => vec![len],
         [0, len] => vec![0x81, len],
@@ -178,7 +178,7 @@ fn element(tag: u8, content: &[u8]) -> Vec<u8> {
     [&[tag], &len[..], content].concat()
 }
 
-/// What is left of some DER.
+/// A parser over the rest of some DER.
 struct Der<'a>(&'a [u8]);
 
 impl<'a> Der<'a> {
@@ -186,7 +186,7 @@ impl<'a> Der<'a> {
         self.0.first().copied()
     }
 
-    /// The next element: its tag, of one byte, and its content.
+    /// Returns the next element: its one-byte tag, and its content.
     fn next(&mut self) -> Option<(u8, &'a [u8])> {
         let (&[tag, short], mut rest) = self.0.split_first_chunk()?;
         let mut len = usize::from(short);
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_read_and_no_cut_or_change_makes_a_panic() {
+    fn names_are_read_and_no_truncation_or_change_causes_a_panic() {
         let subject = [
             element(SET, &pair(&[0x55, 4, 6], 19, b"DE")),
             element(SET, &pair(&[0x55, 4, 10], 12, "Käse, Wein & Co".as_bytes())),
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_gets_the_zeroes_of_its_curve() {
+    fn a_key_is_padded_to_the_length_of_its_curve() {
         for (len, rest) in [(32, 20), (48, 110), (66, 300)] {
             let key = |key: &[u8]| {
                 element(SEQUENCE, &[element(2, &[1]), element(OCTETS, key), element(0xa1, &vec![9; rest])].concat())
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_with_a_nul_is_no_name() {
+    fn a_name_with_a_nul_is_refused() {
         let bad = certificate(&element(SET, &pair(&[0x55, 4, 3], 12, b"root\0.example")), b"");
         assert_eq!(parse(&bad), None);
     }

@@ -1,5 +1,5 @@
-//! Hands a connection's records over to the kernel (TLS in the kernel: Documentation/networking/tls.rst), which then does
-//! what [`records`](super::records) does, on the way that the bytes take anyhow.
+//! TLS in the kernel (Documentation/networking/tls.rst): the kernel seals and opens records instead of
+//! [`records`](super::records), while it copies the bytes.
 
 use std::os::fd::BorrowedFd;
 
@@ -13,17 +13,17 @@ use nix::{
 
 use super::records::{Cipher, Secret, Version};
 
-/// Whether the kernel is ready to take a way over; many are not, and sockets other than TCP's never.
+/// Whether the kernel supports TLS on this socket. Many kernels do not, and only TCP sockets can.
 pub(super) fn is_ready(socket: BorrowedFd<'_>) -> bool {
     setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
 }
 
-/// Has the kernel open what comes.
+/// Makes the kernel open incoming records.
 pub(super) fn receive(socket: BorrowedFd<'_>, version: Version, secret: &Secret) -> nix::Result<()> {
     setsockopt(&socket, TcpTlsRx, &info(version, secret))
 }
 
-/// Has the kernel seal what goes.
+/// Makes the kernel seal outgoing records.
 pub(super) fn send(socket: BorrowedFd<'_>, version: Version, secret: &Secret) -> nix::Result<()> {
     setsockopt(&socket, TcpTlsTx, &info(version, secret))
 }
@@ -31,11 +31,11 @@ pub(super) fn send(socket: BorrowedFd<'_>, version: Version, secret: &Secret) ->
 fn info(version: Version, secret: &Secret) -> TlsCryptoInfo {
     let Secret { cipher, key, iv, seq } = secret;
     let rec_seq = seq.to_be_bytes();
-    let salt = *iv.first_chunk().expect("the salt is the first part");
-    let mut nonce: [u8; 8] = *iv.last_chunk().expect("a nonce of 8 bytes is the rest");
+    let salt = *iv.first_chunk().expect("the IV starts with the salt");
+    let mut nonce: [u8; 8] = *iv.last_chunk().expect("8 bytes of nonce follow the salt");
     if version == Version::Tls12 {
-        // The kernel counts up from here, where we count by exclusive or: another half of all nonces, since none may be
-        // used twice under one key.
+        // The kernel counts nonces up from here; our records use exclusive or. Flip the first bit, so that the two use different
+        // halves: no nonce may be used twice with one key.
         nonce[0] ^= 0x80;
     }
     let kind = |cipher_type| libc::tls_crypto_info {
@@ -45,7 +45,7 @@ fn info(version: Version, secret: &Secret) -> TlsCryptoInfo {
         },
         cipher_type,
     };
-    const WHOLE: &str = "a key is as long as its cipher wants it";
+    const WHOLE: &str = "the key has the length that its cipher needs";
     match cipher {
         Cipher::Aes128Gcm => TlsCryptoInfo::Aes128Gcm(libc::tls12_crypto_info_aes_gcm_128 {
             info: kind(libc::TLS_CIPHER_AES_GCM_128),

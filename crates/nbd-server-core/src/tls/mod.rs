@@ -1,7 +1,7 @@
-//! TLS: what a server offers, the handshake, and who the client proved to be.
+//! TLS: the server's configuration, the handshake, and the client's identity.
 //!
-//! The handshake is left to a library: rustls, for certificates (feature `tls`); OpenSSL, for pre-shared keys, which rustls
-//! does not have (feature `tls-psk`). What it agrees on is secrets; the records are then our own business, or the kernel's.
+//! A library does the handshake: rustls with certificates (feature `tls`), OpenSSL with pre-shared keys, which rustls does not
+//! support (feature `tls-psk`). The handshake yields secrets; this module, or the kernel, then handles the records.
 
 mod certificate;
 mod kernel;
@@ -24,7 +24,7 @@ use crate::{peer::Identity, received::push};
 use records::Records;
 pub(crate) use secure::Secure;
 
-/// What a server offers, and what it needs for that. Cheap to clone.
+/// The TLS configuration of a server. Cheap to clone.
 #[derive(Clone)]
 pub struct Tls {
     credentials: Credentials,
@@ -38,21 +38,21 @@ enum Credentials {
     Keys(psk::Offer),
 }
 
-/// The files that a server with certificates reads, in PEM.
+/// The files of a server with certificates, in PEM format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Certificates {
-    /// The server's certificate, and those between it and the authority that clients know.
+    /// The server's certificate, followed by intermediate certificates.
     pub certificate: PathBuf,
-    /// Its key.
+    /// The server's private key.
     pub key: PathBuf,
-    /// The authorities that clients' certificates come from; with it, a client without one is refused.
+    /// Certificate authorities for client certificates. If present, clients without a certificate are refused.
     pub client_ca: Option<PathBuf>,
-    /// Which of those were revoked.
+    /// Revocation list for client certificates.
     pub client_crl: Option<PathBuf>,
 }
 
 impl Certificates {
-    /// The files that nbdkit, libvirt and qemu look for in a directory. `verify_peer`: clients need a certificate.
+    /// The files of a directory, with the names that nbdkit, libvirt and QEMU use. `verify_peer`: clients need a certificate.
     pub fn within(dir: &Path, verify_peer: bool) -> Self {
         let crl = dir.join("ca-crl.pem");
         Self {
@@ -65,25 +65,25 @@ impl Certificates {
 }
 
 impl Tls {
-    /// TLS 1.2 and 1.3 with certificates. The files are read now, and not again.
+    /// TLS 1.2 and 1.3 with certificates. The files are read once, now.
     ///
     /// # Errors
-    /// Which file cannot be used, and why.
+    /// A file cannot be used; the text names the file and the reason.
     pub fn with_certificates(files: &Certificates) -> io::Result<Self> {
         Ok(Self { credentials: Credentials::Certificates(x509::config(files)?), required: false })
     }
 
-    /// TLS 1.2 and 1.3 with pre-shared keys: a user and its key, `USER:HEX`, in each line of `file`, as GnuTLS' psktool
-    /// writes them. The file is read now, and not again.
+    /// TLS 1.2 and 1.3 with pre-shared keys. Each line of `file` has a user and its key, `USER:HEX`, as GnuTLS' psktool writes
+    /// them. The file is read once, now.
     ///
     /// # Errors
-    /// What is wrong with the file, and where.
+    /// The file cannot be read, or a line is invalid; the text names the line.
     #[cfg(feature = "tls-psk")]
     pub fn with_keys(file: &Path) -> io::Result<Self> {
         Ok(Self { credentials: Credentials::Keys(psk::Offer::new(file)?), required: false })
     }
 
-    /// Whether clients must use it for every export, and not only for those that ask for it.
+    /// Whether TLS is required for all exports, or only for those with [`Export::tls_only`](crate::Export::tls_only).
     #[must_use]
     pub fn required(self, required: bool) -> Self {
         Self { required, ..self }
@@ -109,12 +109,12 @@ impl fmt::Debug for Tls {
     }
 }
 
-/// A handshake under way.
+/// A handshake in progress.
 pub(crate) struct Shaking {
     engine: Engine,
-    /// What came and is not used yet.
+    /// Received bytes that are not processed yet.
     input: Vec<u8>,
-    /// What is still to be sent.
+    /// Bytes to be sent.
     out: Vec<u8>,
 }
 
@@ -124,14 +124,14 @@ enum Engine {
     Keys(psk::Engine),
 }
 
-/// More than any handshake has under way at a time: rustls takes messages of up to 64 KiB.
+/// Longest unprocessed input of a handshake, in bytes: rustls accepts messages of up to 64 KiB.
 const INPUT_MAX: usize = 128 << 10;
 
 impl Shaking {
-    /// Goes on as far as the client has. `true`: it is over, and [`agree`](Self::agree) is next.
+    /// Continues with the data that has arrived. `true`: the handshake is over; call [`agree`](Self::agree) next.
     ///
     /// # Errors
-    /// It has failed: the client was told, as far as that is possible, and the connection must be closed.
+    /// The handshake has failed. The client got an alert if possible; close the connection.
     pub(crate) fn go(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) -> io::Result<bool> {
         loop {
             let done = match &mut self.engine {
@@ -148,7 +148,7 @@ impl Shaking {
             }
             match socket::receive(socket, None, staging) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) if self.input.len() > INPUT_MAX => return Err(records::broken("a handshake without an end")),
+                Ok(_) if self.input.len() > INPUT_MAX => return Err(records::broken("the handshake is too long")),
                 Ok(got) => self.input.extend_from_slice(&staging[..got]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -163,7 +163,7 @@ impl Shaking {
         Ok(self.out.is_empty())
     }
 
-    /// What the handshake led to.
+    /// Returns the results of the handshake.
     pub(crate) fn agree(self) -> io::Result<(Secure, Option<Identity>)> {
         let (agreed, identity) = match self.engine {
             Engine::Certificates(engine) => engine.agreed()?,

@@ -1,4 +1,4 @@
-//! TLS by pre-shared keys: the handshake is OpenSSL's, up to the secrets, because rustls has no keys of this kind.
+//! TLS with pre-shared keys. OpenSSL does the handshake and yields the secrets, because rustls does not support such keys.
 
 use std::{
     collections::HashMap,
@@ -19,20 +19,20 @@ use ring::{hkdf, hmac};
 use super::records::{Agreed, Cipher, Secret, Version, broken};
 use crate::peer::Identity;
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Clone)]
 pub(super) struct Offer {
     context: SslContext,
     told: Index<Ssl, Arc<Mutex<Told>>>,
 }
 
-/// What OpenSSL tells of one handshake: who it is, and its secrets.
+/// The results of one handshake that OpenSSL reports: the user, and the secrets.
 #[derive(Default)]
 struct Told {
     user: Option<String>,
-    /// TLS 1.3: of the client, and ours.
+    /// TLS 1.3: the client's secret and ours.
     traffic: [Option<Vec<u8>>; 2],
-    /// TLS 1.2.
+    /// TLS 1.2: the master secret.
     master: Option<Vec<u8>>,
 }
 
@@ -49,7 +49,7 @@ impl Offer {
         let told: Index<Ssl, Arc<Mutex<Told>>> = Ssl::new_ex_index()?;
         let mut builder = SslContext::builder(SslMethod::tls_server())?;
         builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
-        // Those with SHA-256, which pre-shared keys are bound to, an AEAD, and secrets of the connection's own.
+        // Ciphers with SHA-256, which pre-shared keys are bound to, with AEAD, and with ephemeral secrets.
         builder.set_ciphersuites("TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256")?;
         builder.set_cipher_list("ECDHE-PSK-CHACHA20-POLY1305")?;
         builder
@@ -58,7 +58,7 @@ impl Offer {
         builder.set_session_cache_mode(SslSessionCacheMode::OFF);
         builder.set_psk_server_callback(move |ssl, identity, into| {
             let user = identity.and_then(|user| std::str::from_utf8(user).ok());
-            // No key means that there is no such user.
+            // No key means that the user is unknown.
             let Some((user, key)) = user.and_then(|user| keys.get_key_value(user)) else { return Ok(0) };
             let Some(room) = into.get_mut(..key.len()) else { return Ok(0) };
             room.copy_from_slice(key);
@@ -86,7 +86,7 @@ fn tell(told: Option<&Arc<Mutex<Told>>>, what: impl FnOnce(&mut Told)) {
     }
 }
 
-/// Users and keys. A user whose name is not plain text is written as "#" and its bytes in hexadecimal digits.
+/// Parses users and keys. A user that is not plain text is written as "#" and its bytes as hexadecimal digits.
 fn keys(text: &str) -> Result<HashMap<String, Vec<u8>>, String> {
     let mut keys = HashMap::new();
     for (n, line) in (1..).zip(text.lines()) {
@@ -95,19 +95,20 @@ fn keys(text: &str) -> Result<HashMap<String, Vec<u8>>, String> {
             continue;
         }
         let wrong = |what: &str| format!("line {n}: {what}");
-        let (user, key) = line.rsplit_once(':').ok_or_else(|| wrong("it must be USER:HEX"))?;
+        let (user, key) = line.rsplit_once(':').ok_or_else(|| wrong("expected USER:HEX"))?;
         let user = match user.strip_prefix('#') {
             Some(name) => hex(name).and_then(|name| String::from_utf8(name).ok()),
             None => Some(user.to_owned()),
         };
-        let user = user.filter(|user| !user.is_empty()).ok_or_else(|| wrong("there is no user that one could be"))?;
+        let user =
+            user.filter(|user| !user.is_empty()).ok_or_else(|| wrong("the user is empty or not valid hexadecimal"))?;
         let key = hex(key).filter(|key| (16..=256).contains(&key.len()));
         let key = key.ok_or_else(|| wrong("the key must be 32 to 512 hexadecimal digits"))?;
         if keys.insert(user, key).is_some() {
-            return Err(wrong("this user was there before"));
+            return Err(wrong("this user occurs twice"));
         }
     }
-    if keys.is_empty() { Err("there is no key in it".into()) } else { Ok(keys) }
+    if keys.is_empty() { Err("it contains no key".into()) } else { Ok(keys) }
 }
 
 fn hex(text: &str) -> Option<Vec<u8>> {
@@ -121,7 +122,7 @@ pub(super) struct Engine {
     told: Arc<Mutex<Told>>,
 }
 
-/// What OpenSSL takes for a socket.
+/// The transport for OpenSSL, in place of a socket.
 #[derive(Default)]
 struct Pipe {
     input: Vec<u8>,
@@ -158,7 +159,7 @@ impl Engine {
         Ok(Self { stream: SslStream::new(ssl, Pipe::default())?, told })
     }
 
-    /// As [`x509::Engine::go`](super::x509::Engine::go). OpenSSL reads record by record, and none beyond the handshake.
+    /// As [`x509::Engine::go`](super::x509::Engine::go). OpenSSL reads record by record, and none after the handshake.
     pub(super) fn go(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
         mem::swap(input, &mut self.stream.get_mut().input);
         let accepted = self.stream.accept();
@@ -174,12 +175,12 @@ impl Engine {
 
     pub(super) fn agreed(self) -> io::Result<(Agreed, Option<Identity>)> {
         let Told { user, traffic, master } = mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
-        let user = user.ok_or_else(|| broken("a client without a user"))?;
+        let user = user.ok_or_else(|| broken("the client sent no user"))?;
         let ssl = self.stream.ssl();
         let cipher = match ssl.current_cipher().map(|cipher| cipher.name()) {
             Some("TLS_AES_128_GCM_SHA256") => Cipher::Aes128Gcm,
             Some("TLS_CHACHA20_POLY1305_SHA256" | "ECDHE-PSK-CHACHA20-POLY1305") => Cipher::Chacha20Poly1305,
-            _ => return Err(broken("a cipher that nobody offered")),
+            _ => return Err(broken("a cipher that was not offered")),
         };
         let agreed = match (ssl.version2(), traffic, master) {
             (Some(SslVersion::TLS1_3), [Some(client), Some(server)], _) => {
@@ -216,7 +217,7 @@ impl fmt::Debug for Offer {
     }
 }
 
-/// A direction's secret of TLS 1.3, from which those that follow are made (RFC 8446, 7.2 and 7.3).
+/// The TLS 1.3 secret of one direction, from which the next ones are derived (RFC 8446, 7.2 and 7.3).
 struct Ratchet {
     cipher: Cipher,
     secret: Vec<u8>,

@@ -1,8 +1,8 @@
-//! The record protocol of TLS 1.2 and 1.3 with their AEAD ciphers (RFC 8446, 5; RFC 5246, 6.2; RFC 5288; RFC 7905): plain
-//! text to records and back, many at a time, in the caller's memory.
+//! The record protocol of TLS 1.2 and 1.3 with their AEAD ciphers (RFC 8446, 5; RFC 5246, 6.2; RFC 5288; RFC 7905). It turns
+//! plain text into records and back, many at a time, in the caller's memory.
 //!
-//! Keys come from a handshake that somebody else did. So the data path neither allocates nor copies more than it must, and
-//! the same secrets can be given to the kernel instead.
+//! The keys come from the handshake of another library. So the data path has no allocation and no unnecessary copy, and the same
+//! secrets can go to the kernel instead.
 
 use std::{fmt, io};
 
@@ -10,24 +10,24 @@ use ring::aead::{
     AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey,
 };
 
-/// Plain text of one record, at most (RFC 8446, 5.1).
+/// Longest plain text of one record (RFC 8446, 5.1).
 const PLAIN_MAX: usize = 1 << 14;
 const HEADER: usize = 5;
-/// The part of the nonce that TLS 1.2 sends along with AES-GCM (RFC 5288, 3).
+/// The part of the nonce that TLS 1.2 sends with AES-GCM (RFC 5288, 3).
 const EXPLICIT: usize = 8;
-/// The longest record that we make: a header, perhaps a nonce, or else the type of TLS 1.3, and the tag.
+/// Longest record that we send: a header, then the nonce of TLS 1.2 or the type of TLS 1.3, the plain text, and the tag.
 pub(crate) const SEALED_MAX: usize = HEADER + EXPLICIT + PLAIN_MAX + MAX_TAG_LEN;
-/// The longest record that we take: 2^14 + 256 (RFC 8446, 5.2), which is more than AEAD ciphers add under TLS 1.2.
+/// Longest record that we accept: 2^14 + 256 (RFC 8446, 5.2), which is more than AEAD ciphers add under TLS 1.2.
 pub(crate) const RECORD_MAX: usize = HEADER + PLAIN_MAX + 256;
 
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const DATA: u8 = 23;
 
-/// A KeyUpdate but for its last byte, whether the other side is to update too (RFC 8446, 4.6.3).
+/// A KeyUpdate message without its last byte, which requests an update from the other side (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 4] = [24, 0, 0, 1];
 
-/// Records under one key of AES-GCM, from which on it is to be changed (RFC 8446, 5.5: 2^24.5). TLS 1.2 cannot change it.
+/// Records after which a key of AES-GCM must change (RFC 8446, 5.5: 2^24.5). TLS 1.2 cannot change it.
 const KEY_RECORDS: u64 = 1 << 24;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +53,14 @@ impl Cipher {
     }
 }
 
-/// What protects one direction.
+/// The secrets of one direction.
 #[derive(Clone)]
 pub(crate) struct Secret {
     pub(crate) cipher: Cipher,
-    /// As long as the cipher wants it.
+    /// It has the length that the cipher needs.
     pub(crate) key: Vec<u8>,
     pub(crate) iv: [u8; NONCE_LEN],
-    /// The number of the next record.
+    /// The sequence number of the next record.
     pub(crate) seq: u64,
 }
 
@@ -70,14 +70,14 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Which way records go, from us.
+/// The direction of records, from our side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     In,
     Out,
 }
 
-/// What a handshake agreed on.
+/// The results of a handshake.
 pub(crate) struct Agreed {
     pub(crate) version: Version,
     pub(crate) receive: Secret,
@@ -85,7 +85,7 @@ pub(crate) struct Agreed {
     pub(crate) next: Next,
 }
 
-/// Tells the secret that follows the present one of a direction (RFC 8446, 7.2).
+/// Returns the next secret of a direction (RFC 8446, 7.2).
 pub(crate) type Next = Box<dyn FnMut(Way) -> io::Result<Secret> + Send>;
 
 /// A connection's record protocol.
@@ -93,18 +93,18 @@ pub(crate) struct Records {
     receive: Half,
     send: Half,
     next: Next,
-    /// The client wants our key changed before we send more.
+    /// The client has requested a new key for our next records.
     update_due: bool,
-    /// The client has sent an alert: nothing comes any more.
+    /// The client has sent an alert: no more data comes.
     ended: bool,
 }
 
-/// What [`Records::open`] found.
+/// The result of [`Records::open`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Opened {
-    /// Bytes of plain text, now in front.
+    /// Bytes of plain text, now at the front.
     pub(crate) plain: usize,
-    /// Bytes of records that were used up; the rest is the beginning of a record.
+    /// Bytes of records that were used up. The rest is the beginning of a record.
     pub(crate) used: usize,
 }
 
@@ -115,21 +115,21 @@ impl Records {
         Ok(Self { receive, send, next, update_due: false, ended: false })
     }
 
-    /// Whether the client has said that nothing more comes.
+    /// Whether the client has closed its direction.
     pub(crate) fn ended(&self) -> bool {
         self.ended
     }
 
-    /// What protects either way from the next record on; `None` when the client awaits another secret.
+    /// The secrets of both directions from the next record on; `None` if the client awaits a new one.
     pub(crate) fn secrets(&self) -> Option<(Version, &Secret, &Secret)> {
         let Self { receive, send, .. } = self;
         (!self.update_due && !self.ended).then_some((send.version, &receive.secret, &send.secret))
     }
 
-    /// Opens all whole records in `bytes` where they are, and moves their plain text together at the front.
+    /// Opens all whole records of `bytes` in place, and moves their plain text to the front.
     ///
     /// # Errors
-    /// The peer broke the protocol, or somebody tampered: drop the connection.
+    /// The peer violated the protocol, or a record was tampered with: drop the connection.
     pub(crate) fn open(&mut self, bytes: &mut [u8]) -> io::Result<Opened> {
         let (mut plain, mut used) = (0, 0);
         while !self.ended
@@ -140,7 +140,7 @@ impl Records {
             used += len;
             match kind {
                 DATA => plain += got,
-                // Whatever it says: after it comes nothing that is to be believed.
+                // Whatever the alert is, no data after it can be trusted.
                 ALERT => self.ended = true,
                 HANDSHAKE => self.post_handshake(&bytes[plain..plain + got])?,
                 _ => return Err(broken("a record of an unexpected type")),
@@ -160,8 +160,8 @@ impl Records {
         }
     }
 
-    /// Makes records in `out`, of what `fill` puts where it is told: as much as it has, or as fits; tells how many bytes
-    /// they have. `out` has room for [`SEALED_MAX`] at least.
+    /// Seals records into `out`. `fill` puts plain text into a buffer and returns its length; it is called while it has data and
+    /// `out` has room. Returns the length of the records. `out` has room for at least [`SEALED_MAX`].
     pub(crate) fn seal(&mut self, out: &mut [u8], mut fill: impl FnMut(&mut [u8]) -> usize) -> io::Result<usize> {
         let mut done = 0;
         while out.len() - done >= SEALED_MAX {
@@ -183,7 +183,7 @@ impl Records {
         Ok(done)
     }
 
-    /// Says that nothing more comes; tells how many bytes that takes in `out`, which has room for [`SEALED_MAX`].
+    /// Seals a closure alert into `out`, which has room for [`SEALED_MAX`]. Returns its length.
     pub(crate) fn close(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let close_notify = [1, 0];
         self.send.seal(ALERT, out, |room| {
@@ -199,12 +199,12 @@ impl fmt::Debug for Records {
     }
 }
 
-/// How long the record is that begins here, when that much of it is there.
+/// Returns the length of the record that begins here; `None` if its header is incomplete.
 pub(crate) fn record_len(bytes: &[u8]) -> io::Result<Option<usize>> {
     let Some(&[_, major, _, high, low]) = bytes.first_chunk() else { return Ok(None) };
     let len = HEADER + usize::from(u16::from_be_bytes([high, low]));
     if major != 3 || len > RECORD_MAX {
-        return Err(broken("what came is not TLS"));
+        return Err(broken("the data is not TLS"));
     }
     Ok(Some(len))
 }
@@ -228,14 +228,14 @@ impl Half {
         self.version == Version::Tls12 && self.secret.cipher != Cipher::Chacha20Poly1305
     }
 
-    /// Whether the key was used as often as it should be.
+    /// Whether the key has reached its limit of use.
     fn is_worn(&self) -> bool {
         self.version == Version::Tls13
             && self.secret.cipher != Cipher::Chacha20Poly1305
             && self.secret.seq >= KEY_RECORDS
     }
 
-    /// The nonce of the next record, and the number of it.
+    /// Returns the nonce and the number of the next record.
     fn step(&mut self) -> io::Result<([u8; NONCE_LEN], [u8; 8])> {
         let seq = self.secret.seq.to_be_bytes();
         self.secret.seq = self.secret.seq.checked_add(1).ok_or_else(|| broken("no more record numbers"))?;
@@ -244,8 +244,8 @@ impl Half {
         Ok((nonce, seq))
     }
 
-    /// Opens the record that is all of `bytes` but the first `skip`; its plain text goes to the front. Tells its true type
-    /// and how long the plain text is.
+    /// Opens the record that starts after the first `skip` of `bytes` and fills the rest. Moves its plain text to the front.
+    /// Returns its true type and the length of the plain text.
     fn open(&mut self, bytes: &mut [u8], skip: usize) -> io::Result<(u8, usize)> {
         let header: [u8; HEADER] = *bytes[skip..].first_chunk().expect("the record is whole");
         let (mut nonce, seq) = self.step()?;
@@ -263,10 +263,10 @@ impl Half {
             Version::Tls13 => self.key.open_within(nonce, Aad::from(header), bytes, start..),
             Version::Tls12 => self.key.open_within(nonce, Aad::from(aad12(seq, header, len)), bytes, start..),
         };
-        let mut plain = &*opened.map_err(|_| broken("a record is not what the client sent"))?;
+        let mut plain = &*opened.map_err(|_| broken("a record was changed on its way"))?;
         let mut kind = header[0];
         if self.version == Version::Tls13 {
-            // The true type follows the plain text; after it there may be padding.
+            // The true type follows the plain text; padding may follow it.
             let end = plain.iter().rposition(|&byte| byte != 0).ok_or_else(|| broken("a record without a type"))?;
             (kind, plain) = (plain[end], &plain[..end]);
         }
@@ -276,8 +276,8 @@ impl Half {
         Ok((kind, plain.len()))
     }
 
-    /// Makes one record at the front of `out`, of what `fill` puts where it is told; tells its length, 0 when there was
-    /// nothing to put.
+    /// Seals one record at the front of `out`, with the plain text that `fill` supplies. Returns its length, 0 if there was no
+    /// plain text.
     fn seal(&mut self, kind: u8, out: &mut [u8], fill: impl FnOnce(&mut [u8]) -> usize) -> io::Result<usize> {
         let start = HEADER + if self.has_explicit_nonce() { EXPLICIT } else { 0 };
         let mut end = start + fill(&mut out[start..start + PLAIN_MAX]);
@@ -311,7 +311,7 @@ impl Half {
     }
 }
 
-/// What TLS 1.2 authenticates beside the text (RFC 5246, 6.2.3.3).
+/// The additional data that TLS 1.2 authenticates (RFC 5246, 6.2.3.3).
 fn aad12(seq: [u8; 8], header: [u8; HEADER], len: usize) -> [u8; 13] {
     let mut aad = [0; 13];
     aad[..8].copy_from_slice(&seq);
@@ -334,7 +334,7 @@ mod tests {
         Secret { cipher, key: vec![n; cipher.algorithm().key_len()], iv: [n ^ 0xff; NONCE_LEN], seq: n.into() }
     }
 
-    /// Two ends of a connection.
+    /// The two ends of a connection.
     fn pair(version: Version, cipher: Cipher) -> [Records; 2] {
         let next = |first: u8| -> Next {
             let mut count = [0, 0];
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_in_any_pieces() {
+    fn sealed_records_open_in_pieces_of_any_size() {
         let text: Vec<u8> = (0..70_000u32).map(|n| (n * 7 % 251) as u8).collect();
         for (version, cipher) in [Version::Tls12, Version::Tls13].into_iter().flat_map(|v| CIPHERS.map(|c| (v, c))) {
             for piece in [1, 5, 4000, 40_000, usize::MAX] {
@@ -384,7 +384,7 @@ mod tests {
                 let mut changed = sealed.clone();
                 changed[at] ^= 1;
                 let opened = pair(version, cipher)[0].open(&mut changed);
-                // A length that has grown waits for more; nothing else may pass.
+                // If the length has grown, the rest is awaited. Nothing else may pass.
                 assert!(matches!(opened, Err(_) | Ok(Opened { plain: 0, used: 0 })), "byte {at}: {opened:?}");
             }
             let [mut ours, mut theirs] = pair(version, cipher);
@@ -401,10 +401,10 @@ mod tests {
     }
 
     #[test]
-    fn padding_is_taken_off_and_nothing_but_padding_is_refused() {
+    fn padding_is_removed_and_a_record_of_padding_only_is_refused() {
         let [mut ours, mut theirs] = pair(Version::Tls13, Cipher::Aes128Gcm);
         let mut out = vec![0; SEALED_MAX];
-        // The same layout as a record of TLS 1.3 with padding: text, type, zeroes; and then the type that `seal` adds, zero.
+        // The same layout as a TLS 1.3 record with padding: text, type, zeroes, then the type that `seal` adds, which is zero.
         let mut padded = |text: &[u8]| {
             let len = theirs.send.seal(0, &mut out, |room| io::Read::read(&mut &*text, room).unwrap()).unwrap();
             out[..len].to_vec()
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_change_when_they_are_worn_and_when_the_client_asks() {
+    fn keys_change_at_their_limit_and_when_the_client_requests_it() {
         let [mut ours, mut theirs] = pair(Version::Tls13, Cipher::Aes256Gcm);
         (theirs.send.secret.seq, ours.receive.secret.seq) = (KEY_RECORDS - 1, KEY_RECORDS - 1);
         for text in [b"last", b"next", b"more"] {

@@ -1,4 +1,4 @@
-//! [`Secure`]: what a connection keeps whose bytes are TLS records that we make and open ourselves.
+//! [`Secure`]: the state of a connection whose TLS records we seal and open ourselves.
 
 use std::{fmt, io, mem, os::fd::BorrowedFd};
 
@@ -10,23 +10,23 @@ use super::{
 };
 use crate::received::{Received, STAGING_MIN, push};
 
-/// Sealed at a time: enough for few system calls, little enough to stay in the cache, and to be kept for a client whose
+/// Bytes sealed at a time: enough for few system calls, but little enough to stay in the cache, and to be kept for a client whose
 /// socket is full.
 const BATCH: usize = 8 * SEALED_MAX;
 
 pub(crate) struct Secure {
     records: Records,
-    /// Received and not opened: the beginning of a record, or what came right after the handshake.
+    /// Received bytes that are not opened: the beginning of a record, or data that followed the handshake.
     part: Vec<u8>,
-    /// `part` may have whole records, of which no event will tell.
+    /// `part` may contain whole records, which no event will report.
     fresh: bool,
-    /// Sealed, and not taken by the socket yet.
+    /// Sealed bytes that the socket has not taken yet.
     unsent: Vec<u8>,
-    /// What the kernel does in our place.
+    /// The directions that the kernel handles.
     kernel: Kernel,
 }
 
-/// Which ways of a connection the kernel has.
+/// The directions of a connection that the kernel handles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Kernel {
     pub(crate) receives: bool,
@@ -38,33 +38,33 @@ impl Secure {
         Self { records, fresh: !part.is_empty(), part, unsent: Vec::new(), kernel: Kernel::default() }
     }
 
-    /// Which ways the kernel has: there the socket's bytes are plain text.
+    /// The directions that the kernel handles: there the socket's bytes are plain text.
     pub(crate) fn kernel(&self) -> Kernel {
         self.kernel
     }
 
-    /// How many bytes are here that could not be opened yet.
+    /// Number of received bytes that could not be opened yet.
     pub(crate) fn part(&self) -> usize {
         self.part.len()
     }
 
-    /// Returns what a burst has left of capacity.
+    /// Frees spare capacity after a burst.
     pub(crate) fn shrink(&mut self) {
         self.part.shrink_to_fit();
         self.unsent.shrink_to_fit();
     }
 
-    /// Gives the kernel what it can do as well; from where things stand now.
+    /// Moves the directions that the kernel can handle into the kernel, from the present state on.
     ///
     /// # Errors
-    /// The kernel began, and did not go through with it.
+    /// The kernel failed half-way.
     pub(crate) fn offload(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let Some((version, receive, send)) = self.records.secrets() else { return Ok(()) };
         if !self.unsent.is_empty() || !kernel::is_ready(socket) {
             return Ok(());
         }
-        // Under TLS 1.3 the client may change its key, as GnuTLS does after 2^24 records, and kernels before 6.14 cannot
-        // follow. So there the way in stays with us.
+        // Under TLS 1.3 the client may change its key, as GnuTLS does after 2^24 records, and kernels before 6.14 cannot follow.
+        // So we keep the receiving direction.
         if version == Version::Tls12 && self.part.is_empty() {
             self.kernel.receives = kernel::receive(socket, version, receive).is_ok();
         }
@@ -95,7 +95,7 @@ impl Secure {
         Ok(Some(Received { landed: 0, staged: plain, more: more || self.records.ended() }))
     }
 
-    /// Sends what `fill` has, until all is out (`true`) or the socket is full (`false`).
+    /// Sends the data that `fill` supplies, until all is sent (`true`) or the socket is full (`false`).
     pub(crate) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -121,8 +121,8 @@ impl Secure {
         }
     }
 
-    /// Says that nothing more comes, so that the client can tell the end from a cut (RFC 8446, 6.1). As far as the socket
-    /// takes it.
+    /// Sends a closure alert, so that the client can distinguish the end from truncation (RFC 8446, 6.1). If the socket is full,
+    /// the alert is lost.
     pub(crate) fn close(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) {
         if self.unsent.is_empty()
             && !self.kernel.sends
@@ -145,5 +145,5 @@ impl fmt::Debug for Secure {
     }
 }
 
-// An opened record needs the rest of the one before it and one more; a sealed one, its room.
+// To open a record takes room for the rest of the previous record and one more; to seal one takes room for it.
 const _: () = assert!(STAGING_MIN >= 2 * RECORD_MAX && STAGING_MIN >= SEALED_MAX);

@@ -1,4 +1,4 @@
-//! TLS by certificates: the handshake is rustls', up to the secrets.
+//! TLS with certificates. rustls does the handshake and yields the secrets.
 
 use std::{fmt, io, path::Path, sync::Arc};
 
@@ -21,14 +21,14 @@ const AES_128: [CipherSuite; 3] = [
     CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
 ];
 
-/// Reads the files, and sees whether they go together.
+/// Reads the files, and checks that they match.
 pub(super) fn config(files: &Certificates) -> io::Result<Arc<ServerConfig>> {
     let chain = CertificateDer::pem_file_iter(&files.certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|e| unusable(&files.certificate, &e))?;
     let key = repaired(PrivateKeyDer::from_pem_file(&files.key).map_err(|e| unusable(&files.key, &e))?);
     let mut provider = default_provider();
-    // Of what a client offers the fastest; most name AES-256 first, whose four more rounds make nothing safer that we do.
+    // Of the client's ciphers, the fastest. Most clients name AES-256 first, whose four additional rounds have no benefit here.
     provider.cipher_suites.sort_by_key(|suite| !AES_128.contains(&suite.suite()));
     let provider = Arc::new(provider);
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -46,7 +46,7 @@ pub(super) fn config(files: &Certificates) -> io::Result<Arc<ServerConfig>> {
                 let revoked = CertificateRevocationListDer::pem_file_iter(path)
                     .and_then(Iterator::collect::<Result<Vec<_>, _>>)
                     .map_err(|e| unusable(path, &e))?;
-                // A list speaks of its own issuer's certificates only.
+                // A revocation list covers only the certificates of its own issuer.
                 verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
             }
             builder.with_client_cert_verifier(verifier.build().map_err(|e| unusable(path, &e))?)
@@ -55,14 +55,14 @@ pub(super) fn config(files: &Certificates) -> io::Result<Arc<ServerConfig>> {
     let mut config = builder.with_single_cert(chain, key).map_err(|e| unusable(&files.certificate, &e))?;
     config.ignore_client_order = true;
     config.enable_secret_extraction = true;
-    // NBD connections live long: nobody resumes a session, and a ticket would be one more record to account for.
+    // NBD connections live long, so clients do not resume sessions. A ticket would be one more record to account for.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Ok(config.into())
 }
 
-/// The key as it should be. GnuTLS 3.7's certtool writes keys on curves as signed numbers, half of them with a zero in front
-/// and one in 512 too short, where the length is fixed (RFC 5915, 3), so that nobody else can read them.
+/// Repairs keys that GnuTLS 3.7's certtool wrote. It writes keys on curves as signed numbers: half of them have a leading zero,
+/// and one in 512 is too short. The length is fixed (RFC 5915, 3), so other libraries cannot read such keys.
 fn repaired(key: PrivateKeyDer<'static>) -> PrivateKeyDer<'static> {
     let PrivateKeyDer::Sec1(sec1) = &key else { return key };
     match certificate::of_whole_length(sec1.secret_sec1_der()) {
@@ -78,8 +78,8 @@ fn unusable(path: &Path, error: &dyn fmt::Display) -> io::Error {
 /// One connection's handshake.
 pub(super) struct Engine {
     connection: UnbufferedServerConnection,
-    /// How much of the input rustls has been shown: whole records, one more at a time, so that it never sees one that
-    /// comes after the handshake.
+    /// How much of the input rustls has got: whole records, one more at a time, so that it never gets one that follows the
+    /// handshake.
     shown: usize,
 }
 
@@ -89,8 +89,8 @@ impl Engine {
         Ok(Self { connection, shown: 0 })
     }
 
-    /// Takes records off `input` and appends others to `out`, which are to be sent whatever the outcome. `true`: it is
-    /// done, and what is left in `input` comes after it.
+    /// Takes records from `input` and appends others to `out`, which must be sent whatever the outcome. `true`: the handshake is
+    /// over, and the rest of `input` follows it.
     pub(super) fn go(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
         loop {
             let UnbufferedStatus { discard, state } = self.connection.process_tls_records(&mut input[..self.shown]);
@@ -103,7 +103,7 @@ impl Engine {
                         data.encode(&mut out[at..]).map_err(io::Error::other)?;
                     }
                 }
-                // Whatever is in `out` is sent before anything else is received.
+                // Everything in `out` is sent before more is received.
                 Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
                 Ok(ConnectionState::BlockedHandshake) => more = true,
                 Ok(ConnectionState::WriteTraffic(_)) => done = true,
@@ -128,7 +128,7 @@ impl Engine {
         }
     }
 
-    /// Appends the alert that says why the handshake failed. rustls wants to be shown the same `input` as ever.
+    /// Appends the alert with the reason of the failure. rustls needs the same `input` as before.
     fn explain(&mut self, input: &mut [u8], out: &mut Vec<u8>) {
         let at = out.len();
         out.resize(at + 1024, 0);
@@ -164,7 +164,7 @@ fn secret((seq, secrets): (u64, ConnectionTrafficSecrets)) -> io::Result<Secret>
         ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
         ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Cipher::Aes256Gcm, key, iv),
         ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Cipher::Chacha20Poly1305, key, iv),
-        _ => return Err(broken("a cipher that nobody offered")),
+        _ => return Err(broken("a cipher that was not offered")),
     };
     let iv = iv.as_ref().try_into().map_err(|_| broken("an initialization vector of the wrong length"))?;
     Ok(Secret { cipher, key: key.as_ref().to_vec(), iv, seq })

@@ -1,4 +1,4 @@
-//! [`Conn`]: a connection, its socket and its session.
+//! [`Conn`]: a connection with its socket and its session.
 
 use std::{io, sync::mpsc};
 
@@ -15,31 +15,31 @@ use crate::{
 
 /// A connection in the transmission phase.
 pub(super) struct Conn {
-    /// `None`: gone, and only waiting for what is still at the device.
+    /// `None`: the connection is closed, and waits only for its requests at the device.
     pub(super) stream: Option<Stream>,
     pub(super) session: Session,
     pub(super) lane: usize,
-    /// Input that could not be taken yet. While there is any, no more is received.
+    /// Input that could not be taken yet. While there is some, nothing more is received.
     pub(super) backlog: Vec<u8>,
     pub(super) readable: bool,
-    /// The client has closed: what is left is to be read up to the end.
+    /// The client has closed: the remaining data must be read up to the end.
     pub(super) ended: bool,
-    /// Its socket is full. Until it takes replies again nothing more is read from it: a client that is behind is not to be
-    /// served further, and not to wake us with every word it sends.
+    /// Its socket is full. Until the client reads replies, nothing more is received from it: a client that is behind gets no
+    /// further service, and does not wake the worker with each request.
     pub(super) blocked: bool,
-    /// Worth a try to send.
+    /// A send is worth a try.
     pub(super) writable: bool,
-    /// In `active`.
+    /// It is in `active`.
     pub(super) active: bool,
-    /// Only of a unix socket, which tells what its peer has not read.
+    /// Only for a unix socket, which reports its unread bytes.
     pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
-    /// Whoever waits for its end sees that this is dropped.
+    /// Dropped at the end of the connection, which the receiver notices.
     pub(super) _over: Option<mpsc::Sender<()>>,
 }
 
 impl Conn {
-    /// Whether it may have waited for its turn with something to take, which it takes now.
+    /// Whether it may have waited for its turn with data to take, which it takes now.
     #[inline]
     pub(super) fn waits(&self) -> bool {
         let Self { session, backlog, .. } = self;
@@ -50,7 +50,7 @@ impl Conn {
             || session.is_short()
     }
 
-    /// Returns what a burst has left of capacity.
+    /// Frees spare capacity after a burst.
     pub(super) fn shrink(&mut self) {
         self.session.shrink();
         if let Some(stream) = &mut self.stream {
@@ -61,10 +61,11 @@ impl Conn {
         }
     }
 
-    /// Receives once, and takes it. `false`: the connection is at its end.
+    /// Receives once, and takes the data. `false`: the connection has ended.
     pub(super) fn receive(&mut self, staging: &mut [u8], channel: &mut Channel, grant: &mut Grant) -> bool {
         let alive = self.receive_once(staging, channel, grant);
-        // A unix socket wakes for everything, and on vsock a client may be told too late that there is room for what is due.
+        // A unix socket wakes for every byte in any case. On vsock, a client may learn too late that the socket has room for the
+        // rest.
         if let (true, false, Some(stream)) = (self.is_tcp, self.readable, &mut self.stream) {
             stream.expect(self.session.landing().map_or(0, |(buf, at)| buf.len() - at));
         }
@@ -83,7 +84,7 @@ impl Conn {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return true,
             Err(_) => return false,
         };
-        // The end of the stream is no event of its own when it was told together with the last bytes.
+        // If the end of the stream was reported with the last bytes, no other event reports it.
         self.readable = self.ended || more;
         self.session.landed(landed, channel);
         let mut input = &staging[..staged];
@@ -93,19 +94,19 @@ impl Conn {
                 true
             }
             Err(fatal) => {
-                log::info!("a client was dropped: {fatal}");
+                log::info!("a client was disconnected: {fatal}");
                 false
             }
         }
     }
 
-    /// Whether it has something to do in a turn. `has_ended`: a request of it has ended since its last one, or all have.
+    /// Whether it has something to do in a turn. `has_ended`: one of its requests has ended since the last turn, or all have.
     pub(super) fn is_ready(&self, has_ended: bool) -> bool {
         let has_input = self.readable || !self.backlog.is_empty();
         self.stream.is_some() && self.session.is_ready(has_input, self.blocked, has_ended)
     }
 
-    /// Takes what had to wait. `false`: the connection is at its end.
+    /// Takes the backlog. `false`: the connection has ended.
     pub(super) fn take_backlog(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
         let mut input = &self.backlog[..];
         match self.session.take(&mut input, channel, grant) {
@@ -115,13 +116,13 @@ impl Conn {
                 true
             }
             Err(fatal) => {
-                log::info!("a client was dropped: {fatal}");
+                log::info!("a client was disconnected: {fatal}");
                 false
             }
         }
     }
 
-    /// Sends what the socket takes. `false`: the connection is broken.
+    /// Sends as much as the socket takes. `false`: the connection is broken.
     pub(super) fn send(&mut self, staging: &mut [u8], poll: &Poll, number: u32) -> bool {
         let Some(stream) = &mut self.stream else { return true };
         if (self.session.outbox().is_empty() && !self.blocked) || !self.writable {

@@ -1,4 +1,4 @@
-//! [`Floor`]: what a worker serves, its connections and its lanes, and how bytes move between them.
+//! [`Floor`]: a worker's connections and lanes, and the code that moves bytes between them.
 
 use std::{
     os::fd::{AsFd, AsRawFd},
@@ -32,33 +32,33 @@ use crate::{
     turns::{Connections, Fed, Turns},
 };
 
-/// Bytes received at a time: a hundred small writes, or thousands of other requests. Larger does not save system calls that
-/// matter, and would fall out of the cache.
+/// Bytes received at a time: a hundred small writes, or thousands of other requests. More would save few system calls, and would
+/// not fit the cache.
 const STAGING: usize = 256 << 10;
 const _: () = assert!(STAGING >= STAGING_MIN);
 
-/// Receives of one connection in a turn, before others have theirs.
+/// Receives of one connection in a turn before the next connection has its turn.
 const RECEIVES: usize = 4;
 
-/// Why a connection's lane is there.
-const SERVED: &str = "a connection is where its export is served";
+/// Why a connection's lane always exists.
+const SERVED: &str = "a connection has a lane";
 
 pub(super) struct Floor {
-    /// By number; `None` where others serve the export, and where there is none.
+    /// Indexed by number; `None` where other workers serve the export, or there is none.
     pub(super) lanes: Vec<Option<Lane>>,
-    /// By number; a number stays taken until nothing of its connection is at a device.
+    /// Indexed by number. A number stays in use while a request of its connection is at a device.
     pub(super) conns: Vec<Option<Conn>>,
     free: Vec<u32>,
-    /// Those of this turn, that replies may have come together for.
+    /// Connections of this turn that may have new replies.
     active: Vec<u32>,
-    /// A client that had not read its earlier replies when those of this turn were sent.
+    /// A client that had unread replies when those of this turn were sent.
     pub(super) behind: Option<u32>,
     staging: Box<[u8]>,
     done: Vec<Done>,
     pub(super) spin: Spin,
-    /// Something has grown, or memory was used, since it was last tidied up.
+    /// A buffer has grown, or memory was used, since the last tidying.
     pub(super) is_untidy: bool,
-    /// Connections, for other threads.
+    /// Number of connections, for other threads.
     pub(super) load: Arc<AtomicUsize>,
 }
 
@@ -83,11 +83,11 @@ impl Floor {
         if self.lanes.len() <= number {
             self.lanes.resize_with(number + 1, || None);
         }
-        assert!(self.lanes[number].is_none(), "a number is free when nobody knows its seat any more");
+        assert!(self.lanes[number].is_none(), "a lane number is reused only after its seat is gone");
         self.lanes[number] = Some(Lane::new(channel, seat));
     }
 
-    /// Serves a connection from now on. Returns its number, unless its export has gone.
+    /// Adds a connection. Returns its number; `None` if its export was removed.
     pub(super) fn welcome(&mut self, arrival: Arrival, poll: &Poll) -> Option<u32> {
         let Arrival { stream, negotiated, ticket, sent, over } = arrival;
         let turned_away = |load: &AtomicUsize| {
@@ -103,7 +103,7 @@ impl Floor {
             self.conns.len() as u32 - 1
         });
         if let Err(e) = poll.add_edge(&stream, number.into(), Interest::Read) {
-            log::warn!("a client was turned away: {e}");
+            log::warn!("a client was rejected: {e}");
             turned_away(&self.load);
             self.free.push(number);
             return None;
@@ -132,9 +132,9 @@ impl Floor {
         Some(number)
     }
 
-    /// Deals with the clients of a lane that nobody new comes to. Returns whether the lane has begun to leave by that.
+    /// Applies a removal to a lane, which gets no new clients. Returns whether the lane begins to leave with this call.
     pub(super) fn retire(&mut self, number: usize, removal: Removal, farewell: Instant, turns: &mut Turns) -> bool {
-        // Its last client may have left after an earlier removal.
+        // The lane may have closed after an earlier removal.
         let Some(lane) = &mut self.lanes[number] else { return false };
         let deadline = (removal == Removal::Soft).then_some(farewell);
         let begins = lane.leaving.is_none();
@@ -163,7 +163,7 @@ impl Floor {
         turns.leave(number);
     }
 
-    /// Closes a connection. What it has at the device comes back later; what has not got there never will.
+    /// Closes a connection. Its requests at the device come back later; all others are dropped.
     fn hang_up(&mut self, number: u32) {
         let slot = &mut self.conns[number as usize];
         let Some(conn) = slot else { return };
@@ -180,16 +180,16 @@ impl Floor {
             *slot = None;
             self.free.push(number);
         } else {
-            // Later, for all that have gone in this turn at once: each time costs a look at every request.
+            // Cancels later, for all connections that close in this turn: each cancellation looks at every request.
             lane.cancels = true;
         }
     }
 
-    /// Rings the devices, and turns what they have finished into replies. Returns how much that was.
+    /// Rings the devices, and turns their completions into replies. Returns the number of completions.
     pub(super) fn reap(&mut self, turns: &mut Turns) -> usize {
         let mut in_flight = 0;
         for lane in self.lanes.iter_mut().flatten() {
-            // First: the channel sends what it held back when it is reaped.
+            // Cancel first: when reaped, the channel sends the requests that it held back.
             if std::mem::take(&mut lane.cancels) {
                 let conns = &self.conns;
                 let gone = |number: u32| conns[number as usize].as_ref().is_none_or(|conn| conn.stream.is_none());
@@ -216,7 +216,7 @@ impl Floor {
     fn complete(&mut self, done: Done, turns: &mut Turns) {
         let number = Session::number_of(done.tag);
         let slot = &mut self.conns[number as usize];
-        let conn = slot.as_mut().expect("a number is kept while something of it is at a device");
+        let conn = slot.as_mut().expect("a number stays in use while it has requests at a device");
         if let Some(coalesce) = &mut conn.coalesce {
             coalesce.count(&done.io);
         }
@@ -233,7 +233,7 @@ impl Floor {
         }
     }
 
-    /// Sends replies, and gives another turn to those that have still something to do.
+    /// Sends replies, and gives another turn to connections that have more to do.
     pub(super) fn output(&mut self, poll: &Poll, turns: &mut Turns) {
         let mut active = std::mem::take(&mut self.active);
         for number in active.drain(..) {
@@ -253,14 +253,14 @@ impl Floor {
             if !alive || over {
                 self.bury(number, turns);
             } else if conn.is_ready(in_flight == 0) {
-                // Each request that ends makes room, and queues it again.
+                // Each request that ends makes room, and queues the connection again.
                 turns.enqueue(number);
             }
         }
         self.active = active;
     }
 
-    /// Returns memory that was not used for a while.
+    /// Frees memory that has not been used for a while.
     #[cold]
     pub(super) fn tidy(&mut self) {
         self.is_untidy = false;
@@ -278,7 +278,7 @@ impl Connections for Floor {
         conn.is_ready(true)
     }
 
-    /// Takes what a connection has sent until that is all, it must wait, or others should have their turn.
+    /// Takes what a connection has sent until all is taken, the connection must wait, or others should have their turn.
     fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed> {
         let conn = self.conns[number as usize].as_mut()?;
         activate(&mut self.active, number, conn);
@@ -296,7 +296,7 @@ impl Connections for Floor {
             return None;
         }
         if conn.session.stall() == Some(Stall::Turn) {
-            // Nothing but headers, mostly.
+            // The backlog is mostly headers.
             self.spin.count(conn.backlog.len() / REQUEST_LEN);
         }
         let taken = conn.session.held().saturating_sub(held) + conn.session.spent();

@@ -1,4 +1,4 @@
-//! [`Handle`]: the way to a worker, for other threads.
+//! [`Handle`]: the interface of a worker for other threads.
 
 use std::{
     io,
@@ -26,30 +26,30 @@ use crate::{
 pub(crate) struct Arrival {
     pub(crate) stream: Stream,
     pub(crate) negotiated: Box<Negotiated>,
-    /// Where it is to be served.
+    /// Where the client will be served.
     pub(crate) ticket: Ticket,
-    /// What it sent after the last option.
+    /// Bytes that it sent after the last option.
     pub(crate) sent: Vec<u8>,
     /// Kept until nothing of the connection is left.
     pub(crate) over: Option<mpsc::Sender<()>>,
 }
 
-/// What a worker is told.
+/// A message to a worker.
 #[derive(Debug)]
 pub(super) enum Message {
     Arrival(Arrival),
-    /// A channel to serve from now on.
+    /// A channel that the worker serves from now on.
     Open(Arc<Seat>, Box<Channel>),
-    /// Nobody new comes to this lane.
+    /// No new clients come to this lane.
     Retire(usize, Removal),
 }
 
-/// The way to a worker, for other threads.
+/// The interface of a worker for other threads.
 #[derive(Debug)]
 pub(crate) struct Handle {
     inbox: mpsc::Sender<Message>,
     bell: Arc<EventFd>,
-    /// Connections it has.
+    /// Number of its connections.
     load: Arc<AtomicUsize>,
     alive: Arc<AtomicBool>,
     watch: Watch,
@@ -66,12 +66,12 @@ impl Handle {
         Self { inbox, bell, load, alive, watch }
     }
 
-    /// Whether it serves clients that are sent to it: its thread has not ended.
+    /// Whether its thread runs, and serves the clients that are sent to it.
     pub(crate) fn is_alive(&self) -> bool {
         self.alive.load(Ordering::Relaxed)
     }
 
-    /// How many connections it has.
+    /// Number of its connections.
     pub(crate) fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
@@ -83,7 +83,7 @@ impl Handle {
         self.send(Message::Arrival(arrival));
     }
 
-    /// Wakes the worker for a channel that it will be given.
+    /// Lets a channel's events wake the worker, before it gets the channel.
     pub(crate) fn watch(&self, lane: usize, channel: &Channel) -> io::Result<()> {
         let fds = [channel.wake_fd(), channel.turn_fd()];
         fds.into_iter().flatten().try_for_each(|fd| self.watch.add_wake(fd, LANE | lane as u64))
@@ -94,12 +94,12 @@ impl Handle {
         self.send(Message::Open(seat, Box::new(channel)));
     }
 
-    /// Has it let go of a channel, when its clients have gone.
+    /// Makes it release a channel when its clients have gone.
     pub(crate) fn retire(&self, lane: usize, removal: Removal) {
         self.send(Message::Retire(lane, removal));
     }
 
-    /// A worker that has ended needs to know nothing any more.
+    /// Sends a message. A worker that has ended does not need it.
     fn send(&self, message: Message) {
         let _ = self.inbox.send(message);
         self.ring();

@@ -1,4 +1,4 @@
-//! [`Lane`]: a channel that a worker serves, and how that ends.
+//! [`Lane`]: a channel that a worker serves, and the steps of its removal.
 
 use std::{
     sync::Arc,
@@ -9,44 +9,44 @@ use blkdev::Channel;
 
 use crate::{removal::Removal, seat::Seat};
 
-/// Tokens of lanes have this bit; those of connections are their numbers.
+/// Set in the tokens of lanes. The token of a connection is its number.
 pub(super) const LANE: u64 = 1 << 32;
 
-/// How long a device has to finish when the server stops, or its last client has gone.
+/// Time that a device has to complete its requests when the server stops, or its last client has gone.
 pub(super) const WIND_UP: Duration = Duration::from_secs(2);
 
-/// How often to look whether a client that was let in is still to come.
+/// Interval of checks for an admitted client that has not arrived yet.
 const BRIEFLY: Duration = Duration::from_millis(10);
 
-/// A channel, and who uses it.
+/// A channel, and its users.
 pub(super) struct Lane {
     pub(super) channel: Channel,
     pub(super) seat: Arc<Seat>,
     /// Connections with a socket.
     pub(super) clients: usize,
-    /// Connections, with those that only wait for the device.
+    /// Connections, including those that only wait for the device.
     pub(super) conns: usize,
     pub(super) leaving: Option<Leaving>,
-    /// Connections have gone whose requests are to be cancelled.
+    /// Closed connections have requests to cancel.
     pub(super) cancels: bool,
 }
 
-/// How a lane ends.
+/// The state of a lane that is being removed.
 pub(super) struct Leaving {
     pub(super) removal: Removal,
-    /// Until when the clients have time, or, when there are none any more, the device.
+    /// Deadline of the clients, or, when there are none left, of the device.
     pub(super) deadline: Option<Instant>,
 }
 
-/// What is to be done about a lane that is leaving.
+/// The next step for a lane that is being removed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Nothing,
-    /// The clients did not leave in time.
+    /// The clients did not disconnect in time.
     CutOff,
-    /// The device did not finish in time.
+    /// The device did not complete its requests in time.
     GiveUp,
-    /// Nothing is left of it.
+    /// Nothing is left to wait for.
     Close,
 }
 
@@ -55,12 +55,12 @@ impl Lane {
         Self { channel, seat, clients: 0, conns: 0, leaving: None, cancels: false }
     }
 
-    /// Whether no new client is served. Hidden, it is still there for those who were let in before.
+    /// Whether it refuses new clients. A hidden lane still serves clients that were admitted before.
     pub(super) fn refuses(&self) -> bool {
         self.leaving.as_ref().is_some_and(|leaving| leaving.removal > Removal::Hide)
     }
 
-    /// What is to be done now so that it comes to an end.
+    /// Returns the next step of its removal.
     pub(super) fn step(&mut self, now: Instant) -> Step {
         let Some(leaving) = &mut self.leaving else { return Step::Nothing };
         if leaving.deadline.is_some_and(|deadline| deadline <= now) {

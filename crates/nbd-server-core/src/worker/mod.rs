@@ -1,8 +1,8 @@
 //! [`Worker`]: one thread that moves bytes between its connections and its channels, in turns.
 //!
-//! A turn takes what all readable clients have sent, where that helps only as much as fits the cache, rings each device once,
-//! takes what the devices have finished and sends it. So under load everything happens in batches, without a lock, an
-//! allocation or another thread. Who has the next turn is decided by [`Turns`].
+//! A turn takes data from all readable clients (only as much as fits the cache, where that helps), rings each device once, takes
+//! completions from the devices and sends the replies. So under load everything happens in batches, without a lock, an allocation
+//! or another thread. [`Turns`] decides the order of the connections.
 
 mod conn;
 mod floor;
@@ -39,7 +39,7 @@ use lane::{LANE, Lane, Step, WIND_UP};
 /// The token of the bell.
 const BELL: u64 = u64::MAX;
 
-/// How long memory stays where it is when it is not used.
+/// Idle time after which unused memory is freed.
 const TIDY: Duration = Duration::from_secs(2);
 
 /// One thread's connections and channels.
@@ -50,19 +50,20 @@ struct Worker {
     stop: Arc<AtomicBool>,
     turns: Turns,
     floor: Floor,
-    /// Lanes that are to be let go of.
+    /// Number of lanes that are being removed.
     leaving: usize,
     closers: mpsc::Sender<JoinHandle<()>>,
     now: Instant,
     swept: Instant,
     tidied: Instant,
-    /// Since when there is nothing to do.
+    /// Since when the worker has had nothing to do.
     idle: Option<Instant>,
     stall_timeout: Duration,
     farewell: Duration,
 }
 
-/// Starts a worker. `closers` receives the threads that close its devices; `end` learns when it ends too early.
+/// Starts a worker. `closers` receives the threads that close its devices. If the worker ends too early, it reports that to
+/// `end`.
 ///
 /// # Errors
 /// No descriptors or threads left.
@@ -105,7 +106,7 @@ pub(crate) fn start(
     Ok((handle, thread))
 }
 
-/// Marks the worker dead when dropped, for whatever reason.
+/// Marks the worker dead when dropped, even after a panic.
 struct Death(Arc<AtomicBool>);
 
 impl Drop for Death {
@@ -116,13 +117,13 @@ impl Drop for Death {
 
 impl Worker {
     fn run(mut self) {
-        // So that `Coalesce` sleeps for as short a time as it says. That it may not be set only makes it longer.
+        // The default timer slack would make the sleeps of `Coalesce` longer than intended. A failure has no other effect.
         let _ = prctl::set_timerslack(1);
         while !self.stop.load(Ordering::Relaxed) {
             self.turn();
             self.rest();
             if let Err(e) = self.wait() {
-                log::error!("a worker cannot wait for events any more: {e}");
+                log::error!("a worker cannot wait for events: {e}");
                 break;
             }
         }
@@ -154,12 +155,12 @@ impl Worker {
         }
     }
 
-    /// Cuts off clients that are too slow with memory that others wait for.
+    /// Disconnects clients that are too slow while others wait for their memory.
     fn sweep(&mut self) {
         self.swept = self.now;
         for number in self.turns.sweep(self.now, self.stall_timeout, &mut self.floor) {
             log::warn!(
-                "a client was cut off: others wait for the memory of its WRITE, and at its pace it would need longer than \
+                "a client was disconnected: others wait for the memory of its WRITE, and at its pace it would need longer than \
                  {:?} to send the payload",
                 self.stall_timeout
             );
@@ -167,7 +168,7 @@ impl Worker {
         }
     }
 
-    /// Lets a lone client that is behind with reading its replies go on alone for a moment, when all is answered.
+    /// If a lone client has unread replies and no request in flight, pauses so that it can read them.
     fn rest(&mut self) {
         let Some(number) = self.floor.behind.take() else { return };
         if self.turns.is_empty()
@@ -180,19 +181,19 @@ impl Worker {
         }
     }
 
-    /// Whether to look again rather than to sleep, with nothing to do.
+    /// Whether to busy-poll instead of sleeping, with nothing to do.
     fn spins(&mut self) -> bool {
         let awaits_device = self.floor.lanes.iter().flatten().any(|lane| lane.channel.in_flight() > 0);
         let idle = *self.idle.get_or_insert_with(Instant::now);
         self.now.duration_since(idle) < self.floor.spin.time(awaits_device)
     }
 
-    /// Waits until there is something to do, or only looks when there is already.
+    /// Waits until there is something to do; only polls if there already is.
     fn wait(&mut self) -> io::Result<()> {
         let timeout = if !self.turns.is_empty() {
             Some(Duration::ZERO)
         } else if self.spins() {
-            // Whoever else wants this processor has it first: the client, or the device.
+            // Other threads on this CPU, such as the client or the device, go first.
             thread::yield_now();
             Some(Duration::ZERO)
         } else {
@@ -207,7 +208,7 @@ impl Worker {
             {
                 conn.readable |= readable;
                 conn.ended |= ended;
-                // While it is blocked nothing else is waited for.
+                // A blocked connection waits for nothing else.
                 conn.writable |= conn.blocked;
                 self.turns.enqueue(token as u32);
             }
@@ -219,7 +220,7 @@ impl Worker {
         }
         if rung {
             let _ = self.bell.read();
-            // It may have been a long sleep.
+            // The sleep may have been long.
             self.now = Instant::now();
             while let Ok(message) = self.inbox.try_recv() {
                 self.hear(message);
@@ -228,7 +229,7 @@ impl Worker {
         Ok(())
     }
 
-    /// How long to sleep, with nothing to do. Asks the devices for a wake-up.
+    /// Returns the time to sleep, with nothing to do. Arms the devices for a wake-up.
     fn timeout(&mut self) -> Option<Duration> {
         let tidy = || TIDY.saturating_sub(self.now.duration_since(self.tidied));
         let mut timeout = self.floor.is_untidy.then(tidy);
@@ -243,7 +244,7 @@ impl Worker {
                 }
                 timeout = sooner(timeout, lane.channel.due());
             }
-            // A device that refuses all requests is not waited for: those that wait for memory get their errors.
+            // If a device refuses all requests, requests that wait for memory get their errors at once.
             let unused = || if lane.channel.refuses() { usize::MAX } else { lane.channel.memory_unused() };
             timeout = sooner(timeout, self.turns.due(number, unused, self.stall_timeout));
             let deadline = lane.leaving.as_ref().and_then(|leaving| leaving.deadline);
@@ -272,25 +273,28 @@ impl Worker {
         }
     }
 
-    /// Lets go of lanes that nobody needs any more, and sees to it that this comes to an end.
+    /// Takes the next steps of all lanes that are being removed.
     fn let_go(&mut self) {
         for number in 0..self.floor.lanes.len() {
             while let Some(lane) = &mut self.floor.lanes[number] {
                 match lane.step(self.now) {
                     Step::Nothing => break,
                     Step::CutOff => {
-                        log::warn!("{} clients of a removed export did not leave: cut off", lane.clients);
+                        log::warn!("{} clients of a removed export did not leave: disconnected", lane.clients);
                         self.floor.bury_all(number, &mut self.turns);
                     }
                     Step::GiveUp => {
-                        log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                        log::warn!(
+                            "{}: the device did not complete its requests in time: abandoned",
+                            lane.channel.info().target
+                        );
                         lane.channel.give_up();
                     }
                     Step::Close => {
-                        let Lane { channel, seat, .. } = self.floor.lanes[number].take().expect("just looked at");
+                        let Lane { channel, seat, .. } = self.floor.lanes[number].take().expect("checked above");
                         self.turns.close(number);
                         self.leaving -= 1;
-                        // A thread that finds the device closed is to find the export gone.
+                        // A thread that finds the device closed must find the export gone.
                         drop(seat);
                         self.close(channel);
                     }
@@ -299,19 +303,19 @@ impl Worker {
         }
     }
 
-    /// Closing a device can take its time, which is not that of other clients.
+    /// Closes a channel on another thread. Closing a device can take long, and other clients must not wait for it.
     fn close(&self, channel: Channel) {
         for fd in [channel.wake_fd(), channel.turn_fd()].into_iter().flatten() {
-            // Closing the descriptor does the same, unless there is another one for it somewhere.
+            // Closing the descriptor would do the same, unless a duplicate of it exists.
             let _ = self.poll.remove(fd);
         }
         match thread::Builder::new().name("closing".into()).spawn(move || drop(channel)) {
             Ok(thread) => drop(self.closers.send(thread)),
-            Err(e) => log::warn!("a device was closed while clients waited: no thread for it: {e}"),
+            Err(e) => log::warn!("cannot start a thread to close a device, so clients had to wait for it: {e}"),
         }
     }
 
-    /// Ends all connections, and lets the devices finish what they have, in bounded time.
+    /// Closes all connections, and lets the devices complete their requests, in bounded time.
     fn wind_up(&mut self) {
         for number in 0..self.floor.conns.len() as u32 {
             self.floor.bury(number, &mut self.turns);
@@ -325,7 +329,10 @@ impl Worker {
                 thread::sleep(Duration::from_millis(1));
             }
             if lane.channel.in_flight() > 0 {
-                log::warn!("{}: gave up waiting for requests at the device", lane.channel.info().target);
+                log::warn!(
+                    "{}: the device did not complete its requests in time: abandoned",
+                    lane.channel.info().target
+                );
                 lane.channel.give_up();
                 lane.channel.reap(&mut done);
                 done.clear();
@@ -334,7 +341,7 @@ impl Worker {
     }
 }
 
-/// The shorter of two times, where there is one.
+/// The shorter of two optional times.
 fn sooner(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
     [one, other].into_iter().flatten().min()
 }
