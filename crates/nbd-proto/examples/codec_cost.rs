@@ -1,6 +1,6 @@
-//! The hot paths of the codec with nothing around them, for callgrind to count instructions in: `cargo xtask bench --micro`.
+//! The hot paths of the codec, in isolation, so that callgrind can count their instructions: `cargo xtask bench --micro`.
 //!
-//! `codec_cost BATCHES` takes and answers batches of 64 READs and of 64 WRITEs of 4 KiB, with structured replies.
+//! `codec_cost BATCHES` parses batches of 64 READs and of 64 WRITEs of 4 KiB, and encodes the structured replies.
 
 use std::hint::black_box;
 

@@ -1,4 +1,4 @@
-//! A client and a server that talk in memory: the handshake, a WRITE, a READ, a block status, a refused request.
+//! A client and a server in memory: the handshake, a WRITE, a READ, a block status, a refused request.
 //!
 //! `cargo run -p nbd-proto --example conversation`
 
@@ -9,7 +9,7 @@ use nbd_proto::{
     Replier, Step, Terms, Write,
 };
 
-/// A server of one disk.
+/// A server with one disk.
 struct OneDisk;
 
 impl Catalog for OneDisk {
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (terms, agreed) = shake_hands()?;
     println!("agreed on {agreed:?}\n");
 
-    // The client asks four things in one breath.
+    // The client sends four requests at once.
     let encoder = Encoder::new(terms.mode);
     let mut requests = Vec::new();
     encoder.write_head(&mut requests, Cookie(1), 512, 5, false);
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     encoder.read(&mut requests, Cookie(4), 1 << 16, 1);
     encoder.disconnect(&mut requests, Cookie(5));
 
-    // They come in pieces, as they do.
+    // They arrive in pieces, as over a socket.
     let (mut receiver, mut disk, mut replies) = (Receiver::new(terms), vec![0; 1 << 16], Vec::new());
     let mut writing = None;
     for mut piece in requests.chunks(35) {
@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Both handshakes, each fed with what the other says.
+/// Runs both handshakes; each gets the other's output.
 fn shake_hands() -> Result<(Terms, nbd_proto::client::Agreed), Box<dyn std::error::Error>> {
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     let mut server = Handshake::new(Offer::default(), &mut to_client);
@@ -96,7 +96,7 @@ fn shake_hands() -> Result<(Terms, nbd_proto::client::Agreed), Box<dyn std::erro
     }
 }
 
-/// What a server does with its input: a real one would do the same with a device, and later.
+/// The server's work. A real server would use a device, and would reply later.
 fn serve(
     terms: Terms,
     receiver: &mut Receiver,

@@ -1,8 +1,8 @@
-//! The floor of the benchmarks: the least that a server must do, and a yardstick for those that do more.
+//! The floor of the benchmarks: a minimal server, as a yardstick for full servers.
 //!
-//! `floor SOCKET|ADDRESS:PORT [FILE]`: one thread a connection takes a batch of requests with one `recv` and answers it with
-//! one `writev`. Without a file reads answer zeroes and writes are dropped; with one they are `pread` and `pwrite`. Nothing is
-//! checked: it is no server to use.
+//! `floor SOCKET|ADDRESS:PORT [FILE]`: one thread for each connection takes a batch of requests with one `recv` and replies with
+//! one `writev`. Without a file, reads return zeroes and writes are dropped; with a file, they become `pread` and `pwrite`. It
+//! checks nothing: do not use it as a server.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};
@@ -15,11 +15,11 @@ use std::thread;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_proto::{BlockSizes, Catalog, Export, Handshake, Offer, Refusal, Step};
 
-/// What one `recv` may bring.
+/// Most bytes of one `recv`.
 const STAGING: usize = 1 << 20;
-/// Replies in one `writev`: two pieces each, and the kernel takes 1024.
+/// Most replies in one `writev`: each has two pieces, and the kernel takes 1024.
 const BATCH: usize = 500;
-/// The longest request, and the memory for the reads of one batch.
+/// Longest request, and the memory for the reads of one batch.
 const REQUEST_MAX: usize = 32 << 20;
 const READS: usize = 64 << 20;
 
@@ -69,7 +69,7 @@ fn main() -> io::Result<()> {
 }
 
 fn start<S: Read + Write + Send + 'static>(mut stream: S, file: Option<Arc<File>>) {
-    // A client that has gone ends its thread; there is nobody to tell.
+    // A client that disconnects ends its thread; there is no need to report it.
     thread::spawn(move || serve(&mut stream, file.as_deref()));
 }
 
@@ -79,7 +79,7 @@ fn serve(stream: &mut (impl Read + Write), file: Option<&File>) -> io::Result<()
     let mut payload = vec![0; REQUEST_MAX];
     let mut reads = vec![0; if file.is_some() { READS } else { REQUEST_MAX }];
     let mut heads = [[0; 16]; BATCH];
-    // For each reply its part of `reads`.
+    // For each reply, its range of `reads`.
     let mut parts = Vec::with_capacity(BATCH);
     let (mut have, mut at, mut used) = (0, 0, 0);
     loop {
@@ -107,7 +107,7 @@ fn serve(stream: &mut (impl Read + Write), file: Option<&File>) -> io::Result<()
         match kind {
             0 => {
                 if used + len > reads.len() || file.is_none() {
-                    // Of what is overwritten a part may still be waiting to be sent, which is no worse a load.
+                    // The overwritten data may still be waiting to be sent. For a benchmark that does not matter.
                     used = 0;
                 }
                 if let Some(file) = file {
@@ -117,7 +117,7 @@ fn serve(stream: &mut (impl Read + Write), file: Option<&File>) -> io::Result<()
                 used += len;
             }
             1 => {
-                // What rode along, and then the rest in place.
+                // First the part that arrived with the header, then the rest directly.
                 let rode = len.min(have - at);
                 let mut data = &staging[at..at + rode];
                 if rode < len {

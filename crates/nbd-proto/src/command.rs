@@ -1,71 +1,72 @@
-//! Judges one request: its header and the terms in, a parsed command or a reason to refuse it out.
+//! Validates one request: from its header and the terms to a parsed command, or to a reason for refusal.
 
 use crate::limits::CONTEXTS_MAX;
 use crate::terms::{ContextSet, Terms};
 use crate::wire::{CommandFlags, CommandKind, Mode, TransmissionFlags, WireError};
 
-/// A request without data on its way: judged, its flags parsed into fields. Ranges lie within the export. `len` can be
-/// 0, except for a status: the protocol leaves it unspecified, and the answer is to do nothing and say that it is done.
+/// A valid request, without outstanding payload; its flags are parsed into fields. Ranges lie within the export. `len` can be 0,
+/// except for a status. The protocol leaves this unspecified; do nothing and report success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Answer with the data.
+    /// NBD_CMD_READ: reply with the data.
     Read {
-        /// Where, in bytes.
+        /// First byte.
         at: u64,
-        /// How much, at most `payload_max`.
+        /// Length in bytes, at most `payload_max`.
         len: u32,
-        /// In one piece. A reply by [`Replier::read_head`](crate::Replier::read_head) always is.
+        /// NBD_CMD_FLAG_DF: reply in one chunk. A reply by [`Replier::read_head`](crate::Replier::read_head) always is one chunk.
         df: bool,
     },
-    /// Make durable every write that was replied to.
+    /// NBD_CMD_FLUSH: make every completed write durable.
     Flush {
-        /// The offset of the request. It is reserved and means nothing, but an extended reply repeats it.
+        /// The offset of the request. It is reserved and has no meaning, but an extended reply repeats it.
         at: u64,
     },
-    /// The range is not needed any more.
+    /// NBD_CMD_TRIM: the range is not needed any more.
     Trim {
-        /// Where, in bytes.
+        /// First byte.
         at: u64,
-        /// How much.
+        /// Length in bytes.
         len: u64,
-        /// Durable before the reply.
+        /// NBD_CMD_FLAG_FUA: durable before the reply.
         fua: bool,
     },
-    /// Read the range into a cache.
+    /// NBD_CMD_CACHE: read the range into a cache.
     Cache {
-        /// Where, in bytes.
+        /// First byte.
         at: u64,
-        /// How much.
+        /// Length in bytes.
         len: u64,
     },
-    /// Make the range read as zeroes.
+    /// NBD_CMD_WRITE_ZEROES: make the range read as zeroes.
     Zero {
-        /// Where, in bytes.
+        /// First byte.
         at: u64,
-        /// How much.
+        /// Length in bytes.
         len: u64,
-        /// A hole may be made: NO_HOLE was not set.
+        /// The space may be deallocated: NBD_CMD_FLAG_NO_HOLE was not set.
         unmap: bool,
-        /// Fail with [`WireError::NotSup`] at once when it is not faster than writing; without it never fail so.
+        /// NBD_CMD_FLAG_FAST_ZERO: fail with [`WireError::NotSup`] at once if it is not faster than writing. Without the flag,
+        /// never fail so.
         fast: bool,
-        /// Durable before the reply.
+        /// NBD_CMD_FLAG_FUA: durable before the reply.
         fua: bool,
     },
-    /// Answer with the status of the range, one chunk for each of the contexts.
+    /// NBD_CMD_BLOCK_STATUS: reply with the status of the range, one chunk for each context.
     Status {
-        /// Where, in bytes.
+        /// First byte.
         at: u64,
-        /// How much; more than 0.
+        /// Length in bytes, more than 0.
         len: u64,
-        /// One extent, and not past the range.
+        /// NBD_CMD_FLAG_REQ_ONE: one extent, which does not exceed the range.
         one: bool,
-        /// The contexts to answer, at least one: all negotiated ones, or those that the client picked in a payload.
+        /// The contexts of the reply, at least one: all negotiated ones, or those that the client named in a payload.
         contexts: ContextSet,
     },
 }
 
 impl Command {
-    /// The word of the protocol for it.
+    /// The command's number on the wire.
     pub const fn kind(&self) -> CommandKind {
         match self {
             Self::Read { .. } => CommandKind::READ,
@@ -90,32 +91,31 @@ impl Command {
     }
 }
 
-/// A judged WRITE whose payload follows.
+/// A valid WRITE whose payload follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Write {
-    /// Where, in bytes.
+    /// First byte.
     pub at: u64,
-    /// How much, at most `payload_max`. Can be 0.
+    /// Length in bytes, at most `payload_max`. Can be 0.
     pub len: u32,
-    /// Durable before the reply.
+    /// NBD_CMD_FLAG_FUA: durable before the reply.
     pub fua: bool,
 }
 
-/// A refused request: answer it with [`Replier::error`](crate::Replier::error). Its payload is gone from the stream
-/// already.
+/// A refused request: reply with [`Replier::error`](crate::Replier::error). Its payload has already left the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rejection {
-    /// What was asked.
+    /// The requested command.
     pub kind: CommandKind,
     /// The offset of the request, which an extended reply repeats.
     pub at: u64,
-    /// Why not, for the client.
+    /// The error for the client.
     pub error: WireError,
-    /// Why not, for people.
+    /// The reason, for people.
     pub text: &'static str,
 }
 
-/// The fields of a request as they stood on the wire.
+/// The fields of a request as they are on the wire.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Header {
     pub(crate) flags: CommandFlags,
@@ -126,8 +126,8 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Bytes after the header. An extended WRITE has a payload even without the flag that it must have: what else could
-    /// `len` be, and there are clients that forget it.
+    /// Bytes after the header. An extended WRITE has a payload even without the flag PAYLOAD_LEN, which is mandatory: `len`
+    /// cannot mean anything else, and some clients omit the flag.
     #[inline]
     pub(crate) fn payload(&self, mode: Mode) -> u64 {
         match mode {
@@ -138,25 +138,25 @@ impl Header {
     }
 }
 
-/// Longest READ, whatever `payload_max` says: data and its offset must fit the 32-bit length of one structured chunk.
+/// Longest READ, even with a larger `payload_max`: data and its offset must fit the 32-bit length of one structured chunk.
 const READ_MAX: u32 = u32::MAX - 8;
 
-/// A judged request.
+/// A validated request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Judged {
     Command(Command),
     Write(Write),
-    /// A status whose payload, of `len` bytes, names the contexts: to be judged by [`status`] when it is there.
+    /// A status whose payload, of `len` bytes, names the contexts. [`status`] validates it when the payload is there.
     Selection {
         one: bool,
     },
 }
 
-/// Why a request is refused.
+/// The reason why a request is refused.
 pub(crate) type Refused = (WireError, &'static str);
 
-/// Judges a request, everything but DISC. What is refused first when several things are wrong: an unknown command, a
-/// flag, a write to a read-only export, a command that was not advertised, the range, the alignment, the length.
+/// Validates a request, except DISC. If it has several errors, the first of these counts: an unknown command, a flag, a write to
+/// a read-only export, a command that was not advertised, the range, the alignment, the length.
 #[inline]
 pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
     use CommandKind as Kind;
@@ -180,7 +180,7 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
             Ok(Judged::Command(Command::Read { at, len, df }))
         }
         Kind::WRITE => {
-            // With extended headers the client MUST set PAYLOAD_LEN, but qemu's (10.0) never does: it is not asked for.
+            // With extended headers the client MUST set PAYLOAD_LEN, but QEMU (10.0) never does. So the flag is not required.
             writable(terms)?;
             range(terms, at, len, WireError::NoSpc)?;
             let Some(len) = payload(terms, len) else {
@@ -189,8 +189,8 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
             Ok(Judged::Write(Write { at, len, fua }))
         }
         Kind::FLUSH => {
-            // Offset and length are reserved, and every server in use but one ignores them (nbd.md, 2.1): so do we,
-            // but for repeating the offset.
+            // Offset and length are reserved, and all servers in use but one ignore them (nbd.md, 2.1). So do we; the reply
+            // repeats the offset.
             advertised(terms, TransmissionFlags::SEND_FLUSH)?;
             Ok(Judged::Command(Command::Flush { at }))
         }
@@ -228,13 +228,13 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
     }
 }
 
-/// Judges a status once its contexts are known.
+/// Validates a status request once its contexts are known.
 pub(crate) fn status(terms: &Terms, at: u64, len: u64, one: bool, contexts: ContextSet) -> Result<Command, Refused> {
     if contexts.is_empty() {
         return Err((WireError::Inval, "block status without a negotiated context"));
     }
     range(terms, at, len, WireError::Inval)?;
-    // No extent may be empty, so there is no way to answer.
+    // Extents may not be empty, so there is no valid reply.
     if len == 0 {
         return Err((WireError::Inval, "block status of no bytes"));
     }

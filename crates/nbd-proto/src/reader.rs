@@ -1,8 +1,8 @@
-//! A slice of bytes and the few verbs to take it apart: every verb says `None` rather than read past the end.
+//! [`Reader`]: parses a slice of bytes. Every method returns `None` instead of reading past the end.
 
 use crate::limits::{HEADER_MAX, NAME_MAX};
 
-/// What is left of a message.
+/// The unread rest of a message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a>(&'a [u8]);
 
@@ -35,24 +35,24 @@ impl<'a> Reader<'a> {
         Some(head)
     }
 
-    /// A 32-bit length and so many bytes.
+    /// Reads a 32-bit length, and so many bytes.
     pub(crate) fn counted(&mut self) -> Option<&'a [u8]> {
         let len = usize::try_from(self.u32()?).ok()?;
         self.bytes(len)
     }
 
-    /// All that is left.
+    /// All unread bytes.
     pub(crate) fn rest(&self) -> &'a [u8] {
         self.0
     }
 
-    /// `Some` when nothing is left: the message was exactly as long as its parts.
+    /// Returns `Some` if nothing is left: the message has exactly the length of its parts.
     pub(crate) fn end(self) -> Option<()> {
         self.0.is_empty().then_some(())
     }
 }
 
-/// Headers and fields that came in pieces, joined: at most [`HEADER_MAX`] bytes are kept.
+/// Joins headers and fields that arrive in pieces. It keeps at most [`HEADER_MAX`] bytes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Joint {
     have: usize,
@@ -60,7 +60,7 @@ pub(crate) struct Joint {
 }
 
 impl Joint {
-    /// `N` bytes: from `input` when they are there in one piece, or gathered over several calls with the same `N`.
+    /// Returns `N` bytes: directly from `input` if it has them all, or gathered over several calls with the same `N`.
     #[inline]
     pub(crate) fn take<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
         match input.split_first_chunk::<N>() {
@@ -72,7 +72,7 @@ impl Joint {
         }
     }
 
-    /// Whether nothing is kept.
+    /// Whether it keeps no bytes.
     pub(crate) fn is_empty(&self) -> bool {
         self.have == 0
     }
@@ -91,7 +91,7 @@ impl Joint {
     }
 }
 
-/// `N` bytes of a header at `at`, which the caller knows to be there.
+/// Returns `N` bytes of a header from `at` on. The caller knows that they exist.
 #[inline]
 pub(crate) fn part<const N: usize>(raw: &[u8], at: usize) -> [u8; N] {
     *raw[at..].first_chunk().expect("the header is long enough")
@@ -105,13 +105,13 @@ pub(crate) fn take_up_to<'a>(input: &mut &'a [u8], len: usize) -> &'a [u8] {
     head
 }
 
-/// A string of the protocol: UTF-8, at most [`NAME_MAX`] bytes, no NUL.
+/// Returns a string of the protocol: UTF-8, at most [`NAME_MAX`] bytes, no NUL.
 pub(crate) fn string(bytes: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(bytes).ok()?;
     (text.len() <= NAME_MAX && !text.contains('\0')).then_some(text)
 }
 
-/// The longest beginning of `text` that fits a string of the protocol: the texts that come from outside can be longer.
+/// Returns the longest prefix of `text` that fits a string of the protocol. Texts from outside the codec can be longer.
 pub(crate) fn cut(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
     let end = (0..=NAME_MAX.min(text.len())).rev().find(|&end| text.is_char_boundary(end));

@@ -1,5 +1,5 @@
-//! Server side of the transmission phase: bytes in, commands out. It owns the count of every payload, so that whatever
-//! becomes of a WRITE exactly its bytes leave the stream. Never does I/O, never allocates.
+//! Server side of the transmission phase: bytes in, commands out. It counts every payload, so that exactly the bytes of a WRITE
+//! leave the stream, whatever happens to the request. No I/O, no allocation.
 
 use crate::command::{self, Command, Header, Judged, Refused, Rejection, Write};
 use crate::limits::SWALLOW_MAX;
@@ -10,20 +10,20 @@ use crate::wire::{
     WireError,
 };
 
-/// What the client sent.
+/// An event from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// A command to be carried out and answered.
+    /// A command to execute and reply to.
     Command(Cookie, Command),
-    /// A WRITE. Its `len` bytes follow as [`Payload`](Self::Payload), or are received straight into place by the caller
+    /// A WRITE. Its `len` bytes follow as [`Payload`](Self::Payload), or the caller receives them directly into its buffer
     /// ([`Receiver::payload_left`]).
     Write(Cookie, Write),
-    /// The next bytes of the WRITE that was announced; never empty.
+    /// The next bytes of the current WRITE; never empty.
     Payload(&'a [u8]),
-    /// A request to be answered with an error. It comes when the payload of the request, if any, is past: clients do
-    /// not expect the answer to a request that they still are sending.
+    /// A request that must get an error reply. It comes after the payload of the request, if any: clients do not expect the reply
+    /// to a request that they are still sending.
     Reject(Cookie, Rejection),
-    /// The client goes: finish what is outstanding, then close. Nothing comes after it.
+    /// NBD_CMD_DISC: complete the requests in flight, then close. It is the last event.
     Disconnect,
 }
 
@@ -32,31 +32,31 @@ pub enum Event<'a> {
 pub struct Receiver {
     terms: Terms,
     state: State,
-    /// Bytes of the current payload that are not past yet. 0 in `State::Header`.
+    /// Unread bytes of the current payload. 0 in `State::Header`.
     left: u32,
     joint: Joint,
-    /// Of the last request with a payload, or without one but refused.
+    /// The cookie of the last request with a payload, or of a refused one without.
     cookie: Cookie,
     at: u64,
-    /// In `State::Refuse`: what to say.
+    /// In `State::Refuse`: the parts of the rejection.
     kind: CommandKind,
     refused: Refused,
-    /// In `State::Selection`: what is known so far.
+    /// In `State::Selection`: the contexts read so far.
     selection: Selection,
 }
 
-/// Where the stream stands. A byte, as it is looked at for every event.
+/// The position in the stream. One byte, because every event reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// At a request.
+    /// Before a request.
     Header,
     /// In the payload of a WRITE.
     Payload,
-    /// In a payload that nobody wants.
+    /// In a payload that is discarded.
     Skip,
-    /// In a payload that nobody wants, after which a refusal is to be told.
+    /// In a payload that is discarded, and followed by a rejection.
     Refuse,
-    /// In the payload of a BLOCK_STATUS: first its length, then ids.
+    /// In the payload of a BLOCK_STATUS: its length first, then ids.
     Selection,
     /// After DISC.
     Over,
@@ -67,12 +67,12 @@ struct Selection {
     one: bool,
     len: Option<u64>,
     ids: ContextSet,
-    /// An id was not negotiated, or there twice.
+    /// An id was not negotiated, or occurs twice.
     wrong: bool,
 }
 
 impl Receiver {
-    /// A decoder at the first request.
+    /// Returns a decoder before its first request.
     pub fn new(terms: Terms) -> Self {
         Self {
             terms: terms.told(),
@@ -87,9 +87,8 @@ impl Receiver {
         }
     }
 
-    /// Takes one event off the front of `input`; `None` when it needs more bytes, and then `input` is empty (save after
-    /// DISC). Parts of headers are kept inside, so the caller never has to keep any. After an error the connection must
-    /// be dropped.
+    /// Takes one event from the front of `input`. `None`: it needs more bytes; then `input` is empty, except after DISC.
+    /// Incomplete headers are kept inside, never by the caller. After an error the connection must be dropped.
     #[inline]
     pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
         match self.state {
@@ -106,19 +105,19 @@ impl Receiver {
         self.begin(&header, input)
     }
 
-    /// Bytes of the announced WRITE that the caller does not have yet; 0 outside of one. When it is more than 0 and
-    /// `input` is used up, they may be received straight into place, and told by
+    /// Bytes of the current WRITE that the caller does not have yet; 0 if there is none. While it is more than 0 and `input` is
+    /// used up, the caller may receive them directly into its buffer, and report them with
     /// [`payload_placed`](Self::payload_placed).
     #[inline]
     pub fn payload_left(&self) -> u32 {
         if self.state == State::Payload { self.left } else { 0 }
     }
 
-    /// Says that `n` bytes of the payload went past this decoder, straight into place.
+    /// Reports that the caller received `n` bytes of the payload directly.
     ///
     /// # Panics
     ///
-    /// When that is more than [`payload_left`](Self::payload_left).
+    /// If `n` is more than [`payload_left`](Self::payload_left).
     #[inline]
     pub fn payload_placed(&mut self, n: u32) {
         assert!(n <= self.payload_left(), "{n} bytes were placed of a payload of {}", self.payload_left());
@@ -128,38 +127,36 @@ impl Receiver {
         }
     }
 
-    /// Gives up the rest of the announced WRITE's payload: the receiver swallows it, without an event. The caller
-    /// answers the WRITE, and should do so no earlier than the payload is past;
-    /// [`reject_payload`](Self::reject_payload) takes care of that.
+    /// Discards the rest of the current WRITE's payload, without an event. The caller replies to the WRITE, and should do so only
+    /// after the payload; [`reject_payload`](Self::reject_payload) takes care of that.
     pub fn skip_payload(&mut self) {
         if self.state == State::Payload {
             self.state = State::Skip;
         }
     }
 
-    /// Gives up the rest of the last announced WRITE's payload, and has [`next`](Self::next) say [`Event::Reject`] when
-    /// it is past. Valid from [`Event::Write`] on until the last byte of its payload was taken, and for a WRITE of no
-    /// bytes until the next call of `next`.
+    /// Discards the rest of the current WRITE's payload; [`next`](Self::next) returns [`Event::Reject`] after it. Valid from
+    /// [`Event::Write`] until the last byte of the payload was taken, and for a WRITE of no bytes until the next call of `next`.
     pub fn reject_payload(&mut self, error: WireError, text: &'static str) {
         self.refuse(CommandKind::WRITE, (error, text));
     }
 
-    /// The export has another size from now on.
+    /// Changes the size of the export, for later requests.
     pub fn set_size(&mut self, size: u64) {
         self.terms.size = size;
     }
 
-    /// The terms, as the client was told them.
+    /// The negotiated terms.
     pub fn terms(&self) -> &Terms {
         &self.terms
     }
 
-    /// Whether the stream stands between two requests: nothing is lost when it ends here.
+    /// Whether the stream is between two requests: a connection that ends here is not truncated.
     pub fn is_idle(&self) -> bool {
         self.joint.is_empty() && matches!(self.state, State::Header | State::Over)
     }
 
-    /// Takes a header off `input`, or keeps what there is of it.
+    /// Takes a header from `input`, or keeps the available part of it.
     #[inline]
     fn header(&mut self, input: &mut &[u8]) -> Result<Option<Header>, Fatal> {
         if self.terms.mode == Mode::Extended {
@@ -173,10 +170,10 @@ impl Receiver {
         }
     }
 
-    /// What a request begins.
+    /// Handles a request header.
     #[inline]
     fn begin<'a>(&mut self, header: &Header, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Fatal> {
-        // Whatever else stands in it: there is no answer to a DISC, and nothing can follow it.
+        // Other fields do not matter: DISC has no reply, and nothing can follow it.
         if header.kind == CommandKind::DISC {
             self.state = State::Over;
             return Ok(Some(Event::Disconnect));
@@ -220,7 +217,7 @@ impl Receiver {
         self.refused = refused;
     }
 
-    /// The next bytes of a wanted payload.
+    /// Returns the next bytes of a payload that the caller wants.
     #[inline]
     fn payload<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
         let piece = self.advance(input);
@@ -230,7 +227,7 @@ impl Receiver {
         (!piece.is_empty()).then_some(Event::Payload(piece))
     }
 
-    /// Goes on with any other payload. No event and `State::Header`: a payload that nobody wanted is past.
+    /// Continues with any other payload. If it returns no event and the state is `State::Header`, a discarded payload has ended.
     #[cold]
     fn resume<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
         match self.state {
@@ -248,7 +245,7 @@ impl Receiver {
         }
     }
 
-    /// Takes what there is of the payload.
+    /// Takes the available bytes of the payload.
     #[inline]
     fn advance<'a>(&mut self, input: &mut &'a [u8]) -> &'a [u8] {
         let piece = take_up_to(input, self.left as usize);
@@ -256,7 +253,7 @@ impl Receiver {
         piece
     }
 
-    /// Reads on in a payload that names contexts: eight bytes of length, then ids of four.
+    /// Continues in a payload that names contexts: eight bytes of length, then ids of four bytes.
     fn select<'a>(&mut self, input: &mut &'a [u8]) -> Option<Event<'a>> {
         let len = match self.selection.len {
             Some(len) => len,
@@ -294,7 +291,7 @@ fn expect(magic: u32, raw: &[u8]) -> Result<(), Fatal> {
     if found == magic { Ok(()) } else { Err(Fatal::RequestMagic(found)) }
 }
 
-/// The fields that stand in the same place in both kinds of header.
+/// The fields that both kinds of header have in the same place.
 #[inline]
 fn fields(raw: &[u8]) -> Header {
     Header {

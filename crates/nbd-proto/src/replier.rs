@@ -1,5 +1,5 @@
-//! Server side of the transmission phase: results in, heads of replies out. The payload of a READ is not seen here: the
-//! caller sends it after the head, from wherever it is.
+//! Server side of the transmission phase: results in, headers of replies out. It does not handle the payload of a READ: the
+//! caller sends it after the header, from any place.
 
 use crate::limits::EXTENTS_MAX;
 use crate::reader::cut;
@@ -9,10 +9,10 @@ use crate::wire::{
     WireError,
 };
 
-/// Where heads are put: a growing vector, or the fixed buffer of a connection. A head of a READ is at most
-/// [`HEAD_MAX`](crate::limits::HEAD_MAX) bytes, an error that and 4096 bytes of text.
+/// Output for headers: a growing vector, or the fixed buffer of a connection. The header of a READ has at most
+/// [`HEAD_MAX`](crate::limits::HEAD_MAX) bytes; an error has at most 4096 bytes of text in addition.
 pub trait Put {
-    /// Appends the bytes, all of them.
+    /// Appends all bytes.
     fn put(&mut self, bytes: &[u8]);
 }
 
@@ -23,17 +23,16 @@ impl Put for Vec<u8> {
     }
 }
 
-/// One stretch of a block status.
+/// One extent of a block status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Extent {
-    /// Bytes, more than 0.
+    /// Length in bytes, more than 0.
     pub len: u64,
-    /// What it is: the meaning is the context's, see [`AllocationFlags`](crate::wire::AllocationFlags).
+    /// The status; its meaning depends on the context, see [`AllocationFlags`](crate::wire::AllocationFlags).
     pub flags: u64,
 }
 
-/// The encoder of one connection's replies. In every method `at` without another word is the offset of the request,
-/// which an extended reply repeats.
+/// The encoder of one connection's replies. In every method, `at` is the offset of the request, which an extended reply repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replier {
     mode: Mode,
@@ -41,20 +40,20 @@ pub struct Replier {
 }
 
 impl Replier {
-    /// The encoder for these terms.
+    /// Returns the encoder for these terms.
     pub fn new(terms: Terms) -> Self {
         let terms = terms.told();
         Self { mode: terms.mode, block_min: terms.block.min }
     }
 
-    /// How replies look.
+    /// The form of replies.
     #[inline]
     pub fn mode(&self) -> Mode {
         self.mode
     }
 
-    /// The head of a whole, successful READ: exactly `len` bytes of data must follow, and no error is possible any
-    /// more. For 0 bytes the reply is complete.
+    /// The header of a complete, successful READ. Exactly `len` bytes of data must follow; the READ cannot fail any more. For 0
+    /// bytes the reply is complete.
     #[inline]
     pub fn read_head(&self, out: &mut impl Put, cookie: Cookie, at: u64, len: u32) {
         match self.mode {
@@ -64,21 +63,21 @@ impl Replier {
         }
     }
 
-    /// The head of a part of a READ, at `part`: exactly `len` bytes must follow, more than 0. `last` closes the reply.
+    /// The header of a part of a READ, at `part`. Exactly `len` bytes must follow, more than 0. `last` ends the reply.
     ///
     /// # Panics
     ///
-    /// In simple mode, which has no parts; and when `len` is 0.
+    /// In simple mode, which has no parts; and if `len` is 0.
     #[inline]
     pub fn data_chunk(&self, out: &mut impl Put, cookie: Cookie, at: u64, part: u64, len: u32, last: bool) {
         assert!(len > 0, "a data chunk has data");
-        // One piece of bytes for the head, as this is where every READ passes.
+        // A single piece for the header, because every READ uses this code.
         let flags = done_if(last);
         let len = u64::from(len) + 8;
         match self.mode {
             Mode::Simple => panic!("simple replies have no chunks"),
             Mode::Structured => {
-                // The receiver hands out no READ that would not fit.
+                // The receiver refuses READs that would not fit.
                 let len = u32::try_from(len).expect("a structured chunk is shorter than 4 GiB");
                 let mut head = [0; 28];
                 head[..20].copy_from_slice(&structured(flags, ChunkKind::OFFSET_DATA, cookie, len));
@@ -94,11 +93,11 @@ impl Replier {
         }
     }
 
-    /// A part of a READ that is all zeroes: `len` bytes at `part`, more than 0. `last` closes the reply.
+    /// A part of a READ that is all zeroes: `len` bytes at `part`, more than 0. `last` ends the reply.
     ///
     /// # Panics
     ///
-    /// In simple mode, which has no parts; and when `len` is 0.
+    /// In simple mode, which has no parts; and if `len` is 0.
     pub fn hole_chunk(&self, out: &mut impl Put, cookie: Cookie, at: u64, part: u64, len: u32, last: bool) {
         assert!(len > 0, "a hole has a length");
         self.chunk(out, done_if(last), ChunkKind::OFFSET_HOLE, cookie, at, 12);
@@ -106,13 +105,13 @@ impl Replier {
         out.put(&len.to_be_bytes());
     }
 
-    /// A request is done, with nothing (more) to tell: any command but a READ or a BLOCK_STATUS, those when their last
-    /// chunk was not marked as such, and a READ of 0 bytes.
+    /// Reports success without (more) data: for any command except READ and BLOCK_STATUS; for those two, if their last chunk was
+    /// not marked as such; and for a READ of 0 bytes.
     #[inline]
     pub fn done(&self, out: &mut impl Put, cookie: Cookie, at: u64, kind: CommandKind) {
         match self.mode {
             Mode::Simple => simple(out, cookie, 0),
-            // READ and BLOCK_STATUS must be answered in chunks; for the others the simple reply is the shorter one.
+            // READ and BLOCK_STATUS must get chunks. For other commands the simple reply is shorter.
             Mode::Structured if kind != CommandKind::READ && kind != CommandKind::BLOCK_STATUS => {
                 simple(out, cookie, 0);
             }
@@ -120,7 +119,7 @@ impl Replier {
         }
     }
 
-    /// A request failed. The text is for people, cut at 4096 bytes; simple replies have no room for it.
+    /// Reports an error. The text is for people and is cut at 4096 bytes; simple replies do not contain it.
     pub fn error(&self, out: &mut impl Put, cookie: Cookie, at: u64, error: WireError, text: &str) {
         if self.mode == Mode::Simple {
             return simple(out, cookie, error.code());
@@ -128,7 +127,7 @@ impl Replier {
         self.error_chunk(out, ChunkKind::ERROR, cookie, at, error, text, &[]);
     }
 
-    /// A READ failed at offset `part`, after chunks for what comes before it.
+    /// Reports that a READ failed at offset `part`, after chunks for the data before it.
     ///
     /// # Panics
     ///
@@ -137,14 +136,13 @@ impl Replier {
         self.error_chunk(out, ChunkKind::ERROR_OFFSET, cookie, at, error, text, &part.to_be_bytes());
     }
 
-    /// The status of one context, from the start of the request on. `last` closes the reply: there must be one such
-    /// chunk for each context of the [`Command::Status`](crate::Command::Status). Empty extents are left out, those
-    /// after the 2²⁰th too. In structured mode an extent of 4 GiB or more is cut below that, to a multiple of the
-    /// minimum block, and is the last one.
+    /// The status of one context, from the start of the request on. `last` ends the reply: there must be one such chunk for each
+    /// context of the [`Command::Status`](crate::Command::Status). Empty extents are omitted, and so are those after the first
+    /// 2²⁰. In structured mode, an extent of 4 GiB or more is cut to less, to a multiple of the minimum block, and ends the list.
     ///
     /// # Panics
     ///
-    /// In simple mode, and when there is no extent that is not empty.
+    /// In simple mode, and if all extents are empty.
     pub fn status<I>(&self, out: &mut impl Put, cookie: Cookie, at: u64, context: u32, extents: I, last: bool)
     where
         I: IntoIterator<Item = Extent>,
@@ -195,7 +193,7 @@ impl Replier {
         out.put(tail);
     }
 
-    /// The header of a chunk with `len` bytes after it.
+    /// The header of a chunk, followed by `len` bytes.
     #[inline]
     fn chunk(&self, out: &mut impl Put, flags: ChunkFlags, kind: ChunkKind, cookie: Cookie, at: u64, len: u64) {
         match self.mode {
@@ -213,10 +211,10 @@ impl Replier {
 fn compact(extents: impl Iterator<Item = Extent>, longest: u32) -> impl Iterator<Item = (u32, u32)> {
     let mut cut = false;
     extents.map_while(move |Extent { len, flags }| {
-        // What comes after a cut extent would be taken to begin where it was cut.
+        // Clients would take the extents after a cut one to begin at the cut.
         let fits = u32::try_from(len).ok().filter(|&len| len <= longest);
         let past_cut = std::mem::replace(&mut cut, fits.is_none());
-        // A context that needs more than 32 bits of status is not offered without extended headers.
+        // Contexts that need more than 32 bits of status are offered with extended headers only.
         let flags = u32::try_from(flags & u64::from(u32::MAX)).expect("masked to 32 bits");
         (!past_cut).then_some((fits.unwrap_or(longest), flags))
     })

@@ -1,31 +1,31 @@
-//! What the handshake is about and what comes out of it: exports, block sizes, contexts, and the terms of transmission.
+//! Input and results of the handshake: exports, block sizes, contexts, and the terms of the transmission phase.
 
 use std::fmt;
 
 use crate::limits::{CONTEXTS_MAX, OPTIONS_MAX, PAYLOAD_MAX};
 use crate::wire::{Mode, Opt, Rep, TransmissionFlags};
 
-/// Sizes that requests should keep to (proto.md, "Block size constraints"), in bytes.
+/// Block size constraints (proto.md, "Block size constraints"), in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockSizes {
-    /// Offsets and lengths are multiples of it. A power of two, at most 64 KiB.
+    /// Offsets and lengths must be multiples of it. A power of two, at most 64 KiB.
     pub min: u32,
     /// Requests of this size and alignment are fast. A power of two, at least 512 and at least `min`.
     pub preferred: u32,
-    /// Longest READ and WRITE, at least `preferred` and a multiple of `min`; `u32::MAX` is no limit.
+    /// Longest READ and WRITE, at least `preferred` and a multiple of `min`; `u32::MAX`: no limit.
     pub payload_max: u32,
 }
 
 impl Default for BlockSizes {
-    /// What a client assumes that was told nothing: 1, 4096, 32 MiB.
+    /// The default of the protocol, for clients that got no block sizes: 1, 4096, 32 MiB.
     fn default() -> Self {
         Self { min: 1, preferred: 4096, payload_max: PAYLOAD_MAX }
     }
 }
 
 impl BlockSizes {
-    /// The nearest sizes that the protocol allows: `min` and `preferred` rounded up to powers of two and into their
-    /// bounds, `payload_max` raised to `preferred` and rounded down to `min`.
+    /// Returns the nearest sizes that the protocol allows. `min` and `preferred` are rounded up to powers of two within their
+    /// limits; `payload_max` is raised to `preferred` and rounded down to a multiple of `min`.
     pub fn nearest(min: u32, preferred: u32, payload_max: u32) -> Self {
         let min = min.clamp(1, 1 << 16).next_power_of_two();
         let preferred = preferred.clamp(min.max(512), 1 << 31).next_power_of_two();
@@ -37,56 +37,56 @@ impl BlockSizes {
     }
 }
 
-/// An export as the server's owner describes it to the handshake.
+/// An export, as the server describes it to the handshake.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Export {
-    /// The canonical name, told to clients that ask for it. At most [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
+    /// The canonical name, for clients that request it. At most [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
     pub name: String,
-    /// A description for people; empty is none. At most [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
+    /// A description for people; empty: none. At most [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
     pub description: String,
-    /// Bytes, at most [`SIZE_MAX`](crate::limits::SIZE_MAX).
+    /// Size in bytes, at most [`SIZE_MAX`](crate::limits::SIZE_MAX).
     pub size: u64,
-    /// All that the export can do. The handshake takes away what the negotiated mode does not allow
-    /// ([`Negotiated::terms`] has the rest): DF without structured replies, FAST_ZERO without WRITE_ZEROES, status
-    /// payloads without extended headers and a context, RESIZE always; and adds HAS_FLAGS.
+    /// All capabilities of the export. The handshake removes flags that the negotiated mode does not allow ([`Negotiated::terms`]
+    /// has the rest): DF without structured replies, FAST_ZERO without WRITE_ZEROES, status payloads without extended headers and
+    /// a context, RESIZE always. It adds HAS_FLAGS.
     pub flags: TransmissionFlags,
-    /// Told to clients that ask for them; `payload_max` is enforced in any case.
+    /// Sent to clients that request them; `payload_max` is enforced in any case.
     pub block: BlockSizes,
-    /// Metadata contexts, such as `base:allocation`; the place in this list is the context's id on the wire. Only the
-    /// first [`CONTEXTS_MAX`] are offered.
+    /// Metadata contexts, such as `base:allocation`. The position in this list is the context's id on the wire. Only the first
+    /// [`CONTEXTS_MAX`] are offered.
     pub contexts: Vec<String>,
-    /// As [`Offer::block_size_required`], for this export.
+    /// As [`Offer::block_size_required`], for this export only.
     pub block_size_required: bool,
 }
 
-/// What the handshake asks the server's owner. It is asked anew for every option, so it may change in between; and the
-/// owner may pass another one once TLS has been started.
+/// The exports of a server, for the handshake. The handshake calls it for every option, so the exports may change in between; and
+/// the owner may pass another catalog after TLS was started.
 pub trait Catalog {
-    /// Calls `each` with the name and the description (or an empty one) of every export that may be listed.
+    /// Calls `each` with the name and the description (may be empty) of every export that may be listed.
     fn list(&self, each: &mut dyn FnMut(&str, &str)) -> Result<(), Refusal>;
 
-    /// The export of that name; the empty name is the default export. Must have no side effect that costs: it is called
-    /// for INFO and for the context options too, by clients that may never get any further.
+    /// Returns the export with this name; the empty name is the default export. Must have no expensive side effect: INFO and the
+    /// context options call it too, for clients that may never start transmission.
     fn find(&self, name: &str) -> Result<Export, Refusal>;
 }
 
-/// The answer to an option that cannot be granted.
+/// The error reply to an option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// One of `Rep::ERR_*`. `ERR_TLS_REQD` is for exports that are only served over TLS, under [`Tls::Optional`]; where
-    /// the protocol does not allow it the client is told `ERR_POLICY`.
+    /// One of `Rep::ERR_*`. `ERR_TLS_REQD` is for exports that require TLS, under [`Tls::Optional`]; where the protocol does not
+    /// allow it, the client gets `ERR_POLICY`.
     pub code: Rep,
-    /// Text for people; cut at [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
+    /// A text for people; cut at [`NAME_MAX`](crate::limits::NAME_MAX) bytes.
     pub text: String,
 }
 
 impl Refusal {
-    /// A refusal with its text.
+    /// Returns a refusal with a text.
     pub fn new(code: Rep, text: impl Into<String>) -> Self {
         Self { code, text: text.into() }
     }
 
-    /// There is no export of that name.
+    /// No export has this name: `ERR_UNKNOWN`.
     pub fn unknown(name: &str) -> Self {
         Self::new(Rep::ERR_UNKNOWN, format!("no export named {name:?}"))
     }
@@ -95,16 +95,16 @@ impl Refusal {
 /// Whether TLS is offered (proto.md, "TLS versions": NOTLS, SELECTIVETLS, FORCEDTLS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Tls {
-    /// Not at all.
+    /// NOTLS: not offered.
     #[default]
     Off,
-    /// The client may; some exports may want it.
+    /// SELECTIVETLS: the client may start TLS; some exports may require it.
     Optional,
-    /// Nothing is answered before it.
+    /// FORCEDTLS: all other options get an error before TLS is started.
     Required,
 }
 
-/// What a server offers in its handshake.
+/// The features that a server offers in its handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Offer {
     /// Structured replies.
@@ -113,18 +113,18 @@ pub struct Offer {
     pub extended: bool,
     /// TLS.
     pub tls: Tls,
-    /// Refuse clients that do not ask for the block sizes of an export whose smallest is more than a byte. A server that
-    /// can serve unaligned requests SHOULD NOT, unless it is told to.
+    /// Refuse clients that do not request the block sizes of an export whose minimum is more than a byte. A server that can serve
+    /// unaligned requests SHOULD NOT do so by default.
     pub block_size_required: bool,
-    /// Refuse unaligned requests with EINVAL instead of handing them out.
+    /// Refuse unaligned requests with EINVAL instead of returning them.
     pub enforce_alignment: bool,
-    /// Options a client may send before GO. A client that asks about every export sends some for each, so this should grow
-    /// with their number. Bytes of options and of lists have limits that grow with it.
+    /// Most options that a client may send before GO. A client that asks about every export sends some for each, so scale this
+    /// with the number of exports. The limits for bytes of options and of lists grow with it.
     pub options_max: u32,
 }
 
 impl Default for Offer {
-    /// Everything but TLS, nothing required.
+    /// All features except TLS; nothing is required.
     fn default() -> Self {
         Self {
             structured: true,
@@ -137,15 +137,15 @@ impl Default for Offer {
     }
 }
 
-/// A set of metadata contexts by their ids, each below [`CONTEXTS_MAX`].
+/// A set of metadata contexts, by their ids, which are below [`CONTEXTS_MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct ContextSet(u64);
 
 impl ContextSet {
-    /// No context.
+    /// The empty set.
     pub const EMPTY: Self = Self(0);
 
-    /// Adds a context: false when it was there, or when there can be none of that id.
+    /// Adds a context. `false`: it is already in the set, or the id is too large.
     #[inline]
     pub const fn insert(&mut self, id: u32) -> bool {
         if id as usize >= CONTEXTS_MAX || self.contains(id) {
@@ -155,25 +155,25 @@ impl ContextSet {
         true
     }
 
-    /// Whether the context is there.
+    /// Whether the set contains the context.
     #[inline]
     pub const fn contains(self, id: u32) -> bool {
         (id as usize) < CONTEXTS_MAX && self.0 & (1 << id) != 0
     }
 
-    /// Whether there is none.
+    /// Whether the set is empty.
     #[inline]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// How many there are.
+    /// Number of contexts.
     #[inline]
     pub const fn len(self) -> u32 {
         self.0.count_ones()
     }
 
-    /// The ids, rising.
+    /// The ids in ascending order.
     #[inline]
     pub fn iter(self) -> impl Iterator<Item = u32> {
         let mut left = self.0;
@@ -195,26 +195,25 @@ impl FromIterator<u32> for ContextSet {
     }
 }
 
-/// The terms of one connection's transmission phase: all that [`Receiver`](crate::Receiver) and
-/// [`Replier`](crate::Replier) need.
+/// The terms of one connection's transmission phase, for [`Receiver`](crate::Receiver) and [`Replier`](crate::Replier).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Terms {
-    /// How requests and replies look.
+    /// The form of requests and replies.
     pub mode: Mode,
-    /// The flags, as the client was told them.
+    /// The transmission flags that the client got.
     pub flags: TransmissionFlags,
-    /// Bytes of the export.
+    /// Size of the export in bytes.
     pub size: u64,
-    /// Block sizes of the export. `payload_max` bounds every READ and WRITE.
+    /// Block sizes of the export. `payload_max` limits every READ and WRITE.
     pub block: BlockSizes,
-    /// Refuse what is not a multiple of `block.min`.
+    /// Refuse requests that are not multiples of `block.min`.
     pub enforce_alignment: bool,
-    /// The contexts that BLOCK_STATUS answers.
+    /// The contexts of BLOCK_STATUS replies.
     pub contexts: ContextSet,
 }
 
 impl Terms {
-    /// The same terms without the flags and contexts that their mode does not allow: what a client is told.
+    /// Removes flags and contexts that the mode does not allow: the result is sent to the client.
     #[must_use]
     pub fn told(self) -> Self {
         use TransmissionFlags as Flag;
@@ -235,50 +234,49 @@ impl Terms {
     }
 }
 
-/// A finished handshake.
+/// The results of a finished handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Negotiated {
-    /// The export, as the catalog gave it.
+    /// The export, as the catalog returned it.
     pub export: Export,
-    /// The name the client asked for; empty for the default export.
+    /// The name that the client sent; empty for the default export.
     pub name: String,
-    /// The selected contexts: id and name, as the client was told them. They are those of the export when they were
-    /// selected, and the export may have changed since: an owner that does not know one any more answers 0, which is
-    /// always safe.
+    /// The selected contexts with their ids and names, as the client got them. The export may have changed since they were
+    /// selected: for a context that the owner does not know any more, the status 0 is always safe.
     pub contexts: Vec<(u32, String)>,
-    /// Whether the client asked for the block sizes, and so must keep to them.
+    /// Whether the client requested the block sizes, and so must obey them.
     pub block_size_asked: bool,
     /// Whether TLS was started.
     pub secure: bool,
-    /// What the transmission phase needs.
+    /// The terms of the transmission phase.
     pub terms: Terms,
 }
 
-/// Why a connection must be dropped without another word: the peer broke a MUST, left the stream out of step, or asks
-/// for more than any honest client does.
+/// Why a connection must be dropped at once: the peer violated a MUST, desynchronised the stream, or exceeded a limit that no
+/// honest client reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fatal {
     /// The client set a flag that was not offered.
     ClientFlags(u32),
-    /// An option without its magic.
+    /// An option without the option magic.
     OptionMagic(u64),
     /// An option longer than [`OPTION_SKIP_MAX`](crate::limits::OPTION_SKIP_MAX).
     OptionLength(Opt, u32),
-    /// More options than [`Offer::options_max`], or more bytes of them than
+    /// More options than [`Offer::options_max`], or more bytes of options than
     /// [`option_bytes_max`](crate::limits::option_bytes_max).
     Options(u32),
-    /// An option that a client without FIXED_NEWSTYLE must not send, for it would not understand the answer.
+    /// An option that a client without FIXED_NEWSTYLE must not send, because it does not understand the reply.
     NotFixed(Opt),
-    /// An EXPORT_NAME that cannot be met, and the reply that GO would have had.
+    /// An EXPORT_NAME that fails, with the error that GO would have got.
     ExportName(Rep),
-    /// Called again after the handshake was over.
+    /// Called again after the end of the handshake.
     Over,
-    /// A request without its magic.
+    /// A request without the request magic.
     RequestMagic(u32),
     /// A payload longer than [`SWALLOW_MAX`](crate::limits::SWALLOW_MAX) and than `payload_max`.
     PayloadLength(u64),
-    /// A server's greeting, option reply or reply that breaks the protocol. Only from the client half.
+    /// A greeting, option reply or reply of a server that violates the protocol. From the client side only.
     Server(&'static str, u64),
 }
 

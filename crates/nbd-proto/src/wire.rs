@@ -1,4 +1,4 @@
-//! The words of the protocol: magics, codes and flags, with the numbers and the names that proto.md gives them.
+//! Constants of the protocol: magics, codes and flags, with the numbers and names of proto.md.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use std::fmt;
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 /// `IHAVEOPT`: the second eight bytes of a newstyle greeting, and the prefix of every option.
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-/// The second eight bytes of an oldstyle greeting. Never offered here, recognised by the client to say so.
+/// The second eight bytes of an oldstyle greeting. The server never sends it; the client recognises it for its error message.
 pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// Prefix of every option reply.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -34,7 +34,7 @@ pub const EXTENDED_REPLY_LEN: usize = 32;
 /// Zero bytes after the answer to EXPORT_NAME, unless both sides agreed on NO_ZEROES.
 pub const EXPORT_NAME_ZEROES: usize = 124;
 
-/// An open set of codes: any number can stand in it, the known ones have names.
+/// Defines an open set of codes: any number is valid, known ones have names.
 macro_rules! codes {
     ($(#[$doc:meta])* $name:ident: $int:ty { $($(#[$item_doc:meta])* $item:ident = $value:expr,)* }) => {
         $(#[$doc])*
@@ -62,7 +62,7 @@ macro_rules! codes {
     };
 }
 
-/// A set of bits: unknown ones are kept, the known ones have names.
+/// Defines a set of bits: unknown bits are kept, known ones have names.
 macro_rules! flags {
     ($(#[$doc:meta])* $name:ident: $int:ty { $($(#[$item_doc:meta])* $item:ident = $bit:expr,)* }) => {
         $(#[$doc])*
@@ -76,24 +76,24 @@ macro_rules! flags {
             /// Every flag that has a name.
             pub const KNOWN: Self = Self(0 $(| Self::$item.0)*);
 
-            /// Whether every flag of `other` is set.
+            /// Whether all flags of `other` are set.
             #[inline]
             pub const fn contains(self, other: Self) -> bool {
                 self.0 & other.0 == other.0
             }
-            /// These flags and those of `other`.
+            /// Adds the flags of `other`.
             #[inline]
             #[must_use]
             pub const fn with(self, other: Self) -> Self {
                 Self(self.0 | other.0)
             }
-            /// These flags but those of `other`.
+            /// Removes the flags of `other`.
             #[inline]
             #[must_use]
             pub const fn without(self, other: Self) -> Self {
                 Self(self.0 & !other.0)
             }
-            /// These flags, and `other` when `on`.
+            /// Adds the flags of `other` if `on`.
             #[inline]
             #[must_use]
             pub const fn with_if(self, on: bool, other: Self) -> Self {
@@ -121,29 +121,29 @@ macro_rules! flags {
 }
 
 codes! {
-    /// An option: what a client asks for during the handshake.
+    /// An option: a client's request during the handshake.
     Opt: u32 {
-        /// Begins transmission, with no error possible but the end of the connection.
+        /// Starts transmission. An error can only end the connection.
         EXPORT_NAME = 1,
-        /// Ends the connection in good order.
+        /// Ends the connection in an orderly way.
         ABORT = 2,
         /// Lists the exports.
         LIST = 3,
-        /// Withdrawn from the protocol.
+        /// Removed from the protocol.
         PEEK_EXPORT = 4,
-        /// Goes over to TLS.
+        /// Starts TLS.
         STARTTLS = 5,
-        /// Asks about an export.
+        /// Requests information about an export.
         INFO = 6,
-        /// Asks about an export and begins transmission.
+        /// Requests information about an export and starts transmission.
         GO = 7,
-        /// Asks for structured replies.
+        /// Requests structured replies.
         STRUCTURED_REPLY = 8,
-        /// Asks which metadata contexts there are.
+        /// Lists metadata contexts.
         LIST_META_CONTEXT = 9,
         /// Selects metadata contexts.
         SET_META_CONTEXT = 10,
-        /// Asks for extended headers.
+        /// Requests extended headers.
         EXTENDED_HEADERS = 11,
     }
 }
@@ -151,7 +151,7 @@ codes! {
 codes! {
     /// Type of an option reply.
     Rep: u32 {
-        /// The option is done.
+        /// The option succeeded, or its list is complete.
         ACK = 1,
         /// One export of a list.
         SERVER = 2,
@@ -163,7 +163,7 @@ codes! {
         ERR_UNSUP = ERROR + 1,
         /// The server's policy forbids it.
         ERR_POLICY = ERROR + 2,
-        /// The option was malformed, or out of place.
+        /// The option is malformed, or not valid now.
         ERR_INVALID = ERROR + 3,
         /// The server's platform cannot do it.
         ERR_PLATFORM = ERROR + 4,
@@ -173,7 +173,7 @@ codes! {
         ERR_UNKNOWN = ERROR + 6,
         /// The server is shutting down.
         ERR_SHUTDOWN = ERROR + 7,
-        /// The client must ask for the block sizes.
+        /// The client must request the block sizes.
         ERR_BLOCK_SIZE_REQD = ERROR + 8,
         /// The request or its reply is too large.
         ERR_TOO_BIG = ERROR + 9,
@@ -186,14 +186,14 @@ codes! {
 const ERROR: u32 = 1 << 31;
 
 impl Rep {
-    /// Whether this reply says that the option failed.
+    /// Whether this reply reports an error.
     pub const fn is_error(self) -> bool {
         self.0 & ERROR != 0
     }
 }
 
 codes! {
-    /// Kind of a piece of information in the answer to INFO and GO.
+    /// Kind of information in the replies to INFO and GO.
     InfoKind: u16 {
         /// Size and transmission flags.
         EXPORT = 0,
@@ -201,7 +201,7 @@ codes! {
         NAME = 1,
         /// A description for people.
         DESCRIPTION = 2,
-        /// Minimum, preferred and maximum sizes.
+        /// Minimum, preferred and maximum block sizes.
         BLOCK_SIZE = 3,
     }
 }
@@ -213,19 +213,19 @@ codes! {
         READ = 0,
         /// Writes a range.
         WRITE = 1,
-        /// Ends the connection when all requests are done. Has no reply.
+        /// Ends the connection after all requests. Has no reply.
         DISC = 2,
-        /// Makes every write that was replied to durable.
+        /// Makes every completed write durable.
         FLUSH = 3,
-        /// Tells that a range is not needed any more.
+        /// Hints that a range is not needed any more.
         TRIM = 4,
-        /// Asks that a range be read into a cache.
+        /// Requests that a range is read into a cache.
         CACHE = 5,
         /// Makes a range read as zeroes.
         WRITE_ZEROES = 6,
-        /// Asks for the status of a range, in every selected context.
+        /// Requests the status of a range, in every selected context.
         BLOCK_STATUS = 7,
-        /// Changes the size: an experiment of the protocol that was never finished, always refused here.
+        /// Changes the size: an unfinished experiment of the protocol, always refused here.
         RESIZE = 8,
     }
 }
@@ -233,7 +233,7 @@ codes! {
 codes! {
     /// Type of a structured or extended reply chunk.
     ChunkKind: u16 {
-        /// Nothing: closes a reply.
+        /// No content: ends a reply.
         NONE = 0,
         /// Data at an offset.
         OFFSET_DATA = 1,
@@ -241,11 +241,11 @@ codes! {
         OFFSET_HOLE = 2,
         /// Status of a range, 32-bit.
         BLOCK_STATUS = 5,
-        /// Status of a range, 64-bit; with extended headers, and only then.
+        /// Status of a range, 64-bit; with extended headers only.
         BLOCK_STATUS_EXT = 6,
         /// An error and its text.
         ERROR = ERROR_CHUNK + 1,
-        /// An error, its text and where it struck.
+        /// An error, its text and its offset.
         ERROR_OFFSET = ERROR_CHUNK + 2,
     }
 }
@@ -254,7 +254,7 @@ codes! {
 const ERROR_CHUNK: u16 = 1 << 15;
 
 impl ChunkKind {
-    /// Whether this chunk carries an error, of a known type or not.
+    /// Whether this chunk is an error, of a known type or not.
     pub const fn is_error(self) -> bool {
         self.0 & ERROR_CHUNK != 0
     }
@@ -265,23 +265,23 @@ flags! {
     HandshakeFlags: u16 {
         /// Options get replies.
         FIXED_NEWSTYLE = 0,
-        /// The 124 zeroes may be left out.
+        /// The 124 zeroes may be omitted.
         NO_ZEROES = 1,
     }
 }
 
 flags! {
-    /// Flags with which a client answers the greeting.
+    /// The client's flags in its reply to the greeting.
     ClientFlags: u32 {
         /// The client understands option replies.
         FIXED_NEWSTYLE = 0,
-        /// The 124 zeroes shall be left out.
+        /// The 124 zeroes must be omitted.
         NO_ZEROES = 1,
     }
 }
 
 flags! {
-    /// What an export can do.
+    /// Transmission flags: the capabilities of an export.
     TransmissionFlags: u16 {
         /// Always set.
         HAS_FLAGS = 0,
@@ -291,7 +291,7 @@ flags! {
         SEND_FLUSH = 2,
         /// The FUA flag may be sent, with any command.
         SEND_FUA = 3,
-        /// Seeks cost: the client may want to sort its requests.
+        /// Seeks are slow: the client may want to sort its requests.
         ROTATIONAL = 4,
         /// TRIM may be sent.
         SEND_TRIM = 5,
@@ -299,7 +299,7 @@ flags! {
         SEND_WRITE_ZEROES = 6,
         /// The DF flag may be sent. Only with structured or extended replies.
         SEND_DF = 7,
-        /// FLUSH and FUA on one connection hold for all.
+        /// FLUSH and FUA on one connection cover all connections.
         CAN_MULTI_CONN = 8,
         /// RESIZE may be sent. Never set here.
         SEND_RESIZE = 9,
@@ -315,15 +315,15 @@ flags! {
 flags! {
     /// Flags of a request.
     CommandFlags: u16 {
-        /// Durable before the reply.
+        /// NBD_CMD_FLAG_FUA: durable before the reply.
         FUA = 0,
         /// WRITE_ZEROES must not make a hole.
         NO_HOLE = 1,
-        /// READ must be answered in one piece.
+        /// The reply to READ must be one chunk.
         DF = 2,
-        /// BLOCK_STATUS wants one extent.
+        /// The reply to BLOCK_STATUS has one extent.
         REQ_ONE = 3,
-        /// WRITE_ZEROES must fail when it is no faster than writing.
+        /// WRITE_ZEROES must fail if it is not faster than writing.
         FAST_ZERO = 4,
         /// The length is that of a payload. Only with extended headers.
         PAYLOAD_LEN = 5,
@@ -339,7 +339,7 @@ flags! {
 }
 
 flags! {
-    /// Status of an extent in the context `base:allocation`. 0, allocated data, is always a safe answer.
+    /// Status of an extent in the context `base:allocation`. 0, allocated data, is always a safe reply.
     AllocationFlags: u64 {
         /// Nothing is allocated: a write may run out of space.
         HOLE = 0,
@@ -348,26 +348,26 @@ flags! {
     }
 }
 
-/// The context of allocated, unallocated and zero ranges that most clients ask for.
+/// The context that most clients use: allocated, unallocated and zero ranges.
 pub const BASE_ALLOCATION: &str = "base:allocation";
 
-/// What ties a reply to its request: chosen by the client, opaque to the server.
+/// Identifies the request that a reply belongs to: chosen by the client, opaque to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cookie(pub u64);
 
-/// How replies look, and requests too when extended.
+/// The form of replies, and for extended headers also of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum Mode {
     /// Compact requests, simple replies.
     #[default]
     Simple,
-    /// Compact requests; READ and BLOCK_STATUS are answered in chunks.
+    /// Compact requests; READ and BLOCK_STATUS get chunks.
     Structured,
-    /// Extended requests with 64-bit lengths; everything is answered in extended chunks.
+    /// Extended requests with 64-bit lengths; all replies are extended chunks.
     Extended,
 }
 
-/// An error of the transmission phase: the eight numbers that may stand on the wire.
+/// An error of the transmission phase: the eight numbers that are valid on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum WireError {
@@ -375,17 +375,17 @@ pub enum WireError {
     Perm = 1,
     /// EIO: the device failed.
     Io = 5,
-    /// ENOMEM. Should not be sent, back-pressure is better.
+    /// ENOMEM. Do not send it; use back-pressure.
     NoMem = 12,
     /// EINVAL: a malformed request.
     Inval = 22,
-    /// ENOSPC: past the end, or no space left.
+    /// ENOSPC: past the end of the export, or no space left.
     NoSpc = 28,
-    /// EOVERFLOW: too long to be answered in one piece.
+    /// EOVERFLOW: too long for a single chunk.
     Overflow = 75,
-    /// ENOTSUP: not possible, or not fast.
+    /// ENOTSUP: not supported, or not fast.
     NotSup = 95,
-    /// ESHUTDOWN: the server is going away.
+    /// ESHUTDOWN: the server is shutting down.
     Shutdown = 108,
 }
 
@@ -396,7 +396,7 @@ impl WireError {
         self as u32
     }
 
-    /// Reads a number: 0 is no error, and an unknown one counts as EINVAL (proto.md, "Error values").
+    /// Converts a number from the wire: 0 is no error, and an unknown one counts as EINVAL (proto.md, "Error values").
     #[inline]
     pub const fn from_code(code: u32) -> Option<Self> {
         Some(match code {

@@ -1,5 +1,4 @@
-//! The fuzz targets without a fuzzer: the golden conversations and the corpus, every truncation of them, and seeded
-//! mutations.
+//! The fuzz targets without a fuzzer: the golden conversations and the corpus, every truncation of them, and seeded mutations.
 
 mod common;
 
@@ -7,7 +6,7 @@ use std::path::Path;
 
 use common::{Seed, bodies, golden};
 
-/// The golden inputs, and what fuzzing found.
+/// The golden inputs, and the inputs that fuzzing found.
 fn inputs(target: &str, golden: Vec<(String, Vec<u8>)>) -> Vec<Vec<u8>> {
     let mut all: Vec<Vec<u8>> = golden.into_iter().map(|(_, bytes)| bytes).collect();
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
@@ -21,14 +20,15 @@ fn inputs(target: &str, golden: Vec<(String, Vec<u8>)>) -> Vec<Vec<u8>> {
 fn replay(inputs: &[Vec<u8>], body: fn(&[u8])) {
     for input in inputs {
         body(input);
-        // Of a long input its first and last truncations.
+        // Of a long input, only the first and the last truncations.
         for len in (0..input.len()).filter(|len| *len < 300 || input.len() - len < 20) {
             body(&input[..len]);
         }
     }
 }
 
-/// Changes that keep most of the structure: bits, interesting numbers, pieces doubled, dropped, or of another input.
+/// Mutations that keep most of the structure: flipped bits, interesting numbers, pieces that are duplicated, dropped, or taken
+/// from another input.
 fn mutate(seed: &mut Seed, inputs: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = seed.pick(inputs).clone();
     bytes.truncate(4000);

@@ -1,5 +1,5 @@
-//! Golden conversations: fed turn by turn, whole, cut at every byte and byte by byte, both halves say and understand
-//! the same.
+//! Golden conversations. They are fed turn by turn, as a whole, cut at every byte, and byte by byte. Both sides must send and
+//! understand the same every time.
 
 mod common;
 
@@ -11,7 +11,7 @@ use nbd_proto::Mode;
 use nbd_proto::client;
 use nbd_proto::wire::{CommandKind, Opt};
 
-/// What the server says and understands when the parts come in these pieces.
+/// The server's output and events when the parts arrive in these pieces.
 fn serve(golden: &Golden, cut: &dyn Fn(&[u8]) -> Vec<Vec<u8>>) -> (Vec<u8>, Vec<String>) {
     let mut server = Server::new(golden.offer);
     for (i, part) in golden.parts().iter().enumerate() {
@@ -26,7 +26,7 @@ fn serve(golden: &Golden, cut: &dyn Fn(&[u8]) -> Vec<Vec<u8>>) -> (Vec<u8>, Vec<
 }
 
 #[test]
-fn turn_by_turn_the_server_says_what_is_written() {
+fn turn_by_turn_the_server_sends_the_golden_bytes() {
     for golden in golden::all() {
         let mut server = Server::new(golden.offer);
         for (i, turn) in golden.turns.iter().enumerate() {
@@ -48,7 +48,7 @@ fn every_cut_gives_the_same() {
         let said = golden.server();
         let longest = golden.parts().iter().map(Vec::len).max().unwrap();
         for at in 0..=longest {
-            // Cutting inside 64 KiB of filler shows nothing new, and takes its time.
+            // A cut inside 64 KiB of filler shows nothing new, and takes time.
             if at > 3000 && at % 4099 != 0 && longest - at > 600 {
                 continue;
             }
@@ -73,10 +73,10 @@ fn whole_and_byte_by_byte_give_the_same() {
     }
 }
 
-/// CVE-2011-1925, CVE-2017-9524: a client may go after every byte. Nothing panics, and nothing is answered that was not
-/// asked.
+/// CVE-2011-1925, CVE-2017-9524: a client may disconnect after every byte. Nothing panics, and the server sends no reply without
+/// a request.
 #[test]
-fn a_client_may_go_at_any_time() {
+fn a_client_may_disconnect_at_any_time() {
     for golden in golden::all() {
         let parts = golden.parts();
         for len in 0..=parts[0].len().min(3000) {
@@ -87,8 +87,7 @@ fn a_client_may_go_at_any_time() {
     }
 }
 
-/// The client's half says the golden client's bytes when it is asked to, and understands the golden server's the same
-/// at every cut.
+/// The client side sends the bytes of the golden client, and understands the golden server in the same way at every cut.
 #[test]
 fn the_client_half_replays_it() {
     for golden in golden::all() {
@@ -108,7 +107,7 @@ fn the_client_half_replays_it() {
     }
 }
 
-/// Options and their data, in order; and what every READ asked, by cookie.
+/// Options and their data, in order; and the length of every READ, by cookie.
 type Questions = (Vec<(Opt, Vec<u8>)>, HashMap<u64, u32>);
 
 fn questions(golden: &Golden) -> Questions {
@@ -120,7 +119,7 @@ fn questions(golden: &Golden) -> Questions {
         asks.push((Opt(number(&rest[8..12]) as u32), rest[16..16 + len].to_vec()));
         rest = &rest[16 + len..];
     }
-    // Any 28 bytes that look like a compact READ will do: only simple replies need it.
+    // Any 28 bytes that look like a compact READ are enough: only simple replies need it.
     for head in rest.windows(28).filter(|head| head.starts_with(&[0x25, 0x60, 0x95, 0x13])) {
         if number(&head[6..8]) == u64::from(CommandKind::READ.0) {
             reads.insert(number(&head[8..16]), number(&head[24..28]) as u32);
@@ -129,7 +128,7 @@ fn questions(golden: &Golden) -> Questions {
     (asks, reads)
 }
 
-/// The events, and what the client said to each question.
+/// The client's events, and its reply to each question.
 fn client_log(
     said: &[u8],
     pieces: &mut dyn Iterator<Item = &[u8]>,

@@ -1,5 +1,5 @@
-//! Rules of the handshake that no single conversation shows: what is forgotten, what is never asked, which order does
-//! no harm.
+//! Rules of the handshake that no single conversation shows: cleared state, calls that never reach the catalog, the order of
+//! options.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn string(text: &str) -> Vec<u8> {
     [&u32::try_from(text.len()).unwrap().to_be_bytes(), text.as_bytes()].concat()
 }
 
-/// INFO or GO, with these kinds.
+/// INFO or GO with these kinds.
 fn about(opt: u32, name: &str, kinds: &[u8]) -> Vec<u8> {
     let count = [0, kinds.len() as u8];
     let kinds: Vec<u8> = kinds.iter().flat_map(|&kind| [0, kind]).collect();
@@ -34,7 +34,7 @@ fn contexts(opt: u32, name: &str, queries: &[&str]) -> Vec<u8> {
     option(opt, &[string(name), count.to_vec(), queries].concat())
 }
 
-/// The names of the contexts that hold after these options and a GO.
+/// The names of the selected contexts after these options and a GO.
 fn selected(options: &[Vec<u8>], name: &str) -> Vec<String> {
     let mut out = Vec::new();
     let mut handshake = Handshake::new(Offer { tls: Tls::Optional, ..Offer::default() }, &mut out);
@@ -48,9 +48,9 @@ fn selected(options: &[Vec<u8>], name: &str) -> Vec<String> {
     }
 }
 
-/// proto.md, "NBD_OPT_SET_META_CONTEXT": it replaces what was set, even when it fails.
+/// proto.md, "NBD_OPT_SET_META_CONTEXT": it replaces the previous selection, even if it fails.
 #[test]
-fn a_selection_is_forgotten() {
+fn a_selection_is_cleared() {
     let base = "base:allocation";
     let set = |queries: &[&str]| contexts(SET_META, "disk", queries);
     let start = [option(STRUCTURED, &[]), set(&[base])];
@@ -66,15 +66,15 @@ fn a_selection_is_forgotten() {
     assert_eq!(and(option(SET_META, &vec![0; 100_000])), none, "by one that is too big");
     assert_eq!(and(contexts(SET_META, "nope", &[base])), none, "by one for an unknown export");
     assert_eq!(and(contexts(SET_META, "", &[base])), none, "by one for another name");
-    // And by nothing else.
+    // Nothing else clears it.
     assert_eq!(and(contexts(LIST_META, "disk", &["x-test:depth"])), [base]);
     assert_eq!(and(option(EXTENDED, &[])), [base]);
     assert_eq!(and(about(INFO, "ro", &[])), [base]);
     assert_eq!(and(option(LIST, &[])), [base]);
 }
 
-/// CVE-2019-14851: an INFO about one export, a GO to another. Every order of options about different exports is
-/// survived, and what holds in the end is what was said last.
+/// CVE-2019-14851: an INFO about one export, a GO to another. Every order of options about different exports must work, and the
+/// last selection counts.
 #[test]
 fn every_order_of_options() {
     let base = "base:allocation";
@@ -111,7 +111,7 @@ fn every_order_of_options() {
     }
 }
 
-/// A catalog that remembers what it was asked.
+/// A catalog that records its calls.
 #[derive(Default)]
 struct Nosy(RefCell<Vec<String>>);
 
@@ -126,10 +126,9 @@ impl Catalog for Nosy {
     }
 }
 
-/// CVE-2019-14850: whoever has not begun TLS, or says nothing that can be understood, causes no work behind the
-/// handshake.
+/// CVE-2019-14850: a client that has not started TLS, or sends malformed data, causes no calls to the catalog.
 #[test]
-fn the_owner_is_not_asked_too_early() {
+fn the_catalog_is_not_called_too_early() {
     let all = [
         option(LIST, &[]),
         about(INFO, "disk", &[1, 2, 3]),
@@ -163,9 +162,9 @@ fn the_owner_is_not_asked_too_early() {
     assert_eq!(*nosy.0.borrow(), ["find disk"]);
 }
 
-/// CVE-2021-3716: what stands behind STARTTLS is not looked at, and nothing before it counts.
+/// CVE-2021-3716: data after STARTTLS is not read, and results from before it do not count.
 #[test]
-fn nothing_crosses_the_border_of_tls() {
+fn starttls_clears_all_state() {
     let said = [vec![0, 0, 0, 3], option(STARTTLS, &[]), about(GO, "disk", &[])].concat();
     let (mut input, mut out) = (said.as_slice(), Vec::new());
     let mut handshake = Handshake::new(Offer { tls: Tls::Optional, ..Offer::default() }, &mut out);
@@ -173,7 +172,7 @@ fn nothing_crosses_the_border_of_tls() {
     assert_eq!(input, about(GO, "disk", &[]), "it is left to the caller");
     assert!(handshake.secure());
 
-    // Of every state one piece, then TLS: the client must be as new.
+    // One of each kind of state, then TLS: the client must be like a new one.
     let mut server = Server::new(Offer { tls: Tls::Optional, block_size_required: true, ..Offer::default() });
     server.feed(&[0, 0, 0, 3]);
     server.feed(&option(EXTENDED, &[]));
@@ -188,7 +187,7 @@ fn nothing_crosses_the_border_of_tls() {
     assert_eq!(server.log[1], r#"Done "disk" Simple flags=0d7d contexts=[] asked=true secure=true"#);
 }
 
-/// CVE-2020-10761: a name of the greatest length in a text about it.
+/// CVE-2020-10761: a name of the greatest length, in an error text about it.
 #[test]
 fn a_text_about_a_long_name_is_cut() {
     for name in ["n".repeat(4096), "ä".repeat(2048), "\u{1}".repeat(4096)] {

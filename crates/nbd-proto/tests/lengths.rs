@@ -1,5 +1,5 @@
-//! Lengths that lie: every 32-bit length inside an option, at every value that ever hurt a server (CVE-2022-26495,
-//! CVE-2022-26496, CVE-2017-15118, CVE-2017-15119). The option is refused, and the next one is understood.
+//! False lengths: every 32-bit length inside an option, at every value that has harmed a server (CVE-2022-26495, CVE-2022-26496,
+//! CVE-2017-15118, CVE-2017-15119). The option gets an error, and the next one is parsed normally.
 
 mod common;
 
@@ -25,7 +25,7 @@ fn lengths(len: usize) -> Vec<u32> {
     all
 }
 
-/// Types of the replies to the option, after which LIST must be answered.
+/// Types of the replies to the option. After it, LIST must get its replies.
 fn replies(option: &[u8]) -> Vec<u32> {
     let mut server = Server::new(Offer::default());
     server.feed(&[0, 0, 0, 3]);
@@ -51,19 +51,18 @@ fn types(mut out: &[u8]) -> Vec<u32> {
 
 #[test]
 fn the_name_of_info() {
-    // A name of n bytes, no kinds, in an option of n + 6.
+    // A name of n bytes, no kinds, in an option of n + 6 bytes.
     for n in [0, 1, 4, 255, 256, 257, 4095, 4096, 4097, 5000] {
         for said in lengths(n + 6) {
             let data = [&said.to_be_bytes(), "a".repeat(n).as_bytes(), &[0, 0]].concat();
             let expected: &[u32] = match n {
                 _ if said as usize != n => &[INVALID],
                 4097.. => &[INVALID],
-                // The default export, which is there.
+                // The default export exists.
                 0 => &[3, 1],
                 _ => &[UNKNOWN],
             };
-            // A shorter length can be right too: what follows the name reads as kinds, and 0x6161 of them are not
-            // there.
+            // A shorter length can be valid too: the bytes after the name then count as kinds, and 0x6161 of them are not there.
             assert_eq!(replies(&option(INFO, &data)), expected, "a name of {n} bytes, said to be {said}");
         }
     }
@@ -122,7 +121,7 @@ fn the_queries_of_a_context_option() {
 
 #[test]
 fn the_length_of_an_option() {
-    // All that an option says is there, but nobody reads it.
+    // The option has all its data, but the server does not parse it.
     for (opt, len, code) in [
         (INFO, 65_536, INVALID),
         (INFO, 65_537, TOO_BIG),
@@ -166,7 +165,7 @@ fn the_length_of_export_name() {
     }
 }
 
-/// A client that only ever asks.
+/// A client that only sends options and never starts transmission.
 #[test]
 fn options_are_counted() {
     let mut server = Server::new(Offer::default());
@@ -184,7 +183,7 @@ fn options_are_counted() {
     }
 }
 
-/// A long list asked often is refused in the end, in step.
+/// A long list that is requested often finally gets an error, in step.
 #[test]
 fn lists_are_bounded() {
     use nbd_proto::{Catalog, Export, Handshake, Refusal, Step, limits};
@@ -194,7 +193,7 @@ fn lists_are_bounded() {
             for i in 0..1000 {
                 each(&format!("{i:0>500}"), &"d".repeat(500));
             }
-            // What the protocol cannot say is left out, or cut.
+            // Strings that are too long for the protocol are omitted or cut.
             each(&"n".repeat(4097), "");
             each("nul\0", "");
             each("long", &"d".repeat(5000));
@@ -221,8 +220,8 @@ fn lists_are_bounded() {
     assert!(total < limits::REPLIES_MAX + 20 * 10_000, "{total} bytes");
 }
 
-/// A client that asks about each of many exports gets answers if the server has set the number of options for that. Here
-/// it needs more options, more bytes of options and more bytes of lists than there are for a single export.
+/// A client that asks about each of many exports gets replies if the server has set the number of options accordingly. This test
+/// needs more options, more bytes of options and more bytes of lists than the limits for a single export.
 #[test]
 fn the_limits_grow_with_the_number_of_exports() {
     use nbd_proto::{Catalog, Export, Handshake, Refusal, Step, limits};

@@ -1,5 +1,5 @@
-//! Every command, with every combination of flags, in every mode, on every kind of export: the receiver says what a
-//! small oracle says, that was written from the tables of the protocol and not from the receiver.
+//! Every command, with every combination of flags, in every mode, on every kind of export. The receiver must agree with a small
+//! oracle, which is written from the tables of the protocol, independently of the receiver.
 
 mod common;
 
@@ -10,7 +10,7 @@ const SIZE: u64 = 1 << 20;
 const AT: u64 = 4096;
 const LEN: u64 = 20;
 
-/// What must become of a request.
+/// The required outcome of a request.
 #[derive(Debug, PartialEq, Eq)]
 enum Fate {
     Accepted,
@@ -18,7 +18,7 @@ enum Fate {
     Gone,
 }
 
-/// One line per rule, in numbers as they stand in the specification.
+/// One line for each rule, with the numbers of the specification.
 fn oracle(kind: u16, flags: u16, mode: Mode, export: u16, contexts: bool) -> Fate {
     const EPERM: u32 = 1;
     const EINVAL: u32 = 22;
@@ -83,7 +83,7 @@ fn terms(mode: Mode, export: u16, contexts: bool) -> Terms {
 #[test]
 fn every_command_flag_mode_and_export() {
     let mut rows = 0;
-    // Each flag of an export alone taken away, all there, none there; each of them read-only too.
+    // Each flag of an export removed in turn, all set, none set; each of these read-only too.
     let mut exports = vec![0x1ffd, 0x0001];
     exports.extend((2..13).map(|bit| 0x1ffd & !(1 << bit)));
     exports.extend((2..13).map(|bit| 0x0001 | 1 << bit));
@@ -106,7 +106,7 @@ fn every_command_flag_mode_and_export() {
     assert_eq!(rows, 3 * 2 * 48 * 15 * 68);
 }
 
-/// Sends the request, its payload if any, and a FLUSH; the FLUSH must be understood, whatever became of the request.
+/// Sends the request, its payload if any, and a FLUSH. The FLUSH must be parsed whatever the outcome of the request.
 fn check(mode: Mode, export: u16, contexts: bool, kind: u16, flags: u16) {
     let row = || format!("{mode:?} export {export:04x} contexts {contexts} command {kind} flags {flags:02x}");
     let terms = terms(mode, export, contexts);
@@ -163,7 +163,7 @@ fn check(mode: Mode, export: u16, contexts: bool, kind: u16, flags: u16) {
     assert!(input.is_empty() && receiver.is_idle(), "{}", row());
 }
 
-/// An accepted command carries what was said.
+/// An accepted command has the fields of the request.
 fn right_command(command: Command, kind: u16, flags: u16, mode: Mode) {
     let is = |bit: u16| flags & bit != 0;
     let expected = match kind {
@@ -184,7 +184,7 @@ fn right_command(command: Command, kind: u16, flags: u16, mode: Mode) {
     assert_eq!(command.kind().0, kind);
 }
 
-/// Ranges around the end of the export and of the numbers, for every command that has one.
+/// Ranges around the end of the export and around the largest numbers, for every command that has a range.
 #[test]
 fn every_range() {
     let edges = |n: u64| [n.wrapping_sub(1), n, n.wrapping_add(1)];
@@ -203,7 +203,7 @@ fn every_range() {
                     continue;
                 }
                 stream.resize(stream.len() + if payload { len as usize } else { 0 }, 0);
-                // As wide as it takes, so that nothing can wrap.
+                // Wide enough that nothing can wrap.
                 let inside = u128::from(at) + u128::from(len) <= u128::from(SIZE);
                 let expected = match kind {
                     1 | 6 if !inside => Some(WireError::NoSpc),

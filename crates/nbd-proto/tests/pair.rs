@@ -1,5 +1,5 @@
-//! The client's half against the server's half, in memory, every message cut at random: the data that comes back is the
-//! data that a plain vector would have given.
+//! The client side against the server side, in memory, with every message cut at random. The data that comes back must be that of
+//! a plain vector.
 
 mod common;
 
@@ -10,7 +10,7 @@ use nbd_proto::client::{Chunk, Decoder, Encoder, Event, Negotiation, Step, Wish}
 use nbd_proto::wire::{BASE_ALLOCATION, CommandFlags};
 use nbd_proto::{Cookie, Mode, Offer, Tls, WireError};
 
-/// What a request must bring.
+/// The required result of a request.
 enum Expected {
     Done,
     Error(WireError),
@@ -18,7 +18,7 @@ enum Expected {
     Status { contexts: usize, len: u64, one: bool },
 }
 
-/// What it brought so far.
+/// The result so far.
 #[derive(Default)]
 struct Brought {
     data: Vec<u8>,
@@ -35,9 +35,9 @@ fn a_client_and_a_server_understand_each_other() {
     }
 }
 
-/// An older server grants less, and the client makes do.
+/// An older server grants less, and the client works with it.
 #[test]
-fn a_client_makes_do_with_less() {
+fn a_client_works_with_an_older_server() {
     for (structured, extended, wish, got) in [
         (false, false, Mode::Extended, Mode::Simple),
         (true, false, Mode::Extended, Mode::Structured),

@@ -1,4 +1,4 @@
-//! Payloads: whatever becomes of a WRITE, exactly its bytes leave the stream; and none of it needs memory.
+//! Payloads: exactly the bytes of a WRITE leave the stream, whatever happens to the request; and no case needs memory.
 
 mod common;
 
@@ -30,7 +30,7 @@ fn write_and_flush(at: u64, len: u32) -> Vec<u8> {
 
 const FLUSH: Event<'_> = Event::Command(Cookie(2), Command::Flush { at: 0 });
 
-/// Other servers cut the line at 33 MiB, or eat from the wrong stream: here 33 MiB and 64 MiB are refused in step.
+/// Other servers disconnect at 33 MiB, or lose step. Here 33 MiB and 64 MiB get an error, in step.
 #[test]
 fn a_refused_write_is_swallowed_in_step() {
     let too_long = "write longer than the maximum payload";
@@ -47,7 +47,7 @@ fn a_refused_write_is_swallowed_in_step() {
             let mut seen = Vec::new();
             for mut piece in stream.chunks(step) {
                 while let Some(event) = receiver.next(&mut piece).unwrap() {
-                    assert!(!matches!(event, Event::Payload(_)), "nobody wants this payload");
+                    assert!(!matches!(event, Event::Payload(_)), "this payload is discarded");
                     seen.push(format!("{event:?}"));
                 }
                 assert!(piece.is_empty());
@@ -59,7 +59,7 @@ fn a_refused_write_is_swallowed_in_step() {
 }
 
 #[test]
-fn a_payload_nobody_would_send_ends_the_connection() {
+fn a_huge_payload_ends_the_connection() {
     for (len, payload_max, fatal) in [
         ((64 << 20) + 1, 1 << 16, true),
         (u32::MAX, 1 << 16, true),
@@ -77,7 +77,7 @@ fn a_payload_nobody_would_send_ends_the_connection() {
     }
 }
 
-/// A READ of 4 GiB less a byte from a server without a limit: one structured chunk could not tell its length.
+/// A READ of 4 GiB less a byte from a server without a limit: its length would not fit one structured chunk.
 #[test]
 fn a_read_fits_one_chunk() {
     let block = BlockSizes { payload_max: u32::MAX, ..BlockSizes::default() };
@@ -93,9 +93,9 @@ fn a_read_fits_one_chunk() {
     }
 }
 
-/// Part of the payload rides along with the header, the rest is received straight into place.
+/// Part of the payload arrives with the header; the caller receives the rest directly.
 #[test]
-fn the_rest_of_a_payload_may_go_past() {
+fn the_rest_of_a_payload_may_be_received_directly() {
     let stream = write_and_flush(0, 1000);
     for ridden in 0..=1000 {
         let mut receiver = Receiver::new(terms());
@@ -117,9 +117,9 @@ fn the_rest_of_a_payload_may_go_past() {
     }
 }
 
-/// The owner gives up a WRITE at any time: the rest is swallowed, and it may have that told for it.
+/// The owner may abandon a WRITE at any time. The receiver discards the rest, and reports the error if the owner wants that.
 #[test]
-fn a_write_may_be_given_up() {
+fn a_write_may_be_abandoned() {
     for len in [0u32, 1, 2, 1000] {
         let stream = write_and_flush(512, len);
         for taken in 0..=len as usize {
@@ -140,7 +140,7 @@ fn a_write_may_be_given_up() {
                     let rejection =
                         Rejection { kind: CommandKind::WRITE, at: 512, error: WireError::NoSpc, text: "full" };
                     assert_eq!(receiver.next(&mut rest), Ok(Some(Event::Reject(Cookie(1), rejection))));
-                    assert_eq!(rest.len(), 28, "told when the payload is past");
+                    assert_eq!(rest.len(), 28, "reported after the payload");
                 }
                 assert_eq!(receiver.next(&mut rest), Ok(Some(FLUSH)));
                 assert_eq!(receiver.next(&mut rest), Ok(None));
@@ -191,9 +191,9 @@ fn nothing_comes_after_disc() {
     assert!(receiver.is_idle());
 }
 
-/// What the mode does not allow is taken away, whatever the owner set.
+/// Flags that the mode does not allow are removed, whatever the owner set.
 #[test]
-fn flags_are_told_as_the_mode_allows() {
+fn flags_depend_on_the_mode() {
     use TransmissionFlags as Flag;
     let told = |mode, flags: Flag, contexts: &[u32]| {
         Terms { mode, flags, contexts: contexts.iter().copied().collect(), ..terms() }.told().flags
@@ -213,7 +213,7 @@ fn flags_are_told_as_the_mode_allows() {
     );
 }
 
-/// A long stream of random requests, by seeds, in random pieces: as whole.
+/// A long stream of random requests from seeds, in random pieces, gives the same events as the whole stream.
 #[test]
 fn random_streams_are_cut_at_random() {
     for seed in 0..30 {

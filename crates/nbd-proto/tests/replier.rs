@@ -1,4 +1,4 @@
-//! Heads of replies, byte by byte, and what a client makes of them.
+//! Headers of replies, byte by byte, and as a client parses them.
 
 use nbd_proto::client::{Chunk, Decoder, Event};
 use nbd_proto::limits::{EXTENTS_MAX, HEAD_MAX};
@@ -108,7 +108,7 @@ fn errors_have_their_numbers() {
     assert_eq!(WireError::from_code(11), Some(Inval), "an unknown number counts as EINVAL");
 }
 
-/// CVE-2020-10761: a text that grew past what the protocol can say.
+/// CVE-2020-10761: a text that is longer than the protocol allows.
 #[test]
 fn texts_are_cut() {
     for (text, len) in
@@ -164,7 +164,7 @@ fn extents_are_limited() {
 }
 
 #[test]
-fn a_head_is_no_longer_than_is_said() {
+fn a_header_is_at_most_head_max_long() {
     for mode in MODES {
         let mut out = Vec::new();
         replier(mode).read_head(&mut out, C, u64::MAX, u32::MAX - 8);

@@ -648,8 +648,8 @@ const LESSONS: &[Lesson] = &[
         &[
             "requests::a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step",
             "receiver::a_read_fits_one_chunk",
-            "receiver::a_payload_nobody_would_send_ends_the_connection",
-            "replier::a_head_is_no_longer_than_is_said",
+            "receiver::a_huge_payload_ends_the_connection",
+            "replier::a_header_is_at_most_head_max_long",
         ],
     ),
     (
@@ -658,7 +658,7 @@ const LESSONS: &[Lesson] = &[
         &[
             "handshake::a_client_may_go_at_every_byte_of_the_handshake",
             "hostile::a_client_that_closes_at_any_byte_harms_nobody",
-            "golden::a_client_may_go_at_any_time",
+            "golden::a_client_may_disconnect_at_any_time",
         ],
     ),
     (
@@ -736,7 +736,7 @@ const LESSONS: &[Lesson] = &[
         "count the requests that reach the device before GO: none",
         &[
             "server::nothing_reaches_the_device_before_a_client_is_served",
-            "handshake::the_owner_is_not_asked_too_early",
+            "handshake::the_catalog_is_not_called_too_early",
         ],
     ),
     (
@@ -753,7 +753,7 @@ const LESSONS: &[Lesson] = &[
         "CVE-2021-3716: nbdkit, state negotiated before STARTTLS stays valid after it",
         "send options before STARTTLS, and plain text with it",
         &[
-            "handshake::nothing_crosses_the_border_of_tls",
+            "handshake::starttls_clears_all_state",
             "tls::what_came_before_starttls_is_forgotten",
             "tls::plain_text_right_after_starttls_ends_the_connection",
         ],
@@ -814,7 +814,7 @@ const LESSONS: &[Lesson] = &[
     (
         "CVE-2021-20286, CVE-2023-5215, CVE-2023-5871: libnbd, offsets beyond 2⁶³",
         "serve an export of 2⁶³ bytes: the server refuses it",
-        &["golden::turn_by_turn_the_server_says_what_is_written"],
+        &["golden::turn_by_turn_the_server_sends_the_golden_bytes"],
     ),
 ];
 

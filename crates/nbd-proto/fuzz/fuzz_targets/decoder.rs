@@ -1,4 +1,4 @@
-//! The client's half, fed with anything.
+//! The client side, with any input.
 #![no_main]
 
 #[path = "../../tests/common/mod.rs"]

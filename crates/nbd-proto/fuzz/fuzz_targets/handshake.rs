@@ -1,4 +1,4 @@
-//! A whole server, handshake and transmission, fed with anything.
+//! A whole server, handshake and transmission, with any input.
 #![no_main]
 
 #[path = "../../tests/common/mod.rs"]

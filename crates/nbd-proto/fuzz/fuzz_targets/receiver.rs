@@ -1,4 +1,4 @@
-//! The receiver, fed with anything: it accounts for every byte.
+//! The receiver, with any input: it accounts for every byte.
 #![no_main]
 
 #[path = "../../tests/common/mod.rs"]

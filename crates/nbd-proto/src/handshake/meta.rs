@@ -9,14 +9,14 @@ use crate::terms::{Catalog, Export, Refusal};
 use crate::wire::{Mode, Opt, Rep};
 
 impl Handshake {
-    /// Answers with the contexts that match a query, or with all when there is none. It may be asked before structured
-    /// replies are: the answer is of use then too (proto.md: a server MAY refuse).
+    /// Lists the contexts that match a query, or all if there is no query. Valid before structured replies too, because the
+    /// answer is useful then as well (proto.md: a server MAY refuse).
     pub(super) fn list_contexts(&mut self, data: &[u8], catalog: &dyn Catalog, replies: &mut Replies<'_>) -> Answer {
         let request = MetaRequest::parse(data)?;
         let export = self.export(request.name, Opt::LIST_META_CONTEXT, catalog)?;
         let mut full = false;
         for (_, context) in offered(&export) {
-            // A query that ends with its colon, or with one of a namespace's own, means all that begins so.
+            // A query that ends with a colon (of the namespace, or within the leaf name) matches all contexts with this prefix.
             let matches = |query: &str| context == query || (query.ends_with(':') && context.starts_with(query));
             if request.queries.is_empty() || request.queries.iter().any(|query| matches(query)) {
                 full |= !replies.within(self.budget);
@@ -29,7 +29,7 @@ impl Handshake {
         self.spend(replies, full)
     }
 
-    /// Selects the contexts that are asked for by their whole name. The set before is gone already.
+    /// Selects contexts by their full names. The caller has already cleared the previous selection.
     pub(super) fn set_contexts(&mut self, data: &[u8], catalog: &dyn Catalog, replies: &mut Replies<'_>) -> Answer {
         if self.asked.mode == Mode::Simple {
             return Err(Refusal::new(Rep::ERR_INVALID, "structured replies must be negotiated first"));

@@ -1,5 +1,5 @@
-//! Server side of the handshake: options in, replies out, and in the end the terms of transmission. Keeps at most one
-//! option.
+//! Server side of the handshake: options in, replies out, and finally the terms of transmission. It keeps at most one option in
+//! memory.
 
 mod meta;
 mod option;
@@ -14,23 +14,23 @@ use crate::wire::{
 use option::InfoRequest;
 use reply::Replies;
 
-/// Where the handshake stands after [`Handshake::next`].
+/// The result of [`Handshake::next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// `input` is used up: send `out`, read more, call again.
     More,
-    /// The client may begin TLS: send `out`, do the TLS handshake, and go on with this same [`Handshake`] and the plain
-    /// text that comes out of it. All that was negotiated before is forgotten. What is left in `input` belongs to TLS
-    /// and must never be used as plain text (CVE-2021-3716 and its kin); to close when there is any is the safest, for
-    /// no client may send before the answer.
+    /// The client may start TLS: send `out`, do the TLS handshake, and continue with this [`Handshake`] and the decrypted data.
+    /// The earlier results of the negotiation are cleared. The rest of `input` belongs to TLS, and must never be used as plain
+    /// text (CVE-2021-3716 and similar ones). A client must wait for our reply, so it is safest to close the connection if there
+    /// is any.
     StartTls,
-    /// Send `out`, then the transmission phase begins, with what is left in `input`.
+    /// Send `out`; then the transmission phase begins, with the rest of `input`.
     Done(Box<Negotiated>),
-    /// The client took its leave: send `out`, then close.
+    /// The client ended the handshake with ABORT: send `out`, then close.
     Closed,
 }
 
-/// The server's half of one connection's handshake.
+/// The server side of one connection's handshake.
 #[derive(Debug)]
 pub struct Handshake {
     offer: Offer,
@@ -38,21 +38,21 @@ pub struct Handshake {
     secure: bool,
     asked: Asked,
     state: State,
-    /// What there is of the current header or option, when it came in pieces. Never longer than [`OPTION_MAX`].
+    /// The available part of the current header or option, if it arrives in pieces. Never longer than [`OPTION_MAX`].
     have: Vec<u8>,
     options: u32,
     bytes: u64,
-    /// Bytes of replies that the rest of this handshake may cause in lists.
+    /// Bytes of lists that the rest of this handshake may cause.
     budget: usize,
 }
 
-/// What the client asked for so far: all that STARTTLS makes a server forget.
+/// The state of the negotiation so far, which STARTTLS clears.
 #[derive(Debug, Default)]
 struct Asked {
     mode: Mode,
-    /// The contexts that are set, and for which export.
+    /// The selected contexts, and their export.
     selection: Option<Selection>,
-    /// The export whose block sizes an INFO told.
+    /// The export whose block sizes an INFO reported.
     sized: Option<String>,
 }
 
@@ -70,7 +70,7 @@ enum State {
         opt: Opt,
         len: usize,
     },
-    /// Past the data of an option that is answered already, but for saying it: an answer comes when the option is past.
+    /// In the data of an option whose reply is known already. The reply is sent after the data.
     Skip {
         opt: Opt,
         left: u32,
@@ -79,11 +79,11 @@ enum State {
     Over,
 }
 
-/// The answer to an option whose data is not looked at.
+/// The result of an option whose data is not parsed.
 type Answer = Result<(), Refusal>;
 
 impl Handshake {
-    /// Begins a connection: puts the greeting into `out`.
+    /// Begins a connection: writes the greeting to `out`.
     pub fn new(offer: Offer, out: &mut Vec<u8>) -> Self {
         out.extend_from_slice(&INIT_MAGIC.to_be_bytes());
         out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
@@ -102,8 +102,8 @@ impl Handshake {
         }
     }
 
-    /// Takes what it needs off the front of `input` and appends replies to `out`, which are to be sent whatever the
-    /// outcome. Parts of messages are kept inside. After an error the connection must be dropped.
+    /// Takes bytes from the front of `input` and appends replies to `out`, which must be sent whatever the result. Incomplete
+    /// messages are kept inside. After an error the connection must be dropped.
     pub fn next(&mut self, input: &mut &[u8], catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Step, Fatal> {
         let step = self.run(input, catalog, out);
         if !matches!(step, Ok(Step::More | Step::StartTls)) {
@@ -117,7 +117,7 @@ impl Handshake {
         self.secure
     }
 
-    /// How many options came so far.
+    /// Number of options so far.
     pub fn options(&self) -> u32 {
         self.options
     }
@@ -151,7 +151,7 @@ impl Handshake {
         }
     }
 
-    /// The whole next message, if it is there.
+    /// Returns the next whole message, if it is complete.
     fn message(&mut self, input: &mut &[u8]) -> Option<Vec<u8>> {
         let want = match self.state {
             State::Flags => 4,
@@ -163,7 +163,7 @@ impl Handshake {
         (self.have.len() == want).then(|| std::mem::take(&mut self.have))
     }
 
-    /// Takes one whole message.
+    /// Handles one whole message.
     fn take(&mut self, message: &[u8], catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Option<Step>, Fatal> {
         const WHOLE: &str = "the message is whole";
         let mut reader = Reader::new(message);
@@ -188,7 +188,7 @@ impl Handshake {
         }
     }
 
-    /// The header of an option: what can be said without its data.
+    /// Handles the header of an option, as far as possible without its data.
     fn option(&mut self, opt: Opt, len: u32, catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Option<Step>, Fatal> {
         self.options += 1;
         if self.options > self.offer.options_max {
@@ -208,7 +208,7 @@ impl Handshake {
             return Err(Fatal::Options(self.options));
         }
         if opt == Opt::SET_META_CONTEXT {
-            // Whatever becomes of this option, the set before it is gone.
+            // Clear the previous selection, whatever the result of this option (proto.md, "NBD_OPT_SET_META_CONTEXT").
             self.asked.selection = None;
         }
         let answer = match self.permit(opt, len) {
@@ -216,7 +216,7 @@ impl Handshake {
                 self.state = State::Data { opt, len: len as usize };
                 return Ok(None);
             }
-            // An option without data; ABORT's is not looked at.
+            // An option without data; the data of ABORT is ignored.
             Ok(()) if len == 0 => return self.data(opt, &[], catalog, out),
             answer => answer,
         };
@@ -224,7 +224,7 @@ impl Handshake {
         Ok(None)
     }
 
-    /// Whether the option may be looked at any further.
+    /// Whether the option is allowed now, so that its data will be parsed.
     fn permit(&self, opt: Opt, len: u32) -> Answer {
         let known = match opt {
             Opt::ABORT | Opt::LIST | Opt::STARTTLS | Opt::INFO | Opt::GO => true,
@@ -251,7 +251,7 @@ impl Handshake {
         }
     }
 
-    /// An option and its data, whole.
+    /// Handles a whole option with its data.
     fn data(&mut self, opt: Opt, data: &[u8], catalog: &dyn Catalog, out: &mut Vec<u8>) -> Result<Option<Step>, Fatal> {
         let mut replies = Replies::new(opt, out);
         let answer = match opt {
@@ -321,7 +321,7 @@ impl Handshake {
         answer.map_err(|refusal| self.refused(Opt::LIST, refusal))
     }
 
-    /// Takes the replies off the budget; an error when they were too many.
+    /// Subtracts the replies from the budget; an error if they exceed it.
     fn spend(&mut self, replies: &Replies<'_>, full: bool) -> Answer {
         self.budget = self.budget.saturating_sub(replies.len());
         match full {
@@ -347,7 +347,7 @@ impl Handshake {
         self.tell(&request, Opt::GO, catalog, replies)
     }
 
-    /// Answers INFO and GO alike.
+    /// Replies to INFO and GO.
     fn tell(
         &self,
         request: &InfoRequest<'_>,
@@ -375,14 +375,14 @@ impl Handshake {
         Ok(negotiated)
     }
 
-    /// Whether the client is refused because it did not ask for the block sizes. Where each byte can be written there is
-    /// nothing that it must know.
+    /// Whether the client is refused because it did not request the block sizes. If the minimum is one byte, it need not know
+    /// them.
     fn must_ask(&self, negotiated: &Negotiated) -> bool {
         let Negotiated { export, block_size_asked, .. } = negotiated;
         (self.offer.block_size_required || export.block_size_required) && export.block.min > 1 && !block_size_asked
     }
 
-    /// The export of that name, on the terms that were negotiated so far.
+    /// Returns the export with this name, under the terms negotiated so far.
     fn find(&self, name: &str, opt: Opt, catalog: &dyn Catalog) -> Result<Negotiated, Refusal> {
         let export = self.export(name, opt, catalog)?;
         let contexts = match &self.asked.selection {
@@ -416,7 +416,7 @@ impl Handshake {
         Ok(export)
     }
 
-    /// The owner's refusal, in the words that the protocol allows here (proto.md, "SELECTIVETLS mode").
+    /// Converts the owner's refusal to an error that the protocol allows here (proto.md, "SELECTIVETLS mode").
     fn refused(&self, opt: Opt, refusal: Refusal) -> Refusal {
         let tls = self.offer.tls == Tls::Optional && !self.secure && matches!(opt, Opt::INFO | Opt::GO);
         match refusal.code {
@@ -427,7 +427,7 @@ impl Handshake {
         }
     }
 
-    /// EXPORT_NAME has no answer but success: everything else ends the connection.
+    /// EXPORT_NAME has no error reply: every failure ends the connection.
     fn export_name_begins(&mut self, len: u32) -> Result<Option<Step>, Fatal> {
         if self.offer.tls == Tls::Required && !self.secure {
             return Err(Fatal::ExportName(Rep::ERR_TLS_REQD));

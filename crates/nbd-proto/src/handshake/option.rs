@@ -1,15 +1,14 @@
-//! Takes apart the data of INFO, GO and the context options, exactly: every length inside must fit, and nothing may be
-//! left over.
+//! Parses the data of INFO, GO and the context options strictly: every length inside must fit, and no bytes may be left over.
 
 use crate::limits::NAME_MAX;
 use crate::reader::{Reader, string};
 use crate::terms::Refusal;
 use crate::wire::{InfoKind, Rep};
 
-/// What INFO and GO ask.
+/// The data of INFO and GO.
 pub(super) struct InfoRequest<'a> {
     pub(super) name: &'a str,
-    /// The wanted kinds, as they stood on the wire: two bytes each, unknown ones too.
+    /// The requested kinds, as on the wire: two bytes each, including unknown ones.
     kinds: &'a [u8],
 }
 
@@ -32,7 +31,7 @@ impl<'a> InfoRequest<'a> {
     }
 }
 
-/// What LIST_META_CONTEXT and SET_META_CONTEXT ask.
+/// The data of LIST_META_CONTEXT and SET_META_CONTEXT.
 pub(super) struct MetaRequest<'a> {
     pub(super) name: &'a str,
     pub(super) queries: Vec<&'a str>,
@@ -44,7 +43,7 @@ impl<'a> MetaRequest<'a> {
         let parsed = (|| {
             let name = reader.counted()?;
             let count = reader.u32()?;
-            // The count is the peer's word: each query takes four bytes at least, so it ends with the data.
+            // Do not trust the count for an allocation. Each query takes at least four bytes, so the loop ends with the data.
             let mut queries = Vec::new();
             for _ in 0..count {
                 queries.push(reader.counted()?);

@@ -4,7 +4,7 @@ use crate::reader::cut;
 use crate::terms::{BlockSizes, Refusal};
 use crate::wire::{InfoKind, OPTION_REPLY_MAGIC, Opt, Rep, TransmissionFlags};
 
-/// The replies to one option, put behind what is in `out` already.
+/// Appends the replies to one option to `out`.
 pub(super) struct Replies<'a> {
     opt: Opt,
     out: &'a mut Vec<u8>,
@@ -17,17 +17,17 @@ impl<'a> Replies<'a> {
         Self { opt, out, start }
     }
 
-    /// Bytes so far.
+    /// Bytes of replies so far.
     pub(super) fn len(&self) -> usize {
         self.out.len() - self.start
     }
 
-    /// Whether there is room for more in that many bytes.
+    /// Whether the replies so far are shorter than `budget`.
     pub(super) fn within(&self, budget: usize) -> bool {
         self.len() < budget
     }
 
-    /// The last reply: ACK, or the error.
+    /// Writes the last reply: ACK, or the error.
     pub(super) fn finish(&mut self, answer: Result<(), Refusal>) {
         match answer {
             Ok(()) => self.reply(Rep::ACK, &[]),

@@ -1,12 +1,12 @@
-//! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus
-//! through them.
+//! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus through
+//! them.
 
 use nbd_proto::wire::{CommandFlags, CommandKind, TransmissionFlags};
 use nbd_proto::{BlockSizes, ContextSet, Event, Mode, Offer, Receiver, Terms, Tls, client};
 
 use super::{ALL, SIZE, Seed, Server};
 
-/// A whole server: what a client says is understood and answered alike, however it is cut. The first byte is the offer.
+/// A whole server. Its events and replies are the same however the client's bytes are cut. The first byte selects the offer.
 pub fn handshake(data: &[u8]) {
     let Some((&head, said)) = data.split_first() else { return };
     let tls = [Tls::Off, Tls::Optional, Tls::Required, Tls::Off][usize::from(head >> 2 & 3)];
@@ -19,7 +19,7 @@ pub fn handshake(data: &[u8]) {
         ..Offer::default()
     };
     let whole = serve(offer, &mut [said].into_iter());
-    // Under TLS the end of a piece has a meaning: what stands behind STARTTLS in the same piece is refused.
+    // With TLS, the end of a piece has a meaning: data after STARTTLS in the same piece is refused.
     if !whole.0.iter().any(|line| line == "StartTls") {
         assert_eq!(whole, serve(offer, &mut pieces(said)), "cuts change nothing");
     }
@@ -34,8 +34,7 @@ fn serve(offer: Offer, pieces: &mut dyn Iterator<Item = &[u8]>) -> (Vec<String>,
     (server.log, server.out)
 }
 
-/// The receiver alone: the first two bytes are the terms. Every byte that it takes belongs to a request that it told
-/// of.
+/// The receiver alone. The first two bytes select the terms. Every byte that it takes belongs to a request that it reported.
 pub fn receiver(data: &[u8]) {
     let Some((&[a, b], stream)) = data.split_first_chunk() else { return };
     let mode = [Mode::Simple, Mode::Structured, Mode::Extended, Mode::Extended][usize::from(a & 3)];
@@ -52,7 +51,7 @@ pub fn receiver(data: &[u8]) {
     assert_eq!(whole, receive(terms, stream, &mut pieces(stream), b), "cuts change nothing");
 }
 
-/// What the receiver says, after checking that it counted as this small reader of headers does.
+/// The receiver's events. Also checks that it counts bytes like this small parser of headers.
 fn receive(terms: Terms, stream: &[u8], pieces: &mut dyn Iterator<Item = &[u8]>, how: u8) -> Vec<String> {
     let head = if terms.mode == Mode::Extended { 32 } else { 28 };
     let field = |at: usize, len: usize| stream[at..at + len].iter().fold(0, |n, &byte| n << 8 | u64::from(byte));
@@ -70,12 +69,12 @@ fn receive(terms: Terms, stream: &[u8], pieces: &mut dyn Iterator<Item = &[u8]>,
                 }
             };
             if let Event::Payload(bytes) = event {
-                assert!(!bytes.is_empty() && bytes.len() <= payload, "payload is what was announced");
+                assert!(!bytes.is_empty() && bytes.len() <= payload, "payload has the length of its request");
                 payload -= bytes.len();
                 assert_eq!(receiver.payload_left() as usize, payload);
                 continue;
             }
-            assert_eq!(payload, 0, "a payload is past before the next event");
+            assert_eq!(payload, 0, "a payload ends before the next event");
             let cookie = match event {
                 Event::Command(cookie, _) | Event::Write(cookie, _) | Event::Reject(cookie, _) => cookie,
                 Event::Disconnect => {
@@ -94,7 +93,7 @@ fn receive(terms: Terms, stream: &[u8], pieces: &mut dyn Iterator<Item = &[u8]>,
             if let Event::Write(_, write) = event {
                 assert_eq!(u64::from(write.len), len);
                 payload = write.len as usize;
-                // One write in four is given up.
+                // One write in four is abandoned.
                 match how >> 4 & 3 {
                     1 if payload > 0 => {
                         receiver.skip_payload();
@@ -104,7 +103,7 @@ fn receive(terms: Terms, stream: &[u8], pieces: &mut dyn Iterator<Item = &[u8]>,
                 }
             } else {
                 assert!(fed - piece.len() >= accounted, "an event comes after its request");
-                assert_eq!(fed - piece.len(), accounted, "what was taken is what was told");
+                assert_eq!(fed - piece.len(), accounted, "all bytes taken were reported");
             }
         }
         assert!(piece.is_empty(), "None takes everything");
@@ -112,7 +111,7 @@ fn receive(terms: Terms, stream: &[u8], pieces: &mut dyn Iterator<Item = &[u8]>,
     log
 }
 
-/// The client's decoder, on whatever a server says. The first byte is the mode.
+/// The client's decoder with any data from a server. The first byte selects the mode.
 pub fn decoder(data: &[u8]) {
     let Some((&head, said)) = data.split_first() else { return };
     let mode = [Mode::Simple, Mode::Structured, Mode::Extended, Mode::Extended][usize::from(head & 3)];
@@ -137,7 +136,7 @@ pub fn decode(mode: Mode, pieces: &mut dyn Iterator<Item = &[u8]>) -> Vec<String
                 Ok(Some(event)) => {
                     log.push(format!("{event:?}"));
                     if let client::Event::Simple(cookie, Ok(())) = event {
-                        // The cookie says how much was read.
+                        // The cookie contains the length of the read.
                         decoder.expect_payload((cookie.0 & 0x1f) as u32);
                     }
                 }
@@ -153,7 +152,7 @@ pub fn decode(mode: Mode, pieces: &mut dyn Iterator<Item = &[u8]>) -> Vec<String
     log
 }
 
-/// The client's handshake, on whatever a server says: the usual course.
+/// The client's handshake with any data from a server: the usual options.
 pub fn ask(pieces: &mut dyn Iterator<Item = &[u8]>) -> (String, Vec<u8>) {
     let wish = client::Wish {
         name: "disk".into(),
@@ -171,7 +170,7 @@ pub fn ask(pieces: &mut dyn Iterator<Item = &[u8]>) -> (String, Vec<u8>) {
     ("More".into(), out)
 }
 
-/// The same bytes in pieces of one to some dozen, cut by a seed that the bytes make.
+/// The same bytes in pieces of one to some dozen bytes, cut by a seed that depends on the bytes.
 fn pieces(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut seed =
         Seed(bytes.iter().take(64).fold(bytes.len() as u64, |n, &byte| n.wrapping_mul(31) ^ u64::from(byte)));

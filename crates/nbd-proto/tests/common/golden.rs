@@ -1,17 +1,15 @@
-//! Golden conversations: text files of bytes that both sides say, in hexadecimal and in quotes, with a comment on every
-//! line.
+//! Golden conversations: text files with the bytes of both sides, in hexadecimal and in quotes, with a comment on every line.
 
 use std::path::Path;
 
 use nbd_proto::{Offer, Tls};
 
-/// A whole connection. The client says `turns[i].0`, and the server answers `turns[i].1`; the first answer is the
-/// greeting's.
+/// A whole connection. The client sends `turns[i].0`, and the server replies `turns[i].1`; the first reply is the greeting.
 pub struct Golden {
     pub file: String,
     pub offer: Offer,
     pub turns: Vec<Turn>,
-    /// What the server understood, in order.
+    /// The server's events, in order.
     pub log: Vec<String>,
 }
 
@@ -23,7 +21,7 @@ pub struct Turn {
 }
 
 impl Golden {
-    /// All that the client says up to the next begin of TLS, part by part.
+    /// The client's bytes in parts, split where TLS begins.
     pub fn parts(&self) -> Vec<Vec<u8>> {
         let mut parts = vec![Vec::new()];
         for turn in &self.turns {
@@ -45,7 +43,7 @@ pub fn all() -> Vec<Golden> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut files: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
-    assert!(files.len() >= 10, "the golden conversations are there");
+    assert!(files.len() >= 10, "the golden conversations exist");
     files.iter().map(|file| parse(file)).collect()
 }
 
@@ -128,7 +126,7 @@ pub fn handshakes() -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-/// For `bodies::receiver`: what comes after the handshake, in the mode it was in.
+/// For `bodies::receiver`: the bytes after the handshake, with their mode.
 pub fn requests() -> Vec<(String, Vec<u8>)> {
     live()
         .map(|(golden, mode)| {

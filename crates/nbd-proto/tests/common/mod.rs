@@ -1,5 +1,4 @@
-//! What the tests share: a catalog, a small server around the codec, golden conversations, and a seeded stream of
-//! numbers.
+//! Shared by the tests: a catalog, a small server around the codec, golden conversations, and a seeded stream of numbers.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 pub mod bodies;
@@ -16,11 +15,11 @@ use nbd_proto::{
 /// Size of the test's exports.
 pub const SIZE: u64 = 1 << 20;
 
-/// Every flag an owner could set.
+/// All flags that an owner can set.
 pub const ALL: TransmissionFlags = TransmissionFlags(0x1fff).without(TransmissionFlags::READ_ONLY);
 
-/// Exports by name: the default one and `disk` are the same, `ro` is read-only, `tls` wants TLS, `late` is shutting
-/// down, `huge` is too large, `odd` breaks the rules of its owner.
+/// Exports by name: the default one and `disk` are the same, `ro` is read-only, `tls` requires TLS, `late` is shutting down,
+/// `huge` is too large, `odd` violates the rules for owners.
 pub struct Exports;
 
 impl Catalog for Exports {
@@ -58,11 +57,11 @@ impl Catalog for Exports {
     }
 }
 
-/// A server in memory: handshake, then a RAM disk. It answers at once and in order.
+/// A server in memory: handshake, then a RAM disk. It replies at once and in order.
 pub struct Server {
     phase: Phase,
     offer: Offer,
-    /// What was understood, one line each.
+    /// The events, one line each.
     pub log: Vec<String>,
     pub out: Vec<u8>,
     /// Bytes of payload and header that the receiver took.
@@ -71,7 +70,7 @@ pub struct Server {
 
 enum Phase {
     Handshake(Box<Handshake>),
-    /// STARTTLS was answered; [`Server::secure`] goes on.
+    /// STARTTLS has its reply; [`Server::secure`] continues.
     Tls(Box<Handshake>),
     Live(Box<Live>),
     Over,
@@ -92,7 +91,7 @@ impl Server {
         Self { phase: Phase::Handshake(Box::new(handshake)), offer, log: Vec::new(), out, taken: 0 }
     }
 
-    /// TLS has begun: what is fed from here on came out of it.
+    /// TLS has begun: the following input is decrypted data.
     pub fn secure(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Tls(handshake) => self.phase = Phase::Handshake(handshake),
@@ -245,7 +244,7 @@ impl Live {
     }
 }
 
-/// A seeded stream of numbers (SplitMix64): the tests need variety, not chance.
+/// A seeded stream of numbers (SplitMix64): the tests need variety, and must be repeatable.
 #[derive(Clone, Debug)]
 pub struct Seed(pub u64);
 
@@ -275,7 +274,7 @@ pub fn option(opt: u32, data: &[u8]) -> Vec<u8> {
     option_of(opt, u32::try_from(data.len()).unwrap(), data)
 }
 
-/// An option whose length is not that of its data.
+/// An option with a false length.
 pub fn option_of(opt: u32, len: u32, data: &[u8]) -> Vec<u8> {
     [b"IHAVEOPT".as_slice(), &opt.to_be_bytes(), &len.to_be_bytes(), data].concat()
 }
