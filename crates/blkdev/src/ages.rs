@@ -1,36 +1,36 @@
-//! [`Ages`]: how long requests have been in flight, and what that says of the device.
+//! [`Ages`]: the ages of requests in flight, from which it judges the device.
 
 use std::time::{Duration, Instant};
 
-/// No slot, no age.
+/// An empty slot has no age.
 pub(crate) const NEVER: u32 = u32::MAX;
 
-/// How long requests have been in flight, and when one of them last completed: counted in eighths of the time-out, so that no
-/// request costs a clock reading.
+/// The ages of requests in flight, and the time of the last completion. The unit is an eighth of the time-out, so that no request
+/// costs a clock reading.
 #[derive(Debug)]
 pub(crate) struct Ages {
     pub(crate) unit: Option<Duration>,
     next: Option<Instant>,
     now: u32,
-    /// When something last completed.
+    /// Time of the last completion.
     progress: u32,
-    /// When the youngest of the requests was sent that have completed.
+    /// When the youngest completed request was sent.
     newest: u32,
 }
 
-/// Units after which a device that completes nothing is taken for stalled.
+/// Units without any completion after which a device is stalled.
 const STALLED: u32 = 8;
-/// Units after which a single request is taken for lost, if others have completed that were sent at least a time-out later: ten
-/// times the time-out. (In a queue that is only slow nothing is overtaken by so much.)
+/// Units after which a single request is lost, if others have completed that were sent at least a time-out later: ten times the
+/// time-out. (In a queue that is only slow, no request is overtaken by so much.)
 const LOST: u32 = 10 * STALLED;
 
-/// What the ages of the requests that the device has say.
+/// The verdict on the device, from the ages of its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fine,
-    /// Nothing has completed for as long as the time-out, and the oldest request is older than that.
+    /// Nothing has completed for the whole time-out, and the oldest request is older than that.
     Stalled,
-    /// Others complete, and have overtaken the oldest request, which has waited for ten times the time-out.
+    /// The oldest request has waited for ten times the time-out, while others have overtaken it and completed.
     Lost,
 }
 
@@ -39,25 +39,25 @@ impl Ages {
         Self { unit: timeout.map(|t| t / STALLED), next: None, now: 0, progress: 0, newest: 0 }
     }
 
-    /// Now, as the birth of a request.
+    /// The present time, for a request that is sent now.
     #[inline]
     pub(crate) fn now(&self) -> u32 {
         self.now
     }
 
-    /// Something has completed.
+    /// Reports a completion.
     #[inline]
     pub(crate) fn advance(&mut self) {
         self.progress = self.now;
     }
 
-    /// What has completed was born then.
+    /// Reports the completion of a request that was sent at `born`.
     #[inline]
     pub(crate) fn completed(&mut self, born: u32) {
         self.newest = self.newest.max(born);
     }
 
-    /// Whether a request of this age is taken for lost.
+    /// Whether a request of this age is lost.
     pub(crate) fn is_lost(&self, born: u32) -> bool {
         self.now.wrapping_sub(born) > LOST && self.newest.saturating_sub(born) > STALLED
     }
@@ -70,8 +70,8 @@ impl Ages {
         }
     }
 
-    /// Whether a unit has passed. However far apart two calls are, at most one unit passes between them: a process that was
-    /// stopped for a while must first hear what has finished meanwhile.
+    /// Returns whether a unit has passed. At most one unit passes between two calls, however far apart they are: a process that
+    /// was stopped must first get the completions that have arrived in the meantime.
     #[inline]
     pub(crate) fn tick(&mut self, now: Instant) -> bool {
         let Some(unit) = self.unit else { return false };
@@ -79,7 +79,7 @@ impl Ages {
             return false;
         }
         self.next = now.checked_add(unit);
-        // Never the mark of what was not sent yet.
+        // Must not equal the mark of a request that was not sent yet.
         self.now = (self.now + 1) % NEVER;
         true
     }

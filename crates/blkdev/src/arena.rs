@@ -1,4 +1,4 @@
-//! [`Arena`] hands out page runs of a [`Mapping`]; a [`Buf`] is such a run, owned, and gives it back when dropped.
+//! [`Arena`] hands out runs of pages of a [`Mapping`]. A [`Buf`] owns such a run, and frees it when dropped.
 #![allow(unsafe_code)]
 
 use std::{
@@ -12,32 +12,32 @@ use std::{
 
 use crate::mem::{Iova, Mapping};
 
-/// Memory is handed out in multiples of this: 4096 bytes.
+/// Unit of allocation: 4096 bytes.
 pub const PAGE: usize = 4096;
 
-/// One owner's share of a [`Mapping`].
+/// An allocator for a part of a [`Mapping`], with one owner.
 ///
-/// Allocation always takes the lowest run that fits, so that a light load keeps using the same, cache-warm pages.
+/// Allocation always takes the lowest run that fits, so that a light load reuses the same, cache-warm pages.
 #[derive(Debug)]
 pub struct Arena {
     pool: Arc<Pool>,
     /// Words of `used` that [`alloc`](Self::alloc) leaves to [`alloc_reserved`](Self::alloc_reserved).
     reserved: usize,
-    /// Pages below this were handed out since the last [`trim`](Self::trim), and pages below `resident` since the one before.
+    /// Pages below this were handed out since the last [`trim`](Self::trim); pages below `resident` since the one before.
     recent: usize,
     resident: usize,
-    /// Pages below this are never returned: their owner keeps them.
+    /// Pages below this are never returned to the system: their owner keeps them.
     floor: usize,
 }
 
-/// Pages that one word of the bitmap stands for.
+/// Pages for each word of the bitmap.
 const WORD: usize = 64;
 
-/// What an `Arena` and its `Buf`s share: a bit for each page, set while somebody owns it.
+/// Shared by an `Arena` and its `Buf`s: a bit for each page, set while the page has an owner.
 #[derive(Debug)]
 struct Pool {
     mapping: Arc<Mapping>,
-    /// First byte in the mapping.
+    /// First byte, as an offset in the mapping.
     start: usize,
     pages: usize,
     used: Box<[AtomicU64]>,
@@ -50,24 +50,24 @@ impl Arena {
         Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0, floor: 0 }
     }
 
-    /// Sets the first `len` bytes aside for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
+    /// Reserves the first `len` bytes for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
     pub(crate) fn reserve(&mut self, len: usize) {
         self.reserved = len.div_ceil(WORD * PAGE).min(self.pool.used.len());
     }
 
-    /// A buffer of `len` bytes, page-aligned, with undefined content. `None`: no run of that length is free now, so wait
-    /// until a `Buf` comes back. A length of 0 always succeeds.
+    /// Returns a page-aligned buffer of `len` bytes with undefined content. `None`: no run of that length is free now; try again
+    /// when a `Buf` was dropped. A length of 0 always succeeds.
     pub fn alloc(&mut self, len: usize) -> Option<Buf> {
         self.alloc_with_margins(0, len, 0)
     }
 
-    /// As [`alloc`](Self::alloc), with room for `before` and `after` bytes that [`Buf::widen`] can reach.
+    /// As [`alloc`](Self::alloc), with additional room of `before` and `after` bytes for [`Buf::widen`].
     pub(crate) fn alloc_with_margins(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
         let words = self.reserved..self.pool.used.len();
         self.alloc_in(words, before, len, after)
     }
 
-    /// As [`alloc_with_margins`](Self::alloc_with_margins), from what was set aside.
+    /// As [`alloc_with_margins`](Self::alloc_with_margins), from the reserved bytes.
     pub(crate) fn alloc_reserved(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
         self.alloc_in(0..self.reserved, before, len, after)
     }
@@ -75,7 +75,7 @@ impl Arena {
     #[inline(always)]
     fn alloc_in(&mut self, words: Range<usize>, before: usize, len: usize, after: usize) -> Option<Buf> {
         let whole = before + len + after;
-        // So all the parts fit, as page numbers do (see `new`).
+        // So all parts fit into u32, as page numbers do (see `new`).
         if whole > u32::MAX as usize {
             return None;
         }
@@ -93,25 +93,25 @@ impl Arena {
         })
     }
 
-    /// What has been handed out so far stays with its owner.
+    /// Excludes the pages that were handed out so far from [`trim`](Self::trim): their owner keeps them.
     pub(crate) fn keep(&mut self) {
         self.floor = std::mem::take(&mut self.recent);
     }
 
-    /// A buffer of no bytes.
+    /// Returns a buffer of no bytes.
     pub(crate) fn empty(&self) -> Buf {
         Buf { pool: Arc::clone(&self.pool), page: 0, pages: 0, start: 0, len: 0 }
     }
 
-    /// Free bytes, without those set aside. They need not lie side by side.
+    /// Free bytes, without the reserved ones. They need not be contiguous.
     pub fn free(&self) -> usize {
         let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
         let used: usize = self.pool.used[self.reserved..].iter().map(used).sum();
         (self.pool.pages - (self.reserved * WORD).min(self.pool.pages) - used) * PAGE
     }
 
-    /// Returns the memory of free pages to the system that were not handed out since the last call. `false`: there is none
-    /// left to return. Not for memory that a device has pinned.
+    /// Returns the memory of free pages to the system, if they were not handed out since the last call. `false`: nothing is left
+    /// to return. Not for memory that a device has pinned.
     pub(crate) fn trim(&mut self) -> bool {
         let from = std::mem::take(&mut self.recent).max(self.floor);
         let (mut page, mut kept) = (from, from);
@@ -121,12 +121,12 @@ impl Arena {
             let used = (word.trailing_ones() as usize).min(left);
             let free = ((word >> used.min(WORD - 1)).trailing_zeros() as usize).min(left - used);
             if used < left && free > 0 {
-                // No other party can claim it meanwhile, since only this arena claims.
+                // Nothing else can claim it in the meantime, because only this arena claims pages.
                 let at = self.pool.start + (page + used) * PAGE;
                 self.pool.mapping.discard(at..at + free * PAGE);
             }
             if used > 0 {
-                // For a later call, when it is free.
+                // A later call returns it, when it is free.
                 kept = page + used;
             }
             page += (used + free).max(1);
@@ -135,27 +135,27 @@ impl Arena {
         kept > self.floor
     }
 
-    /// Free bytes, those set aside included.
+    /// Free bytes, including the reserved ones.
     pub(crate) fn unused(&self) -> usize {
         let used = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
         (self.pool.pages - self.pool.used.iter().map(used).sum::<usize>()) * PAGE
     }
 
-    /// Bytes in all, whole pages, without those set aside.
+    /// Total bytes in whole pages, without the reserved ones.
     pub fn capacity(&self) -> usize {
         self.pool.pages.saturating_sub(self.reserved * WORD) * PAGE
     }
 }
 
 impl Pool {
-    /// Claims the lowest run of `want` free pages. Only the `Arena` claims, through `&mut`; others only free, so a bit seen
-    /// clear stays clear until it is set here.
+    /// Claims the lowest run of `want` free pages. Only the `Arena` claims pages, through `&mut`; other threads only free them.
+    /// So a bit seen clear stays clear until it is set here.
     #[inline]
     fn take(&self, words: Range<usize>, want: usize) -> Option<usize> {
         if want == 1 { self.take_one(words) } else { self.take_run(words, want) }
     }
 
-    /// What small requests need.
+    /// A single page, for small requests.
     #[inline]
     fn take_one(&self, words: Range<usize>) -> Option<usize> {
         let first = words.start;
@@ -210,7 +210,7 @@ impl Pool {
         });
     }
 
-    /// The bits from `page` to the end of its word, lowest first; above them zeroes.
+    /// The bits from `page` to the end of its word, lowest first, with zeroes above them.
     fn word_from(&self, page: usize) -> u64 {
         self.used.get(page / 64).map_or(0, |word| word.load(Ordering::Relaxed) >> (page % 64))
     }
@@ -226,17 +226,17 @@ impl Pool {
     }
 }
 
-/// A stretch of device-visible memory with one owner. Dropped, its pages go back to the arena it came from.
+/// A contiguous piece of device-visible memory with one owner. Dropping it returns its pages to its arena.
 ///
-/// The device, and for a shared mapping its peer process, may write here at any time: the content is only ever copied,
-/// never borrowed.
+/// The device may write here at any time, and so may the peer process of a shared mapping. So the content is only copied, never
+/// borrowed.
 #[derive(Debug)]
 pub struct Buf {
     pool: Arc<Pool>,
     page: u32,
-    /// Pages that this owns and frees; 0 for a [loan](Self::lend) and after [`abandon`](Self::abandon).
+    /// Pages that this `Buf` owns and frees; 0 for a [loan](Self::lend) and after [`abandon`](Self::abandon).
     pages: u32,
-    /// First byte of the content, counted from the first page.
+    /// First byte of the content, relative to the first page.
     start: u32,
     len: u32,
 }
@@ -248,19 +248,19 @@ impl Buf {
         self.len as usize
     }
 
-    /// Whether the length is 0: as allocated, or after [`abandon`](Self::abandon).
+    /// Whether the length is 0: allocated so, or after [`abandon`](Self::abandon).
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The first byte's address as the device sees it.
+    /// The I/O address of the first byte.
     #[inline]
     pub fn iova(&self) -> Iova {
         self.pool.mapping.iova().plus(self.offset() as u64)
     }
 
-    /// The first byte's address in this process, for a system call or a copy. Others may write here at any time.
+    /// The address of the first byte in this process, for a system call or a copy. The device may write here at any time.
     #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
         self.pool.mapping.as_ptr().wrapping_add(self.offset())
@@ -272,26 +272,27 @@ impl Buf {
         self.pool.start + self.page as usize * PAGE + self.start as usize
     }
 
-    /// The mapping it lies in.
+    /// The mapping that contains it.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.pool.mapping
     }
 
-    /// Copies `bytes` into the buffer, from its byte `at` on.
+    /// Copies `bytes` into the buffer, starting at its byte `at`.
     ///
     /// # Panics
-    /// When they do not fit.
+    /// If they do not fit.
     #[inline]
     pub fn copy_from(&mut self, at: usize, bytes: &[u8]) {
         self.check(at, bytes.len());
-        // SAFETY: checked to lie in this Buf's window, which lies in its own pages of a mapping that the Arc keeps alive.
+        // SAFETY: the range was checked to lie in this Buf's window, which lies in its own pages of a mapping that the Arc keeps
+        // alive.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(at), bytes.len()) }
     }
 
-    /// Copies the buffer's content from its byte `at` on to `bytes`, filling them.
+    /// Copies the buffer's content, starting at its byte `at`, and fills `bytes`.
     ///
     /// # Panics
-    /// When it does not hold that many.
+    /// If the buffer holds fewer bytes.
     #[inline]
     pub fn copy_to(&self, at: usize, bytes: &mut [u8]) {
         self.check(at, bytes.len());
@@ -299,21 +300,21 @@ impl Buf {
         unsafe { ptr::copy_nonoverlapping(self.as_ptr().add(at), bytes.as_mut_ptr(), bytes.len()) }
     }
 
-    /// Copies `len` bytes of `from` (from its byte `from_at` on) to this buffer's byte `at` and on.
+    /// Copies `len` bytes of `from`, starting at its byte `from_at`, to this buffer, starting at its byte `at`.
     ///
     /// # Panics
-    /// When either is too short.
+    /// If either buffer is too short.
     pub fn copy_buf(&mut self, at: usize, from: &Self, from_at: usize, len: usize) {
         self.check(at, len);
         from.check(from_at, len);
-        // SAFETY: both checked; `ptr::copy` allows overlap, which a loan of this very Buf may have.
+        // SAFETY: both ranges were checked; `ptr::copy` allows overlap, which occurs with a loan of this same Buf.
         unsafe { ptr::copy(from.as_ptr().add(from_at), self.as_ptr().add(at), len) }
     }
 
-    /// Sets `len` bytes from byte `at` on to zero.
+    /// Sets `len` bytes to zero, starting at byte `at`.
     ///
     /// # Panics
-    /// When the buffer is shorter.
+    /// If the buffer is too short.
     #[inline]
     pub fn zero(&mut self, at: usize, len: usize) {
         self.check(at, len);
@@ -321,48 +322,50 @@ impl Buf {
         unsafe { ptr::write_bytes(self.as_ptr().add(at), 0, len) }
     }
 
-    /// Whether `len` bytes from byte `at` on are all zero. Who else writes here meanwhile is not waited for.
+    /// Whether `len` bytes from byte `at` on are all zero. Does not synchronise with concurrent writes of a device or peer.
     ///
-    /// Costs one look at memory for what is data as data mostly is: not zero at its start.
+    /// For most data this reads memory once, because its first word is not zero.
     ///
     /// # Panics
-    /// When the buffer is shorter.
+    /// If the buffer is too short.
     #[inline]
     pub fn is_zero(&self, at: usize, len: usize) -> bool {
         self.check(at, len);
         let (from, to) = (self.offset() + at, self.offset() + at + len);
         let first = from.next_multiple_of(8).min(to);
         let end = (to & !7).max(first);
-        // A word here and there before all of them: much data begins with zeroes.
+        // Sample some words first: much data begins with zeroes.
         let middle = first + (end - first) / 16 * 8;
         if first < end && [first, middle, end - 8].into_iter().any(|at| self.word(at) != 0) {
             return false;
         }
         let byte = |at: usize| {
-            // SAFETY: checked to lie in this Buf's window; a byte is always aligned, and atomic as others may write here.
+            // SAFETY: the byte was checked to lie in this Buf's window. A byte is always aligned. Atomic, because the device may
+            // write here.
             unsafe { AtomicU8::from_ptr(self.pool.mapping.as_ptr().add(at)) }.load(Ordering::Relaxed)
         };
         let line = |at: usize| (at..end.min(at + 64)).step_by(8).fold(0, |all, at| all | self.word(at));
         (from..first).chain(end..to).all(|at| byte(at) == 0) && (first..end).step_by(64).all(|at| line(at) == 0)
     }
 
-    /// The aligned word at an offset of the mapping, which the caller has checked to lie in this buffer.
+    /// The aligned word at an offset of the mapping. The caller has checked that it lies in this buffer.
     #[inline]
     fn word(&self, at: usize) -> u64 {
         debug_assert!(at.is_multiple_of(8) && at >= self.offset() && at + 8 <= self.offset() + self.len());
-        // SAFETY: as said, in the window of this Buf, and aligned since mappings are; atomic as others may write here.
+        // SAFETY: the word lies in the window of this Buf (see above), and is aligned because mappings are. Atomic, because the
+        // device may write here.
         unsafe { AtomicU64::from_ptr(self.pool.mapping.as_ptr().add(at).cast()) }.load(Ordering::Relaxed)
     }
 
-    /// Cuts the buffer in two where a page of its memory ends: this one keeps its first `at` bytes, the other gets the
-    /// rest, and each gives its own pages back.
+    /// Splits the buffer at a page boundary of its memory. This one keeps its first `at` bytes, the other one gets the rest. Each
+    /// frees its own pages.
     ///
     /// # Panics
-    /// When byte `at` is not the first of a page, or lies outside.
+    /// If byte `at` is not the first of a page, or lies outside the buffer.
     pub fn split_off(&mut self, at: usize) -> Self {
         self.check(at, 0);
         let end = self.start as usize + at;
-        assert!(end.is_multiple_of(PAGE) && end < self.pages as usize * PAGE, "a Buf is cut between pages of its own");
+        assert!(end.is_multiple_of(PAGE) && end < self.pages as usize * PAGE, "a Buf is split between its own pages");
         let kept = (end / PAGE) as u32;
         let rest = Self {
             pool: Arc::clone(&self.pool),
@@ -375,20 +378,20 @@ impl Buf {
         rest
     }
 
-    /// A copy of the content. For tests and cold paths.
+    /// Returns a copy of the content. For tests and cold paths.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len()];
         self.copy_to(0, &mut bytes);
         bytes
     }
 
-    /// Gives the memory up for good: a device that cannot be stopped may write to it, so nobody may own it again. What is
-    /// left is an empty buffer.
+    /// Leaks the memory on purpose: a device that cannot be stopped may still write to it, so it must never have another owner.
+    /// Leaves an empty buffer.
     pub fn abandon(&mut self) {
         (self.pages, self.len) = (0, 0);
     }
 
-    /// Moves the two ends outwards, to take in margins that were allocated. `false`, and nothing changes: there is no room.
+    /// Moves both ends outwards, into margins that were allocated. `false`: there is no room, and nothing changes.
     pub(crate) fn widen(&mut self, before: usize, after: usize) -> bool {
         let room = self.pages as usize * PAGE;
         let Some(start) = (self.start as usize).checked_sub(before) else { return false };
@@ -396,19 +399,19 @@ impl Buf {
         if start + len > room {
             return false;
         }
-        // Both fit: `room` itself did when it was allocated.
+        // Both fit into u32, as `room` did when it was allocated.
         (self.start, self.len) = (start as u32, len as u32);
         true
     }
 
-    /// Moves the two ends inwards.
+    /// Moves both ends inwards.
     pub(crate) fn narrow(&mut self, before: usize, after: usize) {
         assert!(before + after <= self.len(), "a window is narrowed within itself");
         self.start += before as u32;
         self.len -= (before + after) as u32;
     }
 
-    /// A part of this buffer that frees nothing when dropped. Only for [`Channel`](crate::Channel), which keeps `self`
+    /// Returns a part of this buffer that frees nothing when dropped. Only for [`Channel`](crate::Channel), which keeps `self`
     /// until the loan has come back, and abandons `self` if it never does.
     pub(crate) fn lend(&self, at: usize, len: usize) -> Self {
         self.check(at, len);
@@ -432,10 +435,10 @@ impl Drop for Buf {
 }
 
 impl Mapping {
-    /// Divides the memory into `count` arenas of equal size, each with whole pages.
+    /// Divides the memory into `count` arenas of equal size, in whole pages.
     ///
     /// # Panics
-    /// When called twice: every byte has one owner.
+    /// If called twice: every byte has one owner.
     pub fn arenas(self: &Arc<Self>, count: usize) -> Vec<Arena> {
         self.divide();
         let each = self.len() / count.max(1) / PAGE * PAGE;
@@ -467,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_aside_is_handed_out_on_its_own() {
+    fn reserved_memory_is_handed_out_separately() {
         let mut a = arena(3 * WORD);
         a.reserve(1);
         assert_eq!(a.free(), 2 * WORD * PAGE);
@@ -478,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn trimming_returns_what_was_not_used_lately_and_nothing_that_is_in_use() {
+    fn trimming_returns_memory_that_was_not_used_recently_and_none_in_use() {
         let mapping = Mapping::new(512 * PAGE).unwrap();
         let mut a = Arena::new(Arc::clone(&mapping), 0, 512 * PAGE);
         let blocks = || std::fs::File::from(mapping.as_fd().try_clone_to_owned().unwrap()).metadata().unwrap().blocks();
@@ -488,14 +491,14 @@ mod tests {
         }
         let kept = bufs.swap_remove(50);
         drop(bufs);
-        assert!(a.trim(), "all of it was used just now");
+        assert!(a.trim(), "all of it was used recently");
         assert!(kept.is_zero(0, 0) && kept.to_vec() == [7; 3 * PAGE]);
         assert!(a.trim(), "some is in use");
         assert_eq!(kept.to_vec(), [7; 3 * PAGE]);
-        assert_eq!(blocks() * 512, 3 * PAGE as u64, "only what is in use is left");
+        assert_eq!(blocks() * 512, 3 * PAGE as u64, "only memory in use is left");
         drop(kept);
         assert!(!a.trim());
-        assert_eq!(blocks(), 0, "what was in use is returned later");
+        assert_eq!(blocks(), 0, "memory that was in use is returned later");
         let again = a.alloc(200 * PAGE).unwrap();
         assert!(again.is_zero(0, again.len()));
     }
@@ -548,11 +551,11 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_are_told_from_all_but_zeroes() {
+    fn zeroes_are_distinguished_from_data() {
         let mut a = arena(2);
         for (before, len) in [(0, 0), (0, 8), (1, 5), (3, 6), (5, 60), (0, 64), (7, 1000), (0, 4096)] {
             let mut b = a.alloc_with_margins(before, len, 100).unwrap();
-            // What lies around is not looked at.
+            // The bytes around are not read.
             assert!(b.widen(before, 100));
             b.copy_from(0, &vec![0xff; before + len + 100]);
             b.narrow(before, 100);

@@ -1,9 +1,9 @@
-//! [`Channel`]: one queue, its memory and the requests in flight; the only way consumers reach a device.
+//! [`Channel`]: one queue, its memory and its requests in flight. Consumers reach a device only through channels.
 //!
-//! It implements once what all drivers need: checks of range and read-only, splitting by every limit, read-modify-write of
-//! partial blocks, FUA by a flush, zeroes by writes, back-pressure, cancelling, and time-outs.
+//! A channel implements once what all drivers need: checks of range and write protection, splitting by every limit,
+//! read-modify-write of partial blocks, FUA by a flush, zeroes by writes, back-pressure, cancellation, and time-outs.
 //!
-//! A request that the device can take as it is goes straight through ([`Slot::Direct`]); any other becomes a [`Job`].
+//! A request that the device can take unchanged goes directly to the queue ([`Slot::Direct`]). Any other becomes a [`Job`].
 
 use std::{
     collections::VecDeque,
@@ -26,15 +26,15 @@ use crate::{
     slots::{Kind, Overdue, Slot, Slots},
 };
 
-/// How to open channels on a device.
+/// Parameters for opening channels.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Payload memory of each channel, in bytes: the bound on what its requests can hold at a time. Some 128 KiB and two
-    /// blocks more are mapped for the channel's own use.
+    /// Payload memory of each channel, in bytes: the most that its requests can hold at a time. The channel maps some 128 KiB and
+    /// two blocks in addition for its own use.
     pub memory: usize,
-    /// Memory beyond that, in bytes, rounded up to 256 KiB, which [`Channel::alloc_reserved`] alone hands out.
+    /// Additional memory in bytes, rounded up to 256 KiB, which only [`Channel::alloc_reserved`] hands out.
     pub reserve: usize,
-    /// Requests that the queue should hold; the device may offer less.
+    /// Depth of the queue, in requests; the device may offer less.
     pub depth: u16,
 }
 
@@ -45,18 +45,18 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Opens `count` channels, each on a queue of its own, with memory that the device knows.
+    /// Opens `count` channels, each with its own queue, and with memory that is registered with the device.
     ///
     /// # Errors
-    /// More channels than the device has queues, no memory, or what the device said.
+    /// The device has fewer queues, no memory is left, or the device reported an error.
     pub fn open(&self, device: &Arc<dyn Device>, count: usize) -> io::Result<Vec<Channel>> {
         let info = device.info();
         if count == 0 || count > usize::from(info.queues_max) {
             let text = format!("{}: {count} queues asked for, the device has {}", info.target, info.queues_max);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let too_much = || io::Error::new(io::ErrorKind::OutOfMemory, "more payload memory than can be addressed");
-        // What is set aside ends where a word of the arena's bitmap does, and holds the channel's own buffers as well.
+        let too_much = || io::Error::new(io::ErrorKind::OutOfMemory, "the payload memory exceeds the address space");
+        // The reserved part ends where a word of the arena's bitmap does. It includes the channel's own buffers.
         let aside =
             self.reserve.checked_add(own(info)).and_then(|n| n.checked_next_multiple_of(ASIDE)).ok_or_else(too_much)?;
         let each =
@@ -72,42 +72,42 @@ impl Plan {
     }
 }
 
-/// What is set aside is a multiple of this.
+/// The reserved part is a multiple of this.
 const ASIDE: usize = 64 * crate::arena::PAGE;
 
-/// Memory for the channel's own buffers.
+/// Bytes for the channel's own buffers.
 fn own(info: &Info) -> usize {
     zeroes_len(info).next_multiple_of(crate::arena::PAGE) + edges_len(info)
 }
 
-/// What the longest request takes beyond its length.
+/// Largest memory of a request beyond its length.
 fn margins_max(info: &Info) -> usize {
     edges_len(info)
 }
 
-/// Two blocks: those that an unaligned request covers in part.
+/// Two blocks: those that an unaligned request may cover in part.
 fn edges_len(info: &Info) -> usize {
     (2 * info.block_size as usize).next_multiple_of(crate::arena::PAGE)
 }
 
 fn zeroes_len(info: &Info) -> usize {
-    // A multiple of any block size, and as long as one transfer may be.
+    // A multiple of any block size, and no longer than a transfer may be.
     (128 << 10).min(info.transfer_max as usize / info.block_size as usize * info.block_size as usize)
 }
 
-/// One queue of a device, with memory and the requests in flight. Has one owner and never blocks.
+/// One queue of a device, with its memory and its requests in flight. Has one owner and never blocks.
 ///
-/// A turn of its owner's loop: [`tick`](Self::tick), any number of [`submit`](Self::submit)s, one
-/// [`kick`](Self::kick), [`reap`](Self::reap); before sleeping [`arm`](Self::arm), then wait for
-/// [`wake_fd`](Self::wake_fd), at most as long as [`due`](Self::due) says.
+/// In each turn, its owner calls [`tick`](Self::tick), any number of [`submit`](Self::submit)s, one [`kick`](Self::kick), and
+/// [`reap`](Self::reap). To sleep, it calls [`arm`](Self::arm), then waits for [`wake_fd`](Self::wake_fd), at most for the time
+/// that [`due`](Self::due) returns.
 #[derive(Debug)]
 pub struct Channel {
-    /// Before the memory it uses: fields are dropped in this order, and a queue drains when dropped.
+    /// Declared before the memory that it uses: fields are dropped in this order, and a queue drains when dropped.
     driver: Driver,
     info: Info,
     /// See [`memory`](Self::memory).
     memory: usize,
-    /// The device's, at the first `submit` since the last `reap`.
+    /// The device's capacity at the first `submit` since the last `reap`.
     capacity: u64,
     arena: Arena,
     zeroes: Buf,
@@ -115,32 +115,32 @@ pub struct Channel {
     pass: Pass,
     depth: usize,
     slots: Slots,
-    /// What the queue had no room for, in order.
+    /// Requests that did not fit into the queue, in order.
     held: VecDeque<Request>,
     /// Jobs that wait for the gate, in order.
     waiting: VecDeque<u32>,
-    /// The job that has the whole device, and `edges`, to itself.
+    /// The job that has exclusive use of the device, and of `edges`.
     alone: Option<u32>,
-    /// Finished without the queue, to be told at the next `reap`.
+    /// Requests that have ended without the queue; the next `reap` returns them.
     ready: Vec<Done>,
     completions: Vec<Completion>,
     ages: Ages,
     pushed: bool,
-    /// Something was submitted since the last `reap`.
+    /// A request was submitted since the last `reap`.
     asked: bool,
     prompt: bool,
-    /// The device has completed nothing for as long as its time-out. It is used again when it has returned all it has.
+    /// The device has completed nothing for the whole time-out. It is used again when it has returned all its requests.
     stalled: bool,
-    /// It was stalled or dead at the last `reap`.
+    /// The device was stalled or dead at the last `reap`.
     refuses: bool,
     /// Payload memory of overdue requests.
     overdue_bytes: u64,
 }
 
-/// How often to look for a turn at the gate without being woken.
+/// Interval of checks for a turn at the gate without a wake-up.
 const TURN: Duration = Duration::from_millis(10);
 
-/// Pieces of one job that are under way at a time: enough to keep a device busy, few enough for others to get in between.
+/// Most pieces of one job in flight: enough to keep a device busy, few enough to let other requests in between.
 const PIECES: u32 = 16;
 
 impl Channel {
@@ -153,7 +153,7 @@ impl Channel {
         );
         assert!(
             info.transfer_max as usize >= crate::arena::PAGE.max(info.block_size as usize),
-            "a page or a block can be moved"
+            "the longest transfer is at least a page and a block"
         );
         let reserved =
             || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
@@ -187,66 +187,66 @@ impl Channel {
         })
     }
 
-    /// Limits and capabilities of the device underneath.
+    /// Limits and capabilities of the device.
     pub fn info(&self) -> &Info {
         &self.info
     }
 
-    /// Size of the device in bytes, now.
+    /// Present size of the device, in bytes.
     pub fn capacity(&self) -> u64 {
         self.driver.capacity().unwrap_or(0)
     }
 
-    /// Payload memory that no request holds now, in bytes, without the [reserve](Plan::reserve).
+    /// Payload memory that no request holds, in bytes, without the [reserve](Plan::reserve).
     pub fn memory_free(&self) -> usize {
         self.arena.free().saturating_sub(margins_max(&self.info))
     }
 
-    /// Payload memory in all, in bytes, without the [reserve](Plan::reserve). The longest request that ever gets a buffer is
-    /// as long.
+    /// Total payload memory, in bytes, without the [reserve](Plan::reserve). This is also the longest request that can get a
+    /// buffer.
     #[inline]
     pub fn memory(&self) -> usize {
         self.memory
     }
 
-    /// Payload memory that no request holds now, the [reserve](Plan::reserve) included: not 0 even when there is none for a
+    /// Payload memory that no request holds, in bytes, including the [reserve](Plan::reserve): not 0 even if there is none for a
     /// request.
     pub fn memory_unused(&self) -> usize {
         self.arena.unused()
     }
 
-    /// Requests that are not done yet.
+    /// Number of requests that have not ended.
     pub fn in_flight(&self) -> usize {
         self.slots.in_use
     }
 
-    /// Whether the device has anything that it may still answer: requests in flight, and those that were reported as failed
-    /// because it had not answered in time.
+    /// Whether the device may still complete something: requests in flight, and requests that were reported as failed because it
+    /// had not completed them in time.
     pub fn awaits_device(&self) -> bool {
         self.slots.in_use + self.slots.overdue > 0 && !self.driver.is_retired()
     }
 
-    /// Whether the device is dead for good: every request ends with [`Error::Gone`].
+    /// Whether the device is dead: every request ends with [`Error::Gone`].
     pub fn is_dead(&self) -> bool {
         self.driver.is_dead()
     }
 
-    /// Whether every request ends with [`Error::Gone`] at once now, so that there is no use in waiting for memory: the device
-    /// was dead or stalled at the last [`reap`](Self::reap).
+    /// Whether every request ends with [`Error::Gone`] at once, so that it is useless to wait for memory: the device was dead or
+    /// stalled at the last [`reap`](Self::reap).
     #[inline]
     pub fn refuses(&self) -> bool {
         self.refuses
     }
 
-    /// Whether everything had ended at the last [`reap`](Self::reap) after a [`submit`](Self::submit): the device does its
-    /// work while it is asked, as a RAM disk does, and a file in the page cache. To ask it for much at a time gains nothing.
+    /// Whether all requests had ended at the last [`reap`](Self::reap) after a [`submit`](Self::submit). Then the device works
+    /// synchronously, as a RAM disk does, or a file in the page cache. Many requests at a time gain nothing on it.
     #[inline]
     pub fn is_prompt(&self) -> bool {
         self.prompt
     }
 
-    /// A buffer for a `Read` or `Write` of `len` bytes at `at`, with room around it for the blocks that it covers only in
-    /// part. `None`: no memory left now; go on when some request is done and its buffer dropped.
+    /// Returns a buffer for a `Read` or `Write` of `len` bytes at `at`, with room around it for the blocks that it covers only in
+    /// part. `None`: no memory is free now; try again when a request has ended and its buffer was dropped.
     #[inline]
     pub fn alloc(&mut self, at: u64, len: usize) -> Option<Buf> {
         let (before, after) = margins(at, len as u64, self.info.block_size);
@@ -266,7 +266,7 @@ impl Channel {
         !self.driver.pins_memory() && self.arena.trim()
     }
 
-    /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens to it.
+    /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
         if !self.asked {
@@ -296,7 +296,7 @@ impl Channel {
         }
     }
 
-    /// Something is submitted, for the first time since the last `reap`.
+    /// Begins a turn: the first `submit` since the last `reap`.
     #[cold]
     fn begin_turn(&mut self) {
         self.asked = true;
@@ -305,14 +305,14 @@ impl Channel {
         }
     }
 
-    /// A slot for a request that goes to the queue as it is.
+    /// Returns a slot for a request that goes to the queue unchanged.
     #[inline(always)]
     fn claim(&mut self, tag: u64, kind: Kind, at: u64, len: usize) -> u32 {
         let born = if self.held.is_empty() { self.ages.now() } else { NEVER };
         self.slots.insert(Slot::Direct { tag, born, kind, len: len as u32, at })
     }
 
-    /// One doorbell for everything since the last one.
+    /// Rings the doorbell once for all requests since the last call.
     #[inline]
     pub fn kick(&mut self) {
         if self.pushed {
@@ -321,18 +321,18 @@ impl Channel {
         }
     }
 
-    /// Requests that the queue takes at a time.
+    /// Depth of the queue, in requests.
     pub fn depth(&self) -> usize {
         self.depth
     }
 
-    /// Whether more requests are in flight than the queue takes: some of them wait here.
+    /// Whether more requests are in flight than the queue takes: some of them wait in the channel.
     #[inline]
     pub fn is_full(&self) -> bool {
         self.slots.in_use > self.depth
     }
 
-    /// Appends what has ended since the last call, and sets going what waited for it.
+    /// Appends the requests that have ended since the last call, and starts requests that waited for them.
     #[inline]
     pub fn reap(&mut self, done: &mut Vec<Done>) {
         done.append(&mut self.ready);
@@ -363,29 +363,29 @@ impl Channel {
         }
     }
 
-    /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: it can only be polled.
+    /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: the channel can only be polled.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.driver.wake_fd()
     }
 
-    /// Asks for a wake-up. `false`: something has ended already, reap first.
+    /// Requests a wake-up. `false`: something has ended already; call `reap` first.
     pub fn arm(&mut self) -> bool {
         self.ready.is_empty() && self.driver.arm()
     }
 
-    /// Readable when requests that wait for those of another channel can go on: to be watched alongside
+    /// Readable when requests that wait for those of another channel can continue. Watch it in addition to
     /// [`wake_fd`](Self::wake_fd). `None`: no request ever waits so.
     pub fn turn_fd(&self) -> Option<BorrowedFd<'_>> {
         if self.is_gated() { self.pass.turn_fd() } else { None }
     }
 
-    /// Whether a request waits for those of another channel, so that [`turn_fd`](Self::turn_fd) is of interest. Otherwise it
-    /// may be readable without need.
+    /// Whether a request waits for those of another channel, so that [`turn_fd`](Self::turn_fd) matters. Otherwise it may be
+    /// readable without need.
     pub fn waits_for_turn(&self) -> bool {
         !self.waiting.is_empty()
     }
 
-    /// Come back after this time at the latest, woken or not. `None`: only a wake-up matters.
+    /// Longest time until the next turn, with or without a wake-up. `None`: only a wake-up matters.
     pub fn due(&self) -> Option<Duration> {
         if self.waits_for_turn() && self.pass.turn_fd().is_some() {
             // For owners that do not watch `turn_fd`.
@@ -394,11 +394,11 @@ impl Channel {
         if self.slots.in_use == 0 { None } else { self.ages.unit }
     }
 
-    /// Advances the clock; the caller calls this at every turn.
+    /// Advances the clock. Call it at every turn.
     ///
-    /// A device that completes nothing for [`Info::timeout`], though it has a request that is older, is stalled: all its
-    /// requests end with [`Error::Gone`], and so does every new one until the device has returned all that it has, which is
-    /// thrown away then. While others complete, a single request ends so after ten times that time.
+    /// A device is stalled if it completes nothing for [`Info::timeout`] although it has an older request. All its requests end
+    /// with [`Error::Gone`], and so does every new one, until the device has returned all of them; their results are discarded.
+    /// While other requests complete, a single request ends so after ten times that time.
     #[inline]
     pub fn tick(&mut self, now: Instant) {
         if self.ages.tick(now) && self.slots.in_use > 0 {
@@ -406,7 +406,7 @@ impl Channel {
         }
     }
 
-    /// Ends what has taken too long.
+    /// Ends requests that have taken too long.
     #[cold]
     fn judge(&mut self) {
         let born = |slot: &Slot| match slot {
@@ -432,13 +432,13 @@ impl Channel {
                 self.expire(slot);
             }
         }
-        // What the device never returns must not leave others without memory.
+        // Requests that the device never returns must not leave others without memory.
         if self.overdue_bytes > self.memory() as u64 / 4 {
             self.stall();
         }
     }
 
-    /// The device does not answer: everything ends now.
+    /// Ends all requests, because the device does not answer.
     #[cold]
     fn stall(&mut self) {
         self.stalled = true;
@@ -452,16 +452,16 @@ impl Channel {
         );
     }
 
-    /// The driver is faulty: its queue is used no more.
+    /// Stops using the queue, because the driver is faulty.
     #[cold]
     fn retire(&mut self) {
         self.driver.retire();
-        // Perhaps completed rightly, but perhaps not.
+        // These completions may be false.
         self.completions.drain(..).for_each(|completion| completion.op.abandon());
         self.fail_all();
     }
 
-    /// Everything ends now.
+    /// Ends all requests.
     fn fail_all(&mut self) {
         self.refuses = true;
         for request in std::mem::take(&mut self.held) {
@@ -479,11 +479,11 @@ impl Channel {
                 Slot::Free { .. } | Slot::Overdue(_) => {}
             }
         }
-        // Jobs that were waiting.
+        // Ends jobs that wait for the gate.
         self.admit();
     }
 
-    /// Ends a request that the device has. Its memory stays where it is until the device returns it.
+    /// Ends a request that the device has. Its memory stays in use until the device returns it.
     fn expire(&mut self, number: u32) {
         let empty = self.arena.empty();
         let slot = &mut self.slots.list[number as usize];
@@ -512,7 +512,7 @@ impl Channel {
                     self.alone = None;
                     self.pass.open();
                     self.pass.end_turn(!self.waiting.is_empty());
-                    // The device may still read or write them.
+                    // The device may still read or write these edges.
                     let fresh =
                         self.arena.alloc_reserved(0, edges_len(&self.info), 0).unwrap_or_else(|| self.arena.empty());
                     edges = Some(std::mem::replace(&mut self.edges, fresh));
@@ -531,10 +531,10 @@ impl Channel {
         self.ready.push(done);
     }
 
-    /// The device has returned a part of an overdue request, or all of it.
+    /// Takes back a part of an overdue request, or all of it.
     #[cold]
     fn forget(&mut self, number: u32, op: Op) {
-        // A loan is returned before what it was lent from.
+        // Drop a loan before its original.
         drop(op);
         let Slot::Overdue(overdue) = &mut self.slots.list[number as usize] else {
             unreachable!("only overdue requests are forgotten")
@@ -559,22 +559,22 @@ impl Channel {
         self.slots.remove(number);
         if self.stalled && self.slots.overdue == 0 {
             (self.stalled, self.refuses) = (false, self.driver.is_dead());
-            log::warn!("{} {}: the device answers again, and is used again", self.info.driver, self.info.target);
+            log::warn!("{} {}: the device answers again and is back in use", self.info.driver, self.info.target);
         }
     }
 
-    /// Ended requests, to be returned by the next [`reap`](Self::reap).
+    /// Keeps ended requests for the next [`reap`](Self::reap).
     pub(crate) fn put_back(&mut self, done: Vec<Done>) {
         self.ready.extend(done);
     }
 
-    /// Gives the device up at once: everything in flight ends with [`Error::Gone`], at the next `reap`s.
+    /// Declares the device dead: everything in flight ends with [`Error::Gone`], at the next `reap`s.
     pub fn give_up(&mut self) {
         self.driver.give_up();
     }
 
-    /// Withdraws the requests whose tags `which` picks: nothing of them reaches the device that has not yet. They end with
-    /// [`Error::Cancelled`], or as the device says when it already has them.
+    /// Cancels the requests whose tags `which` selects: the parts that the device does not have yet never reach it. They end with
+    /// [`Error::Cancelled`], or with the device's result if it already has them.
     pub fn cancel(&mut self, which: impl Fn(u64) -> bool) {
         for slot in 0..self.slots.list.len() {
             if let Slot::Job(job) = &mut self.slots.list[slot]
@@ -605,7 +605,7 @@ impl Channel {
         }
     }
 
-    /// How the request ends if that needs no device.
+    /// The result of a request that does not need the device.
     #[inline]
     fn verdict(&self, io: &Io) -> Option<Result<(), Error>> {
         let caps = &self.info.caps;
@@ -638,7 +638,7 @@ impl Channel {
         (len == 0).then_some(Ok(()))
     }
 
-    /// Whether a read or write can go to the device as it is.
+    /// Whether a read or write can go to the device unchanged.
     #[inline]
     fn fits(&self, at: u64, buf: &Buf) -> bool {
         let mask = u64::from(self.info.block_size) - 1;
@@ -650,19 +650,19 @@ impl Channel {
         !fua || self.info.caps.fua || !self.info.caps.flush
     }
 
-    /// Whether changes must be counted, because somebody may have to merge into a block.
+    /// Whether changes must be counted, because a channel may have to merge into a block.
     #[inline]
     fn is_gated(&self) -> bool {
         self.info.block_size > 1
     }
 
-    /// Begins a change that covers whole blocks, unless somebody merges or waits to.
+    /// Begins a change of whole blocks, unless a channel merges or waits to merge.
     #[inline]
     fn enter(&self) -> bool {
         self.waiting.is_empty() && self.pass.enter()
     }
 
-    /// Makes a job of what cannot go straight through.
+    /// Makes a job of a request that cannot go directly to the queue.
     #[cold]
     fn start(&mut self, tag: u64, io: Io) {
         let job = match Job::new(tag, io, &self.info) {
@@ -678,7 +678,7 @@ impl Channel {
         self.admit();
     }
 
-    /// Lets waiting jobs through the gate, in order, while the channel has its turn.
+    /// Lets waiting jobs pass the gate, in order, while the channel has its turn.
     #[cold]
     fn admit(&mut self) {
         while let Some(&slot) = self.waiting.front() {
@@ -690,7 +690,7 @@ impl Channel {
                 job.error.get_or_insert(Error::Gone);
             }
             if job.error.is_some() {
-                // It was cancelled while it waited, perhaps for the gate to be quiet.
+                // It was cancelled while it waited, perhaps for the gate to become quiet.
                 self.pass.open();
             } else if !self.pass.has_turn() {
                 return;
@@ -714,7 +714,7 @@ impl Channel {
         }
     }
 
-    /// Sends pieces of a job's stage, and goes to the next stage when all have come back.
+    /// Sends pieces of a job's stage, and enters the next stage when all have come back.
     fn run(&mut self, slot: u32) {
         loop {
             let job = self.slots.job(slot);
@@ -722,7 +722,7 @@ impl Channel {
                 let Some(op) = job.piece(&self.info, &self.zeroes, &self.edges) else { break };
                 job.out += 1;
                 let request = Request { tag: slot.into(), op };
-                // `issue`, spelled out: `job` borrows the slots.
+                // As `issue`, inlined because `job` borrows the slots.
                 if self.held.is_empty() {
                     job.born = self.ages.now();
                     self.pushed = true;
@@ -768,7 +768,7 @@ impl Channel {
         }
     }
 
-    /// Keeps what the queue had no room for.
+    /// Keeps a request that did not fit into the queue.
     #[cold]
     fn hold(&mut self, request: Request) {
         if let Slot::Direct { born, .. } = &mut self.slots.list[request.tag as usize] {
@@ -783,7 +783,7 @@ impl Channel {
             let slot = request.tag as u32;
             match &self.slots.list[slot as usize] {
                 Slot::Direct { .. } | Slot::Job(_) => {}
-                // The rest of a job that the device has lost a part of.
+                // The rest of a job that is overdue.
                 Slot::Overdue(_) => {
                     self.forget(slot, request.op);
                     continue;
@@ -794,7 +794,7 @@ impl Channel {
                 return self.held.push_front(request);
             }
             self.pushed = true;
-            // Its time starts now: what waits for a slow device is not what the device has lost.
+            // Its time starts now: time in the channel does not count against the device.
             match &mut self.slots.list[slot as usize] {
                 Slot::Direct { born, .. } => *born = self.ages.now(),
                 Slot::Job(job) => job.born = self.ages.now(),
@@ -838,7 +838,7 @@ impl Channel {
                 job.born = self.ages.now();
                 let memory_lost = job.take_back(op, result);
                 if memory_lost {
-                    // The device is given up and may still write to what was lent to it.
+                    // The device was declared dead, and may still write to the memory that was lent to it.
                     self.edges.abandon();
                     self.zeroes.abandon();
                 }
@@ -849,7 +849,8 @@ impl Channel {
         }
     }
 
-    /// The driver has completed a request that it did not have. It is not trusted any more: [`reap`](Self::reap) ends everything.
+    /// The driver has completed a request that it did not have, so it is not trusted any more: [`reap`](Self::reap) ends
+    /// everything.
     #[cold]
     fn doubt(&self, Request { tag, op }: Request) {
         self.driver.fail(format_args!(
@@ -860,7 +861,7 @@ impl Channel {
 }
 
 impl Drop for Channel {
-    /// A queue that is dropped waits for what is in flight. That is pointless if the device does not answer.
+    /// Dropping a queue waits for its requests. That is pointless if the device does not answer.
     fn drop(&mut self) {
         if self.stalled {
             self.driver.give_up();
@@ -922,12 +923,12 @@ mod tests {
         assert_eq!(done[0].result, Err(Error::Invalid));
     }
 
-    /// A device whose completions come when a test says so.
+    /// A device whose completions a test controls.
     #[derive(Debug)]
     struct Slow {
         memory: Memory,
         shared: Arc<Mutex<VecDeque<Completion>>>,
-        /// How many requests may complete.
+        /// Number of requests that may complete.
         credit: Arc<AtomicUsize>,
         mappings: Arc<AtomicUsize>,
     }
@@ -970,7 +971,7 @@ mod tests {
             if waiting.len() == self.2 {
                 return Err(request);
             }
-            // What is written only happens when it completes.
+            // Writes take effect when they complete.
             waiting.push_back(Completion { tag: request.tag, op: request.op, result: Ok(()) });
             Ok(())
         }
@@ -1013,7 +1014,7 @@ mod tests {
         channel.submit(tag, Io::Write { at, buf, fua: false });
     }
 
-    /// The ends of what has ended.
+    /// The tags and results of ended requests.
     fn ends(channel: &mut Channel) -> Vec<(u64, Result<(), Error>)> {
         let mut done = Vec::new();
         channel.reap(&mut done);
@@ -1021,12 +1022,12 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_completes_something_is_alive_however_long_the_rest_waits() {
+    fn a_device_that_completes_something_is_alive_however_long_other_requests_wait() {
         let (mut channel, credit) = slow(64);
         let start = Instant::now();
         channel.tick(start);
         (0..60).for_each(|tag| write(&mut channel, tag, tag * 4096, 1));
-        // The time-out is 8 seconds, and one request completes every 7.
+        // The time-out is 8 seconds, and one request completes every 7 seconds.
         for second in 1..=7 * 60 {
             channel.tick(start + Duration::from_secs(second));
             if second % 7 == 0 {
@@ -1039,13 +1040,13 @@ mod tests {
 
     #[test]
     fn a_device_that_completes_nothing_is_stalled_until_it_has_returned_everything() {
-        // Of parts of blocks, of whole ones, and more than the queue has room for, in two orders.
+        // Requests for parts of blocks, for whole blocks, and for more than the queue takes, in two orders.
         for order in [[0, 9000, 65536, 131_072], [9000, 0, 65536, 131_072]] {
             let (mut channel, credit) = slow(1);
             let start = Instant::now();
             channel.tick(start);
             (0..4).for_each(|tag| write(&mut channel, tag, order[tag as usize], 1));
-            // However long nothing looked (the process was stopped, the machine slept), that is not held against the device.
+            // A long time without calls (a stopped process, a sleeping machine) does not count against the device.
             channel.tick(start + Duration::from_secs(3600));
             assert_eq!(ends(&mut channel), []);
             for second in 1..=12 {
@@ -1058,7 +1059,7 @@ mod tests {
             assert!(channel.memory_free() < channel.memory(), "the device may still use the memory");
             channel.submit(4, Io::Flush);
             assert_eq!(ends(&mut channel), [(4, Err(Error::Gone))]);
-            // It answers late, one request after the other. What it says is thrown away.
+            // The device completes late, one request after the other. The results are discarded.
             for _ in 0..10 {
                 credit.store(1, Ordering::Relaxed);
                 assert_eq!(ends(&mut channel), []);
@@ -1094,7 +1095,7 @@ mod tests {
         }
         assert_eq!(ends(&mut channel), [(0, Err(Error::Gone))]);
         assert!(!channel.refuses(), "others go on");
-        // A new write of that range could be overwritten by the old one.
+        // The old write could overwrite a new write of that range.
         write(&mut channel, 1, 0, 2);
         channel.submit(2, Io::Zero { at: 0, len: 1, fua: false, unmap: false, fast: false });
         assert_eq!(ends(&mut channel), [(1, Err(Error::Gone)), (2, Err(Error::Gone))]);
@@ -1103,7 +1104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_is_lost_in_part_takes_the_parts_with_it_that_the_queue_had_no_room_for() {
+    fn a_request_that_is_lost_in_part_ends_with_its_unsent_parts() {
         let device = Slow::from(awkward().with(|info| info.transfer_max = 4096));
         let credit = Arc::clone(&device.credit);
         let mut channel = open(device, 1);
@@ -1187,7 +1188,7 @@ mod tests {
         let (mut b, mut a) = (channels.pop().unwrap(), channels.pop().unwrap());
         let (mut merges, mut writes) = (0, 0);
         for _ in 0..1000 {
-            // One always has merges waiting, the other always a write of a whole block.
+            // One channel always has merges waiting, the other always a write of a whole block.
             while a.in_flight() < 4 {
                 write(&mut a, 0, 100, 1);
             }
@@ -1201,7 +1202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_withdrawn_before_it_reaches_the_device_never_does() {
+    fn a_request_cancelled_before_it_reaches_the_device_never_does() {
         let device: Arc<dyn Device> =
             Arc::new(Fault::new(Memory::new(1 << 20), Faults { delay_max: 3, ..Faults::new(7) }));
         let mut channel = Plan { memory: 1 << 20, depth: 1, ..Plan::default() }.open(&device, 1).unwrap().remove(0);

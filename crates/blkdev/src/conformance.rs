@@ -1,9 +1,9 @@
-//! The suite that every driver is held against: what a [`Device`] promises, checked through [`Channel`](crate::Channel)
-//! and, where the promise is the queue's own, through a raw [`Queue`](crate::Queue).
+//! The conformance suite for drivers. It checks the promises of [`Device`] through [`Channel`](crate::Channel), and the promises
+//! of the queue itself through a raw [`Queue`](crate::Queue).
 //!
-//! Everything here destroys what is on the device, and panics at the first deviation; what it was doing, and with which
-//! seed, is printed next to the panic. Devices have at least 32 MiB; of larger ones not more than the first 32 MiB and the
-//! end are used. A device that works passes in a few seconds.
+//! The suite destroys the content of the device, and panics at the first deviation. Before the panic, it prints the step and its
+//! seed. Devices need at least 32 MiB; of larger ones, only the first 32 MiB and the end are used. A correct device passes in a
+//! few seconds.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -29,7 +29,7 @@ use crate::{
 };
 use rig::Rig;
 
-/// Holds a device against everything that this crate promises of devices.
+/// Checks all promises of this crate about devices.
 ///
 /// # Panics
 /// At the first deviation.
@@ -37,7 +37,7 @@ pub fn check(device: &Arc<dyn Device>) {
     Suite::default().run(device);
 }
 
-/// As [`check`], for a device that keeps nothing and reads as zeroes.
+/// As [`check`], for a device that discards writes and reads as zeroes.
 ///
 /// # Panics
 /// At the first deviation.
@@ -45,17 +45,17 @@ pub fn check_null(device: &Arc<dyn Device>) {
     Suite { keeps_data: false, ..Suite::default() }.run(device);
 }
 
-/// As [`check`], for a device that is read-only. Whatever it holds is still there afterwards.
+/// As [`check`], for a read-only device. Its content does not change.
 ///
 /// # Panics
 /// At the first deviation.
 pub fn check_read_only(device: &Arc<dyn Device>) {
-    assert!(device.info().caps.read_only, "a read-only device says so");
+    assert!(device.info().caps.read_only, "Info reports that the device is read-only");
     Suite::default().run(device);
 }
 
-/// Gives a queue of the device up with requests in flight, and checks that all of them end. The device may be good for
-/// nothing afterwards.
+/// Declares the device dead ([`Queue::give_up`](crate::Queue::give_up)) with requests in flight, and checks that all of them end.
+/// The device may be unusable afterwards.
 ///
 /// # Panics
 /// At the first deviation.
@@ -64,14 +64,14 @@ pub fn check_give_up(device: &Arc<dyn Device>) {
     raw::give_up(&**device);
 }
 
-/// What is checked.
+/// The parameters of the suite.
 #[derive(Clone, Debug)]
 pub struct Suite {
-    /// The seed of everything random.
+    /// The seed of all random choices.
     pub seed: u64,
-    /// What is written can be read. `false`: everything reads as zeroes.
+    /// Written data can be read. `false`: everything reads as zeroes.
     pub keeps_data: bool,
-    /// Steps to leave out, by name, each with the fault of the device that makes it necessary.
+    /// Steps to skip, by name, each with the fault of the device that makes this necessary.
     pub except: Vec<(&'static str, &'static str)>,
 }
 
@@ -83,7 +83,7 @@ impl Default for Suite {
 
 type Step = fn(&mut Bench);
 
-/// Steps that need no channel come before any is opened, since a device may have one queue only.
+/// Steps without channels come first, because the device may have only one queue.
 const RAW: [(&str, Step); 3] = [("info", info), ("queue", raw::requests), ("queues", raw::queues)];
 
 const CHANNEL: [(&str, Step); 17] = [
@@ -118,10 +118,10 @@ const READ_ONLY: [(&str, Step); 8] = [
 ];
 
 impl Suite {
-    /// Leaves a step out, because of a fault that the device is known to have.
+    /// Skips a step, because of a known fault of the device.
     ///
     /// # Panics
-    /// When there is no step of that name.
+    /// If no step has this name.
     #[must_use]
     pub fn except(mut self, step: &'static str, fault: &'static str) -> Self {
         let mut all = RAW.iter().chain(&CHANNEL).chain(&READ_ONLY);
@@ -130,7 +130,7 @@ impl Suite {
         self
     }
 
-    /// Runs all steps but the exceptions.
+    /// Runs all steps except the skipped ones.
     ///
     /// # Panics
     /// At the first deviation.
@@ -166,7 +166,7 @@ impl Suite {
     }
 }
 
-/// Says where it was when a step panics.
+/// Prints the present step if it panics.
 struct Context {
     target: String,
     step: &'static str,
@@ -185,25 +185,25 @@ fn describe(device: &Arc<dyn Device>) -> String {
     format!("{} ({})", device.info().driver, device.info().target)
 }
 
-/// The part of a device that is used, from its start.
+/// The part of a device that is used, from its start, in bytes.
 const AREA: u64 = 32 << 20;
 
-/// Payload memory of each channel.
+/// Payload memory of each channel, in bytes.
 const MEMORY: usize = 20 << 20;
 
 /// Depth of each queue.
 const DEPTH: u16 = 32;
 
-/// The device at work, and what it should hold.
+/// The device under test, and its expected content.
 struct Bench {
     device: Arc<dyn Device>,
     info: Info,
     capacity: u64,
     keeps_data: bool,
     rng: Rng,
-    /// What the device should hold, in the parts that were written.
+    /// The expected content of the device, in the parts that were written.
     shadow: Memory,
-    /// One, or two where the device has as many queues.
+    /// One channel, or two if the device has as many queues.
     rigs: Vec<Rig>,
 }
 
@@ -223,7 +223,7 @@ impl Bench {
         self.info.block_size.into()
     }
 
-    /// The end of the device, as far as it is used: 1 MiB or so.
+    /// The end of the device, as far as it is used: about 1 MiB.
     fn tail(&self) -> Range<u64> {
         (self.capacity - (1 << 20)) / PAGE as u64 * PAGE as u64..self.capacity
     }
@@ -232,21 +232,21 @@ impl Bench {
         model::noise(&mut self.rng, len)
     }
 
-    /// Writes noise.
+    /// Writes random bytes.
     fn write(&mut self, at: u64, len: u64) {
         let bytes = self.noise(len);
         self.rig().write(at, &bytes);
         self.wrote(at, &bytes);
     }
 
-    /// Notes what the device should hold.
+    /// Updates the expected content.
     fn wrote(&self, at: u64, bytes: &[u8]) {
         if self.keeps_data {
             self.shadow.write(at, bytes);
         }
     }
 
-    /// Compares a range with what it should hold.
+    /// Compares a range with its expected content.
     fn verify(&mut self, range: Range<u64>) {
         let mut at = range.start;
         while at < range.end {
@@ -259,14 +259,14 @@ impl Bench {
         }
     }
 
-    /// Compares a range and what lies around it with what it should hold.
+    /// Compares a range and its surroundings with their expected content.
     fn verify_around(&mut self, at: u64, len: u64) {
         let margin = self.block() + 1;
         self.verify(at.saturating_sub(margin)..at.saturating_add(len + margin).min(self.capacity));
     }
 }
 
-/// Compares what was read at `at`.
+/// Compares the content that was read at `at`.
 fn same(at: u64, found: &[u8], expected: &[u8]) {
     if found == expected {
         return;
@@ -284,7 +284,7 @@ fn same(at: u64, found: &[u8], expected: &[u8]) {
     );
 }
 
-/// What the documentation of [`Info`] says of its fields.
+/// Checks the rules in the documentation of [`Info`].
 fn info(bench: &mut Bench) {
     let Info {
         driver,

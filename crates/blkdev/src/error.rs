@@ -1,30 +1,30 @@
-//! Why a request failed: small, `Copy`, and mappable to an errno or to any wire's error in one `match`.
+//! The reason why a request failed: small, `Copy`, and convertible to an errno or to a protocol's error in one `match`.
 
 use std::{fmt, io};
 
-/// The outcome of a request that did not succeed.
+/// The result of a request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Error {
-    /// The device says that the transfer failed, or answered nonsense.
+    /// The device reported that the transfer failed, or violated its protocol.
     Io,
-    /// The request itself is malformed: zero-length where that has no meaning, a buffer that does not fit.
+    /// The request is malformed: a length of zero where that has no meaning, or a buffer that does not fit.
     Invalid,
-    /// Part of the range lies past the end of the device.
+    /// The range ends past the end of the device.
     OutOfRange,
-    /// The device has no room left for the data.
+    /// The device has no space left for the data.
     NoSpace,
-    /// A request that would change data, to a device that is read-only.
+    /// A write to a read-only device.
     ReadOnly,
-    /// The device cannot do this operation; nothing was changed.
+    /// The device does not support this operation; nothing was changed.
     NotSupported,
-    /// The device is dead, was taken away or did not answer in time. What it did with the request is unknown.
+    /// The device is dead, was removed or did not answer in time. It may or may not have executed the request.
     Gone,
-    /// The request was withdrawn before it reached the device ([`Channel::cancel`](crate::Channel::cancel)).
+    /// The request was cancelled before it reached the device ([`Channel::cancel`](crate::Channel::cancel)).
     Cancelled,
 }
 
 impl Error {
-    /// The errno (a positive number) that Linux uses for this.
+    /// The corresponding errno of Linux, a positive number.
     pub fn errno(self) -> i32 {
         match self {
             Self::Io | Self::Gone => libc::EIO,
@@ -36,7 +36,7 @@ impl Error {
         }
     }
 
-    /// The meaning of an errno (a positive number); everything that has no better name is [`Error::Io`].
+    /// Converts an errno, a positive number. Without a better match, it is [`Error::Io`].
     pub fn from_errno(errno: i32) -> Self {
         match errno {
             libc::EINVAL => Self::Invalid,
@@ -60,7 +60,7 @@ impl fmt::Display for Error {
             Self::ReadOnly => "the device is read-only",
             Self::NotSupported => "the device does not support this operation",
             Self::Gone => "the device is gone or does not answer",
-            Self::Cancelled => "request withdrawn",
+            Self::Cancelled => "request cancelled",
         })
     }
 }
@@ -68,7 +68,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
-    /// Keeps the error, as what [`io::Error::get_ref`] returns.
+    /// Keeps the error, so that [`io::Error::get_ref`] returns it.
     fn from(error: Error) -> Self {
         let kind = match error {
             Error::Io | Error::Cancelled => io::ErrorKind::Other,

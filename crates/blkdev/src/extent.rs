@@ -1,20 +1,20 @@
-//! What a stretch of the device holds, as answered to [`Op::Status`](crate::Op::Status).
+//! [`Extent`]: the allocation status of a range of the device, for [`Op::Status`](crate::Op::Status).
 
-/// A stretch of the device, of one kind.
+/// A range of the device with one status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// First byte.
     pub at: u64,
     /// Length in bytes, never 0.
     pub len: u64,
-    /// What is there.
+    /// The status of the range.
     pub kind: ExtentKind,
 }
 
-/// What an [`Extent`] holds.
+/// The status of an [`Extent`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// Allocated, and may hold anything. Always a safe answer.
+    /// Allocated, with any content. Always a safe answer.
     Data,
     /// Not allocated, and reads as zeroes.
     Hole,
@@ -22,7 +22,7 @@ pub enum ExtentKind {
     Zero,
 }
 
-/// Appends `extent`, joining it to the last one when they touch and are of one kind.
+/// Appends `extent`. Joins it to the last one if they are adjacent and have the same kind.
 pub(crate) fn append(extents: &mut Vec<Extent>, extent: Extent) {
     if let Some(last) = extents.last_mut()
         && last.kind == extent.kind

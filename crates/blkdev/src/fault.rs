@@ -1,4 +1,4 @@
-//! [`Fault`]: another device, made slow, disorderly, unreliable, mortal and faulty, the same way each time for the same seed.
+//! [`Fault`] wraps a device and makes it slow, unordered, unreliable, mortal or faulty, reproducibly for the same seed.
 
 use std::{
     collections::HashMap,
@@ -18,35 +18,36 @@ use crate::{
     mem::Mapping,
 };
 
-/// What goes wrong, and how often. Probabilities are from 0 (never) to 1 (always).
+/// The faults of a device, and their probabilities, from 0 (never) to 1 (always).
 ///
-/// [`Faults::new`] is a device that keeps its word, in the worst way it can: out of order, late, full for no reason. Every
-/// conforming consumer gets along with it. The rest are faults, all off until asked for.
+/// [`Faults::new`] is a correct device with the worst legal behaviour: out of order, late, full for no reason. Every conforming
+/// consumer must work with it. All other fields are faults, and off by default.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// Everything that follows is a function of this and of the calls that are made.
+    /// All behaviour depends only on this and on the calls.
     pub seed: u64,
-    /// A completion is withheld for up to this many calls of [`Queue::reap`], each for another number of them. So they also
-    /// come out of order.
+    /// Each completion is delayed for a random number of [`Queue::reap`] calls, up to this. So completions also come out of
+    /// order.
     pub delay_max: u32,
-    /// [`Queue::push`] is refused though there is room. Never while nothing is in flight: nobody would ever try again.
+    /// [`Queue::push`] refuses a request although there is room. Never while nothing is in flight, because no completion would
+    /// then cause another try.
     pub full: f64,
-    /// [`Queue::arm`] answers `false` though nothing waits.
+    /// [`Queue::arm`] returns `false` although nothing waits.
     pub unready: f64,
     /// A request fails.
     pub errors: Errors,
-    /// A write that fails has written some whole blocks of its front all the same.
+    /// A write that fails has nevertheless written some whole blocks from its start.
     pub torn: bool,
-    /// A request is never answered, until the queue is given up ([`Queue::give_up`]) or the device dies.
+    /// A request never completes, until the queue is declared dead ([`Queue::give_up`]) or the device dies.
     pub lost: f64,
-    /// With this request (counted from 0 over all queues) the device dies: it and all that are in flight, or come later, end
-    /// with [`Error::Gone`].
+    /// The device dies with this request (counted from 0 over all queues): this one, all in flight, and all later ones end with
+    /// [`Error::Gone`].
     pub death: Option<u64>,
-    /// From this request on (counted as for `death`) the driver is faulty, now and then.
+    /// From this request on (counted as for `death`), the driver is sometimes faulty.
     pub bug: Option<(u64, Bug)>,
 }
 
-/// What a faulty driver does.
+/// A bug of a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bug {
@@ -54,13 +55,13 @@ pub enum Bug {
     Panic,
     /// [`Device::capacity`] panics.
     PanicOfDevice,
-    /// A request completes with a tag that belongs to no request, or to another one.
+    /// A completion has the tag of no request, or of another request.
     WrongTag,
-    /// There is a completion more than there are requests.
+    /// A request completes twice.
     Twice,
 }
 
-/// How often each kind of request fails, with an error that fits it.
+/// The failure probability of each operation. The error fits the operation.
 #[derive(Clone, Copy, Debug, Default)]
 #[expect(missing_docs, reason = "the names of the operations")]
 pub struct Errors {
@@ -74,7 +75,7 @@ pub struct Errors {
 }
 
 impl Faults {
-    /// Late and out of order, but right.
+    /// Late and out of order, but correct.
     pub fn new(seed: u64) -> Self {
         Self {
             seed,
@@ -90,7 +91,7 @@ impl Faults {
     }
 }
 
-/// A device with faults. Its queues have a [`Queue::wake_fd`] even when those of the device within have none.
+/// A device with faults. Its queues have a [`Queue::wake_fd`] even if those of the wrapped device have none.
 #[derive(Debug)]
 pub struct Fault<D> {
     device: D,
@@ -98,12 +99,12 @@ pub struct Fault<D> {
     shared: Arc<Shared>,
 }
 
-/// What the queues of a device have in common.
+/// The state that the queues of a device share.
 #[derive(Debug, Default)]
 struct Shared {
     requests: AtomicU64,
     dead: AtomicBool,
-    /// One for each queue that was ever opened: all of them learn of the device's death.
+    /// One for each queue that was ever opened: the death of the device wakes them all.
     wakes: Mutex<Vec<Arc<EventFd>>>,
 }
 
@@ -113,12 +114,12 @@ impl<D: Device> Fault<D> {
         Self { device, faults, shared: Arc::default() }
     }
 
-    /// The device within.
+    /// The wrapped device.
     pub fn device(&self) -> &D {
         &self.device
     }
 
-    /// How many requests have been pushed so far, on all queues: the number of the next one, as [`Faults::death`] counts.
+    /// Number of requests pushed so far, on all queues. This is the number of the next one, as [`Faults::death`] counts.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
     }
@@ -194,14 +195,14 @@ struct FaultQueue {
     depth: usize,
     within: Box<dyn Queue>,
     wake: Arc<EventFd>,
-    /// Requests that the device within has, by the tag that it knows them by.
+    /// Requests at the wrapped device, by their tags there.
     inside: HashMap<u64, Inside>,
     next: u64,
-    /// Completions that are withheld, each for so many more reaps.
+    /// Delayed completions, each with its remaining number of reaps.
     outside: Vec<(u32, Completion)>,
-    /// Requests that nobody will answer.
+    /// Requests that never complete.
     lost: Vec<Request>,
-    /// Empty; kept for its memory.
+    /// Empty; reused for its memory.
     buffer: Vec<Completion>,
     dead: bool,
 }
@@ -209,7 +210,7 @@ struct FaultQueue {
 #[derive(Debug)]
 struct Inside {
     tag: u64,
-    /// The write that has failed, while the device within has a loan of its front.
+    /// The failed write, while the wrapped device has a loan of its first part.
     torn: Option<Op>,
 }
 
@@ -227,10 +228,10 @@ impl FaultQueue {
         Ok(())
     }
 
-    /// Ends a request with an error that fits it, without the device within.
+    /// Ends a request with an error that fits it, without the wrapped device.
     fn fail(&mut self, tag: u64, mut op: Op) {
         let error = match &mut op {
-            // Nobody may rely on what is in the buffer.
+            // A consumer must not rely on the content of the buffer.
             Op::Read { buf, .. } => {
                 let mut rubbish = vec![0; buf.len()];
                 self.rng.fill(&mut rubbish);
@@ -243,13 +244,13 @@ impl FaultQueue {
         self.hold(tag, op, Err(error));
     }
 
-    /// Withholds a completion for a while.
+    /// Delays a completion.
     fn hold(&mut self, tag: u64, op: Op, result: Result<(), Error>) {
         let delay = self.rng.below(u64::from(self.faults.delay_max) + 1) as u32;
         self.outside.push((delay, Completion { tag, op, result }));
     }
 
-    /// Takes from the device within what it has finished.
+    /// Takes completions from the wrapped device.
     fn collect(&mut self) {
         let mut done = std::mem::take(&mut self.buffer);
         self.within.reap(&mut done);
@@ -275,7 +276,7 @@ impl FaultQueue {
         let withheld = std::mem::take(&mut self.outside).into_iter().map(|(_, done)| (done.tag, done.op));
         let lost = std::mem::take(&mut self.lost).into_iter().map(|request| (request.tag, request.op));
         self.outside = withheld.chain(lost).map(|(tag, op)| (0, gone(tag, op))).collect();
-        // Its owner may be asleep, or about to be.
+        // The owner may be asleep, or about to sleep.
         let _ = self.wake.write(1);
     }
 
@@ -294,8 +295,8 @@ impl FaultQueue {
     }
 }
 
-/// The device has died with this request, and may use its memory for ever: fill it, or write what its next owner has put
-/// there.
+/// The device has died with this request, and may use its memory forever: it fills the memory, or writes data to the disk that
+/// the next owner put there.
 fn gone(tag: u64, mut op: Op) -> Completion {
     if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
         buf.abandon();
@@ -336,7 +337,7 @@ impl Queue for FaultQueue {
             Op::Prefetch { .. } => errors.prefetch,
         };
         if self.dead {
-            // The device never heard of it, nor of its memory.
+            // The device never had this request, so it does not use its memory.
             self.outside.push((0, Completion { tag, op, result: Err(Error::Gone) }));
         } else if self.rng.chance(self.faults.lost) {
             self.lost.push(Request { tag, op });
@@ -362,7 +363,7 @@ impl Queue for FaultQueue {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        // Nothing to read is as good: then nobody was woken by it.
+        // If there is nothing to read, no wake-up came from it.
         let _ = self.wake.read();
         if self.device_is_dead() {
             self.die();
@@ -387,7 +388,7 @@ impl Queue for FaultQueue {
         }
     }
 
-    /// The device's own, where it has one; what is withheld then makes [`arm`](Queue::arm) answer `false`.
+    /// The descriptor of the wrapped device, if it has one. Then delayed completions make [`arm`](Queue::arm) return `false`.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.within.wake_fd().or_else(|| Some(self.wake.as_fd()))
     }
@@ -400,7 +401,7 @@ impl Queue for FaultQueue {
         if self.outside.is_empty() {
             return true;
         }
-        // What is withheld raises no event of its own: either say so, or raise one.
+        // A delayed completion causes no event of its own: either return `false`, or cause an event.
         self.within.wake_fd().is_none() && self.rng.chance(0.5) && self.wake.write(1).is_ok()
     }
 
@@ -414,17 +415,17 @@ impl Queue for FaultQueue {
     }
 }
 
-/// A small generator of pseudo-random numbers (splitmix64): the same seed, the same numbers, on every machine.
+/// A small pseudo-random number generator (splitmix64): the same seed gives the same numbers on every machine.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
 
 impl Rng {
-    /// Every seed is as good as any other.
+    /// Any seed is equally good.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// Any number.
+    /// Returns a random number.
     #[expect(clippy::should_implement_trait, reason = "it never ends")]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -433,38 +434,38 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `end`.
+    /// Returns a number below `end`.
     ///
     /// # Panics
-    /// When `end` is 0.
+    /// If `end` is 0.
     pub fn below(&mut self, end: u64) -> u64 {
         assert!(end > 0, "there is no number below 0");
         ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
 
-    /// A number from `start` to `end`, without `end`.
+    /// Returns a number from `start` to `end`, without `end`.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     pub fn range(&mut self, start: u64, end: u64) -> u64 {
         start + self.below(end - start)
     }
 
-    /// `true` with this probability.
+    /// Returns `true` with this probability.
     pub fn chance(&mut self, probability: f64) -> bool {
-        // Not even a number is drawn for what never happens, so that a fault that is off changes nothing else.
+        // If the probability is 0, draw no number, so that a fault that is off has no effect on others.
         probability > 0.0 && ((self.next() >> 11) as f64) < probability * (1u64 << 53) as f64
     }
 
-    /// One of them.
+    /// Returns a random element.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.below(from.len() as u64) as usize]
     }
 
-    /// Fills `bytes` with noise.
+    /// Fills `bytes` with random numbers.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         for part in bytes.chunks_mut(8) {
             part.copy_from_slice(&self.next().to_le_bytes()[..part.len()]);
@@ -483,8 +484,8 @@ mod tests {
 
     type Order = Vec<(u64, Result<(), Error>)>;
 
-    /// Pushes `count` writes of 4 KiB, each in its place, and reaps until nothing more comes. All memory is back, but for
-    /// what a device that died was using.
+    /// Pushes `count` writes of 4 KiB, each to its own place, and reaps until nothing more comes. All memory has come back,
+    /// except that in use by a device that died.
     fn writes(faults: &Faults, count: u64) -> (Fault<Memory>, Order) {
         let device = Fault::new(Memory::new(1 << 20), faults.clone());
         let mut arena = arena();
@@ -509,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn disorderly_but_complete_and_the_same_each_time() {
+    fn out_of_order_but_complete_and_reproducible() {
         let (device, order) = writes(&Faults::new(7), 64);
         let mut sorted = order.clone();
         sorted.sort_by_key(|done| done.0);
@@ -536,14 +537,14 @@ mod tests {
     }
 
     #[test]
-    fn death_takes_what_is_in_flight_and_what_comes_later() {
+    fn death_ends_requests_in_flight_and_later_ones() {
         let (_, order) = writes(&Faults { delay_max: 0, death: Some(3), ..Faults::new(1) }, 5);
         assert_eq!(order.len(), 5);
         assert!(order.iter().all(|done| done.1 == Err(Error::Gone)));
     }
 
     #[test]
-    fn the_lost_come_back_when_the_queue_is_given_up_without_the_memory_of_reads() {
+    fn lost_requests_end_with_the_queue_without_the_memory_of_reads() {
         let device = Fault::new(Memory::new(1 << 20), Faults { lost: 1.0, full: 0.0, ..Faults::new(1) });
         let (mut arena, mut done) = (arena(), Vec::new());
         let mut queue = device.open_queue(8).unwrap();
@@ -560,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_queue_hears_of_the_death() {
+    fn the_death_wakes_other_queues() {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let device = Fault::new(Memory::new(1 << 20), Faults { death: Some(0), unready: 0.0, ..Faults::new(1) });
         let (mut one, mut two) = (device.open_queue(8).unwrap(), device.open_queue(8).unwrap());

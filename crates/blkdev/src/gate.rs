@@ -1,13 +1,13 @@
-//! [`Gate`]: lets one read-modify-write have the whole device to itself, at no cost to reads and almost none to writes.
+//! [`Gate`]: gives one read-modify-write exclusive use of the whole device, at no cost to reads and almost none to writes.
 //!
-//! A write that covers only a part of a block is a read, a merge and a write of the whole block. Another write to that
-//! block in between would be lost, though it had been acknowledged; and it may come from another channel. So a channel
-//! counts the changes it has in flight on a cache line of its own. A channel that must merge closes the gate and waits until
-//! all counts are zero. Devices whose block is one byte never need any of this.
+//! A write that covers only a part of a block becomes a read, a merge and a write of the whole block. Another write to that block
+//! in between would be lost, although it had been acknowledged; and it may come from another channel. So each channel counts its
+//! changes in flight, on a cache line of its own. A channel that must merge closes the gate and waits until all counts are zero.
+//! Devices with a block size of one byte need none of this.
 //!
-//! Channels that were turned away, and those that want to close the gate, stand in line. The first of them has its turn: it
-//! begins the changes that wait, up to and including one merge, and goes to the end of the line if more are waiting. So
-//! merges and other writes alternate, whichever channel sends them.
+//! Channels that found the gate closed, and those that want to close it, stand in line. The first one has its turn: it begins its
+//! waiting changes, up to and including one merge, and goes to the end of the line if it has more. So merges and other writes
+//! alternate, from all channels.
 
 use std::{
     collections::VecDeque,
@@ -21,33 +21,34 @@ use std::{
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Shared by all channels of a device.
+/// The gate of a device, shared by all its channels.
 #[derive(Debug)]
 pub(crate) struct Gate {
     closed: AtomicBool,
     lanes: Box<[Lane]>,
-    /// The lanes of channels that wait, the one whose turn it is first.
+    /// The lanes of waiting channels; the first one has its turn.
     line: Mutex<VecDeque<usize>>,
     overdue: Overdue,
 }
 
-/// Changes in flight on one channel; alone on its cache line, since every write touches it.
+/// Changes in flight on one channel. It has its own cache line, because every write touches it.
 #[derive(Debug)]
 #[repr(align(64))]
 struct Lane {
     inside: AtomicU32,
-    /// Written to when it is this channel's turn, and when what its turn waits for is over. `None`: there is no other channel.
+    /// Written when this channel gets its turn, and when the condition is met that its turn waits for. `None`: it is the only
+    /// channel.
     turn: Option<EventFd>,
 }
 
-/// Changes that were reported as failed because the device did not answer in time. It may still carry them out.
+/// Changes that were reported as failed because the device did not answer in time. It may still execute them.
 #[derive(Debug, Default)]
 struct Overdue {
     count: AtomicUsize,
     ranges: Mutex<Vec<(u64, u64)>>,
 }
 
-/// One channel's way through the gate. Dropped, it leaves and opens what it held.
+/// One channel's access to the gate. Dropping it leaves the line and opens the gate if it was closed by this pass.
 #[derive(Debug)]
 pub(crate) struct Pass {
     gate: Arc<Gate>,
@@ -57,10 +58,10 @@ pub(crate) struct Pass {
 }
 
 impl Gate {
-    /// A gate with `count` passes.
+    /// Returns a new gate's `count` passes.
     ///
     /// # Errors
-    /// No descriptor left.
+    /// No descriptor is left.
     pub(crate) fn passes(count: usize) -> io::Result<Vec<Pass>> {
         let lane = |_| {
             let turn = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
@@ -77,21 +78,21 @@ impl Gate {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes the channel whose turn it is, unless that is `except`.
+    /// Wakes the channel that has its turn, unless it is `except`.
     fn wake_first(&self, except: usize) {
         let first = self.line().front().copied();
         if let Some(turn) = first.filter(|&lane| lane != except).and_then(|lane| self.lanes[lane].turn.as_ref()) {
-            // EAGAIN: it has been woken many times already.
+            // EAGAIN: it has many wake-ups pending already.
             let _ = turn.write(1);
         }
     }
 }
 
 impl Pass {
-    /// Begins a change. `false`: the gate is closed, wait for a [turn](Self::has_turn).
+    /// Begins a change. `false`: the gate is closed; wait for a [turn](Self::has_turn).
     pub(crate) fn enter(&self) -> bool {
         let lane = &self.gate.lanes[self.lane].inside;
-        // SeqCst here and in `close`/`is_quiet`: either we see the gate closed, or the channel that closed it sees us counted.
+        // SeqCst here and in `close`/`is_quiet`: either we see the gate closed, or the channel that closed it sees our count.
         lane.fetch_add(1, Ordering::SeqCst);
         if self.gate.closed.load(Ordering::SeqCst) {
             self.leave();
@@ -108,7 +109,7 @@ impl Pass {
         }
     }
 
-    /// Gets in line, if it is not there yet. Returns whether it has its turn.
+    /// Joins the line if it is not in it yet. Returns whether it has its turn.
     pub(crate) fn has_turn(&mut self) -> bool {
         let mut line = self.gate.line();
         if !self.in_line {
@@ -118,7 +119,7 @@ impl Pass {
         line.front() == Some(&self.lane)
     }
 
-    /// Ends a turn, or leaves the line. `again`: goes to its end, since more changes wait.
+    /// Ends a turn, or leaves the line. `again`: goes to the end of the line, because more changes wait.
     pub(crate) fn end_turn(&mut self, again: bool) {
         if !self.in_line {
             return;
@@ -134,7 +135,7 @@ impl Pass {
         self.gate.wake_first(self.lane);
     }
 
-    /// Closes the gate for all other changes. Only in its turn.
+    /// Closes the gate for all other changes. Only during its turn.
     pub(crate) fn close(&mut self) {
         self.holds = true;
         self.gate.closed.store(true, Ordering::SeqCst);
@@ -153,12 +154,12 @@ impl Pass {
         }
     }
 
-    /// Readable when the channel has its turn, or when it can go on with it.
+    /// Readable when the channel has its turn, or can continue it.
     pub(crate) fn turn_fd(&self) -> Option<BorrowedFd<'_>> {
         self.gate.lanes[self.lane].turn.as_ref().map(AsFd::as_fd)
     }
 
-    /// Makes [`turn_fd`](Self::turn_fd) unreadable, until something happens again.
+    /// Makes [`turn_fd`](Self::turn_fd) unreadable until the next event.
     pub(crate) fn disarm(&self) {
         if let Some(turn) = &self.gate.lanes[self.lane].turn {
             // EAGAIN: it was unreadable.
@@ -166,7 +167,7 @@ impl Pass {
         }
     }
 
-    /// From now on the device may carry out a change of this range at any time.
+    /// From now on, the device may execute a change of this range at any time.
     pub(crate) fn add_overdue(&self, at: u64, len: u64) {
         let overdue = &self.gate.overdue;
         overdue.ranges.lock().unwrap_or_else(PoisonError::into_inner).push((at, len));
@@ -209,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_closed_gate_lets_nobody_in_and_waits_for_those_inside() {
+    fn a_closed_gate_admits_no_change_and_waits_for_those_in_flight() {
         let mut p = Gate::passes(2).unwrap();
         assert!(p[0].enter());
         assert!(p[1].has_turn());
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_channel_is_woken_for_its_turn_and_for_what_it_waits_for() {
+    fn a_channel_is_woken_for_its_turn_and_to_continue_it() {
         let mut p = Gate::passes(2).unwrap();
         let is_woken = |p: &Pass| p.gate.lanes[p.lane].turn.as_ref().unwrap().read().is_ok();
         assert!(p[0].has_turn() && !p[1].has_turn());
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_pass_blocks_nobody() {
+    fn a_dropped_pass_does_not_block_others() {
         let mut p = Gate::passes(2).unwrap();
         assert!(p[0].enter() && p[0].has_turn());
         p[0].close();

@@ -1,24 +1,24 @@
-//! [`Io`] and [`Done`]: what a consumer asks a [`Channel`](crate::Channel) for, and how that ended.
+//! [`Io`] and [`Done`]: a consumer's requests to a [`Channel`](crate::Channel), and their results.
 
 use crate::{arena::Buf, error::Error, extent::Extent};
 
-/// What a consumer asks for. Offsets and lengths are bytes and need no alignment; `at` is the first byte.
+/// A consumer's request. Offsets and lengths are bytes and need no alignment; `at` is the first byte.
 #[derive(Debug)]
 pub enum Io {
-    /// Fills `buf`, which [`Channel::alloc`](crate::Channel::alloc) gave for the same `at`.
+    /// Fills `buf`, which [`Channel::alloc`](crate::Channel::alloc) returned for the same `at`.
     Read {
         /// First byte on the device.
         at: u64,
         /// As long as the request.
         buf: Buf,
     },
-    /// Writes `buf`, which [`Channel::alloc`](crate::Channel::alloc) gave for the same `at`.
+    /// Writes `buf`, which [`Channel::alloc`](crate::Channel::alloc) returned for the same `at`.
     Write {
         /// First byte on the device.
         at: u64,
         /// As long as the request.
         buf: Buf,
-        /// Durable before it is done.
+        /// Durable before it completes.
         fua: bool,
     },
     /// Makes a range read as zeroes.
@@ -27,11 +27,11 @@ pub enum Io {
         at: u64,
         /// Length in bytes.
         len: u64,
-        /// Durable before it is done.
+        /// Durable before it completes.
         fua: bool,
-        /// The space may be given back.
+        /// The space may be deallocated.
         unmap: bool,
-        /// Fail with [`Error::NotSupported`] rather than write zeroes one by one.
+        /// Fail with [`Error::NotSupported`] instead of writing zeroes.
         fast: bool,
     },
     /// Hints that a range is not needed any more. Only whole blocks inside the range are touched.
@@ -40,18 +40,19 @@ pub enum Io {
         at: u64,
         /// Length in bytes.
         len: u64,
-        /// What it changed is durable before it is done.
+        /// Its changes are durable before it completes.
         fua: bool,
     },
-    /// Everything that was done before becomes durable.
+    /// Everything that has completed becomes durable.
     Flush,
-    /// Asks what a range holds. The answer starts at `at`, has no gaps and ends within the range, perhaps before its end.
+    /// Requests the allocation status of a range. The answer starts at `at`, has no gaps and ends within the range, perhaps
+    /// before its end.
     Status {
         /// First byte on the device.
         at: u64,
         /// Length in bytes.
         len: u64,
-        /// The answer, once done.
+        /// The answer, when completed.
         extents: Vec<Extent>,
     },
     /// Hints that a range will be read soon.
@@ -66,10 +67,10 @@ pub enum Io {
 /// A request that has ended.
 #[derive(Debug)]
 pub struct Done {
-    /// That of [`Channel::submit`](crate::Channel::submit).
+    /// The tag from [`Channel::submit`](crate::Channel::submit).
     pub tag: u64,
     /// The request, its buffer included; after an error the buffer may be empty ([`Buf::abandon`]).
     pub io: Io,
-    /// How it ended.
+    /// Its result.
     pub result: Result<(), Error>,
 }

@@ -1,5 +1,4 @@
-//! [`Job`]: a request that the device cannot take as it is. It goes through stages, and each sends pieces to the queue, a few
-//! at a time, until its range is done.
+//! [`Job`]: a request that the device cannot take unchanged. It goes through stages. Each stage sends pieces to the queue, a few at a time, until its range is done.
 
 use crate::{
     ages::NEVER,
@@ -14,24 +13,24 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) tag: u64,
-    /// A buffer in it is widened to whole blocks while the job lasts.
+    /// During the job, a buffer in it is widened to whole blocks.
     io: Io,
-    /// The range as asked for.
+    /// The requested range.
     at: u64,
     len: u64,
     pub(crate) way: Way,
-    /// Counted in the gate.
+    /// It is counted in the gate.
     pub(crate) inside: bool,
     stage: Stage,
-    /// What the stage has still to send, from here …
+    /// The part that the stage has still to send, from here …
     cursor: u64,
     /// … to here: bytes on the device, or numbers of edges.
     end: u64,
-    /// Pieces under way.
+    /// Pieces in flight.
     pub(crate) out: u32,
     /// The first error; nothing more is sent after it.
     pub(crate) error: Option<Error>,
-    /// The device turned down to make zeroes.
+    /// The device has refused to make zeroes.
     refused: bool,
     pub(crate) born: u32,
 }
@@ -43,29 +42,29 @@ pub(crate) enum Way {
     Free,
     /// It changes whole blocks only.
     Shared,
-    /// It merges into blocks, and must be alone.
+    /// It merges into blocks, and needs exclusive use of the device.
     Alone,
 }
 
-/// What a job is at. Each goes through a few of these, in this order.
+/// A stage of a job. Each job goes through some of them, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// Reading the blocks that a write covers in part.
     Merge,
-    /// The request itself, over whole blocks.
+    /// The request itself, on whole blocks.
     Main,
-    /// Writing the zeroes that the device cannot make.
+    /// Writing zeroes, because the device cannot make them.
     Zeroes,
-    /// Reading the blocks that a zero covers in part.
+    /// Reading the blocks that a zero request covers in part.
     EdgesIn,
     /// Writing them back.
     EdgesOut,
-    /// Making it durable.
+    /// Making the changes durable.
     Flush,
 }
 
 impl Job {
-    /// `Err`: the request has ended already. (Boxed, since that is rare.)
+    /// `Err`: the request has ended already. (Boxed, because that is rare.)
     pub(crate) fn new(tag: u64, mut io: Io, info: &Info) -> Result<Self, Box<Done>> {
         let (at, len) = match &mut io {
             Io::Read { at, buf } | Io::Write { at, buf, .. } => {
@@ -103,7 +102,7 @@ impl Job {
         Ok(job)
     }
 
-    /// Goes to a stage, from its start.
+    /// Enters a stage, at its start.
     fn enter(&mut self, stage: Stage, info: &Info) {
         self.stage = stage;
         (self.cursor, self.end) = match stage {
@@ -113,7 +112,7 @@ impl Job {
         };
     }
 
-    /// The whole blocks that the request is about: around its range if it reads or merges, inside it if it must not touch
+    /// The whole blocks that the request uses: around its range if it reads or merges, inside its range if it must not touch
     /// more.
     fn blocks(&self, info: &Info) -> (u64, u64) {
         let (at, end) = (self.at, self.at + self.len);
@@ -130,7 +129,7 @@ impl Job {
         }
     }
 
-    /// The next request to the queue, if the stage has one.
+    /// Returns the next request to the queue, if the stage has one.
     pub(crate) fn piece(&mut self, info: &Info, zeroes: &Buf, scratch: &Buf) -> Option<Op> {
         if self.cursor >= self.end {
             return None;
@@ -141,7 +140,7 @@ impl Job {
             (Stage::Merge | Stage::EdgesIn | Stage::EdgesOut | Stage::Zeroes, _)
                 if scratch.is_empty() || zeroes.is_empty() =>
             {
-                // Lost to a device that was given up.
+                // Lost at a device that was declared dead.
                 self.error = Some(Error::Gone);
                 return None;
             }
@@ -182,7 +181,7 @@ impl Job {
         Some(op)
     }
 
-    /// A piece has come back. `true`: without memory that it went with, since the device may still write there.
+    /// Takes back a piece. `true`: it came back without its memory, which the device may still write to.
     pub(crate) fn take_back(&mut self, op: Op, result: Result<(), Error>) -> bool {
         let mut lost = false;
         match op {
@@ -197,7 +196,7 @@ impl Job {
                 if let Io::Status { extents, .. } = &mut self.io {
                     *extents = clip(&found, self.at, self.at + self.len);
                     if extents.is_empty() {
-                        // A device that says nothing of the range; data is always a safe answer.
+                        // The device returned nothing about the range; data is always a safe answer.
                         extents.push(Extent { at: self.at, len: self.len, kind: ExtentKind::Data });
                     }
                 }
@@ -210,14 +209,14 @@ impl Job {
                 self.refused = true;
                 self.cursor = self.end;
             }
-            // A hint that the device does not take is not an error.
+            // A device may refuse a hint: this is not an error.
             (Err(Error::NotSupported), Io::Discard { .. }, Stage::Main) => self.cursor = self.end,
             (Err(error), ..) => self.error = self.error.or(Some(error)),
         }
         lost
     }
 
-    /// Goes to the stage after this one, all of whose pieces succeeded. `false`: the job is over.
+    /// Enters the next stage; all pieces of the present one have succeeded. `false`: the job is over.
     pub(crate) fn next_stage(&mut self, info: &Info, scratch: &mut Buf) -> bool {
         let zero = matches!(self.io, Io::Zero { .. });
         let next = match self.stage {
@@ -246,17 +245,17 @@ impl Job {
         next.is_some()
     }
 
-    /// Puts what was read around a write into its margins, so that whole blocks can be written.
+    /// Copies the data around a write into its margins, so that whole blocks can be written.
     fn merge(&mut self, info: &Info, scratch: &Buf) {
         let Io::Write { buf, .. } = &mut self.io else { unreachable!("only writes are merged") };
         let (before, after) = margins(self.at, self.len, info.block_size);
         buf.copy_buf(0, scratch, 0, before);
-        // The last edge; for a write within one block that is the first one too.
+        // The last edge. For a write within one block, it is also the first.
         let end = (edges(self.at, self.len, info.block_size).count * u64::from(info.block_size)) as usize;
         buf.copy_buf(buf.len() - after, scratch, end - after, after);
     }
 
-    /// Clears the part of each edge that the request is about.
+    /// Clears the requested part of each edge.
     fn zero_edges(&self, info: &Info, scratch: &mut Buf) {
         let block = u64::from(info.block_size);
         let edges = edges(self.at, self.len, info.block_size);
@@ -267,7 +266,7 @@ impl Job {
         }
     }
 
-    /// Whether what was done must be made durable by a flush.
+    /// Whether the changes need a flush to be durable.
     fn needs_flush(&self, info: &Info) -> bool {
         let fua = match self.io {
             Io::Write { fua, .. } => fua && !info.caps.fua,
@@ -277,7 +276,7 @@ impl Job {
         fua && info.caps.flush
     }
 
-    /// The result that its owner gets when the device does not answer in time. The memory stays with the job.
+    /// Returns the result for its owner if the device does not answer in time. The memory stays with the job.
     pub(crate) fn overdue(&mut self, empty: Buf) -> Done {
         let io = match &mut self.io {
             Io::Read { at, .. } => Io::Read { at: *at, buf: empty },
@@ -287,7 +286,7 @@ impl Job {
         Done { tag: self.tag, io, result: Err(Error::Gone) }
     }
 
-    /// Payload memory that it holds, in bytes.
+    /// Payload memory in use, in bytes.
     pub(crate) fn held(&self) -> u64 {
         match &self.io {
             Io::Read { buf, .. } | Io::Write { buf, .. } => buf.len() as u64,
@@ -339,7 +338,7 @@ fn edges(at: u64, len: u64, block_size: u32) -> Edges {
     }
 }
 
-/// What lies within the range, of an answer that may reach out of it.
+/// Returns the part of an answer that lies within the range.
 fn clip(found: &[Extent], at: u64, end: u64) -> Vec<Extent> {
     let mut extents = Vec::with_capacity(found.len());
     for e in found {

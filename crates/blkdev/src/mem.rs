@@ -1,4 +1,4 @@
-//! [`Mapping`]: one stretch of shared memory, mapped once, that devices are told of once. And [`Pages`], memory that nobody shares.
+//! [`Mapping`]: shared memory that is mapped once and registered with devices once. [`Pages`]: private memory.
 #![allow(unsafe_code)]
 
 use std::{
@@ -12,26 +12,27 @@ use std::{
     },
 };
 
-/// An address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) makes one, so it always lies in one.
+/// An I/O address: an address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) creates one, so it always lies
+/// in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Iova(u64);
 
 impl Iova {
-    /// The address, for a descriptor.
+    /// Returns the address, for a descriptor.
     pub fn get(self) -> u64 {
         self.0
     }
 
-    /// The address `bytes` further on. The caller stays within what `self` came from.
+    /// Returns the address `bytes` further on. The caller must stay within the `Mapping` or `Buf` that `self` came from.
     #[must_use]
     pub fn plus(self, bytes: u64) -> Self {
         Self(self.0 + bytes)
     }
 }
 
-/// A memfd, mapped shared and for as long as this lives. 2 MiB aligned; huge pages where the system has any to give.
+/// A memfd that is mapped shared while this lives. Aligned to 2 MiB; in huge pages if the system has some.
 ///
-/// The kernel and other processes may write to it at any time, so nothing here ever makes a Rust reference into it.
+/// The kernel and other processes may write to it at any time, so this code never creates a Rust reference into it.
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
@@ -41,34 +42,34 @@ pub struct Mapping {
     divided: AtomicBool,
 }
 
-/// Devices and the IOMMU want large, aligned pieces (SPDK registers memory in steps of 2 MiB).
+/// Devices and the IOMMU need large, aligned pieces (SPDK registers memory in steps of 2 MiB).
 const ALIGN: usize = 2 << 20;
 
-/// The size of the memory is final, and so are these seals.
+/// The size of the memory cannot change, and neither can these seals.
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
-/// Mappings are placed below 2^38 where there is room, so that the virtual address serves as I/O address too even behind
-/// an IOMMU of 39 bits; the process's own address space is then the allocator of I/O addresses, and there is no table.
+/// Mappings are placed below 2^38 if there is room. Then the virtual address is also the I/O address, even behind an IOMMU of 39
+/// bits. The process's address space is the allocator of I/O addresses, and there is no table.
 const LOWEST: usize = 1 << 32;
 const HIGHEST: usize = 1 << 38;
 
 impl Mapping {
-    /// Maps `len` bytes (rounded up to 2 MiB), zeroed.
+    /// Maps `len` bytes, rounded up to 2 MiB, zeroed.
     ///
     /// # Errors
-    /// No memory, no address space or no file descriptor left.
+    /// No memory, address space or file descriptor is left.
     pub fn new(len: usize) -> io::Result<Arc<Self>> {
         let len = len.max(1).checked_next_multiple_of(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
         if exceeds_file_size(len) {
             return Self::unshareable(len).map(Arc::new);
         }
-        // Huge pages are reserved by the administrator or absent: without enough of them mmap fails at once.
+        // Huge pages are reserved by the administrator, or absent. If there are too few, mmap fails at once.
         Self::with(len, libc::MFD_HUGETLB).or_else(|_| Self::with(len, 0)).map(Arc::new)
     }
 
-    /// As [`new`](Self::new), for a device that another process stands behind. Not of the reserved huge pages: with a hole in the
-    /// file the process could give such a page back, and the next access here would raise SIGBUS when there is none to replace
-    /// it. Huge pages that the kernel makes on its own are not affected.
+    /// As [`new`](Self::new), for a device behind another process, and never in reserved huge pages. Such a process could punch a
+    /// hole into the file and so free a huge page; then the next access here would raise SIGBUS if no huge page is left.
+    /// Transparent huge pages do not have this problem.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -81,7 +82,7 @@ impl Mapping {
     }
 
     fn with(len: usize, flags: libc::c_uint) -> io::Result<Self> {
-        // SAFETY: the name is a NUL-terminated constant; a new descriptor is ours alone.
+        // SAFETY: the name is a NUL-terminated constant; the new descriptor has no other owner.
         let fd = unsafe {
             let fd = libc::memfd_create(c"blkdev".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags);
             if fd < 0 {
@@ -94,22 +95,22 @@ impl Mapping {
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // A peer process is given this descriptor. Were it to cut the file short, the next access here would raise SIGBUS.
-        // SAFETY: plain system call on a descriptor that we own.
+        // A peer process gets this descriptor. If it could truncate the file, the next access here would raise SIGBUS. SAFETY:
+        // plain system call on a descriptor that we own.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(io::Error::last_os_error());
         }
         let base = map(Some(&fd), len)?;
         if flags & libc::MFD_HUGETLB == 0 {
-            // SAFETY: the range was mapped just now, and the advice changes no content. A refusal costs only speed.
+            // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
             unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         }
         Ok(Self { base, len, fd, shareable: true, divided: AtomicBool::new(false) })
     }
 
-    /// Memory that is the same for this process and the kernel, with a memfd that stays empty.
+    /// Memory that is shared only between this process and the kernel, with a memfd that stays empty.
     fn unshareable(len: usize) -> io::Result<Self> {
-        // SAFETY: the name is a NUL-terminated constant; a new descriptor is ours alone.
+        // SAFETY: the name is a NUL-terminated constant; the new descriptor has no other owner.
         let fd = unsafe {
             let fd = libc::memfd_create(c"blkdev".as_ptr(), libc::MFD_CLOEXEC);
             if fd < 0 {
@@ -118,53 +119,54 @@ impl Mapping {
             OwnedFd::from_raw_fd(fd)
         };
         let base = map(None, len)?;
-        // SAFETY: the range was mapped just now, and the advice changes no content. A refusal costs only speed.
+        // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
         unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         Ok(Self { base, len, fd, shareable: false, divided: AtomicBool::new(false) })
     }
 
-    /// Whether another process can map it. It cannot if it would be a larger file than the process may have (`ulimit -f`):
-    /// then the memfd is empty.
+    /// Whether another process can map it. It cannot if the file would exceed the process's limit (`ulimit -f`): then the memfd
+    /// is empty.
     pub fn is_shareable(&self) -> bool {
         self.shareable
     }
 
-    /// Makes all of the memory resident, in as few physical pieces as the kernel finds: for a device that pins it anyway.
+    /// Makes all memory resident, in as few physical pieces as the kernel finds: for a device that pins it anyway.
     ///
-    /// An IOMMU and its TLB work in large pieces, and vhost keeps one entry for each physically contiguous piece, of
-    /// which there are 2048 by default. What cannot be had in large pieces stays in small ones.
+    /// An IOMMU and its TLB work in large pieces. vhost keeps one entry for each physically contiguous piece, 2048 by default.
+    /// Memory that is not available in large pieces stays in small ones.
     pub fn consolidate(&self) {
         let advise = |at: usize, len: usize, advice| {
-            // SAFETY: a range of this mapping. The advice changes where the content lies, and not the content.
+            // SAFETY: a range of this mapping. The advice changes the place of the content, not the content.
             unsafe { libc::madvise(self.base.as_ptr().wrapping_add(at).cast(), len, advice) == 0 }
         };
-        // Kernels before 5.14 and 6.1 refuse the one or the other.
+        // Kernels before 5.14 refuse the first, kernels before 6.1 the second.
         advise(0, self.len, libc::MADV_POPULATE_WRITE);
         if !advise(0, self.len, libc::MADV_COLLAPSE) {
-            // One piece that cannot be collapsed must not keep the others from it.
+            // Advise each piece separately, so that one failure does not affect the others.
             for at in (0..self.len).step_by(ALIGN) {
                 advise(at, ALIGN, libc::MADV_COLLAPSE);
             }
         }
     }
 
-    /// Returns the memory of a range to the system; it reads as zeroes then. A device that has pinned its pages keeps the old ones.
+    /// Returns the memory of a range to the system; then it reads as zeroes. A device that has pinned its pages keeps the old
+    /// ones.
     pub(crate) fn discard(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len, "a range lies in its mapping");
-        // SAFETY: a range of this mapping, which is free in its arena at the moment. A refusal (huge pages
-        // that it covers in part) leaves everything as it is.
+        // SAFETY: a range of this mapping that is free in its arena now. After a failure (huge pages that it covers in part),
+        // everything stays unchanged.
         unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
     }
 
     /// Claims the memory for arenas.
     ///
     /// # Panics
-    /// When called twice: every byte has one owner.
+    /// If called twice: every byte has one owner.
     pub(crate) fn divide(&self) {
         assert!(!self.divided.swap(true, Ordering::Relaxed), "a mapping is divided once");
     }
 
-    /// First byte. To be used only through raw, volatile or atomic access: others write here.
+    /// The first byte. Use it only for raw, volatile or atomic access: the device writes here.
     pub fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
@@ -175,7 +177,7 @@ impl Mapping {
         self.len
     }
 
-    /// The first byte's address as the device sees it; byte `n` is at `iova() + n`.
+    /// The I/O address of the first byte; byte `n` is at `iova() + n`.
     pub fn iova(&self) -> Iova {
         Iova(self.base.as_ptr() as u64)
     }
@@ -188,10 +190,10 @@ impl AsFd for Mapping {
     }
 }
 
-/// Whether the limit of file sizes (RLIMIT_FSIZE) is below this. It is looked at beforehand because exceeding it raises a signal.
+/// Whether the limit for file sizes (RLIMIT_FSIZE) is below `len`. Checked in advance, because exceeding it raises a signal.
 fn exceeds_file_size(len: usize) -> bool {
     let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: the kernel writes one `rlimit` to where one lives.
+    // SAFETY: the kernel writes one `rlimit` to a valid one.
     unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) };
     limit.rlim_cur < len as u64
 }
@@ -205,14 +207,14 @@ fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<NonNull<u8>> {
         // SAFETY: NOREPLACE never touches an existing mapping.
         match unsafe { mmap(hint, len, shared | libc::MAP_FIXED_NOREPLACE, fd) } {
             Ok(base) => return Ok(base),
-            // Taken: go on behind what might be another mapping of about our size.
+            // Occupied: continue after a mapping that probably has about our size.
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => hint += len,
             Err(e) => return Err(e),
         }
     }
-    // Anywhere: reserve more than is needed, then map over the aligned part of the reservation and give back the rest.
-    // SAFETY: an anonymous reservation at an address of the kernel's choice; MAP_FIXED then replaces only a part of it, and
-    // what is unmapped are the two ends of it that nobody has seen.
+    // Anywhere: reserve more than needed, then map over the aligned part of the reservation, and unmap the rest. SAFETY: an
+    // anonymous reservation at an address that the kernel chooses. MAP_FIXED then replaces only a part of it; the unmapped parts
+    // are its two ends, whose addresses were never handed out.
     unsafe {
         let start =
             mmap(0, len + ALIGN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)?.as_ptr() as usize;
@@ -230,30 +232,30 @@ fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<NonNull<u8>> {
 }
 
 /// # Safety
-/// With `MAP_FIXED` the range must be the caller's to replace.
+/// With `MAP_FIXED`, the caller must own the range that is replaced.
 unsafe fn mmap(hint: usize, len: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<NonNull<u8>> {
-    // SAFETY: the caller answers for what is at `hint`; new memory harms nobody.
+    // SAFETY: the caller is responsible for the memory at `hint`; new memory is harmless.
     let at = unsafe { libc::mmap(hint as *mut _, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap gave address 0"))
+    NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `with`, and whoever holds an address into it holds an `Arc` of this.
+        // SAFETY: it was mapped in `with`, and every holder of an address into it holds an `Arc` of this.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
-// SAFETY: the pointer is only an address: this type itself never reads or writes through it, and the memory belongs to
-// whoever owns the part of it (an `Arena`'s `Buf`, a driver's ring), not to a thread.
+// SAFETY: the pointer is only an address. This type never reads or writes through it. The memory belongs to the owner of each
+// part (an `Arena`'s `Buf`, a driver's ring), not to a thread.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; all methods that take `&self` only tell addresses, and `divided` is atomic.
+// SAFETY: as above; all methods that take `&self` only return addresses, and `divided` is atomic.
 unsafe impl Sync for Mapping {}
 
-/// Private memory that reads as zeroes, of which a page is there only once it has been written to.
+/// Private memory that reads as zeroes. A page uses memory only after it was written.
 #[derive(Debug)]
 pub(crate) struct Pages {
     base: NonNull<u8>,
@@ -262,19 +264,19 @@ pub(crate) struct Pages {
 
 impl Pages {
     /// # Errors
-    /// No memory, or no address space.
+    /// No memory or address space is left.
     pub(crate) fn new(len: usize) -> io::Result<Self> {
-        // SAFETY: an anonymous mapping at an address of the kernel's choice.
+        // SAFETY: an anonymous mapping at an address that the kernel chooses.
         let base = unsafe { mmap(0, len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)? };
         Ok(Self { base, len })
     }
 
-    /// Makes a range read as zeroes, and gives back what of its memory is whole pages.
+    /// Makes a range read as zeroes, and returns its whole pages to the system.
     pub(crate) fn give_back(&mut self, range: Range<usize>) {
         let part = &mut self[range];
-        // SAFETY: private memory that we have alone; what it holds afterwards, the same or zeroes, are bytes.
+        // SAFETY: private memory with no other user. Afterwards it contains the same bytes or zeroes.
         if unsafe { libc::madvise(part.as_mut_ptr().cast(), part.len(), libc::MADV_DONTNEED) } < 0 {
-            // Not whole pages, where those are large.
+            // Not whole pages, if pages are large.
             part.fill(0);
         }
     }
@@ -284,14 +286,14 @@ impl Deref for Pages {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: mapped for as long as this lives, always initialised, and written only through `&mut self`.
+        // SAFETY: mapped while this lives, always initialised, and written only through `&mut self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Pages {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed by nobody else.
+        // SAFETY: as above, and no other borrow exists.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }
 }
@@ -303,7 +305,7 @@ impl Drop for Pages {
     }
 }
 
-// SAFETY: memory that this owns, as a `Box<[u8]>` does.
+// SAFETY: this owns the memory, as a `Box<[u8]>` does.
 unsafe impl Send for Pages {}
 // SAFETY: as above.
 unsafe impl Sync for Pages {}
@@ -313,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_zero_until_written_and_once_given_back() {
+    fn pages_are_zero_until_written_and_after_give_back() {
         let mut pages = Pages::new(1 << 20).unwrap();
         assert!(pages.iter().all(|&byte| byte == 0));
         pages.fill(7);
@@ -340,7 +342,7 @@ mod tests {
         for size in [0, 4096, 4 * ALIGN as u64] {
             assert_eq!(file.set_len(size).unwrap_err().raw_os_error(), Some(libc::EPERM), "to {size}");
         }
-        // SAFETY: plain system call on a descriptor that lives.
+        // SAFETY: plain system call on an open descriptor.
         assert!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) } < 0, "seals are final");
     }
 
@@ -350,7 +352,7 @@ mod tests {
         let mut buf = m.arenas(1).remove(0).alloc(2 * ALIGN).unwrap();
         buf.copy_from(0, &[1; 8192]);
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: plain system call on a descriptor that lives; the content changes under our hands, as a peer could have it.
+        // SAFETY: plain system call on an open descriptor. The content changes while it is mapped, as a peer could do it.
         assert_eq!(unsafe { libc::fallocate(m.as_fd().as_raw_fd(), punch, 0, 4096) }, 0);
         assert!(buf.is_zero(0, 4096));
         assert_eq!(buf.to_vec()[4096..8192], [1; 4096]);
@@ -364,7 +366,7 @@ mod tests {
         m.consolidate();
         assert_eq!(buf.to_vec()[ALIGN - 2..ALIGN + 2], *b"kept");
         let mut resident = vec![0_u8; m.len() / 4096];
-        // SAFETY: the whole mapping, and one byte for each page of it.
+        // SAFETY: the whole mapping, and one byte of result for each of its pages.
         assert_eq!(unsafe { libc::mincore(m.as_ptr().cast(), m.len(), resident.as_mut_ptr()) }, 0);
         assert!(resident.iter().all(|byte| byte & 1 == 1));
     }
@@ -376,19 +378,19 @@ mod tests {
         assert_eq!((m.as_ptr() as usize % ALIGN, m.len()), (0, 4 * ALIGN));
         assert!(m.iova().get() < HIGHEST as u64);
         let mut buf = m.arenas(1).remove(0).alloc(4 * ALIGN).unwrap();
-        // The last piece is not written to before it is consolidated.
+        // The last piece is not written before it is consolidated.
         for at in [ALIGN - 2, 2 * ALIGN + 9] {
             buf.copy_from(at, b"kept");
         }
         m.consolidate();
         let mut resident = vec![0_u8; m.len() / 4096];
-        // SAFETY: the whole mapping, and one byte for each page of it.
+        // SAFETY: the whole mapping, and one byte of result for each of its pages.
         assert_eq!(unsafe { libc::mincore(m.as_ptr().cast(), m.len(), resident.as_mut_ptr()) }, 0);
         assert!(resident.iter().all(|byte| byte & 1 == 1));
         assert_eq!(buf.to_vec()[ALIGN - 2..ALIGN + 2], *b"kept");
         assert!(buf.is_zero(3 * ALIGN, ALIGN));
         m.discard(2 * ALIGN..3 * ALIGN);
-        assert!(buf.is_zero(2 * ALIGN, ALIGN), "what was given back reads as zeroes");
+        assert!(buf.is_zero(2 * ALIGN, ALIGN), "discarded memory reads as zeroes");
         assert_eq!(buf.to_vec()[ALIGN - 2..ALIGN + 2], *b"kept");
     }
 

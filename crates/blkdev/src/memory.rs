@@ -1,4 +1,4 @@
-//! [`Memory`]: a sparse RAM disk, to serve as it is and to be any kind of awkward device in a test.
+//! [`Memory`]: a sparse RAM disk, for use as it is, or as any kind of unusual device in a test.
 
 use std::{
     collections::BTreeMap,
@@ -21,16 +21,16 @@ use crate::{
     serve::Serve,
 };
 
-/// A RAM disk. Its memory comes with what is written, and is given back in pieces of 64 KiB that are zeroed with `unmap` or
-/// discarded; pieces that were never written are told as holes.
+/// A RAM disk. Memory is allocated when data is written, and freed in pieces of 64 KiB that are zeroed with `unmap` or discarded.
+/// Pieces that were never written are reported as holes.
 ///
-/// There is no volatile cache: a write is as durable as it will ever be when it completes. Requests are done by the time
-/// [`Queue::push`] returns, so the queues need no wake-up and have no [`Queue::wake_fd`].
+/// There is no volatile cache: a write is as durable as it can be when it completes. Requests are complete when [`Queue::push`]
+/// returns, so the queues need no wake-up and have no [`Queue::wake_fd`].
 ///
 /// ```
 /// use blkdev::{Device, memory::Memory};
 ///
-/// // A disk of 4096-byte blocks that cannot write zeroes by itself:
+/// // A disk of 4096-byte blocks without support for zeroes:
 /// let disk = Memory::new(1 << 30).with(|info| {
 ///     info.block_size = 4096;
 ///     info.caps.zero = false;
@@ -51,7 +51,7 @@ pub(crate) struct Disk {
 }
 
 impl Memory {
-    /// A disk of `size` bytes, all of them a hole.
+    /// Returns a disk of `size` bytes, which is one hole.
     pub fn new(size: u64) -> Self {
         let caps = Caps { fua: true, zero: true, discard: true, status: true, prefetch: true, ..Caps::default() };
         let mut info = Info::new("memory", format!("{size} bytes"));
@@ -59,11 +59,11 @@ impl Memory {
         Self { disk: Inline::new(Disk { info, capacity: size.into(), chunks: Chunks::new() }) }
     }
 
-    /// Changes what the device says of itself: larger blocks, smaller limits, fewer capabilities. Its queues then insist
-    /// on being used within that. The size is rounded down to whole blocks.
+    /// Changes the device's limits and capabilities: larger blocks, smaller limits, fewer capabilities. Its queues then check
+    /// that requests respect them. The size is rounded down to whole blocks.
     ///
     /// # Panics
-    /// When a queue is open.
+    /// If a queue is open.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Info)) -> Self {
         let disk = self.disk.served_mut().expect("a memory device is changed before its queues are opened");
@@ -74,7 +74,7 @@ impl Memory {
         self
     }
 
-    /// Copies from the disk, past every queue and limit. What lies past its end reads as zeroes.
+    /// Copies from the disk, without queues and limits. Bytes past its end read as zeroes.
     pub fn read(&self, at: u64, bytes: &mut [u8]) {
         for piece in pieces(at, bytes.len() as u64) {
             let part = &mut bytes[piece.within.clone()];
@@ -85,33 +85,33 @@ impl Memory {
         }
     }
 
-    /// Copies to the disk, past every queue, limit and write protection: what a read-only device holds comes from here.
+    /// Copies to the disk, without queues, limits and write protection: this is how a read-only device gets its content.
     ///
     /// # Panics
-    /// When `bytes` do not lie within the disk, or there is no memory for them.
+    /// If `bytes` do not lie within the disk, or there is no memory for them.
     pub fn write(&self, at: u64, bytes: &[u8]) {
         assert!(self.disk.served().holds(at, bytes.len() as u64), "{} bytes at {at} lie within the disk", bytes.len());
         for piece in pieces(at, bytes.len() as u64) {
             let part = &bytes[piece.within.clone()];
             let mut shard = self.disk.served().chunks.shard_mut(piece.chunk);
-            let chunk = shard.chunk_mut(piece.chunk).expect("there is memory for what is written");
+            let chunk = shard.chunk_mut(piece.chunk).expect("memory for the data");
             chunk[piece.start..piece.start + part.len()].copy_from_slice(part);
         }
     }
 
-    /// Makes a range read as zeroes and gives its memory back, past every queue, limit and write protection.
+    /// Makes a range read as zeroes and frees its memory, without queues, limits and write protection.
     pub fn clear(&self, at: u64, len: u64) {
         self.disk.served().chunks.clear(at, len, true);
     }
 
-    /// Makes the disk larger or smaller, while it is in use. What is cut off is forgotten.
+    /// Changes the size of the disk while it is in use. Data past the new end is lost.
     pub fn resize(&self, size: u64) {
         let size = size - size % u64::from(self.disk.served().info.block_size);
         self.disk.served().capacity.store(size, Ordering::Relaxed);
         self.disk.served().chunks.clear(size, u64::MAX - size, true);
     }
 
-    /// Bytes of memory that hold data at the moment.
+    /// Memory in use for data now, in bytes.
     pub fn allocated(&self) -> u64 {
         let chunks =
             |shard: &RwLock<Shard>| read(shard).0.values().map(|region| region.present.count_ones()).sum::<u32>();
@@ -159,7 +159,7 @@ impl Serve for Disk {
     fn serve(&self, op: &mut Op) -> Result<(), Error> {
         if let Some((at, len)) = range(op) {
             self.info.insist(op, at, len);
-            // Not a broken promise: the disk may have shrunk since the request was checked.
+            // Not a violation: the disk may have shrunk since the request was checked.
             if !self.holds(at, len) {
                 return Err(Error::OutOfRange);
             }
@@ -176,35 +176,34 @@ impl Serve for Disk {
     }
 }
 
-/// What is allocated and what is a hole is told in pieces of this: as large as a request usually is at most, small enough
-/// to stay sparse.
+/// Unit of allocation and of holes, in bytes: as large as most requests at most, and small enough to stay sparse.
 const CHUNK: usize = 64 << 10;
 
-/// Address space is taken in pieces of this many chunks: few enough that one is found at once. Memory comes with the pages
-/// that are written.
+/// Address space is taken in pieces of this many chunks: so few that one is found at once. Memory is allocated for the pages that
+/// are written.
 const REGION: u64 = 32;
 
-/// A status looks at so many regions at most, or at a range of this length: 256 MiB.
+/// Most regions for one status: so many with data, or a range of this length, 256 MiB.
 const STATUS_REGIONS: usize = 128;
 
-/// Extents in one answer, at most.
+/// Most extents in one answer.
 const EXTENTS_MAX: usize = 1024;
 
-/// Neighbouring regions are spread over this many locks, so that queues seldom meet.
+/// Number of locks. Neighbouring regions have different locks, so that queues seldom contend.
 const SHARDS: u64 = 256;
 
-/// Region number to region.
+/// Regions by number.
 #[derive(Default)]
 struct Shard(BTreeMap<u64, Region>);
 
-/// What is not present was given back, or never written: it is all zeroes.
+/// Chunks that are not present were freed or never written: they are all zeroes.
 struct Region {
     pages: Pages,
     /// A bit for each chunk.
     present: u32,
 }
 
-/// The content, absent where nothing was ever written.
+/// The content; `None` if nothing was ever written.
 struct Chunks {
     shards: Box<[RwLock<Shard>]>,
 }
@@ -246,11 +245,11 @@ impl Chunks {
         Ok(())
     }
 
-    /// Makes a range read as zeroes; with `unmap` its whole chunks are given back, without what is allocated stays so.
+    /// Makes a range read as zeroes. With `unmap`, its whole chunks are freed; without it, allocated chunks stay allocated.
     fn clear(&self, at: u64, len: u64, unmap: bool) {
         let chunks = chunks(at, len);
         let regions = chunks.start / REGION..chunks.end.div_ceil(REGION);
-        // A range may be exabytes, what is allocated never is: look at the shorter of the two.
+        // A range may have exabytes, but the allocated part never does: iterate over the shorter of the two.
         let few = regions.end - regions.start < SHARDS;
         let shards = if few { regions.clone() } else { 0..SHARDS };
         for shard in shards {
@@ -278,7 +277,7 @@ impl Chunks {
         }
     }
 
-    /// Of a disk that holds much, the answer is about the first part of the range: all of it would take milliseconds.
+    /// On a disk with much data, the answer covers only the first part of the range: all of it would take milliseconds.
     fn status(&self, at: u64, len: u64, extents: &mut Vec<Extent>) {
         let regions: usize = self.shards.iter().map(|shard| read(shard).0.len()).sum();
         let len = if regions > STATUS_REGIONS { len.min(STATUS_REGIONS as u64 * REGION * CHUNK as u64) } else { len };
@@ -303,7 +302,7 @@ impl Chunks {
         if next < at + len {
             extent::append(extents, Extent { at: next, len: at + len - next, kind: ExtentKind::Hole });
         }
-        // The owner asks for the rest.
+        // The consumer requests the rest.
         extents.truncate(EXTENTS_MAX);
     }
 }
@@ -314,7 +313,7 @@ impl Shard {
         Some(&region.pages[place(chunk)])
     }
 
-    /// The chunk, taken if it was not there.
+    /// Returns the chunk; allocates it if necessary.
     fn chunk_mut(&mut self, chunk: u64) -> Result<&mut [u8], Error> {
         use std::collections::btree_map::Entry;
         let region = match self.0.entry(chunk / REGION) {
@@ -330,7 +329,7 @@ impl Shard {
 }
 
 impl Region {
-    /// Those of `chunks` that are present in this region, which is number `key`.
+    /// The chunks of `chunks` that are present in this region, number `key`.
     fn chunks(&self, key: u64, chunks: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
         let present = self.present;
         let range = chunks.start.max(key * REGION)..chunks.end.min((key + 1) * REGION);
@@ -343,18 +342,18 @@ fn chunks(at: u64, len: u64) -> Range<u64> {
     at / CHUNK as u64..(at + len).div_ceil(CHUNK as u64)
 }
 
-/// Of a chunk, in its region's set.
+/// The bit of a chunk in its region's set.
 fn bit(chunk: u64) -> u32 {
     1 << (chunk % REGION)
 }
 
-/// Where a chunk is in its region.
+/// The range of a chunk in its region.
 fn place(chunk: u64) -> Range<usize> {
     let start = (chunk % REGION) as usize * CHUNK;
     start..start + CHUNK
 }
 
-/// Nothing in here panics half way through a change, so a poisoned lock says nothing about the content.
+/// This code never panics during a change, so the content is consistent even if the lock is poisoned.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
 }
@@ -368,7 +367,7 @@ struct Piece {
     chunk: u64,
     /// First byte in the chunk.
     start: usize,
-    /// Which bytes of the request.
+    /// The range of bytes of the request.
     within: Range<usize>,
 }
 
@@ -383,7 +382,7 @@ fn pieces(at: u64, len: u64) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// The range that an operation is about; `None` for a flush.
+/// The range of an operation; `None` for a flush.
 pub(crate) fn range(op: &Op) -> Option<(u64, u64)> {
     match op {
         Op::Read { at, buf } | Op::Write { at, buf, .. } => Some((*at, buf.len() as u64)),
@@ -395,7 +394,7 @@ pub(crate) fn range(op: &Op) -> Option<(u64, u64)> {
 }
 
 impl Info {
-    /// Holds the owner of a queue to what [`Queue::push`] promises. Real drivers rely on it; this one checks it.
+    /// Checks the promises of a queue's owner ([`Queue::push`]). Real drivers rely on them; this one checks them.
     pub(crate) fn insist(&self, op: &Op, at: u64, len: u64) {
         let caps = self.caps;
         let (allowed, len_max) = match op {
@@ -407,7 +406,7 @@ impl Info {
             Op::Prefetch { .. } => (caps.prefetch, u64::MAX),
             Op::Flush => (caps.flush, u64::MAX),
         };
-        assert!(allowed, "a queue is asked only for what its device can do: {op:?} with {caps:?}");
+        assert!(allowed, "a queue gets only operations that its device supports: {op:?} with {caps:?}");
         let block = u64::from(self.block_size);
         assert!(
             len > 0 && at.is_multiple_of(block) && len.is_multiple_of(block),
@@ -440,7 +439,7 @@ mod tests {
         disk.disk.served().chunks.clear(4 * C, 2 * C, false);
         assert_eq!(disk.allocated(), 2 * C, "without unmap, zeroes stay allocated");
         disk.disk.served().chunks.clear(4 * C, 2 * C - 1, true);
-        assert_eq!(disk.allocated(), C, "with it, whole chunks go");
+        assert_eq!(disk.allocated(), C, "with it, whole chunks are freed");
         disk.disk.served().chunks.clear(0, 1 << 62, true);
         assert_eq!(disk.allocated(), 0);
     }
@@ -463,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_forgotten() {
+    fn data_past_the_new_end_is_lost() {
         let disk = Memory::new(1 << 20).with(|info| info.block_size = 512);
         disk.write(0, &[1; 1 << 20]);
         disk.resize(1000);

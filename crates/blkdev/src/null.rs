@@ -1,4 +1,4 @@
-//! [`Null`]: reads as zeroes, forgets what is written. What remains to be measured is everything else.
+//! [`Null`]: reads as zeroes, and discards writes. For benchmarks of everything except the device.
 
 use std::{io, sync::Arc};
 
@@ -12,9 +12,9 @@ use crate::{
     serve::Serve,
 };
 
-/// A device of any size that holds nothing. Requests are done by the time [`Queue::push`] returns.
+/// A device of any size that holds nothing. Requests are complete when [`Queue::push`] returns.
 ///
-/// A read costs the filling of its buffer with zeroes: to leave it as it was would show one client another one's data.
+/// A read fills its buffer with zeroes, which costs time. An unchanged buffer would show one client another client's data.
 #[derive(Debug)]
 pub struct Null {
     nothing: Inline<Nothing>,
@@ -27,7 +27,7 @@ struct Nothing {
 }
 
 impl Null {
-    /// A device of `size` bytes.
+    /// Returns a device of `size` bytes.
     pub fn new(size: u64) -> Self {
         let caps = Caps { fua: true, zero: true, discard: true, status: true, prefetch: true, ..Caps::default() };
         let mut info = Info::new("null", format!("{size} bytes"));
@@ -89,7 +89,7 @@ mod tests {
     use crate::Request;
 
     #[test]
-    fn a_read_shows_nothing_of_what_the_buffer_held() {
+    fn a_read_does_not_show_old_content_of_the_buffer() {
         let mut arena = Mapping::new(1).unwrap().arenas(1).remove(0);
         let mut buf = arena.alloc(10_000).unwrap();
         buf.copy_from(0, &[0x5e; 10_000]);

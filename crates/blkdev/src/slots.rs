@@ -1,15 +1,15 @@
-//! [`Slots`]: the requests that a channel has in flight, and where each is kept.
+//! [`Slots`]: the requests that a channel has in flight, and the state of each.
 
 use crate::{ages::NEVER, arena::Buf, job::Job};
 
-/// The requests that are not done, by the tag that the queue knows them by.
+/// The requests that have not ended, by their tags at the queue.
 #[derive(Debug)]
 pub(crate) struct Slots {
     pub(crate) list: Vec<Slot>,
     free: u32,
-    /// Requests that are not done.
+    /// Number of requests that have not ended.
     pub(crate) in_use: usize,
-    /// Requests that were reported as failed and that the device still has.
+    /// Number of requests that were reported as failed but that the device still has.
     pub(crate) overdue: usize,
 }
 
@@ -18,7 +18,7 @@ pub(crate) enum Slot {
     Free {
         next: u32,
     },
-    /// Gone to the queue as it was.
+    /// It went to the queue unchanged.
     Direct {
         tag: u64,
         born: u32,
@@ -26,27 +26,27 @@ pub(crate) enum Slot {
         len: u32,
         at: u64,
     },
-    // Boxed, as all slots are moved about, and few are jobs.
+    // Boxed, because slots are moved, and few are jobs.
     Job(Box<Job>),
     Overdue(Box<Overdue>),
 }
 
-/// A request that was reported to its owner as failed. What comes back from the device is thrown away.
+/// A request that was reported to its owner as failed. Its result from the device is discarded.
 #[derive(Debug)]
 pub(crate) struct Overdue {
-    /// What the device may still change: first byte and length.
+    /// The range that the device may still change: first byte and length.
     pub(crate) changes: Option<(u64, u64)>,
-    /// Payload memory that is not free until then, bytes.
+    /// Payload memory that it holds until the device returns it, in bytes.
     pub(crate) held: u64,
     /// A job, with its memory.
     pub(crate) job: Option<Box<Job>>,
-    /// What the job used of the channel's memory.
+    /// The part of the channel's own memory that the job used.
     pub(crate) edges: Option<Buf>,
 }
 
 const _: () = assert!(size_of::<Slot>() <= 32);
 
-/// What a direct request is.
+/// The kind of a direct request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Read,

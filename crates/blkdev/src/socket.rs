@@ -1,5 +1,5 @@
 //! The system calls of a server that need `unsafe`: payload moves between a socket and a [`Buf`] without a Rust reference to
-//! memory that others can write.
+//! memory that a device may write.
 #![allow(unsafe_code)]
 
 use std::{
@@ -17,10 +17,10 @@ use nix::{
 
 use crate::arena::Buf;
 
-/// Pieces that one [`Gather`] takes. Small enough for the stack; past a few hundred a longer list gains nothing.
+/// Most pieces of one [`Gather`]. It fits the stack; more than a few hundred gain nothing.
 pub const PIECES: usize = 256;
 
-/// A list of pieces to send with one system call.
+/// A list of pieces that one system call sends.
 pub struct Gather<'a> {
     list: [MaybeUninit<libc::iovec>; PIECES],
     count: usize,
@@ -28,7 +28,7 @@ pub struct Gather<'a> {
 }
 
 impl<'a> Gather<'a> {
-    /// An empty list.
+    /// Returns an empty list.
     #[expect(clippy::new_without_default, reason = "an empty list is made to be filled, never asked for by default")]
     pub fn new() -> Self {
         Self { list: [const { MaybeUninit::uninit() }; PIECES], count: 0, borrowed: PhantomData }
@@ -40,22 +40,22 @@ impl<'a> Gather<'a> {
         self.count == PIECES
     }
 
-    /// Whether nothing was added.
+    /// Whether the list has no pieces.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// Adds bytes. Ignored when full.
+    /// Adds bytes. Ignored if the list is full.
     #[inline]
     pub fn bytes(&mut self, bytes: &'a [u8]) {
         self.add(bytes.as_ptr(), bytes.len());
     }
 
-    /// Adds the content of `buf` from byte `at` on. Ignored when full.
+    /// Adds the content of `buf` from byte `at` on. Ignored if the list is full.
     ///
     /// # Panics
-    /// When `at` lies past the end.
+    /// If `at` lies past the end.
     #[inline]
     pub fn buf(&mut self, buf: &'a Buf, at: usize) {
         assert!(at <= buf.len(), "a piece starts within its Buf");
@@ -70,16 +70,16 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Sends what fits into the socket now, and tells how many bytes that was. Never raises SIGPIPE, never waits.
+    /// Sends as much as the socket takes now. Returns the number of bytes. Never raises SIGPIPE, never waits.
     ///
     /// # Errors
-    /// `WouldBlock` when the socket is full; otherwise what the kernel said.
+    /// `WouldBlock` if the socket is full; otherwise the kernel's error.
     pub fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let mut message = empty_message();
         message.msg_iov = self.list.as_mut_ptr().cast();
         message.msg_iovlen = self.count;
-        // SAFETY: the first `count` entries are initialised; each points at bytes or a Buf borrowed for 'a, which outlives
-        // this call; the kernel only reads from them.
+        // SAFETY: the first `count` entries are initialised. Each points at bytes or a Buf borrowed for 'a, which outlives this
+        // call. The kernel only reads from them.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
@@ -91,52 +91,51 @@ impl std::fmt::Debug for Gather<'_> {
     }
 }
 
-/// Receives what is there now: first into `buf` from byte `at` on, what is more into `staging`. Tells the sum; 0 means that
+/// Receives available data: first into `buf` from byte `at` on, the rest into `staging`. Returns the total number of bytes; 0:
 /// the peer has closed. Never waits.
 ///
 /// # Errors
-/// `WouldBlock` when nothing is there; otherwise what the kernel said.
+/// `WouldBlock` if nothing is available; otherwise the kernel's error.
 ///
 /// # Panics
-/// When `at` lies past the end of `buf`.
+/// If `at` lies past the end of `buf`.
 pub fn receive(socket: BorrowedFd<'_>, buf: Option<(&mut Buf, usize)>, staging: &mut [u8]) -> io::Result<usize> {
     let tail = libc::iovec { iov_base: staging.as_mut_ptr().cast(), iov_len: staging.len() };
     let mut list = [tail, tail];
     let mut count = 1;
     if let Some((buf, at)) = buf {
-        assert!(at <= buf.len(), "a payload lands within its Buf");
+        assert!(at <= buf.len(), "a payload lies within its Buf");
         list[0] = libc::iovec { iov_base: buf.as_ptr().wrapping_add(at).cast(), iov_len: buf.len() - at };
         count = 2;
     }
     let mut message = empty_message();
     message.msg_iov = list.as_mut_ptr();
     message.msg_iovlen = count;
-    // SAFETY: one entry is `staging`, borrowed for the call; the other is the rest of a Buf, whose pages are ours and
-    // mapped for as long as it lives, and it is borrowed for the call too.
+    // SAFETY: one entry is `staging`, borrowed for the call. The other is the rest of a Buf, whose pages are ours and mapped
+    // while it lives; it is borrowed for the call too.
     let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
-/// How many bytes of memory what was sent still takes, because the peer has not read it. Of a TCP socket: what it has not
-/// acknowledged.
+/// Memory of sent data that the peer has not read, in bytes. For a TCP socket: data that the peer has not acknowledged.
 pub fn unread(socket: BorrowedFd<'_>) -> usize {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the request writes one int, to a local one.
+    // SAFETY: the request writes one int, to a local variable.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if result < 0 { 0 } else { bytes.max(0) as usize }
 }
 
-/// Has nobody woken before so many bytes are there to be received, or the peer has closed. So they must be sure to come. A
-/// socket that knows no such thing (a unix one) goes on to wake for every byte.
+/// Sets SO_RCVLOWAT: the socket becomes readable only once `bytes` have arrived or the peer has closed. So the peer must be
+/// certain to send them. A socket without this option (a unix socket) wakes for every byte.
 pub fn wake_at(socket: BorrowedFd<'_>, bytes: usize) {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     let (value, len) = ((&raw const bytes).cast(), size_of_val(&bytes) as libc::socklen_t);
-    // SAFETY: the value is one int, a local one, which is only read. That it cannot be set changes nothing.
+    // SAFETY: the value is one int, a local variable, which is only read. A failure has no other effect.
     unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, len) };
 }
 
 fn empty_message() -> libc::msghdr {
-    // SAFETY: all fields are integers or pointers, for which zero is a value: no name, no pieces, no control data.
+    // SAFETY: all fields are integers or pointers, for which zero is valid: no name, no pieces, no control data.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
     message.msg_name = ptr::null_mut();
     message

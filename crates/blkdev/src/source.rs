@@ -1,12 +1,12 @@
-//! [`Source`]: the file that a driver opens, or one that is open already.
+//! [`Source`]: the file that a driver opens, or one that is already open.
 
 use std::{os::fd::OwnedFd, path::PathBuf};
 
-/// Where a driver's file or character device comes from.
+/// The source of a driver's file or character device.
 #[derive(Debug)]
 pub enum Source {
     /// The driver opens it.
     Path(PathBuf),
-    /// It is open already, in a mode that the driver's options must fit.
+    /// It is already open, in a mode that fits the driver's options.
     Fd(OwnedFd),
 }

@@ -1,4 +1,4 @@
-//! Random requests, many in flight, against a copy of what the device should hold.
+//! Random requests, many in flight, checked against the expected content of the device.
 
 use std::{collections::HashMap, ops::Range, sync::LazyLock};
 
@@ -14,10 +14,10 @@ use crate::{
     memory::Memory,
 };
 
-/// Requests in flight at a time. More than a queue is deep.
+/// Requests in flight at a time. More than the depth of a queue.
 const IN_FLIGHT: usize = 48;
 
-/// One run. Only bytes of `range` are touched; `shadow` says what it holds, before and after.
+/// One run. It touches only bytes of `range`; `shadow` has their content, before and after.
 pub(super) struct Model<'a> {
     pub(super) range: Range<u64>,
     pub(super) shadow: &'a Memory,
@@ -25,7 +25,7 @@ pub(super) struct Model<'a> {
     pub(super) rng: Rng,
 }
 
-/// A request in flight: its range is nobody else's, unless both only read.
+/// A request in flight. Its range overlaps no other one, unless both only read.
 struct Flight {
     at: u64,
     len: u64,
@@ -34,7 +34,7 @@ struct Flight {
 
 enum Task {
     Read,
-    /// Reads what a discard has left, which is what was there before, or zeroes.
+    /// Reads the range of a discard: the old content, or zeroes.
     Learn,
     Write(Vec<u8>),
     Zero,
@@ -50,11 +50,11 @@ impl Task {
 }
 
 impl Model<'_> {
-    /// Makes `count` requests on channels chosen at random, and checks each when it ends.
+    /// Makes `count` requests on random channels, and checks each when it ends.
     pub(super) fn run(mut self, rigs: &mut [Rig], count: usize) {
         let info = rigs[0].channel.info().clone();
         let mut flights: HashMap<(usize, u64), Flight> = HashMap::new();
-        // What a discard has touched, until it is read.
+        // Ranges of discards that were not read yet.
         let mut unlearned: Vec<(usize, Flight)> = Vec::new();
         let mut started = 0;
         while started < count || !flights.is_empty() || !unlearned.is_empty() {
@@ -81,14 +81,14 @@ impl Model<'_> {
             wait(rigs);
             for (n, rig) in rigs.iter_mut().enumerate() {
                 for done in rig.done.drain(..) {
-                    let flight = flights.remove(&(n, done.tag)).expect("only what was submitted ends, once");
+                    let flight = flights.remove(&(n, done.tag)).expect("each submitted request ends once");
                     unlearned.extend(self.end(flight, done).map(|flight| (n, flight)));
                 }
             }
         }
     }
 
-    /// A request that gets along with those in flight.
+    /// A random request that does not conflict with those in flight.
     fn draw<'f>(
         &mut self,
         rig: &mut Rig,
@@ -142,7 +142,7 @@ impl Model<'_> {
         len = len.min(size);
         let mut at = self.range.start + self.rng.below(size - len + 1);
         if self.rng.chance(0.6) {
-            // Whole blocks, where there is room for one.
+            // Whole blocks, if there is room for one.
             at = at / block * block;
             len = (len / block * block).max(block);
             at = at.clamp(self.range.start, self.range.end.saturating_sub(len).max(self.range.start));
@@ -150,7 +150,7 @@ impl Model<'_> {
         (at, len.min(self.range.end - at))
     }
 
-    /// Checks how a request has ended. The answer is a read that must follow.
+    /// Checks the result of a request. Returns a read that must follow, if any.
     fn end(&mut self, flight: Flight, done: Done) -> Option<Flight> {
         let Flight { at, len, task } = flight;
         assert_eq!(done.result, Ok(()), "{:?}", done.io);
@@ -187,7 +187,7 @@ impl Model<'_> {
     }
 }
 
-/// Noise, quickly: a part of a longer stretch that is made once, from a random byte of it on.
+/// Random bytes, quickly: a part of a longer buffer that is filled once, from a random byte on.
 pub(super) fn noise(rng: &mut Rng, len: u64) -> Vec<u8> {
     static STRETCH: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let mut bytes = vec![0; (1 << 20) + 7];
@@ -203,7 +203,7 @@ pub(super) fn noise(rng: &mut Rng, len: u64) -> Vec<u8> {
     bytes
 }
 
-/// What a discard leaves is what was there before, or zeroes.
+/// After a discard, every byte is as before, or zero.
 pub(super) fn old_or_zero(at: u64, found: &[u8], before: &[u8]) {
     const PART: usize = 4096;
     const ZEROES: [u8; PART] = [0; PART];
@@ -216,8 +216,8 @@ pub(super) fn old_or_zero(at: u64, found: &[u8], before: &[u8]) {
     }
 }
 
-/// An answer to a status starts where it was asked to, has no gaps, ends within the range, and calls nothing empty that
-/// is not.
+/// Checks an answer to a status: it starts at `at`, has no gaps, ends within the range, and reports no data as a hole or as
+/// zeroes.
 pub(super) fn covered(at: u64, len: u64, extents: &[Extent], shadow: &Memory) {
     let mut next = at;
     for extent in extents {

@@ -1,4 +1,4 @@
-//! The steps below channels: a queue by itself, asked only for what its device says it can do.
+//! The steps without channels: a queue alone, which gets only operations that its device claims to support.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ fn arena(device: &dyn Device) -> Arena {
     mapping.arenas(1).remove(0)
 }
 
-/// Reaps until nothing of `missing` is missing, as a server would: asleep where there is something to wake it.
+/// Reaps until no request is missing, as a server would: it sleeps if there is a descriptor to wake it.
 fn finish(queue: &mut dyn Queue, mut missing: usize) -> Vec<Completion> {
     let (started, mut done) = (Instant::now(), Vec::new());
     while missing > 0 {
@@ -52,7 +52,7 @@ fn one(queue: &mut dyn Queue, op: Op) -> Op {
     done.op
 }
 
-/// Every operation that the device has, at its shortest and at its longest; a full queue; a drop with work in flight.
+/// Every operation of the device, at its shortest and its longest; a full queue; a drop with requests in flight.
 pub(super) fn requests(bench: &mut Bench) {
     let device = bench.device.clone();
     let info = bench.info.clone();
@@ -133,7 +133,7 @@ pub(super) fn requests(bench: &mut Bench) {
     drop(device.open_queue(8).expect("and can be opened again"));
 }
 
-/// A queue takes requests until it is full, hands the next one back as it was, and completes each that it took once.
+/// A queue takes requests until it is full, returns the next one unchanged, and completes each request once.
 fn full(queue: &mut dyn Queue, arena: &mut Arena, block: u64) {
     for _ in 0..10 {
         let (mut taken, mut refused) = (Vec::new(), false);
@@ -165,7 +165,7 @@ fn full(queue: &mut dyn Queue, arena: &mut Arena, block: u64) {
     }
 }
 
-/// As many queues as the device says can be open at a time, and not one more.
+/// As many queues as the device claims can be open at a time, and not one more.
 pub(super) fn queues(bench: &mut Bench) {
     let max = usize::from(bench.info.queues_max);
     let mut open: Vec<_> = (0..max.min(8))
@@ -197,7 +197,7 @@ pub(super) fn give_up(device: &dyn Device) {
         assert!(matches!(done.result, Ok(()) | Err(Error::Gone)), "{done:?}");
     }
     let buf = arena.alloc(block as usize).expect("memory");
-    queue.push(Request { tag: 9, op: Op::Read { at: 0, buf } }).expect("a dead queue takes what it will not do");
+    queue.push(Request { tag: 9, op: Op::Read { at: 0, buf } }).expect("a dead queue takes requests");
     queue.kick();
     let done = finish(&mut *queue, 1).remove(0);
     assert_eq!((done.tag, done.result), (9, Err(Error::Gone)));

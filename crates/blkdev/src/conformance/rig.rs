@@ -1,4 +1,4 @@
-//! A channel with what a test needs around it: tags, waiting, and a clear word when something does not end.
+//! A channel with helpers for tests: tags, waiting, and a clear message if something does not end.
 
 use std::{
     os::fd::BorrowedFd,
@@ -13,14 +13,14 @@ use crate::{
     io::{Done, Io},
 };
 
-/// How long anything may take before the suite calls it lost.
+/// Time after which the suite considers a request lost.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A channel, and what it has been asked for.
+/// A channel, and its requests.
 pub(super) struct Rig {
     pub(super) channel: Channel,
     pub(super) done: Vec<Done>,
-    /// Submitted, and not in `done` yet.
+    /// Requests that were submitted, and are not in `done` yet.
     pub(super) missing: usize,
     tag: u64,
     free: usize,
@@ -31,7 +31,7 @@ impl Rig {
         Self { free: channel.memory_free(), channel, done: Vec::new(), missing: 0, tag: 0 }
     }
 
-    /// Submits a request, and answers its tag.
+    /// Submits a request, and returns its tag.
     pub(super) fn submit(&mut self, io: Io) -> u64 {
         self.tag += 1;
         self.missing += 1;
@@ -39,7 +39,7 @@ impl Rig {
         self.tag
     }
 
-    /// Waits until everything that was submitted has ended.
+    /// Waits until all submitted requests have ended.
     pub(super) fn finish(&mut self) -> Vec<Done> {
         while self.missing > 0 {
             wait(std::slice::from_mut(self));
@@ -47,7 +47,7 @@ impl Rig {
         std::mem::take(&mut self.done)
     }
 
-    /// Submits a request and waits for its end. Nothing else is under way.
+    /// Submits a request and waits for its end. No other request is in flight.
     pub(super) fn one(&mut self, io: Io) -> Done {
         let tag = self.submit(io);
         let mut done = self.finish();
@@ -63,7 +63,7 @@ impl Rig {
         done.io
     }
 
-    /// A buffer, as soon as there is room for it. Buffers in `done` take room too.
+    /// Returns a buffer, as soon as there is room for it. Buffers in `done` take room too.
     pub(super) fn buf(&mut self, at: u64, len: u64) -> Buf {
         loop {
             if let Some(buf) = self.channel.alloc(at, len as usize) {
@@ -107,19 +107,19 @@ impl Rig {
         bytes
     }
 
-    /// The longest request that always finds memory once the channel is idle.
+    /// The longest request that always gets memory when the channel is idle.
     pub(super) fn longest(&self) -> usize {
         self.channel.memory() - 2 * self.channel.info().block_size as usize
     }
 
-    /// After a step nothing is under way and every byte of memory is back.
+    /// Checks that after a step nothing is in flight and all memory is free.
     pub(super) fn settled(&self) {
         assert_eq!((self.missing, self.done.len(), self.channel.in_flight()), (0, 0, 0), "nothing is left over");
         assert_eq!(self.channel.memory_free(), self.free, "all memory is back");
     }
 }
 
-/// Waits until another request of some rig has ended. Sleeps as a server does, so that a wake-up that never comes is found.
+/// Waits until another request of any rig has ended. Sleeps as a server does, so that a missing wake-up is found.
 pub(super) fn wait(rigs: &mut [Rig]) {
     let started = Instant::now();
     let done_by = |rigs: &[Rig]| rigs.iter().map(|rig| rig.done.len()).sum::<usize>();
@@ -166,7 +166,7 @@ fn turn(rig: &mut Rig) {
 /// Whether one of them becomes readable in time.
 pub(super) fn readable(fds: &[BorrowedFd<'_>], time: Duration) -> bool {
     let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
-    // Rounded up: a wait of less than a millisecond is not a loop.
+    // Rounded up, so that a wait of less than a millisecond is not a busy loop.
     let time = PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
     poll(&mut fds, time).expect("poll") > 0
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{arena::PAGE, error::Error, extent::Extent, fault::Rng, io::Io};
 
-/// Noise everywhere, so that whatever is lost, moved or left out shows.
+/// Random bytes everywhere, so that lost, moved or missing data is noticed.
 pub(super) fn fill(bench: &mut Bench) {
     for range in [0..super::AREA, bench.tail()] {
         bench.write(range.start, range.end - range.start);
@@ -24,7 +24,7 @@ pub(super) fn fill(bench: &mut Bench) {
     }
 }
 
-/// Lengths around every limit, at both ends of the device; and what lies around stays as it was.
+/// Lengths around every limit, at both ends of the device. The surroundings must not change.
 pub(super) fn edges(bench: &mut Bench) {
     let (block, transfer) = (bench.block(), u64::from(bench.info.transfer_max));
     let page = PAGE as u64;
@@ -51,8 +51,8 @@ pub(super) fn edges(bench: &mut Bench) {
     }
 }
 
-/// Zeroes of every length, aligned or not, with and without holes; whole and 17 MiB too, which is more than many devices
-/// take at a time.
+/// Zeroes of every length, aligned or not, with and without holes; the whole device too, and 17 MiB, which is more than many
+/// devices take at a time.
 pub(super) fn zero(bench: &mut Bench) {
     zero_one(bench, 3 << 20, 17 << 20, true, false);
     zero_one(bench, (2 << 20) + 1, 17 << 20, false, false);
@@ -72,7 +72,7 @@ pub(super) fn zero(bench: &mut Bench) {
             }
         }
     }
-    // Where it does not mean to write a large device full.
+    // Unless this would fill a large device.
     if bench.capacity <= 64 << 20 || (bench.info.caps.zero && bench.capacity <= 1 << 40) {
         zero_one(bench, 0, bench.capacity, true, false);
         fill(bench);
@@ -96,7 +96,7 @@ fn zero_one(bench: &mut Bench, at: u64, len: u64, unmap: bool, fast: bool) {
     }
 }
 
-/// A discard leaves what was there, or zeroes; and everything else alone.
+/// A discard leaves the old content or zeroes, and does not change anything else.
 pub(super) fn discard(bench: &mut Bench) {
     if !bench.info.caps.discard {
         let result = bench.rig().one(Io::Discard { at: 0, len: 4096, fua: false }).result;
@@ -133,7 +133,7 @@ fn discard_one(bench: &mut Bench, at: u64, len: u64, fua: bool) {
     bench.verify_around(at, len);
 }
 
-/// Takes what a discard has left as what the device should hold.
+/// Reads the range of a discard, and takes the result as the expected content.
 fn learn(bench: &mut Bench, at: u64, len: u64) {
     let found = bench.rig().read(at, len);
     let mut before = vec![0; len as usize];
@@ -142,7 +142,7 @@ fn learn(bench: &mut Bench, at: u64, len: u64) {
     bench.wrote(at, &found);
 }
 
-/// Flush and FUA can be asked of every device. (Whether it keeps its word, only a power cut tells.)
+/// Flush and FUA work on every device. (Only a power failure shows whether the data is durable.)
 pub(super) fn durability(bench: &mut Bench) {
     let block = bench.block();
     bench.rig().ok(Io::Flush);
@@ -159,7 +159,7 @@ pub(super) fn durability(bench: &mut Bench) {
     assert!(bench.rig().finish().iter().all(|done| done.result == Ok(())));
 }
 
-/// The answers cover a range without gaps, and call nothing empty that holds data.
+/// The answers cover a range without gaps, and report no data as a hole or as zeroes.
 pub(super) fn status(bench: &mut Bench) {
     if !bench.info.caps.read_only {
         bench.rig().ok(Io::Zero { at: 1 << 20, len: 1 << 20, fua: false, unmap: true, fast: false });
@@ -181,7 +181,7 @@ pub(super) fn status(bench: &mut Bench) {
             next = extents.last().map_or(end, |last| last.at + last.len);
         }
     }
-    // Of the whole device the answer must only make sense.
+    // For the whole device, the answer must only be well-formed.
     let extents = ask(bench, 0, capacity);
     assert!(extents.first().is_some_and(|first| first.at == 0), "{extents:?}");
 }
@@ -193,7 +193,7 @@ fn ask(bench: &mut Bench, at: u64, len: u64) -> Vec<Extent> {
     extents
 }
 
-/// What does not lie on the device is refused, whatever it is, and the buffer comes back.
+/// Requests past the end of the device fail, whatever the operation, and the buffer comes back.
 pub(super) fn out_of_range(bench: &mut Bench) {
     let capacity = bench.capacity;
     let caps = bench.info.caps;
@@ -220,7 +220,7 @@ pub(super) fn out_of_range(bench: &mut Bench) {
     }
 }
 
-/// Nothing to do succeeds; up to the end of the device.
+/// Requests of no bytes succeed, up to the end of the device.
 pub(super) fn no_length(bench: &mut Bench) {
     let caps = bench.info.caps;
     for at in [0, 1, bench.capacity] {
@@ -239,7 +239,7 @@ pub(super) fn no_length(bench: &mut Bench) {
     }
 }
 
-/// Far more requests than a queue holds, submitted before any is reaped.
+/// Many more requests than a queue takes, submitted before the first reap.
 pub(super) fn many_at_once(bench: &mut Bench) {
     let (block, count) = (bench.block().max(512), 20 * u64::from(super::DEPTH));
     let read_only = bench.info.caps.read_only;
@@ -273,7 +273,7 @@ pub(super) fn many_at_once(bench: &mut Bench) {
     }
 }
 
-/// When all memory is taken, there is none until a buffer comes back; and then there is.
+/// When all memory is in use, there is none until a buffer comes back; then there is.
 pub(super) fn back_pressure(bench: &mut Bench) {
     let len = 1 << 20;
     for n in 0..64 {
@@ -296,7 +296,7 @@ pub(super) fn back_pressure(bench: &mut Bench) {
     bench.verify(0..16 << 20);
 }
 
-/// What is withdrawn ends once, as done or as withdrawn; and then it was not done, or all of it was.
+/// A cancelled request ends once, as completed or as cancelled. If cancelled, it was executed completely or not at all.
 pub(super) fn cancel(bench: &mut Bench) {
     let read_only = bench.info.caps.read_only;
     let len = bench.block().max(512);
@@ -324,7 +324,7 @@ pub(super) fn cancel(bench: &mut Bench) {
                 (Ok(()), Io::Write { at, .. }) => bench.wrote(at, &bytes),
                 (Ok(()), _) => {}
                 (Err(Error::Cancelled), _) => {
-                    assert!(done.tag % 3 == 0 || done.tag == last, "{} was not withdrawn", done.tag);
+                    assert!(done.tag % 3 == 0 || done.tag == last, "{} was not cancelled", done.tag);
                 }
                 (Err(error), io) => panic!("{io:?}: {error}"),
             }
@@ -335,7 +335,7 @@ pub(super) fn cancel(bench: &mut Bench) {
     }
 }
 
-/// Every completion after an `arm` makes the descriptor readable; an idle channel lets its owner sleep.
+/// Every completion after an `arm` makes the descriptor readable. An idle channel lets its owner sleep.
 pub(super) fn wake(bench: &mut Bench) {
     let block = bench.block().max(512);
     for rig in &mut bench.rigs {
@@ -346,7 +346,7 @@ pub(super) fn wake(bench: &mut Bench) {
                 rig.submit(io);
             }
             match round % 3 {
-                // To be armed with everything still to come, or with everything there already.
+                // Arm before any completion, or after all of them.
                 0 => rig.channel.kick(),
                 1 => {
                     rig.channel.kick();
@@ -355,7 +355,7 @@ pub(super) fn wake(bench: &mut Bench) {
                 _ => {}
             }
             while rig.missing > 0 {
-                // Panics when a wake-up is lost.
+                // Panics if a wake-up is lost.
                 wait(std::slice::from_mut(rig));
                 if round % 5 == 0 {
                     rig.channel.arm();
@@ -367,12 +367,12 @@ pub(super) fn wake(bench: &mut Bench) {
     }
 }
 
-/// With nothing in flight, an armed channel is quiet after a few turns at the latest.
+/// With nothing in flight, an armed channel is quiet after a few turns at most.
 fn idle(rig: &mut Rig) {
     let started = Instant::now();
     let mut quiet = 0;
     while quiet < 3 {
-        assert!(started.elapsed() < PATIENCE, "an idle channel goes on waking its owner");
+        assert!(started.elapsed() < PATIENCE, "an idle channel keeps waking its owner");
         rig.channel.reap(&mut rig.done);
         let armed = rig.channel.arm();
         let woken = rig.channel.wake_fd().is_some_and(|fd| readable(&[fd], Duration::from_millis(1)));
@@ -380,7 +380,7 @@ fn idle(rig: &mut Rig) {
     }
 }
 
-/// Random requests on all channels, by one thread.
+/// Random requests on all channels, from one thread.
 pub(super) fn model(bench: &mut Bench) {
     let rng = Rng::new(bench.rng.next());
     let (keeps_data, shadow) = (bench.keeps_data, &bench.shadow);
@@ -392,9 +392,9 @@ pub(super) fn model(bench: &mut Bench) {
     bench.verify(bench.tail());
 }
 
-/// A thread for each channel, each with random requests in a part of the device that is its own, to the byte.
+/// One thread for each channel, with random requests in its own part of the device, exact to the byte.
 pub(super) fn threads(bench: &mut Bench) {
-    // Neighbours share a block, where blocks are longer than a byte.
+    // Neighbours share a block, if blocks are longer than a byte.
     let (share, mut start) = ((4 << 20) + 1, 12345);
     let (keeps_data, shadow, rng) = (bench.keeps_data, &bench.shadow, &mut bench.rng);
     let models: Vec<_> = bench
@@ -414,11 +414,11 @@ pub(super) fn threads(bench: &mut Bench) {
     bench.verify(0..start + (1 << 20));
 }
 
-/// Threads that write neighbouring bytes of the same blocks: none may undo what the other has done.
+/// Threads write neighbouring bytes of the same blocks. None may undo the writes of another.
 pub(super) fn neighbours(bench: &mut Bench) {
     let block = bench.block().max(512);
     let (keeps_data, shadow, rng) = (bench.keeps_data, &bench.shadow, &mut bench.rng);
-    // Every few bytes, the owner changes; over three blocks.
+    // Every few bytes belong to another thread; over three blocks.
     let (piece, pieces) = (block / 8 - 1, 24);
     let count = bench.rigs.len() as u64;
     let barrier = Barrier::new(bench.rigs.len());
@@ -453,8 +453,8 @@ pub(super) fn neighbours(bench: &mut Bench) {
     bench.verify(0..pieces * piece + block);
 }
 
-/// Writes of whole blocks, and of a few bytes in the same blocks at the same time: outside these bytes every block holds
-/// what the write of the whole has left.
+/// Writes of whole blocks, and of a few bytes in the same blocks at the same time. Outside these bytes, every block has the
+/// content of the last write of the whole block.
 pub(super) fn whole_and_part(bench: &mut Bench) {
     const BLOCKS: u64 = 8;
     let block = bench.block().max(512);
@@ -487,7 +487,7 @@ pub(super) fn whole_and_part(bench: &mut Bench) {
         }
     }
 
-    // One channel with the whole, the others with parts.
+    // One channel writes whole blocks, the others write parts.
     let seed = bench.rng.next();
     let done = AtomicBool::new(false);
     let (first, others) = bench.rigs.split_first_mut().expect("there is a channel");
@@ -500,7 +500,7 @@ pub(super) fn whole_and_part(bench: &mut Bench) {
                 }
             });
         }
-        // Even when a check fails, so that the others end.
+        // Also if a check fails, so that the other threads end.
         let _end = OnDrop(|| done.store(true, Ordering::Relaxed));
         let mut rng = Rng::new(seed);
         for _ in 0..300 {
@@ -521,7 +521,7 @@ impl<F: Fn()> Drop for OnDrop<F> {
     }
 }
 
-/// Channels can be dropped with work in flight, and opened again. What they wrote is there, or not.
+/// Channels can be dropped with requests in flight, and opened again. Their writes were executed or not.
 pub(super) fn drop_in_flight(bench: &mut Bench) {
     let (len, read_only) = (bench.block().max(4096), bench.info.caps.read_only);
     for _ in 0..2 {
@@ -557,9 +557,9 @@ pub(super) fn drop_in_flight(bench: &mut Bench) {
     }
 }
 
-/// Nothing can be changed, everything can be read.
+/// Nothing can be changed; everything can be read.
 pub(super) fn read_only(bench: &mut Bench) {
-    // What the device holds now is what it should go on holding.
+    // The present content of the device must not change.
     for range in [0..super::AREA, bench.tail()] {
         let bytes = bench.rig().read(range.start, range.end - range.start);
         bench.wrote(range.start, &bytes);
