@@ -671,7 +671,7 @@ const LESSONS: &[Lesson] = &[
         "set a rule; a client that matches no rule sees nothing",
         &[
             "access::without_rules_every_client_is_admitted_and_with_rules_those_that_match_one",
-            "server::what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched",
+            "server::a_forbidden_export_looks_like_a_missing_one_and_is_not_touched",
             "access::a_user_sees_what_is_for_him",
             "access::a_network_sees_what_is_for_it",
         ],
@@ -786,8 +786,8 @@ const LESSONS: &[Lesson] = &[
             "handshake::two_hundred_clients_idle_in_every_phase_and_one_more_is_served",
             "server::a_handshake_has_a_deadline_and_room_for_so_many",
             "listen::connections_are_counted_and_handshakes_end_in_time",
-            "changes::a_handshake_sees_what_there_is_at_its_end",
-            "changes::clients_of_an_export_that_goes_hard_are_cut_off_under_load",
+            "changes::a_handshake_uses_the_exports_at_its_end",
+            "changes::clients_of_a_hard_removed_export_are_disconnected_under_load",
         ],
     ),
     (

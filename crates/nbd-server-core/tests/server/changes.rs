@@ -1,4 +1,4 @@
-//! Exports that come, change and go, while clients of others are served, and clients of theirs are busy.
+//! Exports are added, changed and removed while their own clients and clients of others are busy.
 
 use std::{
     sync::{
@@ -22,7 +22,7 @@ use crate::{Client, PATIENCE, Running};
 const LEN: u32 = 64 << 10;
 
 #[test]
-fn an_export_comes_and_goes_and_others_do_not_notice() {
+fn adding_and_removing_an_export_does_not_affect_others() {
     let server = Running::start(vec![("stays", disk(0))], |limits| limits.workers = 2);
     let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -81,13 +81,13 @@ fn clients_of_a_hidden_export_stay_until_they_leave() {
 }
 
 #[test]
-fn clients_of_an_export_that_goes_softly_get_eshutdown() {
+fn clients_of_a_softly_removed_export_get_eshutdown() {
     let disk = disk(7);
     let watched = Arc::downgrade(&disk);
     let server = Running::start(vec![("x", disk)], |limits| limits.farewell = Duration::from_secs(2));
     let (mut polite, mut rude, mut late) = (server.client("x"), server.client("x"), server.client("x"));
     assert_eq!(polite.read(0, 1), Ok(vec![7]));
-    // A write that has begun is carried out.
+    // A write that has begun is completed.
     late.encoder.write_head(&mut late.out, Cookie(1), 0, 4, false);
     late.out.extend_from_slice(b"la");
     late.send();
@@ -98,7 +98,7 @@ fn clients_of_an_export_that_goes_softly_get_eshutdown() {
     late.out.extend_from_slice(b"te");
     late.send();
     assert_eq!(late.reply(1), Ok(Vec::new()));
-    // The payload of a write that is refused is swallowed, the one of no bytes as well.
+    // The payload of a refused write is discarded; a write of no bytes is refused as well.
     assert_eq!(polite.write(0, &vec![9; 3 << 20]), Err(WireError::Shutdown));
     assert_eq!(polite.write(0, b""), Err(WireError::Shutdown));
     polite.encoder.flush(&mut polite.out, Cookie(5));
@@ -108,14 +108,14 @@ fn clients_of_an_export_that_goes_softly_get_eshutdown() {
     polite.send();
     assert!(polite.next_reply().is_none());
     assert_eq!(rude.read(0, 4), Err(WireError::Shutdown));
-    assert!(rude.next_reply().is_none(), "who does not leave is cut off");
-    assert!(start.elapsed() >= Duration::from_secs(2), "but not before its time");
+    assert!(rude.next_reply().is_none(), "a client that does not leave is disconnected");
+    assert!(start.elapsed() >= Duration::from_secs(2), "but not before the grace period is over");
     await_closed(&watched);
     assert_eq!(server.server.exports(), []);
 }
 
 #[test]
-fn clients_of_an_export_that_goes_hard_are_cut_off_under_load() {
+fn clients_of_a_hard_removed_export_are_disconnected_under_load() {
     for removal in [Removal::Hard, Removal::Soft] {
         let disk = disk(1);
         let watched = Arc::downgrade(&disk);
@@ -126,7 +126,7 @@ fn clients_of_an_export_that_goes_hard_are_cut_off_under_load() {
                 let mut client = server.client("x");
                 let served = &served;
                 scope.spawn(move || {
-                    // More than there is memory for, so some of them wait for others.
+                    // More than the memory, so that some wait for others.
                     let len = if n % 2 == 0 { LEN } else { 700 << 10 };
                     for cookie in 0.. {
                         client.encoder.read(&mut client.out, Cookie(cookie), 0, len);
@@ -156,7 +156,7 @@ fn clients_of_an_export_that_goes_hard_are_cut_off_under_load() {
 }
 
 #[test]
-fn a_silent_device_is_let_go_of_in_bounded_time() {
+fn a_silent_device_is_abandoned_in_bounded_time() {
     let device = Arc::new(Fault::new(Memory::new(1 << 20), Faults { lost: 1.0, ..Faults::new(3) }));
     let watched: Weak<dyn Device> = Arc::<Fault<Memory>>::downgrade(&device);
     let server = Running::start(vec![("stays", disk(0)), ("x", Arc::<Fault<Memory>>::clone(&device))], |_| {});
@@ -172,7 +172,7 @@ fn a_silent_device_is_let_go_of_in_bounded_time() {
 }
 
 #[test]
-fn a_stronger_removal_takes_the_place_of_a_weaker_one() {
+fn a_stronger_removal_replaces_a_weaker_one() {
     let server = Running::start(vec![("x", disk(1))], |_| {});
     let mut first = server.client("x");
     assert_eq!(first.read(0, 1), Ok(vec![1]));
@@ -196,7 +196,7 @@ fn a_name_changes_its_device_in_one_step() {
         for _ in 0..2 {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
-                    // Always there, and never a bit of the one and a bit of the other.
+                    // The export always exists, and its device and size always match.
                     let mut client = server.client("x");
                     let size = client.size;
                     assert_eq!(client.read(size - 1, 1), Ok(vec![((size >> 20) - 1) as u8]));
@@ -204,18 +204,18 @@ fn a_name_changes_its_device_in_one_step() {
             });
         }
         for n in 1..60 {
-            // Only hidden: whoever has got as far as GO is served.
+            // The removed device is only hidden: clients that have got as far as GO are served.
             server.server.replace(vec![export("x", sized_disk(n))], None, |_| Removal::Hide).unwrap();
             thread::sleep(Duration::from_millis(5));
         }
         over.store(true, Ordering::Relaxed);
     });
-    assert_eq!(first.read(0, 1), Ok(vec![0]), "who was there at the beginning has what was there at the beginning");
+    assert_eq!(first.read(0, 1), Ok(vec![0]), "an early client keeps its device");
     eventually(|| server.server.exports() == [status("x", 0, None), status("x", 1, Some(Removal::Hide))]);
 }
 
 #[test]
-fn words_change_without_anybody_noticing() {
+fn changed_properties_do_not_affect_clients() {
     let disk = disk(1);
     let server = Running::start(vec![("x", Arc::clone(&disk))], |_| {});
     let mut client = server.client("x");
@@ -238,7 +238,7 @@ fn a_change_that_fails_changes_nothing() {
     };
     fails(vec![export("new", disk(2)), export("new", disk(3))], "two exports are named \"new\"");
     fails(vec![export(&"long".repeat(2000), disk(2))], "4096");
-    // The second one cannot be opened, and the first is not served either.
+    // The second one cannot be opened, so the first is not added either.
     fails(vec![export("new", disk(2)), export("again", single)], "queue");
     let error = server.server.add(export("x", disk(2))).unwrap_err().to_string();
     assert!(error.contains("two exports are named \"x\""), "{error}");
@@ -248,7 +248,7 @@ fn a_change_that_fails_changes_nothing() {
 }
 
 #[test]
-fn a_handshake_sees_what_there_is_at_its_end() {
+fn a_handshake_uses_the_exports_at_its_end() {
     let server = Running::start(vec![("x", disk(1))], |_| {});
     let (early, other) = (server.connect(), server.connect());
     server.server.remove("x", Removal::Hide).unwrap();
@@ -257,14 +257,14 @@ fn a_handshake_sees_what_there_is_at_its_end() {
     assert_eq!(Client::try_enter(other, "").unwrap().read(0, 1), Ok(vec![2]));
 }
 
-/// 4 MiB of that byte, one queue for each worker.
+/// A disk of 4 MiB filled with this byte, with one queue for each worker.
 fn disk(byte: u8) -> Arc<dyn Device> {
     let disk = Memory::new(4 << 20);
     disk.write(0, &vec![byte; 4 << 20]);
     Arc::new(disk)
 }
 
-/// One MiB more than `n`, with `n` in its last byte.
+/// A disk of `n + 1` MiB, with `n` in its last byte.
 fn sized_disk(n: u8) -> Arc<dyn Device> {
     let size = (u64::from(n) + 1) << 20;
     let disk = Memory::new(size);
@@ -288,7 +288,7 @@ fn await_closed(device: &Weak<dyn Device>) {
 pub(crate) fn eventually(mut test: impl FnMut() -> bool) {
     let start = Instant::now();
     while !test() {
-        assert!(start.elapsed() < PATIENCE, "it does not come to that");
+        assert!(start.elapsed() < PATIENCE, "the condition is never met");
         thread::sleep(Duration::from_millis(1));
     }
 }

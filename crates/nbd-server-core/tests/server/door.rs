@@ -1,4 +1,4 @@
-//! Handshakes: no client keeps others out, whatever clients, devices and listening sockets do.
+//! Handshakes: no client, device or listening socket can keep clients out.
 
 use std::{
     fs::File,
@@ -36,7 +36,7 @@ use nix::sys::{
 
 use crate::{Client, PATIENCE, Running, changes::eventually, export, start};
 
-/// A device that does something else when it is asked for its size.
+/// A device with another way to return its size.
 struct Odd<F>(Memory, F);
 
 impl<F: Fn(u64) -> u64 + Send + Sync + 'static> Odd<F> {
@@ -98,14 +98,14 @@ fn an_extended_reply_repeats_the_offset_of_every_request() {
         }
     }
     let encoder = Encoder::new(Mode::Extended);
-    // All commands but DISC and two that are none; flags that are valid and flags that are not; ranges that fit, are empty,
-    // and end past the export. The payload of a status selects one context.
+    // All commands except DISC, and two unknown ones; valid and invalid flags; ranges that fit, are empty, and end past the
+    // export. The payload of a status selects one context.
     let payload = [&512u64.to_be_bytes()[..], &[0; 4]].concat();
     for kind in [0u16, 1, 3, 4, 5, 6, 7, 8, 99] {
         for flags in [0u16, 1, 4, 0x8000, 0x20] {
             for len in [0u64, 512, 1 << 20, 1 << 40] {
                 let payload = match (kind, flags) {
-                    // A payload this long is not to be sent.
+                    // The test does not send such a long payload.
                     (1, _) | (_, 0x20) if len > 1 << 20 => continue,
                     (7, 0x20) => payload.clone(),
                     (1, _) | (_, 0x20) => vec![1; len as usize],
@@ -143,7 +143,7 @@ fn a_client_may_ask_about_each_of_many_exports() {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket.read_exact(&mut [0; 18]).unwrap();
     socket.write_all(&3u32.to_be_bytes()).unwrap();
-    // How many replies came before the last, which must be an ACK.
+    // Number of replies before the last one, which must be an ACK.
     let mut ask = |option: u32, data: &[u8]| {
         let head = [&b"IHAVEOPT"[..], &option.to_be_bytes(), &(data.len() as u32).to_be_bytes()].concat();
         socket.write_all(&[&head, data].concat()).unwrap();
@@ -204,12 +204,12 @@ fn a_change_does_not_wait_for_a_handshake_and_the_handshake_does_not_lose() {
             done.send(server.exports().len()).unwrap();
         });
         let changed = changed.recv_timeout(PATIENCE);
-        // A pause for servers that might give up too early.
+        // A pause, for servers that might give up too early.
         thread::sleep(Duration::from_millis(100));
         open();
         let mut client = client.join().unwrap();
         assert_eq!(changed, Ok(3), "the change has waited for the handshake");
-        // The server reported that the export is there, so the client has it.
+        // The server reported that the export exists, so the client gets it.
         is_served(&mut client);
     });
     eventually(|| watched.strong_count() == 0);
@@ -218,7 +218,7 @@ fn a_change_does_not_wait_for_a_handshake_and_the_handshake_does_not_lose() {
 }
 
 #[test]
-fn a_device_that_panics_when_asked_costs_one_client_and_not_the_door() {
+fn a_device_that_panics_in_a_handshake_costs_one_client_and_not_the_door() {
     let server = Running::start(
         vec![
             ("odd", Odd::new(|size| if is_door() { panic!("asked by the door, on purpose") } else { size })),
@@ -233,7 +233,8 @@ fn a_device_that_panics_when_asked_costs_one_client_and_not_the_door() {
     }
 }
 
-/// A driver that panics on a worker, or that is asked for its size there, costs its clients errors; all others go on.
+/// A driver that panics on a worker, in a queue or when asked for its size, causes errors for its own clients. All others
+/// continue.
 #[test]
 fn a_driver_that_panics_ends_its_export_and_no_other() {
     let panics = Arc::new(AtomicBool::new(false));
@@ -268,7 +269,7 @@ fn a_driver_that_panics_ends_its_export_and_no_other() {
     is_served(&mut server.client("new"));
 }
 
-/// Panics when a worker reports a request with this magic: so a worker can be made to panic by our own fault.
+/// Panics when a worker logs a request with this magic. So a test can make a worker panic through a bug of its own.
 struct Trap;
 
 const TRAP: u32 = 0x0bad_b07e;
@@ -295,17 +296,17 @@ fn make_worker_panic(client: &mut Client) {
 }
 
 #[test]
-fn a_worker_that_panics_is_the_end_and_nobody_is_sent_to_it_any_more() {
+fn a_worker_panic_is_a_failure_and_the_worker_gets_no_more_clients() {
     let server = Running::start(vec![("x", disk())], |limits| limits.workers = 1);
     make_worker_panic(&mut server.client("x"));
     let end = server.server.end();
-    let text = end.wait().expect("that is no stop");
+    let text = end.wait().expect("a failure, not a stop");
     assert!(text.contains("worker 0") && text.contains("on purpose"), "{text}");
     assert_eq!(server.server.wait().to_string(), text);
     let refused = catch_unwind(AssertUnwindSafe(|| is_served(&mut server.client("x"))));
-    assert!(refused.is_err(), "there is nobody to serve it");
+    assert!(refused.is_err(), "no worker can serve it");
     let error = server.server.add(export("new", disk(), &[])).unwrap_err().to_string();
-    assert!(error.contains("\"new\"") && error.contains("no worker"), "{error}");
+    assert!(error.contains("\"new\"") && error.contains("all workers"), "{error}");
 }
 
 #[test]
@@ -366,13 +367,13 @@ fn a_listening_socket_that_was_shut_down_is_closed_and_the_others_go_on() {
 }
 
 #[test]
-fn who_cannot_be_waited_for_is_turned_away_and_the_next_one_served() {
+fn a_client_that_cannot_be_polled_is_rejected_and_the_next_one_served() {
     let file: OwnedFd = File::open("/proc/self/exe").unwrap().into();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (first, end) = mpsc::channel();
     let (second, other_end) = mpsc::channel();
     let listeners = vec![
-        // epoll takes no regular files.
+        // epoll does not accept regular files.
         Listener::Connected { socket: file, over: first },
         Listener::Connected { socket: theirs.into(), over: second },
     ];
@@ -384,7 +385,7 @@ fn who_cannot_be_waited_for_is_turned_away_and_the_next_one_served() {
 }
 
 #[test]
-fn silent_connections_keep_nobody_out() {
+fn silent_connections_do_not_keep_clients_out() {
     const CROWD: usize = 1100;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     assert!(most > 3 * CROWD as u64, "this takes more descriptors than {most}");
@@ -394,15 +395,15 @@ fn silent_connections_keep_nobody_out() {
     let mut crowd: Vec<UnixStream> = (0..CROWD).map(|_| server.connect()).collect();
     for _ in 0..20 {
         is_served(&mut server.client(""));
-        // A client that was cut off is back at once.
+        // A client that was disconnected connects again at once.
         crowd.drain(..20);
         crowd.extend((0..40).map(|_| server.connect()));
     }
-    assert!(start.elapsed() < 2 * PATIENCE, "they were not let in before the others had to go");
+    assert!(start.elapsed() < 2 * PATIENCE, "they got in before the others had to leave");
 }
 
 #[test]
-fn who_is_silent_makes_room_when_connections_are_short() {
+fn silent_clients_make_room_when_connections_are_short() {
     let server = Running::start(vec![("", disk())], |limits| {
         (limits.connections, limits.handshake_timeout) = (6, 10 * PATIENCE);
     });
@@ -410,7 +411,7 @@ fn who_is_silent_makes_room_when_connections_are_short() {
     served.iter_mut().for_each(is_served);
     let silent: Vec<UnixStream> = (0..4).map(|_| server.connect()).collect();
     silent.iter().for_each(|mut socket| socket.read_exact(&mut [0; 18]).unwrap());
-    // Not before its second is over: it may be about to say something.
+    // Not before its second is over: it may be about to send something.
     let mut early = server.connect();
     let greeted = early.read(&mut [0; 18]).unwrap_or(0);
     thread::sleep(Duration::from_millis(1200));
@@ -420,7 +421,7 @@ fn who_is_silent_makes_room_when_connections_are_short() {
 }
 
 #[test]
-fn who_says_something_stays_longer_than_who_does_not() {
+fn clients_that_send_stay_longer_than_silent_ones() {
     let server = Running::start(vec![("", disk())], |limits| {
         (limits.handshakes, limits.handshake_timeout) = (4, 10 * PATIENCE);
     });
@@ -432,7 +433,7 @@ fn who_says_something_stays_longer_than_who_does_not() {
         let mut silent = server.connect();
         silent.read_exact(&mut [0; 18]).unwrap();
         crowd.push(silent);
-        // An unknown option, and the answer to it.
+        // An unknown option, and the reply to it.
         talking.write_all(b"IHAVEOPT\0\0\0\x63\0\0\0\0").unwrap();
         let mut head = [0; 20];
         talking.read_exact(&mut head).unwrap();
@@ -441,5 +442,5 @@ fn who_says_something_stays_longer_than_who_does_not() {
     }
     let mut gone =
         crowd.into_iter().map(|mut silent| silent.set_nonblocking(true).and_then(|()| silent.read(&mut [0; 1])));
-    assert!(gone.next().unwrap().is_ok_and(|got| got == 0), "those who said nothing had to go");
+    assert!(gone.next().unwrap().is_ok_and(|got| got == 0), "silent clients had to leave");
 }

@@ -1,4 +1,4 @@
-//! The loop itself, over real sockets: who waits is served, who blocks others is cut off, and stopping ends.
+//! The event loop, over real sockets: waiting clients are served, clients that block others are disconnected, and stopping ends.
 
 mod changes;
 mod door;
@@ -29,13 +29,13 @@ use nbd_proto::{
 use nbd_server_core::{Access, Export, Limits, Listener, Server};
 use nix::unistd::geteuid;
 
-/// No wait of these tests is longer, unless something hangs.
+/// Longest wait of these tests, unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MIB: u32 = 1 << 20;
 
 #[test]
-fn many_who_need_all_memory_get_it_in_turn() {
+fn clients_that_need_all_memory_get_it_in_turn() {
     let disk = Memory::new(64 << 20);
     let pattern: Vec<u8> = (0..MIB).map(|n| (n / 7) as u8).collect();
     disk.write(5, &pattern);
@@ -47,7 +47,7 @@ fn many_who_need_all_memory_get_it_in_turn() {
         for _ in 0..6 {
             scope.spawn(|| {
                 let mut client = server.client("");
-                // All at once: none of them fits beside another.
+                // All at once: no two of them fit into the memory.
                 for cookie in 0..10 {
                     client.encoder.read(&mut client.out, Cookie(cookie), 5, MIB);
                 }
@@ -61,7 +61,7 @@ fn many_who_need_all_memory_get_it_in_turn() {
 }
 
 #[test]
-fn who_asks_for_more_than_fits_a_turn_gets_all_of_it() {
+fn a_client_that_requests_more_than_fits_a_turn_gets_all_of_it() {
     const LEN: u32 = 100_000;
     let disk = Memory::new(16 << 20);
     let pattern: Vec<u8> = (0..MIB).map(|n| (n / 7) as u8).collect();
@@ -73,7 +73,7 @@ fn who_asks_for_more_than_fits_a_turn_gets_all_of_it() {
             scope.spawn(move || {
                 let mut client = server.client("");
                 let mine = u64::from(MIB) * (u64::from(n) + 1);
-                // All at once, twenty times what a turn takes, and some of it before anybody reads a reply.
+                // All at once: twenty times the memory of a turn, and some of it before the client reads any reply.
                 for cookie in 0..60 {
                     client.encoder.read(&mut client.out, Cookie(2 * cookie), cookie * 1000, LEN);
                     client.encoder.write_head(&mut client.out, Cookie(2 * cookie + 1), mine + 2 * cookie, 2, false);
@@ -96,7 +96,7 @@ fn who_asks_for_more_than_fits_a_turn_gets_all_of_it() {
 }
 
 #[test]
-fn who_holds_memory_and_does_nothing_is_cut_off_when_others_wait() {
+fn a_client_that_holds_memory_idly_is_disconnected_when_others_wait() {
     let server = Running::start(vec![("", Arc::new(Memory::new(64 << 20)))], |limits| {
         limits.memory = 1 << 20;
         limits.workers = 1;
@@ -141,8 +141,8 @@ fn a_handshake_has_a_deadline_and_room_for_so_many() {
 }
 
 #[test]
-fn who_does_not_ask_for_block_sizes_is_refused_only_when_told_to() {
-    // The export with blocks, and one that takes every byte.
+fn clients_without_block_sizes_are_refused_only_if_configured() {
+    // The export with blocks, and one with a block size of one byte.
     for (required, name, refused) in [(false, "blocks", false), (true, "blocks", true), (true, "bytes", false)] {
         let blocks = Memory::new(1 << 20).with(|info| (info.block_size, info.preferred_block_size) = (4096, 4096));
         let devices = vec![("blocks", Arc::new(blocks) as Arc<dyn Device>), ("bytes", Arc::new(Memory::new(1 << 20)))];
@@ -157,7 +157,7 @@ fn who_does_not_ask_for_block_sizes_is_refused_only_when_told_to() {
         socket.read_exact(&mut answers).unwrap();
         let last = &answers[18 + 20 + info + 12..][..4];
         assert_eq!(last, if refused { [0x80, 0, 0, 8] } else { [0, 0, 0, 1] }, "{name}, required: {required}");
-        // Who asks is served in any case, and so is a part of a block.
+        // A client that requests block sizes is served in any case, and may write a part of a block.
         let mut client = server.client(name);
         client.encoder.write_head(&mut client.out, Cookie(1), 7, 3, false);
         client.out.extend_from_slice(b"abc");
@@ -173,7 +173,7 @@ fn who_does_not_ask_for_block_sizes_is_refused_only_when_told_to() {
 fn nothing_reaches_the_device_before_a_client_is_served() {
     let device = Arc::new(Fault::new(Memory::new(1 << 20), Faults::new(1)));
     let server = Running::start(vec![("disk", Arc::<Fault<Memory>>::clone(&device) as Arc<dyn Device>)], |_| {});
-    // LIST, INFO, contexts and a GO for nothing: as far as a client gets that is not served.
+    // LIST, INFO, contexts and a GO that fails: a client can get no further without being served.
     let info = b"\0\0\0\x04disk\0\x04\0\0\0\x01\0\x02\0\x03";
     let contexts = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
     let nothing = b"\0\0\0\x06nosuch\0\0";
@@ -187,7 +187,7 @@ fn nothing_reaches_the_device_before_a_client_is_served() {
             socket.write_all(&(data.len() as u32).to_be_bytes()).unwrap();
             socket.write_all(data).unwrap();
         }
-        // ABORT is acknowledged behind all of them.
+        // The reply to ABORT comes after all of them.
         socket.write_all(b"IHAVEOPT\0\0\0\x02\0\0\0\0").unwrap();
         let mut answers = Vec::new();
         socket.read_to_end(&mut answers).unwrap();
@@ -203,7 +203,7 @@ fn nothing_reaches_the_device_before_a_client_is_served() {
 }
 
 #[test]
-fn a_device_that_swallows_requests_neither_hangs_clients_nor_the_end() {
+fn a_device_that_loses_requests_hangs_neither_clients_nor_the_end() {
     let memory = Memory::new(1 << 20).with(|info| info.timeout = Some(Duration::from_millis(400)));
     let device = Arc::new(Fault::new(memory, Faults { lost: 0.5, ..Faults::new(3) }));
     let server = Running::start(vec![("", device)], |_| {});
@@ -213,7 +213,7 @@ fn a_device_that_swallows_requests_neither_hangs_clients_nor_the_end() {
     }
     client.send();
     let failed = (0..100).filter(|_| client.any_reply().1.is_err_and(|e| e == WireError::Io)).count();
-    assert!(failed > 0, "some were lost, and their clients are told");
+    assert!(failed > 0, "some were lost, and their clients get errors");
     let start = Instant::now();
     drop(server);
     assert!(start.elapsed() < PATIENCE);
@@ -234,7 +234,7 @@ fn stopping_with_requests_at_a_silent_device_ends() {
 }
 
 #[test]
-fn exports_are_told_apart_and_devices_with_one_queue_are_served() {
+fn exports_are_distinguished_and_devices_with_one_queue_are_served() {
     let disks: Vec<(&str, Arc<dyn Device>)> = ["a", "b", "c"]
         .into_iter()
         .map(|name| {
@@ -254,7 +254,7 @@ fn exports_are_told_apart_and_devices_with_one_queue_are_served() {
     assert!(start(names, Vec::new(), |_| {}).unwrap_err().to_string().contains("named \"x\""));
 }
 
-/// A disk that counts how often it is asked for its size.
+/// A disk that counts the requests for its size.
 struct Counting(Memory, AtomicU32);
 
 impl Device for Counting {
@@ -277,7 +277,7 @@ impl Device for Counting {
 }
 
 #[test]
-fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
+fn a_forbidden_export_looks_like_a_missing_one_and_is_not_touched() {
     let disk = |size| Arc::new(Counting(Memory::new(size), AtomicU32::new(0)));
     let (secret, public) = (disk(1 << 20), disk(1 << 21));
     let exports = vec![
@@ -295,7 +295,7 @@ fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
     let mut socket = &ours;
     socket.read_exact(&mut [0; 18]).unwrap();
     socket.write_all(&3u32.to_be_bytes()).unwrap();
-    // All replies to one option, as they stand on the wire.
+    // All replies to one option, as on the wire.
     let mut ask = |option: u32, data: &[u8]| {
         socket.write_all(b"IHAVEOPT").unwrap();
         socket.write_all(&option.to_be_bytes()).unwrap();
@@ -327,7 +327,7 @@ fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
         let answer = query(option, "secret");
         assert!(answer.contains("no export named NAME"), "{answer:?}");
         assert_eq!(answer, query(option, "absent"), "option {option}");
-        // The default export is the secret one, and stays that: nobody gets another by asking for no name.
+        // The default export remains the secret one: a client that names no export does not get another one.
         assert!(query(option, "").contains("no export named"), "option {option}");
     }
     assert_eq!((asked(&secret), asked(&public)), before, "a device was asked for its size");
@@ -337,14 +337,14 @@ fn what_is_forbidden_looks_like_what_is_not_there_and_is_not_touched() {
     assert_eq!(asked(&secret), before.0);
     assert!(asked(&public) > before.1);
 
-    // And the end of a connection is told.
+    // And the end of a connection is reported.
     assert_eq!(end.try_recv(), Err(mpsc::TryRecvError::Empty));
     drop(ours);
     assert_eq!(end.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
 }
 
 #[test]
-fn the_end_of_a_connection_is_told_when_nothing_is_left_of_it() {
+fn the_end_of_a_connection_is_reported_when_nothing_is_left_of_it() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (over, end) = mpsc::channel();
     let listener = Listener::Connected { socket: theirs.into(), over };
@@ -419,7 +419,7 @@ fn export(name: &str, device: Arc<dyn Device>, rules: &[&str]) -> Export {
     export
 }
 
-/// A client that waits for its answers.
+/// A client that waits for its replies.
 struct Client {
     socket: UnixStream,
     size: u64,
@@ -430,7 +430,7 @@ struct Client {
 }
 
 impl Client {
-    /// Shakes hands.
+    /// Does the handshake.
     fn enter(socket: UnixStream, name: &str) -> Self {
         Self::try_enter(socket, name).expect("the export is there")
     }
@@ -441,7 +441,7 @@ impl Client {
         let (mut out, mut staging) = (Vec::new(), [0; 4096]);
         loop {
             let got = socket.read(&mut staging).unwrap();
-            assert!(got > 0, "the server goes on shaking hands");
+            assert!(got > 0, "the handshake continues");
             let step = match course.next(&mut &staging[..got], &mut out) {
                 Err(Failure::Refused(Opt::GO, refusal)) if refusal.code == Rep::ERR_UNKNOWN => return None,
                 step => step.unwrap(),
@@ -466,7 +466,7 @@ impl Client {
         Ok(())
     }
 
-    /// The answer to that request, which must be the next one.
+    /// The reply to that request, which must be the next one.
     fn reply(&mut self, cookie: u64) -> Result<Vec<u8>, WireError> {
         let (found, result) = self.any_reply();
         assert_eq!(found, cookie);
@@ -474,7 +474,7 @@ impl Client {
     }
 
     fn any_reply(&mut self) -> (u64, Result<Vec<u8>, WireError>) {
-        self.next_reply().expect("the server goes on")
+        self.next_reply().expect("the server keeps the connection")
     }
 
     /// `None`: the server has closed the connection.
