@@ -7,11 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::EventFd,
-};
+use blkdev::wake::{Wake, wait};
 
 use crate::{
     liveness::Liveness,
@@ -26,7 +22,7 @@ pub(crate) const SIZE: u16 = 16;
 #[derive(Debug)]
 pub(crate) struct Admin {
     pub(crate) pair: Pair<Asked>,
-    pub(crate) wake: Arc<EventFd>,
+    pub(crate) wake: Arc<Wake>,
     pub(crate) life: Arc<Liveness>,
     pub(crate) timeout: Duration,
     /// The completion of the current command, once it has arrived.
@@ -71,7 +67,7 @@ impl Failure {
 }
 
 impl Admin {
-    pub(crate) fn new(pair: Pair<Asked>, wake: Arc<EventFd>, life: Arc<Liveness>, timeout: Duration) -> Self {
+    pub(crate) fn new(pair: Pair<Asked>, wake: Arc<Wake>, life: Arc<Liveness>, timeout: Duration) -> Self {
         Self { pair, wake, life, timeout, answer: None, events: Vec::new(), is_late: false }
     }
 
@@ -120,12 +116,12 @@ impl Admin {
         self.pair.publish();
         let deadline = Instant::now() + time;
         loop {
-            let _ = self.wake.read();
+            self.wake.clear();
             self.collect();
             if let Some(answer) = self.answer.take() {
                 if !self.events.is_empty() {
                     // Wake the thread that handles events: we consumed its wake-up.
-                    let _ = self.wake.write(1);
+                    self.wake.ring();
                 }
                 return if answer.status.is_success() { Ok(answer) } else { Err(Failure::Refused(answer.status)) };
             }
@@ -136,11 +132,11 @@ impl Admin {
             if left.is_zero() {
                 self.is_late = true;
                 // Wake the thread that resets the controller.
-                let _ = self.wake.write(1);
+                self.wake.ring();
                 return Err(Failure::Late);
             }
             // Wait in steps, to notice a dead device, and to work without interrupts if necessary.
-            wait(&self.wake, left.min(Duration::from_millis(100)));
+            wait([self.wake.as_fd()], Some(left.min(Duration::from_millis(100))));
         }
     }
 
@@ -164,17 +160,5 @@ impl Admin {
         let request = Command::new(spec::admin::ASYNC_EVENT_REQUEST, 0);
         self.pair.push(Asked::Event, |_, _| request).expect("the admin queue has room: one event request is in flight");
         self.pair.publish();
-    }
-}
-
-/// Waits until `fd` is readable. `false`: `time` has passed.
-pub(crate) fn wait(fd: &EventFd, time: Duration) -> bool {
-    // Rounded up: a wait of 0 ms just before the end would spin.
-    let timeout = PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
-    match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
-        Ok(count) => count > 0,
-        // The caller checks the clock again.
-        Err(Errno::EINTR) => false,
-        Err(_) => false,
     }
 }

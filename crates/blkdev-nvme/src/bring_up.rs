@@ -10,9 +10,8 @@ use std::{
     time::Duration,
 };
 
-use blkdev::Mapping;
+use blkdev::{Mapping, wake::Wake};
 use blkdev_vfio::PciDevice;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::{
     admin::{self, Admin, Failure},
@@ -75,9 +74,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     if wanted == 0 || wanted > queues_max {
         return Err(invalid(format!("{wanted} queues requested, but the device has {queues_max}")));
     }
-    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-    let wake = || Ok(Arc::new(EventFd::from_value_and_flags(0, flags)?));
-    let mut wakes = (0..=wanted).map(|_| wake()).collect::<io::Result<Vec<_>>>()?;
+    let mut wakes = (0..=wanted).map(|_| Wake::new().map(Arc::new)).collect::<io::Result<Vec<_>>>()?;
     // Before the controller is enabled: some controllers read their vectors only then.
     pci.enable_vectors(&wakes.iter().map(|wake| wake.as_fd()).collect::<Vec<_>>())?;
 

@@ -9,9 +9,8 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Info, Mapping};
+use blkdev::{Info, Mapping, wake::Wake};
 use blkdev_vfio::PciDevice;
-use nix::sys::eventfd::EventFd;
 
 use crate::{
     admin::{self, Admin},
@@ -40,7 +39,7 @@ pub(crate) struct Core {
     pub(crate) addresses: Addresses,
     pub(crate) queue_layout: Layout,
     /// One eventfd for each vector; the first belongs to the admin queue.
-    pub(crate) wakes: Vec<Arc<EventFd>>,
+    pub(crate) wakes: Vec<Arc<Wake>>,
     /// For each I/O queue: its commands in flight, while it is open.
     pub(crate) queues: Mutex<Vec<Place>>,
     /// Counts ticks: eighths of the time-out.
@@ -70,7 +69,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Core {
-    pub(crate) fn open_queue(&self, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<EventFd>)> {
+    pub(crate) fn open_queue(&self, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<Wake>)> {
         let index = {
             let mut queues = lock(&self.queues);
             let free = queues.iter().position(|place| matches!(place, Place::Free)).ok_or_else(|| {
@@ -89,7 +88,7 @@ impl Core {
         opened.map_err(|e| io::Error::new(e.kind(), format!("{}: queue {}: {e}", self.info.target, index + 1)))
     }
 
-    pub(crate) fn create(&self, id: u16, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<EventFd>)> {
+    pub(crate) fn create(&self, id: u16, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<Wake>)> {
         let size = depth.clamp(1, self.queue_layout.slots()) + 1;
         let layout = Layout { size, ..self.queue_layout };
         let memory = Mapping::new(layout.len())?;
@@ -163,7 +162,7 @@ impl Core {
             {
                 self.announce(admin, id, open)?;
                 open.flights.reach(Stage::Running);
-                let _ = self.wakes[usize::from(id)].write(1);
+                self.wakes[usize::from(id)].ring();
             }
         }
         Ok(())
@@ -172,17 +171,17 @@ impl Core {
     pub(crate) fn wake_owners(&self) {
         for wake in &self.wakes[1..] {
             // A full counter is readable, too.
-            let _ = wake.write(1);
+            wake.ring();
         }
     }
 
     /// Wakes the watching thread. Called by the owner of a restarted queue.
     pub(crate) fn wake_guard(&self) {
-        let _ = self.wakes[0].write(1);
+        self.wakes[0].ring();
     }
 
     /// Deletes a queue with nothing in flight from the controller.
-    pub(crate) fn close_queue(&self, id: u16, memory: &Arc<Mapping>, wake: &Arc<EventFd>) {
+    pub(crate) fn close_queue(&self, id: u16, memory: &Arc<Mapping>, wake: &Arc<Wake>) {
         self.life.unwatch(wake);
         let index = usize::from(id) - 1;
         let deleted = {

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use nix::sys::eventfd::EventFd;
+use blkdev::wake::Wake;
 
 /// The liveness of a controller, shared by all its users. It dies once, as a whole, and stays dead.
 #[derive(Debug)]
@@ -13,7 +13,7 @@ pub(crate) struct Liveness {
     /// The device's name in log messages.
     name: String,
     dead: AtomicBool,
-    sleepers: Mutex<Vec<Arc<EventFd>>>,
+    sleepers: Mutex<Vec<Arc<Wake>>>,
 }
 
 impl Liveness {
@@ -34,19 +34,18 @@ impl Liveness {
         }
         log::error!("{}: {why}; the device is declared dead", self.name);
         for sleeper in self.sleepers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // A full counter is readable, too.
-            let _ = sleeper.write(1);
+            sleeper.ring();
         }
     }
 
-    pub(crate) fn watch(&self, sleeper: &Arc<EventFd>) {
+    pub(crate) fn watch(&self, sleeper: &Arc<Wake>) {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(sleeper));
         if self.is_dead() {
-            let _ = sleeper.write(1);
+            sleeper.ring();
         }
     }
 
-    pub(crate) fn unwatch(&self, sleeper: &Arc<EventFd>) {
+    pub(crate) fn unwatch(&self, sleeper: &Arc<Wake>) {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner).retain(|s| !Arc::ptr_eq(s, sleeper));
     }
 }

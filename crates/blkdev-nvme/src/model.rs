@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt, io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -292,7 +292,7 @@ impl Model {
     /// Requests the device back, as the kernel does before a removal.
     pub fn ask_back(&self) {
         if let Some(fd) = &self.shared.lock().removal {
-            nix::unistd::write(fd, &1u64.to_ne_bytes()).expect("an eventfd takes a count");
+            blkdev::wake::ring(fd.as_fd());
         }
     }
 
@@ -603,7 +603,7 @@ impl State {
         self.store(address, low, Ordering::Relaxed);
         self.store(address + 8, high, Ordering::Release);
         // If the counter is full, the eventfd is readable already.
-        let _ = nix::unistd::write(&self.vectors[usize::from(vector)], &1u64.to_ne_bytes());
+        blkdev::wake::ring(self.vectors[usize::from(vector)].as_fd());
     }
 }
 

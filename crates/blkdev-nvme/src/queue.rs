@@ -9,11 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Completion, Error, Op, Queue, Request};
-use nix::sys::eventfd::EventFd;
+use blkdev::{
+    Completion, Error, Op, Queue, Request,
+    wake::{Wake, wait},
+};
 
 use crate::{
-    admin::wait,
     limits::{self, Disk},
     owner::Owner,
     pair::{List, Pair, Stage},
@@ -30,7 +31,7 @@ pub(crate) struct IoQueue {
     owner: Arc<Owner>,
     id: u16,
     pair: Pair<Request>,
-    wake: Arc<EventFd>,
+    wake: Arc<Wake>,
     /// Requests that ended in `push`.
     ended: Vec<Completion>,
     /// Commands resent after a reset wait for the doorbell.
@@ -38,7 +39,7 @@ pub(crate) struct IoQueue {
 }
 
 impl IoQueue {
-    pub(crate) fn new(owner: &Arc<Owner>, pair: Pair<Request>, wake: Arc<EventFd>) -> Self {
+    pub(crate) fn new(owner: &Arc<Owner>, pair: Pair<Request>, wake: Arc<Wake>) -> Self {
         Self { owner: Arc::clone(owner), id: pair.id(), pair, wake, ended: Vec::new(), again: false }
     }
 
@@ -160,7 +161,7 @@ impl Queue for IoQueue {
 
     fn arm(&mut self) -> bool {
         // Interrupts also write to it for completions that were popped already. EAGAIN: there was none.
-        let _ = self.wake.read();
+        self.wake.clear();
         // Only after emptying the eventfd: `Liveness::end` sets its mark first and then writes to the eventfd.
         fence(Ordering::SeqCst);
         if self.is_dead() {
@@ -222,7 +223,7 @@ impl Drop for IoQueue {
                 break;
             }
             if self.arm()
-                && !wait(&self.wake, deadline.saturating_duration_since(Instant::now()))
+                && wait([self.wake.as_fd()], Some(deadline.saturating_duration_since(Instant::now()))) == [false]
                 && deadline <= Instant::now()
             {
                 self.give_up();

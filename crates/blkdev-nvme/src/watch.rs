@@ -4,18 +4,11 @@ use std::{
     io,
     os::fd::AsFd,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::{EfdFlags, EventFd},
-};
+use blkdev::wake::{Stop, Wake, Watcher, wait};
 
 use crate::{
     admin::Failure,
@@ -29,59 +22,46 @@ use crate::{
 /// The running thread. The owner must [stop](Self::stop) it.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// Written when the device dies, and to stop the thread.
-    bell: Arc<EventFd>,
-    stopping: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    /// Woken when the device dies, too.
+    watcher: Watcher,
 }
 
 impl Watch {
     pub(crate) fn start(core: &Arc<Core>) -> io::Result<Self> {
-        let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let (bell, removal) = (Arc::new(eventfd()?), eventfd()?);
+        let removal = Wake::new()?;
         core.pci.watch_removal(removal.as_fd())?;
-        core.life.watch(&bell);
-        let stopping = Arc::new(AtomicBool::new(false));
         let guard = Guard {
             core: Arc::clone(core),
             wake: Arc::clone(&lock(&core.admin).wake),
-            bell: Arc::clone(&bell),
             removal,
-            stopping: Arc::clone(&stopping),
             paces: Vec::new(),
             aborted: Vec::new(),
             resets: 0,
             last_reset: None,
         };
-        let core = Arc::clone(core);
-        let run = move || {
+        let seen = Arc::clone(core);
+        let run = move |stop: &Stop| {
             // Without this thread, requests that the controller does not complete would never end.
-            if catch_unwind(AssertUnwindSafe(|| guard.run())).is_err() {
-                core.life.end("the watching thread panicked");
-                core.cut_off();
+            if catch_unwind(AssertUnwindSafe(|| guard.run(stop))).is_err() {
+                seen.life.end("the watching thread panicked");
+                seen.cut_off();
             }
         };
-        let thread = thread::Builder::new().name("nvme-watch".to_owned()).spawn(run)?;
-        Ok(Self { bell, stopping, thread: Some(thread) })
+        let watcher = Watcher::start("nvme-watch", run)?;
+        core.life.watch(watcher.wake());
+        Ok(Self { watcher })
     }
 
     pub(crate) fn stop(&mut self) {
-        self.stopping.store(true, Ordering::Release);
-        let _ = self.bell.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic was reported where it happened.
-            let _ = thread.join();
-        }
+        self.watcher.stop();
     }
 }
 
 struct Guard {
     core: Arc<Core>,
     /// Eventfd of the admin queue's vector.
-    wake: Arc<EventFd>,
-    bell: Arc<EventFd>,
-    removal: EventFd,
-    stopping: Arc<AtomicBool>,
+    wake: Arc<Wake>,
+    removal: Wake,
     /// Progress of each I/O queue.
     paces: Vec<Pace>,
     /// Commands being aborted: queue and identifier.
@@ -111,10 +91,10 @@ const RESETS_MAX: u32 = 3;
 const AGAIN: Duration = Duration::from_secs(30);
 
 impl Guard {
-    fn run(mut self) {
+    fn run(mut self, stop: &Stop) {
         let tick = self.core.info.timeout.map(|timeout| (timeout / 8).max(Duration::from_millis(1)));
         let mut next = Instant::now();
-        while !self.stopping.load(Ordering::Acquire) {
+        while !stop.is_requested() {
             match self.core.registers.trouble() {
                 Some(TAKEN_AWAY) => self.core.life.end(TAKEN_AWAY),
                 Some(why) => self.reset(why),
@@ -124,8 +104,8 @@ impl Guard {
             if self.core.life.is_dead() {
                 self.core.cut_off();
                 // Nothing is left to watch.
-                while !self.stopping.load(Ordering::Acquire) {
-                    self.sleep(None);
+                while !stop.is_requested() {
+                    self.sleep(stop, None);
                 }
                 return;
             }
@@ -142,30 +122,28 @@ impl Guard {
                 self.abort_old(tick);
             }
             self.resume();
-            self.sleep(Some(tick.map_or(LOOK, |tick| next.saturating_duration_since(now).min(LOOK).min(tick))));
+            self.sleep(stop, Some(tick.map_or(LOOK, |tick| next.saturating_duration_since(now).min(LOOK).min(tick))));
         }
     }
 
-    fn sleep(&self, time: Option<Duration>) {
-        let timeout = time.map_or(PollTimeout::NONE, |time| {
-            PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
-        });
-        let mut fds = [&*self.bell, &self.removal, &*self.wake].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-        // A dead device's events and removal are ignored.
-        let count = if time.is_some() { 3 } else { 1 };
-        if poll(&mut fds[..count], timeout).is_err() {
-            return;
+    fn sleep(&self, stop: &Stop, time: Option<Duration>) {
+        let bell = stop.wake();
+        if time.is_none() {
+            // A dead device's events and removal are ignored.
+            wait([bell.as_fd()], None);
+        } else {
+            let [.., removal] = wait([bell.as_fd(), self.wake.as_fd(), self.removal.as_fd()], time);
+            if removal && self.removal.clear() {
+                self.core.life.end("it is being removed, or its link has failed");
+            }
         }
-        let _ = self.bell.read();
-        if time.is_some() && self.removal.read().is_ok() {
-            self.core.life.end("it is being removed, or its link has failed");
-        }
+        bell.clear();
     }
 
     /// Handles events.
     fn collect(&mut self) {
         let mut admin = lock(&self.core.admin);
-        let _ = admin.wake.read();
+        admin.wake.clear();
         admin.collect();
         for event in std::mem::take(&mut admin.events) {
             let (kind, about, page) = (event & 7, event >> 8 & 0xff, event >> 16 & 0xff);

@@ -8,12 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::Mapping;
+use blkdev::{Mapping, wake::Wake};
 use blkdev_virtio::{Doorbell, Format, Liveness, Ring, Transport};
-use nix::sys::{
-    eventfd::{EfdFlags, EventFd},
-    resource::{RLIM_INFINITY, Resource, getrlimit},
-};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost};
 
@@ -47,7 +44,7 @@ pub(crate) struct Control {
     range: (u64, u64),
     queues_max: u16,
     ring_max: u16,
-    config_changes: Option<EventFd>,
+    config_changes: Option<Wake>,
     /// Memory that the device has mapped.
     mappings: Mutex<Vec<Arc<Mapping>>>,
 }
@@ -88,7 +85,7 @@ impl Control {
         let queues_max = vhost.get_vqs_count().map_or(u16::MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
         let ring_max = vhost.get_vring_num()?;
 
-        let call = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let call = Wake::new()?;
         let config_changes = vhost.set_config_call(call.as_fd()).is_ok().then_some(call);
         Ok(Self {
             vhost,
@@ -270,7 +267,7 @@ impl Transport for Control {
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
-        let kick = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let kick = Wake::new()?;
         let set_up = || {
             self.vhost.set_vring_num(index, ring.size)?;
             // Index 0; in a packed ring both wrap counters 1.
@@ -318,13 +315,12 @@ impl Drop for Control {
 
 /// The kick eventfd of a queue.
 #[derive(Clone, Debug)]
-pub(crate) struct Kick(Arc<EventFd>);
+pub(crate) struct Kick(Arc<Wake>);
 
 impl Doorbell for Kick {
     #[inline]
     fn ring(&self) {
-        // EAGAIN: the counter is full, so the kernel is notified already.
-        let _ = self.0.write(1);
+        self.0.ring();
     }
 }
 

@@ -11,15 +11,12 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use blkdev::wake::{Stop, Wake, Watcher};
 use blkdev_virtio::{Liveness, Notifier};
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::{EfdFlags, EventFd},
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::requests::Requests;
 
@@ -37,17 +34,16 @@ const BLOCKS: &str = "the back end blocked a kick eventfd; the device is declare
 #[derive(Debug)]
 pub(crate) struct Watch {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    /// Woken after every change of the state.
+    watcher: Watcher,
 }
 
 #[derive(Debug)]
 struct Shared {
     stream: UnixStream,
     life: Arc<Liveness>,
-    /// Written after every change of `state`.
-    wake: EventFd,
     /// Written when the back end has reported a configuration change.
-    config_changes: EventFd,
+    config_changes: Wake,
     state: Mutex<State>,
 }
 
@@ -59,28 +55,30 @@ struct State {
     late: bool,
     /// The connect is complete: from here on, the end of the back end is logged.
     established: bool,
-    stop: bool,
     /// Kick eventfds, each with the last result of [`Notifier::is_stuck`].
     kicks: Vec<(Arc<Notifier>, u64)>,
 }
 
 impl Watch {
     pub(crate) fn new(stream: UnixStream, requests: Requests, life: Arc<Liveness>) -> io::Result<Self> {
-        let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let (wake, config_changes) = (eventfd()?, eventfd()?);
-        let shared = Arc::new(Shared { stream, life, wake, config_changes, state: Mutex::default() });
+        let shared = Arc::new(Shared { stream, life, config_changes: Wake::new()?, state: Mutex::default() });
         let seen = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("vhost-user".to_owned()).spawn(move || seen.run(requests))?;
-        Ok(Self { shared, thread: Some(thread) })
+        let watcher = Watcher::start("vhost-user", move |stop| seen.run(stop, requests))?;
+        Ok(Self { shared, watcher })
     }
 
     /// Calls `exchange`, which exchanges messages with the back end. After `timeout` the socket is shut down, so `exchange`
     /// fails.
     pub(crate) fn within<R>(&self, timeout: Duration, exchange: impl FnOnce() -> R) -> R {
-        self.shared.change(|state| state.deadline = Instant::now().checked_add(timeout));
+        self.change(|state| state.deadline = Instant::now().checked_add(timeout));
         let result = exchange();
-        self.shared.change(|state| state.deadline = None);
+        self.change(|state| state.deadline = None);
         result
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.shared.state());
+        self.watcher.wake().ring();
     }
 
     /// Whether a deadline has passed.
@@ -94,7 +92,7 @@ impl Watch {
 
     /// Watches kick eventfds, so that a kick cannot block forever.
     pub(crate) fn guard(&self, kicks: [&Arc<Notifier>; 2]) {
-        self.shared.change(|state| state.kicks.extend(kicks.map(|kick| (Arc::clone(kick), 0))));
+        self.change(|state| state.kicks.extend(kicks.map(|kick| (Arc::clone(kick), 0))));
     }
 
     pub(crate) fn unguard(&self, kicks: [&Arc<Notifier>; 2]) {
@@ -123,11 +121,6 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state());
-        let _ = self.wake.write(1);
-    }
-
     fn end(&self, established: bool, why: &str) {
         let _ = self.stream.shutdown(Shutdown::Both);
         if established {
@@ -138,7 +131,8 @@ impl Shared {
         }
     }
 
-    fn run(&self, mut requests: Requests) {
+    fn run(&self, stop: &Stop, mut requests: Requests) {
+        let wake = stop.wake();
         // The connection has ended. This thread continues, because blocked threads must still be freed.
         let mut over = false;
         let mut rest: Option<Instant> = None;
@@ -155,10 +149,10 @@ impl Shared {
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             });
             let incoming = requests.incoming().filter(|_| !over && rest.is_none());
-            let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
+            let woken = PollFd::new(wake.as_fd(), PollFlags::POLLIN);
             let stream = PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
-            let incoming_fd = PollFd::new(incoming.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN);
-            let mut fds = [wake, incoming_fd, stream];
+            let incoming_fd = PollFd::new(incoming.unwrap_or(wake.as_fd()), PollFlags::POLLIN);
+            let mut fds = [woken, incoming_fd, stream];
             let watched = if over { 1 } else { 3 };
             // EINTR is harmless: the loop checks everything again.
             let _ = poll(&mut fds[..watched], timeout);
@@ -168,16 +162,16 @@ impl Shared {
                 let taken = requests.take();
                 if taken.changed {
                     // Another thread reads the configuration: this one enforces the deadline of that read.
-                    let _ = self.config_changes.write(1);
+                    self.config_changes.ring();
                 }
                 if taken.more {
                     rest = Some(Instant::now() + REST);
                 }
             }
-            let _ = self.wake.read();
+            wake.clear();
 
             let mut state = self.state();
-            if state.stop {
+            if stop.is_requested() {
                 drop(state);
                 self.life.unblock(true);
                 return;
@@ -209,15 +203,6 @@ impl Shared {
                 kick.unblock();
             }
             self.life.unblock(false);
-        }
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.shared.change(|state| state.stop = true);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

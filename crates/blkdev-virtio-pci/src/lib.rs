@@ -16,7 +16,6 @@
 //! is open. The device is reset at open and at close.
 
 mod control;
-mod eventfd;
 mod layout;
 mod watch;
 

@@ -4,34 +4,27 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
-    thread::{self, JoinHandle},
 };
 
+use blkdev::wake::{Stop, Wake, Watcher, ring, wait};
 use blkdev_virtio::Liveness;
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::EventFd,
-};
-
-use crate::eventfd::{eventfd, signal};
 
 #[derive(Debug)]
 pub(crate) struct Watch {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    _watcher: Watcher,
 }
 
 #[derive(Debug)]
 struct Shared {
     life: Arc<Liveness>,
     /// Written by the device, or by this thread, when the configuration may have changed.
-    config_changes: EventFd,
+    config_changes: Wake,
     /// Written by the device when any queue of the shared vector has used buffers.
-    queues: EventFd,
+    queues: Wake,
     /// The device has a single vector, which also reports configuration changes.
     only_one: bool,
-    removal: EventFd,
-    stop: EventFd,
+    removal: Wake,
     /// Call eventfds of the queues that share the vector.
     calls: Mutex<Vec<OwnedFd>>,
 }
@@ -40,16 +33,15 @@ impl Watch {
     pub(crate) fn new(life: Arc<Liveness>, vectors: u16, own: bool) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             life,
-            config_changes: eventfd()?,
-            queues: eventfd()?,
+            config_changes: Wake::new()?,
+            queues: Wake::new()?,
             only_one: vectors == 1 && !own,
-            removal: eventfd()?,
-            stop: eventfd()?,
+            removal: Wake::new()?,
             calls: Mutex::default(),
         });
         let seen = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("virtio-pci".to_owned()).spawn(move || seen.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        let watcher = Watcher::start("virtio-pci", move |stop| seen.run(stop))?;
+        Ok(Self { shared, _watcher: watcher })
     }
 
     /// The eventfd of the shared vector.
@@ -74,37 +66,24 @@ impl Watch {
 }
 
 impl Shared {
-    fn run(&self) {
+    fn run(&self, stop: &Stop) {
         loop {
-            let mut fds =
-                [&self.queues, &self.removal, &self.stop].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-            // EINTR is harmless: the loop checks everything again.
-            let _ = poll(&mut fds, PollTimeout::NONE);
-            let [queues, removal, stop] = fds.map(|fd| fd.any() == Some(true));
-            if stop {
+            let [queues, removal, _] = wait([&self.queues, &self.removal, stop.wake()].map(AsFd::as_fd), None);
+            if stop.is_requested() {
                 return;
             }
             if removal {
-                let _ = self.removal.read();
+                self.removal.clear();
                 self.life.end("the device is being removed, or has failed; it is declared dead");
             }
             if queues {
                 // Emptied first: a later interrupt makes it readable again.
-                let _ = self.queues.read();
-                self.calls.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|call| signal(call.as_fd()));
+                self.queues.clear();
+                self.calls.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|call| ring(call.as_fd()));
                 if self.only_one {
-                    signal(self.config_changes.as_fd());
+                    self.config_changes.ring();
                 }
             }
-        }
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        let _ = self.shared.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

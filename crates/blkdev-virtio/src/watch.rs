@@ -4,14 +4,10 @@ use std::{
     io,
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::{EfdFlags, EventFd},
-};
+use blkdev::wake::{Stop, Watcher, wait};
 
 use crate::{core::Core, transport::Transport};
 
@@ -24,13 +20,12 @@ const REFRESH: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(crate) struct Watch {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    /// Woken after every change of `state`.
+    watcher: Watcher,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
-    /// Written after every change of `state`.
-    wake: EventFd,
     state: Mutex<State>,
     read: Condvar,
 }
@@ -42,20 +37,18 @@ struct State {
     served: u64,
     /// The thread has ended.
     over: bool,
-    stop: bool,
 }
 
 impl Watch {
     pub(crate) fn new<T: Transport>(core: &Arc<Core<T>>) -> io::Result<Self> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared { wake, state: Mutex::default(), read: Condvar::new() });
+        let shared = Arc::<Shared>::default();
         let (core, seen) = (Arc::clone(core), Arc::clone(&shared));
-        let thread = thread::Builder::new().name("virtio-config".to_owned()).spawn(move || {
-            seen.run(&core);
+        let watcher = Watcher::start("virtio-config", move |stop| {
+            seen.run(&core, stop);
             seen.state().over = true;
             seen.read.notify_all();
         })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, watcher })
     }
 
     /// Requests a read of the configuration, and waits for it for up to 250 ms.
@@ -63,7 +56,7 @@ impl Watch {
         let mut state = self.shared.state();
         state.asked += 1;
         let mine = state.asked;
-        let _ = self.shared.wake.write(1);
+        self.watcher.wake().ring();
         let unserved = |state: &mut State| state.served < mine && !state.over;
         drop(self.shared.read.wait_timeout_while(state, REFRESH, unserved));
     }
@@ -74,36 +67,30 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run<T: Transport>(&self, core: &Core<T>) {
+    fn run<T: Transport>(&self, core: &Core<T>, stop: &Stop) {
         let changes = core.transport().config_changes();
         let mut next = Instant::now();
         while !core.life().is_dead() {
             let pause = next.saturating_duration_since(Instant::now());
             let resting = !pause.is_zero();
             let heard = changes.filter(|_| !resting);
-            let timeout = if resting {
-                PollTimeout::try_from(pause + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
-            } else {
-                PollTimeout::NONE
-            };
-            let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
-            let mut fds = [wake, PollFd::new(heard.unwrap_or(self.wake.as_fd()), PollFlags::POLLIN)];
+            let wake = stop.wake();
+            let mut ready = false;
             let asked = {
                 let state = self.state();
                 (state.asked > state.served).then_some(state.asked)
             };
             if resting || asked.is_none() {
-                // EINTR is harmless: the loop checks everything again.
-                let _ = poll(&mut fds, timeout);
-                let _ = self.wake.read();
+                [_, ready] = wait([wake.as_fd(), heard.unwrap_or(wake.as_fd())], resting.then_some(pause));
+                wake.clear();
             }
-            if self.state().stop {
+            if stop.is_requested() {
                 return;
             }
             if resting {
                 continue;
             }
-            let changed = heard.filter(|_| fds[1].any() == Some(true));
+            let changed = heard.filter(|_| ready);
             if let Some(changes) = changed {
                 // Emptied before the read: a later change makes it readable again.
                 let _ = nix::unistd::read(changes, &mut [0; 8]);
@@ -116,16 +103,6 @@ impl Shared {
                     self.read.notify_all();
                 }
             }
-        }
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.shared.state().stop = true;
-        let _ = self.shared.wake.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

@@ -13,13 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
 use crate::{
     device::{Completion, Device, Info, Op, Queue, Request},
     error::Error,
     mem::Mapping,
     serve::{Serve, open_one},
+    wake::Wake,
 };
 
 /// How long a queue that is dropped waits for requests that are being served.
@@ -69,7 +68,7 @@ impl<S: Serve> Device for Blocking<S> {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let wake = Wake::new()?;
         let pool = Arc::new(Pool { state: Mutex::default(), begun: Condvar::new(), ended: Condvar::new(), wake });
         open_one(&self.open, self.info())?;
         // From here on dropping the queue ends the threads.
@@ -90,7 +89,7 @@ struct Pool {
     begun: Condvar,
     /// A request has been served, for a queue that is dropped.
     ended: Condvar,
-    wake: EventFd,
+    wake: Wake,
 }
 
 #[derive(Default)]
@@ -143,7 +142,7 @@ impl Pool {
 
     fn wake_up(&self, state: &mut State) {
         if std::mem::take(&mut state.armed) {
-            let _ = self.wake.write(1);
+            self.wake.ring();
         }
     }
 }
@@ -194,8 +193,7 @@ impl Queue for BlockingQueue {
     fn kick(&mut self) {}
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        // Empty when there was no wake-up.
-        let _ = self.pool.wake.read();
+        self.pool.wake.clear();
         let before = done.len();
         done.append(&mut self.pool.lock().done);
         self.in_flight -= done.len() - before;

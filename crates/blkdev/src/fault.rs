@@ -10,12 +10,11 @@ use std::{
     },
 };
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
 use crate::{
     device::{Completion, Device, Info, Op, Queue, Request},
     error::Error,
     mem::Mapping,
+    wake::Wake,
 };
 
 /// The faults of a device, and their probabilities, from 0 (never) to 1 (always).
@@ -105,7 +104,7 @@ struct Shared {
     requests: AtomicU64,
     dead: AtomicBool,
     /// One for each queue that was ever opened: the death of the device wakes them all.
-    wakes: Mutex<Vec<Arc<EventFd>>>,
+    wakes: Mutex<Vec<Arc<Wake>>>,
 }
 
 impl<D: Device> Fault<D> {
@@ -163,7 +162,7 @@ impl<D: Device> Device for Fault<D> {
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let within = self.device.open_queue(depth)?;
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let wake = Arc::new(Wake::new()?);
         let mut wakes = self.shared.wakes.lock().unwrap_or_else(PoisonError::into_inner);
         let number = wakes.len() as u64;
         wakes.push(Arc::clone(&wake));
@@ -194,7 +193,7 @@ struct FaultQueue {
     block: usize,
     depth: usize,
     within: Box<dyn Queue>,
-    wake: Arc<EventFd>,
+    wake: Arc<Wake>,
     /// Requests at the wrapped device, by their tags there.
     inside: HashMap<u64, Inside>,
     next: u64,
@@ -277,7 +276,7 @@ impl FaultQueue {
         let lost = std::mem::take(&mut self.lost).into_iter().map(|request| (request.tag, request.op));
         self.outside = withheld.chain(lost).map(|(tag, op)| (0, gone(tag, op))).collect();
         // The owner may be asleep, or about to sleep.
-        let _ = self.wake.write(1);
+        self.wake.ring();
     }
 
     fn device_is_dead(&self) -> bool {
@@ -308,7 +307,7 @@ impl Shared {
     fn die(&self) {
         self.dead.store(true, Ordering::Release);
         for wake in self.wakes.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            let _ = wake.write(1);
+            wake.ring();
         }
     }
 }
@@ -364,7 +363,7 @@ impl Queue for FaultQueue {
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
         // If there is nothing to read, no wake-up came from it.
-        let _ = self.wake.read();
+        self.wake.clear();
         if self.device_is_dead() {
             self.die();
         }
@@ -402,7 +401,11 @@ impl Queue for FaultQueue {
             return true;
         }
         // A delayed completion causes no event of its own: either return `false`, or cause an event.
-        self.within.wake_fd().is_none() && self.rng.chance(0.5) && self.wake.write(1).is_ok()
+        if self.within.wake_fd().is_some() || !self.rng.chance(0.5) {
+            return false;
+        }
+        self.wake.ring();
+        true
     }
 
     fn give_up(&mut self) {

@@ -19,7 +19,7 @@ use std::{
     },
 };
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use crate::wake::Wake;
 
 /// The gate of a device, shared by all its channels.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ struct Lane {
     inside: AtomicU32,
     /// Written when this channel gets its turn, and when the condition is met that its turn waits for. `None`: it is the only
     /// channel.
-    turn: Option<EventFd>,
+    turn: Option<Wake>,
 }
 
 /// Changes that were reported as failed because the device did not answer in time. It may still execute them.
@@ -64,8 +64,7 @@ impl Gate {
     /// No descriptor is left.
     pub(crate) fn passes(count: usize) -> io::Result<Vec<Pass>> {
         let lane = |_| {
-            let turn = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-            let turn = (count > 1).then(turn).transpose()?;
+            let turn = (count > 1).then(Wake::new).transpose()?;
             Ok(Lane { inside: AtomicU32::new(0), turn })
         };
         let lanes = (0..count).map(lane).collect::<io::Result<_>>()?;
@@ -82,8 +81,7 @@ impl Gate {
     fn wake_first(&self, except: usize) {
         let first = self.line().front().copied();
         if let Some(turn) = first.filter(|&lane| lane != except).and_then(|lane| self.lanes[lane].turn.as_ref()) {
-            // EAGAIN: it has many wake-ups pending already.
-            let _ = turn.write(1);
+            turn.ring();
         }
     }
 }
@@ -162,8 +160,7 @@ impl Pass {
     /// Makes [`turn_fd`](Self::turn_fd) unreadable until the next event.
     pub(crate) fn disarm(&self) {
         if let Some(turn) = &self.gate.lanes[self.lane].turn {
-            // EAGAIN: it was unreadable.
-            let _ = turn.read();
+            turn.clear();
         }
     }
 
@@ -238,7 +235,7 @@ mod tests {
     #[test]
     fn a_channel_is_woken_for_its_turn_and_to_continue_it() {
         let mut p = Gate::passes(2).unwrap();
-        let is_woken = |p: &Pass| p.gate.lanes[p.lane].turn.as_ref().unwrap().read().is_ok();
+        let is_woken = |p: &Pass| p.gate.lanes[p.lane].turn.as_ref().unwrap().clear();
         assert!(p[0].has_turn() && !p[1].has_turn());
         p[0].end_turn(false);
         assert!(is_woken(&p[1]));

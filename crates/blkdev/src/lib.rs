@@ -48,6 +48,7 @@ mod simple;
 mod slots;
 pub mod socket;
 mod source;
+pub mod wake;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -3,13 +3,12 @@
 
 use std::{io, thread, time::Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use crate::{
     arena::Buf,
     channel::Channel,
     error::Error,
     io::{Done, Io},
+    wake::wait,
 };
 
 /// The tag of requests of this file. Others may use it too, but then must not mix these calls with requests in flight.
@@ -38,10 +37,7 @@ impl Channel {
                 thread::yield_now();
                 continue;
             };
-            let timeout = due.map_or(PollTimeout::NONE, |due| due.try_into().unwrap_or(PollTimeout::MAX));
-            let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-            // An interrupted wait only looks once more.
-            let _ = poll(&mut fds, timeout);
+            wait([fd], due);
         }
     }
 
