@@ -1,5 +1,5 @@
-//! What whoever started this process left open for it: descriptors by their number, and listening sockets as systemd passes
-//! them (sd_listen_fds(3)).
+//! Descriptors that the parent process left open for this one: by number, and listening sockets in systemd's form
+//! (sd_listen_fds(3)).
 
 use std::{
     env, io,
@@ -9,17 +9,17 @@ use std::{
 
 use anyhow::{Context, bail};
 
-/// The variables of the protocol; they are for this process only.
+/// The variables of the protocol. Child processes do not inherit them.
 pub(crate) const VARIABLES: [&str; 3] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"];
 
 /// The first descriptor that is passed.
 const FIRST: RawFd = 3;
 
-/// More than anybody passes.
+/// More sockets than any service manager passes.
 const COUNT_MAX: RawFd = 1024;
 
-/// The sockets that were passed to this process, with their names, which may be empty. None when nothing was passed, or to
-/// another process: then the variables have only been inherited.
+/// The sockets that were passed to this process, with their names, which may be empty. `None`: there are none, or they are for
+/// another process, and this one has only inherited the variables.
 pub(crate) fn sockets() -> anyhow::Result<Vec<(OwnedFd, String)>> {
     let [pid, count, names] = VARIABLES.map(|name| env::var(name).ok());
     let Some(count) = count.filter(|_| pid.is_some_and(|pid| pid.parse() == Ok(process::id()))) else {
@@ -35,13 +35,13 @@ pub(crate) fn sockets() -> anyhow::Result<Vec<(OwnedFd, String)>> {
     (FIRST..FIRST + count).map(take).collect()
 }
 
-/// Takes a descriptor over, by its number.
+/// Takes over a descriptor by its number.
 ///
 /// # Errors
-/// It is not open, or was opened by this process.
+/// It is not open, or this process opened it.
 pub(crate) fn take(fd: RawFd) -> io::Result<OwnedFd> {
     let taken = blkdev_drivers::inherited(fd)?;
-    // It lives on as `taken`, which others cannot name, and which no other program inherits.
+    // It continues as `taken`, which no option can name and no child process inherits.
     nix::unistd::close(fd)?;
     Ok(taken)
 }

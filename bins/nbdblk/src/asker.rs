@@ -1,8 +1,8 @@
-//! [`Asker`]: a client of the control socket that waits for what becomes of its reload.
+//! [`Asker`]: a client of the control socket that waits for the result of its reload.
 
 use std::{io::Write, os::unix::net::UnixStream};
 
-/// What became of it: what has changed, or what is wrong with the file.
+/// The result of a reload: the changes, or the reason of the failure.
 pub(crate) type Answer = Result<String, String>;
 
 /// A client of the control socket that waits for an [`Answer`].
@@ -10,13 +10,13 @@ pub(crate) type Answer = Result<String, String>;
 pub(crate) struct Asker(pub(crate) UnixStream);
 
 impl Asker {
-    /// Answers. It never waits: what does not fit the socket's buffer is cut off.
+    /// Sends the answer. Never waits: the part that does not fit the socket's buffer is lost.
     pub(crate) fn tell(mut self, answer: &Answer) {
         let text = match answer {
             Ok(changes) => format!("ok {changes}\n"),
             Err(error) => format!("error {}\n", error.replace('\n', "; ")),
         };
-        // A client that has left does not want it.
+        // A client that has disconnected does not need it.
         let _ = self.0.write_all(text.as_bytes());
     }
 }

@@ -1,4 +1,4 @@
-//! The command of `--run`: a shell that is told where the server is, and whose end is the server's end.
+//! The command of `--run`: a shell that gets the server's address in its environment. When it ends, the server ends.
 
 use std::{
     collections::BTreeMap,
@@ -19,14 +19,14 @@ use nix::{
 
 use crate::{activation, control::Control, events::Event, ready::NOTIFY_SOCKET, tls::Security, uri::Address};
 
-/// A command that runs.
+/// A running command.
 #[derive(Debug)]
 pub(crate) struct Captive {
     pid: Pid,
 }
 
 impl Captive {
-    /// Starts `sh -c command`. Its end arrives at `control`.
+    /// Starts `sh -c command`. Reports its end to `control`.
     pub(crate) fn start(
         command: &OsStr,
         addresses: &[Address],
@@ -34,9 +34,10 @@ impl Captive {
         security: &Security,
         control: &Control,
     ) -> anyhow::Result<Self> {
-        let environment = environment(addresses, export, security).context("the environment of the command")?;
-        // std's Command would hand the blocked signals and the ignored SIGPIPE on to the command. SIGXFSZ is blocked here, but
-        // may have been ignored by the parent as well.
+        let environment =
+            environment(addresses, export, security).context("cannot make the environment of the command")?;
+        // std's Command would pass the blocked signals and the ignored SIGPIPE on to the command. SIGXFSZ is blocked here, but
+        // the parent may also have ignored it.
         let mut attributes = PosixSpawnAttr::init()?;
         attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
         attributes.set_sigmask(&SigSet::empty())?;
@@ -54,25 +55,25 @@ impl Captive {
                     128 + signal as u8
                 }
                 other => {
-                    log::error!("waiting for the command: {other:?}");
+                    log::error!("cannot wait for the command: {other:?}");
                     1
                 }
             };
-            // Nobody waits any more when the server is stopping already.
+            // If the server is already stopping, nothing receives this.
             let _ = events.send(Event::Ended(status));
         };
         thread::Builder::new().name("command".into()).spawn(wait).context("starting a thread")?;
         Ok(Self { pid })
     }
 
-    /// Asks the command to end.
+    /// Sends SIGTERM to the command.
     pub(crate) fn terminate(&self) {
-        // It may have ended by itself just now.
+        // It may have just ended on its own.
         let _ = kill(self.pid, Signal::SIGTERM);
     }
 }
 
-/// Ours, and what nbdkit tells its commands.
+/// Our variables, and those that nbdkit sets for its commands.
 fn environment(addresses: &[Address], export: &str, security: &Security) -> anyhow::Result<Vec<CString>> {
     let uri = addresses[0].uri(export, security.words().as_deref());
     let unix = addresses.iter().find_map(|address| match address {
@@ -85,7 +86,7 @@ fn environment(addresses: &[Address], export: &str, security: &Security) -> anyh
         Address::Unix(_) => None,
     });
     let mut variables: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
-    // Those are for the server only.
+    // These are for the server only.
     variables.retain(|name, _| name != NOTIFY_SOCKET && activation::VARIABLES.iter().all(|ours| name != ours));
     variables.insert("nbd".into(), uri.clone().into());
     variables.insert("uri".into(), uri.into());

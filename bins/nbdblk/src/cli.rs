@@ -1,4 +1,4 @@
-//! The arguments, and the help that goes with them.
+//! The command-line arguments and their help texts.
 #![allow(rustdoc::broken_intra_doc_links, reason = "the comments on arguments are the help text, word for word")]
 
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
@@ -195,7 +195,7 @@ pub(crate) struct Serve {
 }
 
 impl Serve {
-    /// An option that says where to listen, if one was given.
+    /// An option for listening, if one was given.
     pub(crate) fn listening(&self) -> Option<&'static str> {
         let given = [
             (!self.unix.is_empty(), "--unix"),
@@ -211,7 +211,7 @@ impl Serve {
         given.into_iter().find_map(|(given, option)| given.then_some(option)).or(self.socket_access())
     }
 
-    /// An option about who may connect to a Unix domain socket, if one was given.
+    /// An option for access to a Unix domain socket, if one was given.
     pub(crate) fn socket_access(&self) -> Option<&'static str> {
         let given = [
             (self.socket_mode, "--socket-mode"),
@@ -304,13 +304,13 @@ fn memory(text: &str) -> Result<usize, String> {
     if size < 1 << 20 {
         return Err("it must be at least 1M".into());
     }
-    // No process has more than 128T of addresses.
+    // No process has more than 128 TiB of address space.
     let size = usize::try_from(size).ok().filter(|size| *size as u64 <= 64 << 40);
     size.ok_or_else(|| "it must be at most 64T, which the address space can hold".into())
 }
 
 fn threads(text: &str) -> Result<usize, String> {
-    // More would be a mistake: each needs descriptors, and memory for each export.
+    // More would be a mistake: each thread needs descriptors, and memory for each export.
     text.parse()
         .ok()
         .filter(|count| (1..=1024).contains(count))
@@ -335,8 +335,8 @@ fn group(text: &str) -> Result<u32, String> {
 
 fn id(text: &str, kind: &str, named: impl Fn() -> nix::Result<Option<u32>>) -> Result<u32, String> {
     match text.parse() {
-        // All ones stands for no change (chown(2)).
-        Ok(u32::MAX) => Err(format!("it is no number of a {kind}")),
+        // All ones mean no change (chown(2)).
+        Ok(u32::MAX) => Err(format!("it is not a valid {kind} number")),
         Ok(id) => Ok(id),
         Err(_) => named().map_err(|error| error.to_string())?.ok_or_else(|| format!("there is no {kind} of that name")),
     }
@@ -344,13 +344,13 @@ fn id(text: &str, kind: &str, named: impl Fn() -> nix::Result<Option<u32>>) -> R
 
 fn timeout(text: &str) -> Result<Duration, String> {
     match blkdev_drivers::parse_time(text).map_err(|error| error.replacen("Value", "it", 1))? {
-        Duration::ZERO => Err("it must be longer than nothing".into()),
+        Duration::ZERO => Err("it must be longer than 0".into()),
         time if time > Duration::from_secs(86400) => Err("it must be at most a day, 86400s".into()),
         time => Ok(time),
     }
 }
 
-/// Splits a rule. As in a spec, the name of the export ends at a colon before the first "=".
+/// Splits a rule. As in a device argument, the name of the export ends at a colon before the first "=".
 fn allowed(text: &str) -> Result<(Option<String>, Rule), String> {
     let kind = text.split('=').next().unwrap_or_default();
     let (name, rule) = kind.find(':').map_or((None, text), |at| (Some(text[..at].into()), &text[at + 1..]));

@@ -1,7 +1,7 @@
-//! `--config`: a TOML file as exports and as words of the command line, every mistake with its line and column.
+//! `--config`: reads exports and options from a TOML file. Every error has its line and column.
 //!
-//! Each setting has the name of an option of `nbdblk serve` and is understood by the same parser, so that there is nothing
-//! that only one of the two can say. Exports are tables, since they have more to say than fits a word.
+//! Each setting has the name of an option of `nbdblk serve`, and the same parser, so the file and the command line have the same
+//! settings. Exports are tables, because they have more settings than fit an argument.
 
 use std::{
     ffi::OsString,
@@ -26,18 +26,18 @@ use crate::{
     files::open_regular,
 };
 
-/// Options that are about this run of the program, and not about what it serves.
+/// Options for one run of the program, which a file cannot set.
 const NOT_IN_FILES: &[&str] =
     &["config", "exit-with-parent", "foreground", "help", "print-uri", "ready-fd", "run", "single", "verbose"];
 
 /// Longest file, in bytes: enough for tens of thousands of exports.
 const SIZE_MAX: u64 = 16 << 20;
 
-/// What can be said of an export.
+/// The settings of an export.
 const EXPORT_WORDS: [&str; 8] =
     ["name", "description", "device", "read-only", "tls-only", "block-size-required", "allow", "on-remove"];
 
-/// What a file says.
+/// The content of a file.
 #[derive(Debug)]
 pub(crate) struct File {
     pub(crate) source: Source,
@@ -45,12 +45,12 @@ pub(crate) struct File {
     pub(crate) exports: Vec<Wanted>,
 }
 
-/// An option that a file sets.
+/// An option that the file sets.
 #[derive(Debug)]
 pub(crate) struct Setting {
     /// Its long name.
     pub(crate) key: String,
-    /// As on the command line: none when it is a flag that is off.
+    /// As on the command line; empty for a flag that is off.
     pub(crate) words: Vec<String>,
     pub(crate) at: usize,
 }
@@ -63,7 +63,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// An error at a byte of the text: file, line and column, what is wrong, and the line.
+    /// An error at a byte of the text: file, line and column, the reason, and the line.
     pub(crate) fn wrong(&self, at: usize, what: impl fmt::Display) -> anyhow::Error {
         let before = self.text.get(..at).unwrap_or(&self.text);
         let start = before.rfind('\n').map_or(0, |end| end + 1);
@@ -74,7 +74,7 @@ impl Source {
 }
 
 impl File {
-    /// Reads and checks a file. Nothing is opened.
+    /// Reads and checks a file. Opens nothing.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         let read = || {
             let mut text = String::new();
@@ -105,10 +105,10 @@ impl File {
         Ok(Self { source, settings, exports })
     }
 
-    /// The arguments of a command line and of this file together.
+    /// Combines the arguments of the command line with those of this file.
     pub(crate) fn merge(&self, own: &[OsString]) -> anyhow::Result<cli::Serve> {
         let given = Cli::command().try_get_matches_from(own)?;
-        let given = given.subcommand_matches("serve").expect("who reads a file serves");
+        let given = given.subcommand_matches("serve").expect("only serve reads a file");
         for Setting { key, at, .. } in &self.settings {
             let command = options();
             let option = command.get_arguments().find(|option| option.get_long() == Some(key)).expect("it was checked");
@@ -119,7 +119,7 @@ impl File {
         let words = self.settings.iter().flat_map(|setting| &setting.words).map(OsString::from);
         match Cli::try_parse_from(own.iter().cloned().chain(words)) {
             Ok(Cli { command: cli::Command::Serve(args), .. }) => Ok(*args),
-            Ok(_) => unreachable!("who reads a file serves"),
+            Ok(_) => unreachable!("only serve reads a file"),
             Err(error) => {
                 let named = error.get(ContextKind::InvalidArg).map(ContextValue::to_string).unwrap_or_default();
                 let whose = |setting: &&Setting| named.split(['=', ' ']).next() == Some(&format!("--{}", setting.key));
@@ -138,7 +138,7 @@ fn options() -> clap::Command {
     cli::Serve::augment_args(clap::Command::new("serve"))
 }
 
-/// As they stand in the file.
+/// The entries in their order in the file.
 fn in_order<'a, 'i>(table: &'a DeTable<'i>) -> Vec<(&'a Spanned<std::borrow::Cow<'i, str>>, &'a Spanned<DeValue<'i>>)> {
     let mut all: Vec<_> = table.iter().collect();
     all.sort_by_key(|(key, _)| key.span().start);
@@ -152,13 +152,13 @@ impl Source {
         let command = options();
         let known = || command.get_arguments().filter_map(clap::Arg::get_long).filter(|n| !NOT_IN_FILES.contains(n));
         if NOT_IN_FILES.contains(&key) {
-            return Err(self.wrong(at, format!("{key} is for the command line only")));
+            return Err(self.wrong(at, format!("{key} is only valid on the command line")));
         }
         let Some(option) = command.get_arguments().find(|option| option.get_long() == Some(key)) else {
             return Err(self.wrong(at, unknown("setting", key, known().chain(["export"]))));
         };
         let words = match (option.get_action(), value.get_ref()) {
-            // Permissions are octal; a number of TOML is so only if it says so.
+            // Permissions are octal, but a TOML number is octal only with a prefix.
             (_, DeValue::Integer(mode)) if key == "socket-mode" => match mode.radix() {
                 8 => vec![format!("--{key}={}", mode.as_str())],
                 _ => return Err(self.kind(value, "a string, \"0660\", or octal, 0o660")),
@@ -171,14 +171,14 @@ impl Source {
             }
             (ArgAction::Append, DeValue::String(text)) => vec![format!("--{key}={text}")],
             (ArgAction::Append, _) => return Err(self.kind(value, "a string, or a list of them")),
-            // An option that can do without its value.
+            // An option whose value is optional.
             (_, DeValue::Boolean(true)) if option.get_num_args().is_some_and(|n| n.min_values() == 0) => {
                 vec![format!("--{key}")]
             }
             (_, DeValue::String(_) | DeValue::Integer(_)) => vec![format!("--{key}={}", self.word(value)?)],
             _ => return Err(self.kind(value, "a string or a number")),
         };
-        // Each for itself, so that what is wrong with it is found where it stands.
+        // Check each one individually, so that the error has its place.
         for word in &words {
             if let Err(error) = Cli::try_parse_from(["nbdblk", "serve", "null=1", word]) {
                 return Err(self.wrong(value.span().start, crate::one_line(&error)));
@@ -194,7 +194,7 @@ impl Source {
             let DeValue::Table(table) = value.get_ref() else { return Err(self.kind(value, "[[export]]")) };
             let export = self.export(table, value.span().start)?;
             if table.get("name").is_none() && !exports.is_empty() {
-                return Err(self.wrong(value.span().start, "it needs a name: only the first export can be without"));
+                return Err(self.wrong(value.span().start, "the export needs a name: only the first one can have none"));
             }
             if exports.iter().any(|other| other.name == export.name) {
                 let at = table.get("name").map_or(value, |name| name).span().start;
@@ -229,7 +229,7 @@ impl Source {
                 }
                 "on-remove" => on_remove = self.parsed(value)?,
                 other => {
-                    return Err(self.wrong(key.span().start, unknown("word of an export", other, EXPORT_WORDS)));
+                    return Err(self.wrong(key.span().start, unknown("setting of an export", other, EXPORT_WORDS)));
                 }
             }
         }
@@ -244,11 +244,11 @@ impl Source {
         }
     }
 
-    /// A word that clients are told.
+    /// A text that clients get.
     fn told(&self, value: &Value<'_>) -> anyhow::Result<String> {
         let text = self.string(value)?;
         match text.len() > NAME_MAX || text.contains('\0') {
-            true => Err(self.wrong(value.span().start, format!("it can have {NAME_MAX} bytes, and no NUL"))),
+            true => Err(self.wrong(value.span().start, format!("it can have at most {NAME_MAX} bytes, and no NUL"))),
             false => Ok(text.into()),
         }
     }
@@ -259,7 +259,7 @@ impl Source {
                 let spec: Spec = text.parse().map_err(|error| self.wrong(value.span().start, error))?;
                 return match spec.name.is_empty() {
                     true => Ok(spec.settings),
-                    false => Err(self.wrong(value.span().start, "the name of an export stands in name, and not here")),
+                    false => Err(self.wrong(value.span().start, "set the export's name with name, not here")),
                 };
             }
             DeValue::Table(table) => table,
@@ -279,7 +279,7 @@ impl Source {
         Ok(settings)
     }
 
-    /// A value as it would be written on the command line.
+    /// The value as it would be on the command line.
     fn word(&self, value: &Value<'_>) -> anyhow::Result<String> {
         match value.get_ref() {
             DeValue::String(text) => Ok(text.as_ref().into()),
@@ -325,7 +325,7 @@ mod tests {
         Ok((file, args))
     }
 
-    /// Refused where it says so: what is told ends with the whole line.
+    /// Expects an error at this place; its text ends with the whole line.
     fn refuse(text: &str, place: &str, words: &str) {
         let error = parse(text, &[]).map(drop).expect_err(text).to_string();
         assert!(error.starts_with(&format!("f.toml:{place}: ")) && error.contains(words), "{text}\n=> {error}");
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_toml() {
+    fn invalid_toml() {
         refuse("port = \n[[export]]", "1:8", "");
         refuse("port = 1\nport = 2\n", "2:1", "duplicate");
         refuse("[[export]]\nname = \"a\ndevice = \"null=1\"", "2:10", "");
@@ -397,8 +397,8 @@ mod tests {
         refuse("\nprot = 1\n", "2:1", "unknown setting \"prot\"; did you mean port?");
         refuse("  exprot = 1", "1:3", "did you mean export?");
         refuse("colour = 1", "1:1", "unknown setting \"colour\",");
-        refuse("run = \"true\"", "1:1", "run is for the command line only");
-        refuse("config = \"x\"", "1:1", "for the command line only");
+        refuse("run = \"true\"", "1:1", "run is only valid on the command line");
+        refuse("config = \"x\"", "1:1", "only valid on the command line");
         refuse("[[export]]\nname = \"ä\"; x = 1", "2:11", "");
         refuse("[[export]]\ndevcie = \"null=1\"", "2:1", "did you mean device?");
         refuse("[[export]]\ndevice = { driver = \"nul\", size = 1 }", "2:21", "did you mean null?");
@@ -431,7 +431,7 @@ mod tests {
         refuse("[[export]]\nallow = [\"uid=0\", \"uid=x\"]", "2:19", "\"uid=x\": the value must be a number");
         refuse("[[export]]\non-remove = \"gently\"", "2:13", "\"gently\" is none of \"hide\", \"soft\" and \"hard\"");
         refuse("[[export]]\ndevice = \"null=x\"", "2:10", "null: size=x");
-        refuse("[[export]]\ndevice = \"a:null=1\"", "2:10", "stands in name");
+        refuse("[[export]]\ndevice = \"a:null=1\"", "2:10", "with name, not here");
         refuse("[[export]]\ndevice = { driver = \"null\", size = \"x\" }", "2:36", "null: size=x");
         refuse("[[export]]\ndevice = { size = 1 }", "2:10", "no driver");
         refuse("[[export]]\nname = \"a\\u0000\"", "2:8", "no NUL");
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_there_twice() {
+    fn missing_and_duplicate_settings() {
         refuse("port = 1\n", "2:1", "nothing to serve: there is no [[export]]");
         refuse("export = []", "1:12", "nothing to serve");
         refuse("\n[[export]]\nname = \"a\"", "2:1", "no device");
@@ -450,12 +450,12 @@ mod tests {
     }
 
     #[test]
-    fn the_example_is_right() {
+    fn the_example_is_valid() {
         let text = include_str!("../../../docs/nbdblk.toml");
         let (file, args) = parse(text, &[]).unwrap_or_else(|error| panic!("docs/nbdblk.toml: {error}"));
         assert!(file.exports.len() > 1 && file.exports.iter().any(|export| !export.rules.is_empty()));
         assert!(args.control.is_some());
-        // What is commented out is right as well.
+        // The settings that are commented out must be valid too.
         let all: String = text.lines().map(|line| line.strip_prefix("#:").unwrap_or(line).to_owned() + "\n").collect();
         parse(&all, &[]).unwrap_or_else(|error| panic!("docs/nbdblk.toml, with all settings: {error}"));
     }

@@ -1,5 +1,5 @@
-//! What a running server has to react to: signals, the end of the command of `--run`, `nbdblk reload`, as one stream of
-//! events. The thread that reads signals, and the one that waits for events, never wait for a file system or for stderr.
+//! The events of a running server in one stream: signals, the end of the command of `--run`, `nbdblk reload`. The thread that
+//! reads signals, and the one that waits for events, never wait for a file system or for stderr.
 
 use std::{
     fs, process,
@@ -23,21 +23,21 @@ use nix::{
 
 use crate::{events::Event, files, logger};
 
-/// What a signal means at the moment.
+/// The present meaning of a signal.
 #[derive(Clone, Copy, Debug)]
 #[repr(u8)]
 pub(crate) enum Phase {
     /// Nothing is served yet: a signal ends the process at once.
     Opening,
-    /// A signal asks to stop.
+    /// A signal stops the server.
     Serving,
-    /// The same, but a keyboard's signals are meant for the command of `--run`.
+    /// The same, but signals from the keyboard are for the command of `--run`.
     Running,
-    /// A signal is impatient: it ends the process at once.
+    /// A second signal ends the process at once.
     Stopping,
 }
 
-/// Receives events. Made before the threads that serve, so that all of them have the signals blocked.
+/// Receives events. Create it before the serving threads, so that they inherit the blocked signals.
 #[derive(Debug)]
 pub(crate) struct Control {
     events: mpsc::Receiver<Event>,
@@ -46,9 +46,9 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Blocks the signals and listens to them. `has_file`: SIGHUP asks for it to be read again.
+    /// Blocks the signals and reads them. `has_file`: SIGHUP makes the server read its file again.
     pub(crate) fn start(has_file: bool) -> anyhow::Result<Self> {
-        // nohup(1) has it ignored, and blocking would undo that.
+        // nohup(1) ignores SIGHUP, and blocking it would undo that.
         let hangs_up = !is_ignored(Signal::SIGHUP);
         let set = blocked();
         set.thread_block().context("blocking signals")?;
@@ -61,7 +61,7 @@ impl Control {
                 let info = match signals.read_signal() {
                     Ok(Some(info)) => info,
                     Ok(None) | Err(Errno::EINTR) => continue,
-                    Err(error) => return log::error!("signals cannot be read any more: {error}"),
+                    Err(error) => return log::error!("cannot read signals: {error}"),
                 };
                 // Real-time signals have no name.
                 let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { continue };
@@ -70,17 +70,18 @@ impl Control {
                 let is_first = now != Phase::Stopping as u8;
                 let stops = match signal {
                     Signal::SIGHUP if has_file => {
-                        log::info!("{signal}: the configuration is read again");
+                        log::info!("{signal}: reading the configuration again");
                         let _ = sender.send(Event::Reload(None));
                         false
                     }
-                    // These may come twice, and mean no impatience: a closed terminal, each second beyond the CPU limit.
+                    // These may come twice without a second request: for a closed terminal, and every second beyond the CPU
+                    // limit.
                     Signal::SIGHUP => hangs_up && is_first,
                     Signal::SIGXCPU => is_first,
                     Signal::SIGTERM => true,
                     _ => is_keyboard && now != Phase::Running as u8,
                 };
-                log::info!("{signal}{}", if stops { "" } else { ": not a reason to stop" });
+                log::info!("{signal}{}", if stops { "" } else { ": ignored" });
                 if !stops {
                     continue;
                 }
@@ -100,13 +101,13 @@ impl Control {
         Ok(control)
     }
 
-    /// Changes what a signal means. `false`: a signal has come already, and its event will.
+    /// Changes the meaning of a signal. `false`: a signal has already come; its event will follow.
     pub(crate) fn enter(&self, phase: Phase) -> bool {
         let change = |now| (now != Phase::Stopping as u8).then_some(phase as u8);
         self.phase.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
     }
 
-    /// For other threads that have events to report.
+    /// For other threads that report events.
     pub(crate) fn sender(&self) -> mpsc::Sender<Event> {
         self.sender.clone()
     }
@@ -124,25 +125,25 @@ fn end(status: i32) -> ! {
     process::exit(status);
 }
 
-/// Runs `work` on a thread of its own, and waits for its end, but not longer than that. `None`: it has not ended yet.
+/// Runs `work` on its own thread, and waits for its end, at most for `limit`. `None`: it has not ended yet.
 pub(crate) fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (sender, done) = mpsc::channel();
     let work = Arc::new(Mutex::new(Some(work)));
     let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
     let run = {
         let work = Arc::clone(&work);
-        // If the result is not waited for any more, it is too late.
+        // If the caller has stopped waiting, the result is dropped.
         move || take(&work).into_iter().for_each(|work: _| drop(sender.send(work())))
     };
     match thread::Builder::new().name("deadline".into()).spawn(run) {
         Ok(_) => done.recv_timeout(limit).ok(),
-        // There are no threads left: better late than never.
+        // No thread is left: run it here, without the limit.
         Err(_) => Some(take(&work)?()),
     }
 }
 
-/// All signals but those that a thread gets for its own faults, and those that stop and continue a job or end no process.
-/// SIGXFSZ among them: a write beyond the limit of file sizes then fails with EFBIG, and kills nothing.
+/// All signals except those that report a thread's own fault, those that stop and continue a job, and those that end no process.
+/// SIGXFSZ is included: then a write beyond the limit for file sizes fails with EFBIG instead of killing the process.
 fn blocked() -> SigSet {
     let mut set = SigSet::all();
     let faults = [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS];

@@ -1,24 +1,24 @@
-//! [`Event`]: what a running server has to react to.
+//! [`Event`]: an event that a running server handles.
 
 use nix::sys::signal::Signal;
 
 use crate::{asker::Asker, plan::Plan, ready::Ready};
 
-/// A plan that is served now and what has changed, or why nothing has.
+/// The result of a reload: the plan that is served now and the changes, or the reason of the failure.
 pub(crate) type Outcome = Result<(Plan, String), String>;
 
-/// Something to react to.
+/// An event to handle.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A signal asks to stop.
+    /// A signal that stops the server.
     Stop(Signal),
     /// The command of `--run`, or the client of `--single`, ended with this status.
     Ended(u8),
-    /// The server has failed: a thread of it has ended, or it has nothing left to listen on.
+    /// The server has failed: a thread has ended, or no listening socket is left.
     Failed(String),
-    /// It was announced that the server is ready, or that failed.
+    /// Readiness was announced, or the announcement failed.
     Announced(anyhow::Result<Ready>),
-    /// The file is to be read again, and a client of the control socket perhaps waits for the result.
+    /// Read the file again. A client of the control socket may wait for the result.
     Reload(Option<Asker>),
     /// The file was read again.
     Reloaded(Outcome),

@@ -1,4 +1,4 @@
-//! From words to exports: what is wanted, opened as far as it is not open yet.
+//! From arguments to exports: parses them, and opens devices that are not open yet.
 
 use std::{ffi::OsString, sync::Arc};
 
@@ -15,7 +15,7 @@ use crate::{
 /// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
 pub(crate) const NAME_MAX: usize = 4096;
 
-/// An export as somebody has written it down.
+/// An export as the arguments or the file describe it.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
     pub(crate) name: String,
@@ -26,21 +26,25 @@ pub(crate) struct Wanted {
     pub(crate) rules: Vec<Rule>,
     pub(crate) tls_only: bool,
     pub(crate) block_size_required: bool,
-    /// What is done to its clients when it is not wanted any more.
+    /// What happens to its clients when it is removed.
     pub(crate) on_remove: Removal,
-    /// Where in the file its device stands.
+    /// Position of its device in the file.
     pub(crate) at: usize,
 }
 
-/// Those of the command line. Everything that can be wrong with the words is found before the first device is opened.
+/// Parses the arguments. Finds all their errors before the first device is opened.
 pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
     let mut all: Vec<Wanted> = Vec::new();
     for words in words {
         let Spec { name, settings } = Spec::parse(words)?;
         let text = words.display();
-        ensure!(name.len() <= NAME_MAX, "an export's name can have {NAME_MAX} bytes, this one has {}", name.len());
+        ensure!(
+            name.len() <= NAME_MAX,
+            "an export's name can have at most {NAME_MAX} bytes, this one has {}",
+            name.len()
+        );
         if !all.is_empty() && name.is_empty() {
-            bail!("{text} needs a name, NAME:{text}: only the first export can be without");
+            bail!("{text} needs a name, NAME:{text}: only the first export can have none");
         }
         ensure!(all.iter().all(|other| other.name != name), "there are two exports with the name \"{name}\"");
         let (rules, on_remove) = (Vec::new(), Removal::default());
@@ -61,7 +65,7 @@ pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
     Ok(all)
 }
 
-/// With what the options say about all exports, or about one by its name.
+/// Applies the options for all exports, or for one by its name.
 pub(crate) fn under(mut all: Vec<Wanted>, args: &cli::Serve) -> anyhow::Result<Vec<Wanted>> {
     for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
         ensure!(all.iter().any(|wanted| wanted.name == *name), "--allow: there is no export with the name \"{name}\"");
@@ -83,12 +87,12 @@ pub(crate) fn under(mut all: Vec<Wanted>, args: &cli::Serve) -> anyhow::Result<V
 }
 
 impl Wanted {
-    /// Whether the device of the other will do.
+    /// Whether the device of `other` can be used.
     pub(crate) fn has_device_of(&self, other: &Self) -> bool {
         self.name == other.name && self.settings == other.settings && self.read_only == other.read_only
     }
 
-    /// Whether clients are told the same.
+    /// Whether clients get the same name and description.
     pub(crate) fn has_words_of(&self, other: &Self) -> bool {
         let told = |wanted: &Self| (wanted.description.clone(), wanted.tls_only, wanted.block_size_required);
         self.rules == other.rules && told(self) == told(other)

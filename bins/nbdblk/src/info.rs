@@ -1,4 +1,4 @@
-//! `nbdblk info`: what a device says of itself.
+//! `nbdblk info`: prints a device's size, limits, capabilities and properties.
 
 use std::{fmt::Write, process::ExitCode};
 
@@ -15,7 +15,7 @@ pub(crate) fn run(args: &cli::Info) -> anyhow::Result<ExitCode> {
     crate::print(&if args.json { json(&*device, &settings) } else { text(&*device, &settings) })
 }
 
-/// The settings for a device that must not be written to. A driver that has no word for that is told nothing.
+/// The settings for a device that is opened read-only. Drivers without such a property stay unchanged.
 pub(crate) fn restrict(settings: &Settings, read_only: bool) -> Settings {
     let mut settings = settings.clone();
     if read_only && settings.can_set("read-only") {
@@ -103,7 +103,7 @@ fn caps(caps: Caps) -> [(&'static str, bool); 8] {
     ]
 }
 
-/// A size with the largest unit of which there is at least one, to one decimal: `1.5 GiB`.
+/// A size in the largest unit that gives at least one, with one decimal: `1.5 GiB`.
 pub(crate) fn human(size: u64) -> String {
     let unit = size.checked_ilog2().unwrap_or(0) / 10;
     let name = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"][unit as usize];

@@ -1,4 +1,4 @@
-//! The sockets to listen on: bound once the devices are open, removed at the end.
+//! The listening sockets: bound once the devices are open, removed at the end.
 
 use std::{
     fs, io,
@@ -36,17 +36,17 @@ use crate::{
     uri::{Address, PORT},
 };
 
-/// Who may connect to a Unix domain socket.
+/// Access to a Unix domain socket.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Access {
-    /// Permissions, in place of those that the umask leaves.
+    /// Permissions; by default the umask decides.
     pub(crate) mode: Option<u32>,
-    /// Another owner and group.
+    /// Owner and group, if not the default.
     pub(crate) owner: Option<u32>,
     pub(crate) group: Option<u32>,
 }
 
-/// Which addresses a host's name may stand for.
+/// The address families that a host's name may resolve to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Family {
     Any,
@@ -64,14 +64,14 @@ impl Family {
     }
 }
 
-/// What is bound, and how it is reached.
+/// Bound sockets and their addresses.
 #[derive(Debug, Default)]
 pub(crate) struct Sockets {
     /// For the server.
     pub(crate) listeners: Vec<Listener>,
-    /// For people; Unix domain sockets first. Fewer than listeners: `localhost` is two of them.
+    /// Addresses for people; Unix domain sockets first. Fewer than listeners: `localhost` has two.
     pub(crate) addresses: Vec<Address>,
-    /// To be removed, in this order.
+    /// Files to remove, in this order.
     pub(crate) files: Vec<OwnFile>,
     /// The TCP addresses of the listeners.
     pub(crate) bound: Vec<SocketAddr>,
@@ -89,7 +89,7 @@ impl Sockets {
         }
     }
 
-    /// Binds everything that the arguments ask for.
+    /// Binds all sockets that the arguments name.
     pub(crate) fn bind(args: &Serve) -> anyhow::Result<Self> {
         let family = match (args.ipv4_only, args.ipv6_only) {
             (true, _) => Family::V4,
@@ -98,7 +98,7 @@ impl Sockets {
         };
         let places = places(args)?;
         let access = Access { mode: args.socket_mode, owner: args.socket_owner, group: args.socket_group };
-        // Alone, `::` stands for all addresses of the machine; beside `0.0.0.0` it leaves IPv4 to that.
+        // Alone, `::` means all addresses of the machine. Together with `0.0.0.0`, it leaves IPv4 to that.
         let is_v4 = |place: &Place| matches!(place, Place::Tcp(hosts, _) if hosts.iter().any(|host| host == "0.0.0.0"));
         let v6_only = family == Family::V6 || places.iter().any(is_v4);
         let mut sockets = Self::default();
@@ -120,10 +120,10 @@ impl Sockets {
         Ok(sockets)
     }
 
-    /// The sockets that were passed to this process; none, when there are none.
+    /// The sockets that were passed to this process; `None`: there are none.
     ///
     /// # Errors
-    /// One of them is not of use, or the arguments ask for others.
+    /// One of them is unusable, or the arguments name others.
     pub(crate) fn passed(args: &Serve) -> anyhow::Result<Option<Self>> {
         let passed = activation::sockets()?;
         if passed.is_empty() {
@@ -144,7 +144,7 @@ impl Sockets {
         Ok(Some(sockets))
     }
 
-    /// A socket in a directory that only this user can enter.
+    /// Adds a socket in a directory that only this user can enter.
     fn add_private(&mut self) -> anyhow::Result<()> {
         let name = "nbdblkXXXXXX";
         let too_long =
@@ -154,7 +154,7 @@ impl Sockets {
             dir = "/tmp".into();
         }
         let private = mkdtemp(&dir.join(name)).with_context(|| format!("making a directory in {}", dir.display()))?;
-        let private = absolute(private).context("where the current directory is")?;
+        let private = absolute(private).context("cannot get the current directory")?;
         let directory = OwnFile::new(&private)?;
         self.add_unix(&private.join("socket"), &Access::default())?;
         self.files.push(directory);
@@ -165,12 +165,12 @@ impl Sockets {
         let (bound, file) = bind_unix(path, access).with_context(|| format!("listening on {}", path.display()))?;
         self.listeners.push(bound.into());
         self.files.push(file);
-        self.addresses.push(Address::Unix(absolute(path).context("where the current directory is")?));
+        self.addresses.push(Address::Unix(absolute(path).context("cannot get the current directory")?));
         Ok(())
     }
 
-    /// Both loopback addresses, because a client may take either for `localhost`. One of them is enough where the machine
-    /// has no other.
+    /// Adds both loopback addresses, because a client may use either for `localhost`. One is enough if the machine does not have
+    /// the other.
     fn add_loopback(&mut self, port: u16, family: Family) -> anyhow::Result<()> {
         let hosts = [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
         let found = hosts.into_iter().filter(|host| family.has(*host)).map(|host| (host, port).into()).collect();
@@ -182,16 +182,16 @@ impl Sockets {
             let found = (host.as_str(), port).to_socket_addrs();
             let found = found.with_context(|| format!("listening on {host}, port {port}"))?;
             let found: Vec<_> = found.filter(|address| family.has(address.ip())).collect();
-            ensure!(!found.is_empty(), "{host} has no address of the family asked for");
+            ensure!(!found.is_empty(), "{host} has no address of the requested family");
             Ok((host.clone(), found))
         };
         let hosts: Vec<_> = hosts.iter().map(resolve).collect::<anyhow::Result<_>>()?;
         self.add_hosts(&hosts, port, v6_only)
     }
 
-    /// The same port of all hosts, each by those of its addresses that the machine has. Port 0 is chosen once.
+    /// Adds the same port of all hosts, at the addresses that the machine has. Port 0 is chosen once for all.
     fn add_hosts(&mut self, hosts: &[(String, Vec<SocketAddr>)], port: u16, v6_only: bool) -> anyhow::Result<()> {
-        // A free port of one address may be taken at another.
+        // A port that is free at one address may be in use at another.
         for attempt in 0.. {
             match bind_all(hosts, port, v6_only, &self.bound) {
                 Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
@@ -231,13 +231,13 @@ impl Sockets {
     }
 }
 
-/// Where to listen, Unix domain sockets first.
+/// The places to listen, Unix domain sockets first.
 fn places(args: &Serve) -> anyhow::Result<Vec<Place>> {
     let unix = args.unix.iter().map(|path| Place::unix(path).map_err(|error| anyhow!("--unix: {error}")));
     let mut places: Vec<Place> = unix.collect::<anyhow::Result<_>>()?;
     places.extend(args.listen.iter().cloned());
     let port = args.port.unwrap_or(PORT);
-    // nbdkit's --vsock takes its port from --port, and nothing else listens there then.
+    // nbdkit's --vsock takes its port from --port, which then does not listen on TCP.
     let port_is_vsock_s = args.vsock == Some(None);
     if let Some(own) = args.vsock {
         places.push(Place::Vsock(own.unwrap_or(port.into())));
@@ -252,7 +252,7 @@ fn places(args: &Serve) -> anyhow::Result<Vec<Place>> {
     Ok(places)
 }
 
-/// Bytes that the path of a socket can have (unix(7), `sun_path`, without the NUL at its end).
+/// Longest path of a socket, in bytes (unix(7), `sun_path`, without the terminating NUL).
 const PATH_MAX: usize = 107;
 
 fn check_length(path: &Path) -> anyhow::Result<()> {
@@ -261,7 +261,7 @@ fn check_length(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Connects without waiting: a server that does not accept, and has a full queue of clients, is `WouldBlock`.
+/// Connects without waiting. If the server does not accept and its backlog is full, the error is `WouldBlock`.
 pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     check_length(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -270,11 +270,11 @@ pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Binds a socket and listens. It replaces a socket that a dead server has left behind, and nothing else. No client can
-/// connect before owner, group and mode are set.
+/// Binds a socket and listens. It replaces only a socket that a dead server has left behind. Clients can connect only after
+/// owner, group and mode are set.
 pub(crate) fn bind_unix(path: &Path, access: &Access) -> anyhow::Result<(UnixListener, OwnFile)> {
-    // Clients elsewhere need the absolute path.
-    let full = absolute(path).context("where the current directory is")?;
+    // Clients with another current directory need the absolute path.
+    let full = absolute(path).context("cannot get the current directory")?;
     check_length(&full)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => bail!("the file exists and is not a socket"),
@@ -282,11 +282,11 @@ pub(crate) fn bind_unix(path: &Path, access: &Access) -> anyhow::Result<(UnixLis
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
             _ => bail!("another server listens there already"),
         },
-        Err(_) => {} // bind() tells better what is wrong, if anything is.
+        Err(_) => {} // bind() reports the reason, if there is one.
     }
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     if let Some(mode) = access.mode {
-        // The file gets these permissions, less those that the umask takes.
+        // The file gets these permissions without the bits of the umask.
         fchmod(&socket, Mode::from_bits_truncate(mode))?;
     }
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -303,8 +303,8 @@ pub(crate) fn bind_unix(path: &Path, access: &Access) -> anyhow::Result<(UnixLis
 
 type Bound = Vec<(SocketAddr, OwnedFd)>;
 
-/// Binds the same port of all hosts, each address once, but for what is bound already. A host needs at least one address
-/// that the machine has.
+/// Binds the same port of all hosts, each address once, except those that are bound already. The machine must have at least one
+/// address of each host.
 fn bind_all(
     hosts: &[(String, Vec<SocketAddr>)],
     mut port: u16,
@@ -314,7 +314,7 @@ fn bind_all(
     let mut all: Bound = Vec::new();
     let mut absent = vec![None; hosts.len()];
     let mut served = vec![false; hosts.len()];
-    // An address for all of them goes first: it covers the others.
+    // A wildcard address goes first: it covers the others.
     let mut order: Vec<_> =
         hosts.iter().enumerate().flat_map(|(n, (_, found))| found.iter().map(move |a| (n, *a))).collect();
     order.sort_by_key(|(_, a)| if a.ip().is_unspecified() { 1 + u8::from(a.is_ipv4()) } else { 3 });
@@ -353,7 +353,7 @@ fn bind_tcp(address: SocketAddr, v6_only: bool) -> io::Result<OwnedFd> {
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     if address.is_ipv6() {
-        // Whatever the system's default is.
+        // Do not depend on the system's default.
         setsockopt(&socket, sockopt::Ipv6V6Only, &(v6_only || !address.ip().is_unspecified()))?;
     }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
@@ -371,7 +371,7 @@ fn port_of(socket: &OwnedFd) -> io::Result<u16> {
     Ok(name.as_sockaddr_in().map(|v4| v4.port()).or(v6).unwrap_or_default())
 }
 
-/// Where a bound socket is reached.
+/// The address of a bound socket.
 fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
     let name = name_of(socket)?;
     if let Some(vsock) = name.as_vsock_addr() {
@@ -384,7 +384,7 @@ fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
         let zone = if v6.scope_id() == 0 { String::new() } else { format!("%{}", v6.scope_id()) };
         return Ok(Address::tcp(&format!("{}{zone}", v6.ip()), v6.port()));
     }
-    ensure!(name.family() == Some(AddressFamily::Unix), "it is not of a family that can be served");
+    ensure!(name.family() == Some(AddressFamily::Unix), "its address family is not supported");
     let name = UnixListener::from(socket.as_fd().try_clone_to_owned()?).local_addr()?;
     match (name.as_pathname(), name.as_abstract_name()) {
         (Some(path), _) => Ok(Address::Unix(path.into())),
@@ -393,7 +393,7 @@ fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
     }
 }
 
-/// The machine has no such address, or not even its family.
+/// Whether the machine lacks this address, or its whole family.
 fn is_absent(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable
         || error.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)
@@ -404,7 +404,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_address_is_bound_once_and_absent_ones_are_left_out() {
+    fn each_address_is_bound_once_and_absent_ones_are_skipped() {
         let row = |host: &str, ips: &[&str]| {
             (host.to_owned(), ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect())
         };

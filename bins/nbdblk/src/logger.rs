@@ -35,8 +35,8 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// How long the end of the process may wait for stderr.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Starts logging. `verbose` counts the `-v`: information, debugging, everything. Lines are written by their own thread from
-/// [`detach`] on, and before it by the thread that logs.
+/// Starts logging. `verbose` is the number of `-v`: information, debugging, everything. From [`detach`] on, a thread writes the
+/// lines; before it, the logging thread does.
 pub(crate) fn start(verbose: u8) {
     let level = match verbose {
         0 => LevelFilter::Warn,
@@ -48,7 +48,7 @@ pub(crate) fn start(verbose: u8) {
     log::set_max_level(level);
 }
 
-/// From here on a thread writes to stderr, and no other thread waits for it. Panics are logged the same way.
+/// From here on, a thread writes to stderr, and no other thread waits for it. Panics are logged in the same way.
 pub(crate) fn detach() {
     let write = || {
         let mut state = lock();
@@ -68,10 +68,10 @@ pub(crate) fn detach() {
             IDLE.notify_all();
         }
     };
-    // Held until the thread is known to run, so that no line is queued for a thread that never was.
+    // Held until the thread is known to run, so that no line is queued without a thread.
     let mut state = lock();
-    // The signals are for the thread that reads them; a log file may not kill the server with SIGXFSZ either. The thread
-    // inherits this. If it blocked them itself, a signal could come first.
+    // Signals are for the thread that reads them, and SIGXFSZ from a log file must not kill the server. The new thread inherits
+    // this mask. If it blocked the signals itself, one could come first.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     state.detached = thread::Builder::new().name("log".into()).spawn(write).is_ok();
     if let Ok(mask) = mask {
@@ -120,7 +120,7 @@ impl Log for Stderr {
             },
         );
         let mut state = lock();
-        // What was asked for with -v is written in full.
+        // Messages for -v are all written.
         if level > Level::Warn || state.admit((record.file_static(), record.line()), level, &line, Instant::now()) {
             state.take(line);
         }
@@ -146,7 +146,7 @@ type Origin = (Option<&'static str>, Option<u32>);
 struct State {
     /// A thread writes.
     detached: bool,
-    /// It is about to write a line that is not in the queue any more.
+    /// A thread is writing a line that has left the queue.
     writing: bool,
     queue: VecDeque<String>,
     bytes: usize,
@@ -165,7 +165,7 @@ struct Repeat {
 }
 
 impl State {
-    /// Whether a line may be written, or is one of too many.
+    /// Whether to write a line; `false`: it is suppressed.
     fn admit(&mut self, origin: Origin, level: Level, line: &str, now: Instant) -> bool {
         self.end_periods(now, false);
         let new = || Repeat { since: now, count: 0, left_out: 0, level, last: String::new() };
@@ -177,13 +177,13 @@ impl State {
         repeat.left_out += 1;
         repeat.last = line.trim_end().to_owned();
         if repeat.left_out == 1 {
-            // Its end is to be waited for.
+            // Wakes the thread, which must wait for the end of the period.
             WAKE.notify_all();
         }
         false
     }
 
-    /// Reports what was left out in periods that are over, or in all of them.
+    /// Reports the suppressed messages of periods that are over, or of all.
     fn end_periods(&mut self, now: Instant, all: bool) {
         let over = |repeat: &Repeat| all || now.saturating_duration_since(repeat.since) >= PERIOD;
         let ended: Vec<Repeat> = self.repeats.extract_if(|_, repeat| over(repeat)).map(|(_, repeat)| repeat).collect();
@@ -222,7 +222,7 @@ impl State {
         self.queue.is_empty() && self.dropped == 0
     }
 
-    /// How long there is nothing to do unless another line comes.
+    /// Time until the next work, unless another line comes.
     fn wait(&self, now: Instant) -> Duration {
         let waited = self.repeats.values().filter(|repeat| repeat.left_out > 0);
         let end = waited.map(|repeat| (repeat.since + PERIOD).saturating_duration_since(now)).min();

@@ -1,4 +1,5 @@
-//! `nbdblk`: serves block devices as Network Block Devices. Arguments in, an exit status out; the work is in the libraries.
+//! `nbdblk`: serves block devices as Network Block Devices. This crate handles arguments and the exit status; libraries do the
+//! work.
 
 mod activation;
 mod asker;
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
     code
 }
 
-/// Help and version were asked for, or the arguments make no sense: the latter is one line and status 1.
+/// Prints help or the version if requested. Otherwise the arguments are invalid: prints one line, and returns status 1.
 fn usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match print(&error.render().to_string()) {
@@ -63,17 +64,17 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            complain("what to do? nbdblk serve, nbdblk reload, nbdblk info or nbdblk drivers; nbdblk --help says more");
+            complain("no command: use nbdblk serve, nbdblk reload, nbdblk info or nbdblk drivers; see nbdblk --help");
             ExitCode::FAILURE
         }
         _ => {
-            complain(&format!("{}; nbdblk --help says more", one_line(error)));
+            complain(&format!("{}; see nbdblk --help", one_line(error)));
             ExitCode::FAILURE
         }
     }
 }
 
-/// What is wrong with arguments, without the usage.
+/// The reason why the arguments are invalid, without the usage.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
@@ -86,12 +87,12 @@ fn complain(text: &str) {
     logger::say(log::Level::Error, text);
 }
 
-/// One line on stderr, for good news.
+/// One line on stderr, for information.
 fn report(text: &str) {
     logger::say(log::Level::Info, text);
 }
 
-/// Writes to stdout; a reader that has seen enough (`| head`) is no error.
+/// Writes to stdout. A reader that closes its end early (`| head`) is not an error.
 fn print(text: &str) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

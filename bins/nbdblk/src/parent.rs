@@ -1,4 +1,4 @@
-//! `--exit-with-parent`: SIGTERM for this process when the one that started it ends.
+//! `--exit-with-parent`: sends SIGTERM to this process when its parent ends.
 
 use std::{os::fd::AsFd, thread};
 
@@ -14,22 +14,22 @@ use nix::{
 
 use crate::sys::pidfd_open;
 
-/// Watches over the parent from now on.
+/// Watches the parent from now on.
 ///
 /// # Errors
-/// It has gone already, or the kernel is older than 5.3.
+/// The parent has already ended, or the kernel is older than 5.3.
 pub(crate) fn watch() -> anyhow::Result<()> {
-    const GONE: &str = "--exit-with-parent: the parent has gone already";
+    const GONE: &str = "--exit-with-parent: the parent has already ended";
     let parent = getppid();
     if parent.as_raw() == 0 {
-        // It is in another namespace. (Otherwise this signal is not to be trusted: it comes when the thread ends.)
+        // The parent is in another namespace. (Otherwise do not use this signal: it comes when the parent's thread ends.)
         return prctl::set_pdeathsig(Signal::SIGTERM).context("--exit-with-parent");
     }
     let pidfd = pidfd_open(parent).context("--exit-with-parent: watching the parent")?;
-    // The descriptor is that of the parent only if this still is its number.
+    // The descriptor belongs to the parent only if the parent still has this number.
     ensure!(getppid() == parent, GONE);
-    // Before this point, only this tells an orphan and whoever takes care of it from a child and its parent: a session is
-    // inherited, or the child leads one of its own.
+    // If the parent ended before this point, another process has adopted this one. The session shows it: a child inherits its
+    // parent's session, or leads its own.
     let session = getsid(None)?;
     ensure!(session == Pid::this() || getsid(Some(parent)) == Ok(session), GONE);
     let watch = move || {

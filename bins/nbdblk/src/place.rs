@@ -1,4 +1,4 @@
-//! [`Place`]: where to listen, as the command line has it.
+//! [`Place`]: a place to listen, as an argument.
 
 use std::{
     net::Ipv6Addr,
@@ -12,20 +12,20 @@ use crate::uri::PORT;
 /// A place to listen at, as `unix:PATH`, `unix:@NAME`, `tcp:PORT`, `tcp:HOST[:PORT]` or `vsock:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// A unix socket of a name that is not told beforehand, in a private directory: `unix:-`.
+    /// A unix socket with a generated name, in a private directory: `unix:-`.
     Private,
     /// A unix socket in the file system.
     Unix(PathBuf),
     /// A unix socket in the abstract namespace.
     Abstract(Vec<u8>),
-    /// A TCP port, 0 being any free one, on all of these hosts; without any on the loopback addresses.
+    /// A TCP port (0: any free one) on all of these hosts; without hosts, on the loopback addresses.
     Tcp(Vec<String>, u16),
-    /// A port for virtual machines and their hosts, 0 being any free one.
+    /// A vsock port (0: any free one), for virtual machines and their hosts.
     Vsock(u32),
 }
 
 impl Place {
-    /// What `--unix` takes.
+    /// Parses the value of `--unix`.
     ///
     /// # Errors
     /// It is empty.
@@ -39,7 +39,7 @@ impl Place {
         }
     }
 
-    /// Whether it is a file that other users find.
+    /// Whether it is a file that other users can find.
     pub(crate) fn is_file(&self) -> bool {
         matches!(self, Self::Unix(_))
     }
@@ -62,7 +62,7 @@ impl FromStr for Place {
                 if rest.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()) {
                     return Err(format!("write an IPv6 address in brackets: tcp:[{rest}]:{PORT}"));
                 }
-                // The brackets of an IPv6 address tell its colons from the one before the port.
+                // The brackets distinguish the colons of an IPv6 address from the one before the port.
                 let (host, rest) = match rest.strip_prefix('[') {
                     Some(rest) => rest.split_once(']').ok_or("the bracket is not closed")?,
                     None => rest.split_at(rest.find(':').unwrap_or(rest.len())),
@@ -79,7 +79,7 @@ impl FromStr for Place {
     }
 }
 
-/// What `--ip-addr` takes: an address or the name of a host, without a port.
+/// Parses the value of `--ip-addr`: an address or the name of a host, without a port.
 ///
 /// # Errors
 /// It has a port, or is empty.
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_told_apart() {
+    fn places_are_distinguished() {
         let check = |text: &str, place| assert_eq!(text.parse(), Ok(place), "{text}");
         let tcp = |host: &str, port| Place::Tcp(vec![host.into()], port);
         check("unix:/run/nbd.sock", Place::Unix("/run/nbd.sock".into()));

@@ -1,4 +1,4 @@
-//! [`Plan`]: what is to be served, and how it differs from what is.
+//! [`Plan`]: the exports to serve, and the differences from the ones being served.
 
 use std::{
     path::Path,
@@ -17,11 +17,11 @@ use crate::{
     tls::Security,
 };
 
-/// What is to be served, as the command line or a file has it.
+/// The exports to serve, from the command line or a file.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) wanted: Vec<Wanted>,
-    /// One for each of them, once they are open.
+    /// One device for each export, once they are open.
     devices: Vec<Arc<dyn Device>>,
     file: Option<(Source, Vec<Setting>)>,
 }
@@ -33,7 +33,7 @@ impl Plan {
         Ok(Self { wanted, devices: Vec::new(), file: None })
     }
 
-    /// A file, and the arguments with what it adds to them.
+    /// Reads a file, and combines it with the arguments.
     pub(crate) fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve)> {
         let file = File::read(path)?;
         let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
@@ -43,7 +43,7 @@ impl Plan {
         Ok((plan, args))
     }
 
-    /// An error with the place of the first setting of that kind, if it stands in the file.
+    /// Adds the place of the first setting of this kind to an error, if the file has one.
     pub(crate) fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
         let Some((source, settings)) = &self.file else { return error };
         match settings.iter().find(|setting| setting.key.starts_with(kind)) {
@@ -52,7 +52,7 @@ impl Plan {
         }
     }
 
-    /// Opens all devices, but those that another plan has open already, under a name that still stands for them.
+    /// Opens all devices, except those that the other plan has open under a name that still means the same device.
     pub(crate) fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
         for wanted in &self.wanted {
             let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(wanted))?]));
@@ -80,14 +80,14 @@ impl Plan {
         self.find(|wanted| wanted.name == name)
     }
 
-    /// Serves what the file says now: all of it, or, when anything is wrong, none. Returns the plan that is served then, and
-    /// what has changed.
+    /// Serves the present content of the file: all of it, or, after any error, nothing of it. Returns the plan that is served
+    /// then, and the changes.
     pub(crate) fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
         let (mut next, args) = Self::from_file(path)?;
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         let open = next.open(Some(self));
         open.map_err(|error| shortage::advise(error, &args, next.wanted.len()))?;
-        // For an export that changes the newer word counts.
+        // For an export that changes, the newer setting counts.
         let removal = |name: &str| {
             let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
             words.map_or(Removal::default(), |wanted| wanted.on_remove)
@@ -142,7 +142,7 @@ impl Plan {
     }
 }
 
-/// Settings that take effect with the exports, beside those of TLS.
+/// Settings that take effect with the exports, in addition to those of TLS.
 const AT_ONCE: &[&str] = &["allow", "read-only"];
 
 #[cfg(test)]
@@ -153,7 +153,7 @@ mod tests {
 
     use super::*;
 
-    /// A device whose name stands for another one now.
+    /// A device whose name means another device now.
     struct Replaced(Memory);
 
     impl Device for Replaced {

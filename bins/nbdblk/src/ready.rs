@@ -1,4 +1,4 @@
-//! Telling others that the server is ready, and that it stops: a pid file, a descriptor, the service manager.
+//! Reports that the server is ready, and that it stops: through a pid file, a descriptor, the service manager.
 
 use std::{
     env,
@@ -22,10 +22,10 @@ use crate::{activation, cli, files::OwnFile};
 /// The variable that names the service manager's socket (sd_notify(3)).
 pub(crate) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// How long the service manager may take to receive a message.
+/// Time that the service manager has to receive a message.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where to report that the server is ready.
+/// The receivers of the report that the server is ready.
 #[derive(Debug)]
 pub(crate) struct Ready {
     pid: Option<(OwnFile, PathBuf)>,
@@ -33,14 +33,15 @@ pub(crate) struct Ready {
 }
 
 impl Ready {
-    /// Finds everything that can be wrong before anything listens.
+    /// Finds all errors before the server listens.
     pub(crate) fn prepare(args: &cli::Serve) -> anyhow::Result<Self> {
         let pipe = args.ready_fd.map(|fd| activation::take(fd).with_context(|| format!("--ready-fd {fd}")));
         let pid = args.pidfile.as_ref().map(|path| OwnFile::pid(path).map(|file| (file, path.clone())));
         Ok(Self { pid: pid.transpose()?, pipe: pipe.transpose()?.map(Into::into) })
     }
 
-    /// The devices are open and the sockets listen. This waits for a file system, and for a reader of the descriptor.
+    /// Reports that the devices are open and the sockets listen. May wait for a file system, and for the reader of the
+    /// descriptor.
     pub(crate) fn announce(&mut self) -> anyhow::Result<()> {
         if let Some((file, path)) = &mut self.pid {
             file.move_to(path)?;
@@ -48,7 +49,7 @@ impl Ready {
         notify("READY=1", PATIENCE);
         match self.pipe.take().map(|mut pipe| pipe.write_all(b"\n")) {
             Some(Err(error)) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::WouldBlock) => {
-                log::warn!("--ready-fd: its reader has left, or does not read: {error}");
+                log::warn!("--ready-fd: its reader has closed it, or does not read: {error}");
             }
             Some(written) => written.context("writing to --ready-fd")?,
             None => {}
@@ -57,7 +58,7 @@ impl Ready {
     }
 }
 
-/// Tells the service manager something, if there is one.
+/// Sends a state to the service manager, if there is one.
 pub(crate) fn notify(state: &str, patience: Duration) {
     let Some(name) = env::var_os(NOTIFY_SOCKET) else { return };
     let send = || {
@@ -70,6 +71,6 @@ pub(crate) fn notify(state: &str, patience: Duration) {
         socket.send_to_addr(state.as_bytes(), &address)
     };
     if let Err(error) = send() {
-        log::warn!("telling the service manager {state} at {}: {error}", name.display());
+        log::warn!("cannot send {state} to the service manager at {}: {error}", name.display());
     }
 }

@@ -1,4 +1,4 @@
-//! `nbdblk reload`, and the server's side of it: a unix socket on which one word asks for the file to be read again.
+//! `nbdblk reload` and the server's side of it: a unix socket with a single request, which makes the server read its file again.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -30,19 +30,19 @@ use crate::{
     listen::{Access, bind_unix, connect_unix},
 };
 
-/// What a client says.
+/// The request of a client.
 const REQUEST: &[u8] = b"reload\n";
 
-/// How long it may take for that.
+/// Time that a client has to send it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Clients that have not said it yet; one more, and the oldest of them is cut off.
+/// Most clients that have not sent their request yet. With one more, the oldest is disconnected.
 const SILENT_MAX: usize = 64;
 
-/// How long `nbdblk reload` waits.
+/// Time that `nbdblk reload` waits by default.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Has a server read its file again.
+/// Makes a server read its file again.
 pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
     let path = match (&args.control, &args.file) {
         (Some(path), _) => path.clone(),
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
             let (path, limit) = (path.display(), Value::Time(limit));
             anyhow!("the server at {path} has not answered within {limit}; it may still reload: see its log")
         }
-        _ => anyhow!(error).context(format!("asking the server at {}", path.display())),
+        _ => anyhow!(error).context(format!("cannot reach the server at {}", path.display())),
     })?;
     match answer.trim_end().split_once(' ') {
         Some(("ok", changes)) => crate::print(&format!("{changes}\n")),
@@ -72,7 +72,7 @@ fn ask(path: &Path, limit: Duration) -> io::Result<String> {
     };
     let mut socket = loop {
         match connect_unix(path) {
-            // Its queue of clients is full.
+            // The server's backlog is full.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 thread::sleep(rest()?.min(Duration::from_millis(50)));
             }
@@ -94,17 +94,17 @@ fn ask(path: &Path, limit: Duration) -> io::Result<String> {
     }
 }
 
-/// The control socket of the server that serves this file.
+/// The control socket of the server that uses this file.
 fn named_in(file: &Path) -> anyhow::Result<PathBuf> {
     let found = File::read(file)?.settings.into_iter().find(|setting| setting.key == "control");
     let word =
         found.and_then(|setting| setting.words.first().and_then(|w| w.strip_prefix("--control=")).map(PathBuf::from));
     word.with_context(|| {
-        format!("{} names no control socket (control = \"PATH\"); say --control, or send SIGHUP", file.display())
+        format!("{} names no control socket (control = \"PATH\"); use --control, or send SIGHUP", file.display())
     })
 }
 
-/// Listens for [`run`], and passes on what it asks for. Only the server's own user and root are heard.
+/// Listens for [`run`], and passes requests on as events. Only the server's own user and root may send them.
 pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result<OwnFile> {
     let access = Access { mode: Some(0o600), ..Access::default() };
     let (listener, file) = bind_unix(path, &access).with_context(|| format!("listening on {}", path.display()))?;
@@ -114,7 +114,7 @@ pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result
         loop {
             if let Err(error) = turn(&listener, &mut silent, &events) {
                 log::warn!("the control socket: {error}");
-                // Perhaps there are no descriptors left.
+                // Descriptors may be short.
                 silent.clear();
                 thread::sleep(Duration::from_millis(100));
             }
@@ -124,7 +124,7 @@ pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result
     Ok(file)
 }
 
-/// A client that has not said all of it yet.
+/// A client that has not sent its whole request yet.
 #[derive(Debug)]
 struct Silent {
     socket: UnixStream,
@@ -132,7 +132,7 @@ struct Silent {
     deadline: Instant,
 }
 
-/// Waits until something happens to any of the sockets. None of them is waited for alone.
+/// Waits for an event of any socket. It never waits for one socket alone.
 fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender<Event>) -> io::Result<()> {
     let deadline = silent.iter().map(|client| client.deadline).min();
     let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
@@ -160,7 +160,7 @@ fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender
         socket.set_nonblocking(true)?;
         let uid = getsockopt(&socket, PeerCredentials)?.uid();
         if uid != 0 && uid != geteuid().as_raw() {
-            Asker(socket).tell(&Err("only the server's user and root may ask for that".into()));
+            Asker(socket).tell(&Err("only the server's user and root may request a reload".into()));
             continue;
         }
         let mut client = Silent { socket, request: Vec::new(), deadline: Instant::now() + PATIENCE };
@@ -176,7 +176,7 @@ fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender
 }
 
 impl Silent {
-    /// `true`: it has said something.
+    /// `true`: the request is complete.
     fn hear(&mut self) -> io::Result<bool> {
         let mut part = [0; REQUEST.len()];
         let len = REQUEST.len() - self.request.len();
@@ -193,7 +193,7 @@ impl Silent {
 fn answer(client: Silent, events: &mpsc::Sender<Event>) {
     let asker = Asker(client.socket);
     if client.request != REQUEST {
-        return asker.tell(&Err("the control socket understands \"reload\"".into()));
+        return asker.tell(&Err("unknown request: the control socket accepts \"reload\"".into()));
     }
     if let Err(mpsc::SendError(Event::Reload(Some(asker)))) = events.send(Event::Reload(Some(asker))) {
         asker.tell(&Err("the server is stopping".into()));

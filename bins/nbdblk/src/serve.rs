@@ -1,6 +1,6 @@
-//! `nbdblk serve`: specs to devices, devices to exports, exports and sockets to a server, until something ends it.
+//! `nbdblk serve`: makes devices, exports and sockets from the arguments, and serves until an event ends it.
 //!
-//! The main thread only waits for events. What may wait for a file system, or for a reader, has a thread of its own.
+//! The main thread only waits for events. Work that may wait for a file system or a reader has its own thread.
 
 use std::{
     path::PathBuf,
@@ -32,13 +32,13 @@ use crate::{
     tls::Security,
 };
 
-/// How long the end may take that others do not see: removing files, telling the service manager.
+/// Time for invisible work at the end: removing files, notifying the service manager.
 const TIDYING: Duration = Duration::from_secs(2);
 
-/// How long a server may take to stop: a device may have something to finish, and may never.
+/// Time for a server to stop: a device may have requests to complete, and may never do it.
 const STOPPING: Duration = Duration::from_secs(45);
 
-/// Clients of the control socket that wait for one more reload.
+/// Most clients of the control socket that may wait for the next reload.
 const ASKERS_MAX: usize = 64;
 
 pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
@@ -51,7 +51,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     serve(plan, &args).map_err(|error| shortage::advise(error, &args, exports))
 }
 
-/// The limits that the options set.
+/// The limits from the options.
 fn limits(args: &cli::Serve) -> Limits {
     let mut limits = Limits::default();
     limits.workers = args.threads.unwrap_or(limits.workers);
@@ -132,7 +132,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         match control.wait() {
             Event::Stop(signal) => match &captive {
                 Some(captive) => captive.terminate(),
-                // The command has not been run.
+                // The command has not been started.
                 None if args.run.is_some() => break Ok(128 + signal as u8),
                 None => break Ok(0),
             },
@@ -154,7 +154,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         }
     };
     control.enter(Phase::Stopping);
-    // First, so that nothing is left of them when a second signal comes.
+    // First, so that the files are gone when a second signal comes.
     within(TIDYING, || {
         files::remove_all();
         ready::notify("STOPPING=1", TIDYING);
@@ -180,16 +180,16 @@ fn stop(mut server: Arc<Server>) {
     }
 }
 
-/// The plan that is served, and those that take its place. Reading one, and opening its devices, is done by a thread: a file
-/// system may hang.
+/// The plan that is served, and the reloads that replace it. A thread reads the file and opens the devices, because a file system
+/// may hang.
 struct Reloads {
     plan: Arc<Plan>,
     path: Option<PathBuf>,
     server: Weak<Server>,
     events: mpsc::Sender<Event>,
-    /// When reading of the file began, and the clients that wait for it.
+    /// When the present reload began, and the clients that wait for it.
     running: Option<(Instant, Vec<Asker>)>,
-    /// The file may have changed since then: read it once more, for these.
+    /// The file may have changed since then: reload once more, for these clients.
     again: Option<Vec<Asker>>,
 }
 
@@ -218,12 +218,12 @@ impl Reloads {
     }
 
     fn start(&mut self, askers: Vec<Asker>) {
-        let path = self.path.clone().expect("without a file nobody asks for that");
+        let path = self.path.clone().expect("reloads need a file");
         let (plan, server, events) = (Arc::clone(&self.plan), self.server.clone(), self.events.clone());
         let read = move || {
             let reload = || plan.reload(&path, &server).map_err(|error| format!("{error:#}"));
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
-            // The last of what is not served any more goes here, and not on the thread that waits for events.
+            // Drop the last references to old devices here, and not on the thread that waits for events.
             drop(plan);
             let _ = events.send(Event::Reloaded(outcome.unwrap_or_else(|_| Err("a panic: see the log".into()))));
         };
@@ -236,7 +236,7 @@ impl Reloads {
     fn finish(&mut self, outcome: Outcome) {
         let answer = outcome.map(|(plan, changes)| {
             let old = std::mem::replace(&mut self.plan, Arc::new(plan));
-            // Closing a file may take as long as the file system likes.
+            // Closing a file may take any time.
             let _ = thread::Builder::new().name("closing".into()).spawn(move || drop(old));
             changes
         });
@@ -259,8 +259,8 @@ impl Reloads {
     }
 }
 
-/// Lets this process have as many descriptors as it may: the limit that it is given is made for programs that use select(2),
-/// as the command of `--run` may be.
+/// Raises this process's soft limit of descriptors to the hard limit. The soft limit exists for programs that use select(2), and
+/// the command of `--run` may be one.
 fn raise_descriptors() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, max)| setrlimit(Resource::RLIMIT_NOFILE, max, max));
     if let Err(error) = raised {
@@ -268,12 +268,12 @@ fn raise_descriptors() {
     }
 }
 
-/// A limit that does not hold until this is dropped.
+/// A limit that is lifted until this is dropped.
 struct Lifted(Option<(u64, u64)>);
 
 impl Lifted {
-    /// The limit of file sizes (LimitFSIZE=) is meant for disks. To the kernel, memory that is shared with a device is a file
-    /// as well. Where the limit cannot be lifted, memory that does not fit it is an error.
+    /// The limit for file sizes (LimitFSIZE=) is meant for disks. But to the kernel, memory that is shared with a device is also
+    /// a file. If the limit cannot be lifted, too much memory is an error.
     fn file_size() -> Self {
         let of = Resource::RLIMIT_FSIZE;
         let before = getrlimit(of).ok().filter(|(soft, _)| *soft != RLIM_INFINITY);
@@ -286,7 +286,7 @@ impl Lifted {
 impl Drop for Lifted {
     fn drop(&mut self) {
         if let Some((soft, hard)) = self.0 {
-            // A limit can always be lowered.
+            // Lowering a limit is always allowed.
             let _ = setrlimit(Resource::RLIMIT_FSIZE, soft, hard);
         }
     }

@@ -1,4 +1,4 @@
-//! What to do when the system refuses memory, descriptors or threads: the option or the limit, by its name.
+//! Advice if the system refuses memory, descriptors or threads: names the option or the limit.
 
 use std::io;
 
@@ -7,13 +7,13 @@ use nix::errno::Errno;
 
 use crate::{cli, info::human};
 
-/// The same error, with advice if it is of that kind. `exports`: how many the server was to have.
+/// Adds advice to an error of such a kind. `exports`: number of exports that the server needs.
 pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) -> anyhow::Error {
     let text = format!("{error:#}");
     let defaults = nbd_server_core::Limits::default();
     let workers = args.threads.unwrap_or(defaults.workers);
     let advice = match errno(&error, &text) {
-        // A driver knows better.
+        // The driver's advice is better.
         _ if text.contains("ulimit") => return error,
         Some(Errno::ENOMEM) => {
             let memory = args.memory.unwrap_or(defaults.memory);
@@ -29,7 +29,7 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
             format!("raise ulimit -n (LimitNOFILE=), or lower --threads, which is {workers}, or serve fewer exports")
         }
         Some(Errno::ENFILE) => "the whole system has no file descriptors left: raise fs.file-max".into(),
-        // Of a thread; a socket may say it as well, for another reason.
+        // For a thread. Sockets may return EAGAIN too, for another reason.
         Some(Errno::EAGAIN) if text.contains("starting") || text.contains("thread") => format!(
             "no thread can be made: raise ulimit -u (LimitNPROC=, TasksMax=) or ulimit -v (LimitAS=), or lower --threads, \
              which is {workers}"
@@ -45,7 +45,7 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
     anyhow!("{text}; {advice}")
 }
 
-/// What the kernel answered. Errors that name an object have it in their text only.
+/// The kernel's error. Errors that name an object have it in their text only.
 fn errno(error: &anyhow::Error, text: &str) -> Option<Errno> {
     let of = |cause: &(dyn std::error::Error + 'static)| {
         let io = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);

@@ -21,12 +21,12 @@ use nix::unistd::{dup2_stdin, dup2_stdout};
 
 use crate::{control::Control, events::Event};
 
-/// Takes standard input and output as the only client; its end arrives at `control`.
+/// Takes standard input and output as the only client. Reports its end to `control`.
 pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
     ensure!(!io::stdin().is_terminal(), "--single: standard input is a terminal, not a client");
     let take = || -> io::Result<(OwnedFd, OwnedFd)> {
         let taken = (io::stdin().as_fd().try_clone_to_owned()?, io::stdout().as_fd().try_clone_to_owned()?);
-        // What stays open here would keep the client from seeing the end.
+        // A descriptor that stays open here would hide the end of the stream from the client.
         let null = File::options().read(true).write(true).open("/dev/null")?;
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;
@@ -36,7 +36,7 @@ pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
     let (over, end) = mpsc::channel();
     let events = control.sender();
     let stop = move || {
-        // Nobody waits any more when the server is stopping already.
+        // If the server is already stopping, nothing receives this.
         let _ = events.send(Event::Ended(0));
     };
     if is_one_socket(&input, &output)? {
@@ -46,7 +46,7 @@ pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
         })?;
         return Ok(Listener::Connected { socket: input, over });
     }
-    // The server knows sockets only.
+    // The server accepts only sockets.
     let (ours, theirs) = UnixStream::pair().context("--single: making a pair of sockets")?;
     let (mut into, mut from) = (ours.try_clone()?, ours);
     let (mut input, mut output) = (File::from(input), File::from(output));
@@ -66,7 +66,7 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Moves bytes on as they come, until either end has gone. (io::copy does not: from a socket to a pipe it waits for more.)
+/// Forwards bytes as they come, until either end has closed. (io::copy does not: from a socket to a pipe it waits for more.)
 fn pump(from: &mut impl Read, into: &mut impl Write) {
     let mut buffer = vec![0; 64 << 10];
     loop {

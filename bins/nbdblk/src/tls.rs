@@ -1,4 +1,4 @@
-//! `--tls` and the files that go with it, by the names that nbdkit, libvirt and qemu use.
+//! `--tls` and its files, with the names that nbdkit, libvirt and QEMU use.
 
 use std::{
     ffi::OsString,
@@ -16,7 +16,7 @@ use crate::{
     uri::quote,
 };
 
-/// What the server offers, and how clients are told.
+/// The server's TLS configuration, and what clients need to know of it.
 #[derive(Debug)]
 pub(crate) struct Security {
     pub(crate) tls: Option<Tls>,
@@ -26,7 +26,7 @@ pub(crate) struct Security {
 }
 
 impl Security {
-    /// Reads the files, so that what is wrong with them is found before anything listens.
+    /// Reads the files, so that their errors are found before the server listens.
     pub(crate) fn load(args: &cli::Tls) -> anyhow::Result<Self> {
         let given = args.certificates.is_some() || args.psk.is_some();
         let mode = args.mode.unwrap_or(if given { TlsMode::On } else { TlsMode::Off });
@@ -35,7 +35,7 @@ impl Security {
             ensure!(args.only.is_empty(), "--tls-only needs TLS: --tls on, or --tls require");
             return Ok(Self { tls: None, mode, certificates: None, psk: None });
         }
-        let full = |path: &Path| absolute(path).context("where the current directory is");
+        let full = |path: &Path| absolute(path).context("cannot get the current directory");
         let (mut certificates, mut psk) = (None, None);
         let tls = if let Some(file) = &args.psk {
             psk = Some(full(file)?);
@@ -50,7 +50,7 @@ impl Security {
         Ok(Self { tls: Some(tls.required(mode == TlsMode::Require)), mode, certificates, psk })
     }
 
-    /// What a URI needs to say, when clients cannot do without TLS.
+    /// The credentials in a URI, if clients need TLS.
     pub(crate) fn words(&self) -> Option<String> {
         let word = |key: &str, path: &Path| format!("{key}={}", quote(path.as_os_str().as_bytes()));
         let certificates = self.certificates.as_ref().map(|dir| word("tls-certificates", dir));
@@ -58,7 +58,7 @@ impl Security {
         certificates.or(psk).filter(|_| self.mode == TlsMode::Require)
     }
 
-    /// What nbdkit tells the command of `--run`.
+    /// Variables that nbdkit sets for the command of `--run`.
     pub(crate) fn variables(&self) -> Vec<(OsString, OsString)> {
         let mode = match self.mode {
             TlsMode::Off => "",
@@ -106,7 +106,7 @@ fn how_to_build(feature: &str) -> String {
     )
 }
 
-/// The file may be missing, which others report better. Reading from a FIFO could block forever.
+/// A missing file gets a better error elsewhere. Reading from a FIFO could block forever.
 #[cfg(feature = "tls")]
 fn check_regular(file: &Path) -> anyhow::Result<()> {
     match open_regular(file) {
@@ -117,7 +117,7 @@ fn check_regular(file: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Where nbdkit looks.
+/// The directory that nbdkit uses.
 fn default_dir() -> anyhow::Result<PathBuf> {
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let homes = home.iter().flat_map(|home| [home.join(".pki/nbdkit"), home.join(".config/pki/nbdkit")]);
@@ -126,7 +126,7 @@ fn default_dir() -> anyhow::Result<PathBuf> {
         Some(dir) => Ok(dir.clone()),
         None => {
             let places: Vec<_> = places.iter().map(|dir| dir.display().to_string()).collect();
-            bail!("no certificates for TLS: --tls-certificates says where, and there is no {}", places.join(", no "))
+            bail!("no certificates for TLS: set --tls-certificates; there is no {}", places.join(", no "))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where a server can be reached, as an NBD URI (doc/uri.md of the protocol; the same forms as nbdkit's).
+//! The addresses of a server as NBD URIs (doc/uri.md of the protocol), in the same forms as nbdkit's.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -6,26 +6,26 @@ use std::{
     path::PathBuf,
 };
 
-/// The port of NBD; left out of URIs.
+/// The default port of NBD, which URIs omit.
 pub(crate) const PORT: u16 = 10809;
 
 /// An address that clients can connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Address {
-    /// Of a Unix domain socket: absolute, or an abstract name after `@`, which few clients understand in a URI.
+    /// A Unix domain socket: its absolute path, or an abstract name after `@`, which few clients support in a URI.
     Unix(PathBuf),
-    /// A host name or an IP address, and the true port.
+    /// A host name or an IP address, and the actual port.
     Tcp(String, u16),
     /// A port of vsock.
     Vsock(u32),
 }
 
 impl Address {
-    /// The address of a TCP listener, as a client on the same machine or (when it is a definite address) any other would
-    /// write it.
+    /// The address of a TCP listener, as a client on the same machine would write it, or, if it is a definite address, any
+    /// client.
     pub(crate) fn tcp(host: &str, port: u16) -> Self {
         let host = match host.parse::<IpAddr>() {
-            // Not every machine's localhost has an IPv6 address.
+            // On some machines, localhost has no IPv6 address.
             Ok(ip) if ip.is_unspecified() || ip == Ipv4Addr::LOCALHOST => "localhost".into(),
             Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
             // An address with a zone (RFC 6874).
@@ -37,7 +37,7 @@ impl Address {
         Self::Tcp(host, port)
     }
 
-    /// The URI of an export here, which is under TLS when there are words for its credentials.
+    /// The URI of an export at this address; `tls` has the credentials if TLS is used.
     pub(crate) fn uri(&self, export: &str, tls: Option<&str>) -> String {
         let slash = if export.is_empty() { "" } else { "/" };
         let (export, scheme) = (quote(export.as_bytes()), if tls.is_some() { "nbds" } else { "nbd" });
@@ -45,7 +45,7 @@ impl Address {
             Self::Unix(path) => {
                 (format!("{scheme}+unix://"), vec![format!("socket={}", quote(path.as_os_str().as_bytes()))])
             }
-            // 1 is this machine itself, as localhost is; others must put the number there that it has for them.
+            // 1 is this machine itself, like localhost. Other machines must use the number that this one has for them.
             Self::Vsock(port) if *port == u32::from(PORT) => (format!("{scheme}+vsock://1"), vec![]),
             Self::Vsock(port) => (format!("{scheme}+vsock://1:{port}"), vec![]),
             Self::Tcp(host, PORT) => (format!("{scheme}://{host}"), vec![]),
@@ -57,7 +57,7 @@ impl Address {
     }
 }
 
-/// Percent-encodes all but what is never special, and `/` and `@`.
+/// Percent-encodes all characters except those that are never special, and `/` and `@`.
 pub(crate) fn quote(bytes: &[u8]) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/@".contains(byte);
     bytes.iter().map(|byte| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") }).collect()

@@ -298,7 +298,7 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
     bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
     bad(&["serve", "memory=1M", "--control", "x"], &["--control needs --config"]);
     bad(&["reload"], &["required"]);
-    bad(&["reload", "--control", "/nonexistent/socket"], &["asking the server at /nonexistent/socket"]);
+    bad(&["reload", "--control", "/nonexistent/socket"], &["cannot reach the server at /nonexistent/socket"]);
     fs::write(&file, export).expect("a file can be written");
     bad(&["reload", &file], &["names no control socket"]);
 }

@@ -1,12 +1,12 @@
-//! nbdkit's plugin API, version 2, as C sees it: the table of callbacks and the functions that nbdkit offers.
+//! nbdkit's plugin API, version 2, as in C: the table of callbacks, and the functions of nbdkit.
 #![allow(unsafe_code)]
 
 #[cfg(not(test))]
 use std::ffi::c_uint;
 use std::ffi::{c_char, c_int, c_void};
 
-/// `struct nbdkit_plugin` of nbdkit 1.32 to 1.48 (nbdkit-plugin.h). An nbdkit that knows fewer fields takes as many as it
-/// knows, one that knows more sees by `struct_size` where ours end.
+/// `struct nbdkit_plugin` of nbdkit 1.32 to 1.48 (nbdkit-plugin.h). An nbdkit with fewer fields reads those that it knows. One
+/// with more fields sees from `struct_size` where ours end.
 #[repr(C)]
 pub(crate) struct Table {
     pub(crate) struct_size: u64,
@@ -57,17 +57,17 @@ pub(crate) struct Table {
     pub(crate) block_size: Option<unsafe extern "C" fn(*mut c_void, *mut u32, *mut u32, *mut u32) -> c_int>,
 }
 
-/// A question about a connection: 1 yes, 0 no, -1 error; for FUA and cache one of the constants below.
+/// A question about a connection: 1 yes, 0 no, -1 error; for FUA and cache, one of the constants below.
 pub(crate) type Ask = unsafe extern "C" fn(*mut c_void) -> c_int;
 
-// SAFETY: what it points at is constant.
+// SAFETY: all pointees are constant.
 unsafe impl Sync for Table {}
 
-/// nbdkit's list that block status is added to.
+/// nbdkit's list for extents of block status.
 #[repr(C)]
 pub(crate) struct Extents(c_void);
 
-/// nbdkit's list that exports are added to.
+/// nbdkit's list for exports.
 #[repr(C)]
 pub(crate) struct Exports(c_void);
 
@@ -105,7 +105,7 @@ mod tests {
 
     use super::*;
 
-    /// C names of the fields, in the order of the header, with where we have them.
+    /// C names of the fields in the order of the header, with our offsets.
     const FIELDS: &[(&str, usize)] = &[
         ("_struct_size", offset_of!(Table, struct_size)),
         ("_api_version", offset_of!(Table, api_version)),
@@ -169,8 +169,8 @@ mod tests {
         ("NBDKIT_EXTENT_ZERO", EXTENT_ZERO as i64),
     ];
 
-    /// The compiler reads the header that is installed, and refuses the file if a field lies elsewhere, has another type
-    /// where types are written out below, or is missing.
+    /// Compiles a check against the installed header. The compiler refuses it if a field is missing, has another offset, or has
+    /// another type (for the types listed below).
     #[test]
     fn the_table_is_that_of_the_installed_header() {
         let mut source = String::from(
@@ -184,7 +184,7 @@ mod tests {
             writeln!(source, "SAME ({name}, {value});").unwrap();
         }
         let (_, last) = FIELDS.last().unwrap();
-        // A later header may have more; it never has less.
+        // A later header may have more fields, but never fewer.
         writeln!(source, "_Static_assert (sizeof (struct nbdkit_plugin) >= {}, \"size\");", last + 8).unwrap();
         source += "int r (void *h, void *b, uint32_t n, uint64_t at, uint32_t f);\n\
              int w (void *h, const void *b, uint32_t n, uint64_t at, uint32_t f);\n\

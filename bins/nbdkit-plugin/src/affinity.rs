@@ -1,9 +1,9 @@
-//! [`Affinity`]: the processor that the threads of a busy connection keep to.
+//! [`Affinity`]: keeps the threads of a busy connection on one CPU.
 //!
-//! nbdkit's threads take turns under two locks that a connection has: one to take a request from the socket, one to put a
-//! reply into it. On several processors each of those turns, and each end of a request, is a call from one processor to
-//! another, which costs more than the request does. So while a connection is busy all of its threads stay on one. On which
-//! is the kernel's choice, made anew all the time: for a moment they run free, and where they are then they stay.
+//! nbdkit's threads take turns under two locks of a connection: one to read a request from the socket, one to write a reply. On
+//! several CPUs, each of those turns, and each end of a request, wakes a thread on another CPU, which costs more than the
+//! request. So while a connection is busy, all its threads stay on one CPU. The kernel chooses it, again and again: for a moment
+//! the threads run on any CPU, and then they stay where they are.
 
 use std::{
     cell::Cell,
@@ -16,38 +16,38 @@ use nix::{
     unistd::Pid,
 };
 
-/// Requests between two looks at how busy the connection is.
+/// Requests between two measurements of the load.
 const SAMPLE: u32 = 64;
-/// Busy are so many requests a second, whoever makes them …
+/// A connection is busy with so many requests per second in any case …
 const BUSY: u64 = 30_000;
-/// … or so many, when there are this many at a time. Few and long ones are better off with more processors.
+/// … or with so many, if this many are in flight at a time. Few and long requests are faster on several CPUs.
 const BUSY_TOGETHER: u64 = 8_000;
 const TOGETHER: u32 = 4;
-/// Microseconds before a connection that stays busy runs free again.
+/// Time after which the threads of a busy connection run on any CPU again for a moment, in microseconds.
 const STAY: u64 = 250_000;
-/// Not kept to any processor.
+/// Not bound to any CPU.
 const ANYWHERE: usize = usize::MAX;
 
-/// To the calls of sched(7): the thread that calls.
+/// For sched(7): the calling thread.
 const MYSELF: Pid = Pid::from_raw(0);
 
 thread_local! {
-    /// What this thread keeps to.
+    /// The CPU that this thread is bound to.
     static KEPT: Cell<usize> = const { Cell::new(ANYWHERE) };
-    /// Where it may run when it is free.
+    /// The CPUs on which it may run when it is not bound.
     static FREE: Cell<Option<CpuSet>> = const { Cell::new(None) };
 }
 
-/// Of one connection.
+/// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct Affinity {
     opened: Instant,
     cpu: AtomicUsize,
     requests: AtomicU32,
-    /// Under way now, and the sum of that over the requests since the last look.
+    /// Requests in flight, and their sum over the requests since the last measurement.
     inside: AtomicU32,
     crowd: AtomicU32,
-    /// Microseconds from `opened` to the last look, and to the last choice of a processor.
+    /// Microseconds from `opened` to the last measurement, and to the last choice of a CPU.
     looked: AtomicU64,
     chosen: AtomicU64,
 }
@@ -65,7 +65,7 @@ impl Affinity {
         }
     }
 
-    /// A request begins, and ends when what this returns is dropped.
+    /// Begins a request, which ends when the returned value is dropped.
     pub(crate) fn enter(&self) -> impl Drop + use<'_> {
         let inside = self.inside.fetch_add(1, Relaxed) + 1;
         self.crowd.fetch_add(inside, Relaxed);
@@ -81,7 +81,7 @@ impl Affinity {
         let took = now - self.looked.swap(now, Relaxed).min(now);
         let together = self.crowd.swap(0, Relaxed) / SAMPLE;
         let is_free = self.cpu.load(Relaxed) == ANYWHERE;
-        // Half of what makes it busy keeps it so.
+        // Half the load that makes a connection busy keeps it busy.
         let least = if together >= TOGETHER { BUSY_TOGETHER } else { BUSY } / if is_free { 1 } else { 2 };
         let is_busy = u64::from(SAMPLE) * 1_000_000 > took * least;
         if is_free && is_busy {
@@ -103,14 +103,14 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// Keeps this thread to a processor, or lets it run where it did before. It is for speed only: a failure changes nothing.
+/// Binds this thread to a CPU, or restores its earlier set. A failure costs only speed.
 fn keep_to(cpu: usize) {
     let before = KEPT.replace(cpu);
     if before == cpu {
         return;
     }
     if before == ANYWHERE {
-        // Asked for each time: somebody may have changed it.
+        // Read it each time, because it may have been changed.
         FREE.set(sched_getaffinity(MYSELF).ok());
     }
     let Some(free) = FREE.get() else { return };
@@ -133,7 +133,7 @@ mod tests {
         (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap()).collect()
     }
 
-    /// Makes requests, each after a pause, until the connection is at home somewhere, or nowhere.
+    /// Makes requests, with a pause after each, until the connection is bound to a CPU, or to none.
     fn until(home: &Affinity, at_home: bool, pause: Duration) {
         let start = Instant::now();
         while (home.cpu.load(Relaxed) != ANYWHERE) != at_home {
@@ -141,12 +141,12 @@ mod tests {
             thread::sleep(pause);
             drop(home.enter());
         }
-        // What was decided by the last one is done by the next.
+        // The next request applies the decision of the last one.
         drop(home.enter());
     }
 
     #[test]
-    fn threads_of_a_busy_connection_keep_to_one_processor_and_are_let_go() {
+    fn threads_of_a_busy_connection_stay_on_one_cpu_and_are_released() {
         let before = allowed();
         let home = Affinity::new();
         until(&home, true, Duration::ZERO);
@@ -159,7 +159,7 @@ mod tests {
         });
         assert_eq!(allowed(), [KEPT.get()]);
         assert!(before.contains(&KEPT.get()));
-        // A request each millisecond is not worth it.
+        // One request per millisecond is not busy.
         until(&home, false, Duration::from_millis(1));
         assert_eq!((allowed(), KEPT.get()), (before, ANYWHERE));
     }
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn where_a_busy_connection_is_at_home_is_chosen_anew() {
+    fn the_cpu_of_a_busy_connection_is_chosen_again() {
         let home = Affinity::new();
         until(&home, true, Duration::ZERO);
         let chosen = home.chosen.load(Relaxed);

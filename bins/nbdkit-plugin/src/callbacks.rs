@@ -1,4 +1,4 @@
-//! The callbacks that nbdkit calls: C to Rust and back. None lets a panic out; it costs the request, and nothing else.
+//! The callbacks from nbdkit: from C to Rust and back. A panic never leaves a callback; it fails one request.
 #![allow(unsafe_code)]
 
 use std::{
@@ -20,7 +20,7 @@ use crate::{
     plugin::{self, Connection},
 };
 
-/// What nbdkit looks up by its name when it has loaded the plugin.
+/// The entry point, which nbdkit looks up by name when it has loaded the plugin.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn plugin_init() -> *const c_void {
     (&raw const TABLE).cast()
@@ -78,12 +78,12 @@ static TABLE: Table = Table {
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
 
-/// The longest request that nbdkit takes from a client (MAX_REQUEST_SIZE); any length up to it works.
+/// The longest request that nbdkit accepts from a client (MAX_REQUEST_SIZE); any length up to it works.
 const REQUEST_MAX: u32 = 64 << 20;
-/// What nbdkit accepts as a preferred block size.
+/// The largest preferred block size that nbdkit accepts.
 const PREFERRED_MAX: u32 = 32 << 20;
 
-/// Runs a callback. What goes wrong is told to nbdkit, and answered with `failed`.
+/// Runs a callback. On failure, reports the error to nbdkit and returns `failed`.
 fn guarded<T>(name: &str, failed: T, act: impl FnOnce() -> Result<T, Fault>) -> T {
     match catch_unwind(AssertUnwindSafe(act)) {
         Ok(Ok(answer)) => answer,
@@ -108,16 +108,16 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 }
 
 /// # Safety
-/// `handle` is what `open` returned, and has not been closed: nbdkit calls back with nothing else.
+/// `handle` is from `open`, and not closed yet: nbdkit passes nothing else.
 unsafe fn connection<'a>(handle: *mut c_void) -> &'a Connection {
-    // SAFETY: `open` made it of a Box that `close` takes back, after all other callbacks of the connection.
+    // SAFETY: `open` made it from a Box that `close` takes back after all other callbacks of the connection.
     unsafe { &*handle.cast::<Connection>() }
 }
 
 /// # Safety
-/// `text` is a string with its NUL, or NULL.
+/// `text` is a NUL-terminated string, or NULL.
 unsafe fn bytes<'a>(text: *const c_char) -> &'a OsStr {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: guaranteed by the caller.
     OsStr::from_bytes(if text.is_null() { b"" } else { unsafe { CStr::from_ptr(text) }.to_bytes() })
 }
 
@@ -196,7 +196,7 @@ unsafe extern "C" fn get_size(handle: *mut c_void) -> i64 {
 }
 
 /// # Safety
-/// `handle` is nbdkit's.
+/// `handle` is from nbdkit.
 unsafe fn answer(handle: *mut c_void, name: &str, ask: impl FnOnce(&Info) -> c_int) -> c_int {
     // SAFETY: a handle of `open`.
     guarded(name, -1, || Ok(ask(unsafe { connection(handle) }.info())))
@@ -214,14 +214,14 @@ macro_rules! questions {
 }
 
 questions! {
-    /// A flush on one connection covers what others have written: the device is one, and a write is answered when it is
-    /// done. A device without a volatile cache has nothing to do on a flush.
+    /// A flush on one connection covers the writes of all: there is one device, and a write gets its reply when it has completed.
+    /// On a device without a volatile cache, a flush has nothing to do.
     yes: |_| 1;
     can_write: |info| (!info.caps.read_only).into();
     can_trim: |info| info.caps.discard.into();
     is_rotational: |info| info.caps.rotational.into();
     can_extents: |info| info.caps.status.into();
-    /// Where zeroes are written one by one it is no faster than writing.
+    /// If the device cannot make zeroes, it is no faster than writing.
     can_fast_zero: |info| info.caps.zero.into();
     can_fua: |info| {
         let caps = info.caps;
@@ -234,7 +234,7 @@ questions! {
     can_cache: |info| if info.caps.prefetch { abi::CACHE_NATIVE } else { abi::CACHE_NONE };
 }
 
-/// Ends a request. What is wrong is said in the words of the request; that something cannot be done fast is no error.
+/// Ends a request. An error names the request. That an operation is not fast is not reported as an error text.
 fn ended(result: Result<(), Error>, what: &str, len: u32, at: u64) -> Result<c_int, Fault> {
     match result {
         Ok(()) => Ok(0),
@@ -253,7 +253,7 @@ fn failure(error: Error, what: &str, len: u32, at: u64) -> Fault {
 
 unsafe extern "C" fn pread(handle: *mut c_void, into: *mut c_void, len: u32, at: u64, _flags: u32) -> c_int {
     guarded("pread", -1, || {
-        // SAFETY: a handle of `open`; nbdkit's buffer has `len` bytes and is ours for the time of the call.
+        // SAFETY: a handle of `open`; nbdkit's buffer has `len` bytes, and this call has exclusive use of it.
         let (connection, bytes) = unsafe { (connection(handle), slice::from_raw_parts_mut(into.cast(), len as usize)) };
         #[cfg(feature = "panic-test")]
         assert!(connection.panic_at() != Some(at), "told to panic at {at}");
@@ -263,7 +263,7 @@ unsafe extern "C" fn pread(handle: *mut c_void, into: *mut c_void, len: u32, at:
 
 unsafe extern "C" fn pwrite(handle: *mut c_void, from: *const c_void, len: u32, at: u64, flags: u32) -> c_int {
     guarded("pwrite", -1, || {
-        // SAFETY: as in `pread`; nobody changes the buffer meanwhile.
+        // SAFETY: as in `pread`; nothing changes the buffer during the call.
         let (connection, bytes) = unsafe { (connection(handle), slice::from_raw_parts(from.cast(), len as usize)) };
         ended(connection.write(at, bytes, flags & abi::FLAG_FUA != 0), "write", len, at)
     })
@@ -304,7 +304,7 @@ unsafe extern "C" fn cache(handle: *mut c_void, len: u32, at: u64, _flags: u32) 
 
 unsafe extern "C" fn extents(handle: *mut c_void, len: u32, at: u64, _flags: u32, list: *mut Extents) -> c_int {
     guarded("extents", -1, || {
-        // SAFETY: a handle of `open`; the list is nbdkit's for this call.
+        // SAFETY: a handle of `open`; the list is valid during this call.
         let (connection, mut list) = unsafe { (connection(handle), host::Status::new(list)) };
         let found = connection.status(at, len.into()).map_err(|error| failure(error, "block status", len, at))?;
         for extent in found {
@@ -323,7 +323,7 @@ unsafe extern "C" fn extents(handle: *mut c_void, len: u32, at: u64, _flags: u32
 
 unsafe extern "C" fn block_size(handle: *mut c_void, min: *mut u32, preferred: *mut u32, max: *mut u32) -> c_int {
     guarded("block_size", -1, || {
-        // SAFETY: a handle of `open`; nbdkit has room for the three answers.
+        // SAFETY: a handle of `open`; nbdkit has room for the three results.
         unsafe {
             let info = connection(handle).info();
             *min = info.block_size;
@@ -337,7 +337,7 @@ unsafe extern "C" fn block_size(handle: *mut c_void, min: *mut u32, preferred: *
 unsafe extern "C" fn list_exports(_readonly: c_int, _tls: c_int, exports: *mut Exports) -> c_int {
     guarded("list_exports", -1, || {
         let about = plugin::open()?.description().to_string_lossy().into_owned();
-        // SAFETY: the list is nbdkit's for this call.
+        // SAFETY: the list is valid during this call.
         Ok(if unsafe { host::add_export(exports, "", &about) } { 0 } else { -1 })
     })
 }
@@ -347,6 +347,6 @@ extern "C" fn default_export(_readonly: c_int, _tls: c_int) -> *const c_char {
 }
 
 unsafe extern "C" fn export_description(handle: *mut c_void) -> *const c_char {
-    // SAFETY: a handle of `open`; the text lives as long as the device, which the connection holds.
+    // SAFETY: a handle of `open`; the text lives as long as the device, which the connection keeps open.
     guarded("export_description", null(), || Ok(unsafe { connection(handle) }.description().as_ptr()))
 }

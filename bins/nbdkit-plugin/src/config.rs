@@ -1,4 +1,4 @@
-//! The words after the plugin's name: collected as nbdkit hands them over, checked when all are there.
+//! The parameters of the plugin: collected as nbdkit passes them, checked when all are there.
 
 use std::{
     ffi::{CStr, OsStr, OsString},
@@ -10,11 +10,11 @@ use blkdev_drivers::{Access, Driver, Error, Kind, Property, Settings, drivers, f
 
 use crate::{host, options};
 
-/// Why a callback fails: an errno, and a line for people.
+/// The error of a callback: an errno, and a line for people.
 #[derive(Clone, Debug)]
 pub(crate) struct Fault {
     pub(crate) errno: i32,
-    /// Empty: nbdkit knows already, or nobody needs to.
+    /// Empty: nbdkit has already reported it, or it needs no report.
     pub(crate) text: String,
 }
 
@@ -32,17 +32,17 @@ path=PATH         the file, device or socket
 PROPERTY=VALUE    any other property of the driver, as in libblkio
 get=PROPERTY      print a property when the device is open (with nbdkit -v)
 payload-memory=SIZE
-                  memory for requests under way, for each queue (64M)";
+                  memory for requests in flight, for each queue (64M)";
 
-/// Drivers of libblkio: the ones that this build lacks get an answer of their own.
+/// Drivers of libblkio: those that this build lacks get a special error.
 const LIBBLKIO: [&str; 5] =
     ["io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"];
 
-/// The least that a channel can work with: room for the longest piece several times over.
+/// The smallest memory of a channel: room for several of the longest pieces.
 const MEMORY_MIN: u64 = 8 << 20;
 const MEMORY_MAX: u64 = 1 << 32;
 
-/// What has been said so far.
+/// The parameters so far.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     driver: Option<String>,
@@ -54,15 +54,15 @@ pub(crate) struct Words {
     panic_at: Option<u64>,
 }
 
-/// What was asked for, checked.
+/// The checked parameters.
 #[derive(Clone, Debug)]
 pub(crate) struct Choice {
     pub(crate) settings: Settings,
-    /// Where the device is, if that is a file.
+    /// The path of the device, if it is a file.
     path: Option<OsString>,
-    /// Properties to be printed.
+    /// Properties to print.
     pub(crate) gets: Vec<String>,
-    /// Payload memory of each channel, bytes.
+    /// Payload memory of each channel, in bytes.
     pub(crate) memory: usize,
     #[cfg(feature = "panic-test")]
     pub(crate) panic_at: Option<u64>,
@@ -72,7 +72,7 @@ impl Words {
     /// Takes one `key=value`.
     ///
     /// # Errors
-    /// What can be seen to be wrong with it alone.
+    /// It is invalid on its own.
     pub(crate) fn add(&mut self, key: &str, value: &OsStr) -> Result<(), Fault> {
         let text = value.to_string_lossy();
         match (key.replace('_', "-").as_str(), &self.driver) {
@@ -102,10 +102,10 @@ impl Words {
         Ok(())
     }
 
-    /// All words are there: what they come to.
+    /// Checks all parameters together.
     ///
     /// # Errors
-    /// No driver, one that does not exist, or a property that the driver does not take.
+    /// No driver, an unknown driver, or a property that the driver does not have.
     pub(crate) fn check(&self) -> Result<Choice, Fault> {
         let missing = || {
             Fault::invalid("you must supply the driver=<DRIVER> parameter after the plugin name on the command line")
@@ -114,7 +114,7 @@ impl Words {
         let driver = find(name).map_err(|error| unknown(name, &error))?;
         let (mut settings, mut path) = (Settings::new(driver), None);
         for (name, value) in &self.properties {
-            // nbdkit will be in another directory when it serves.
+            // nbdkit has another current directory when it serves.
             let is_path = is_path(driver, name);
             let value = if is_path { absolute(value)? } else { value.clone() };
             settings.set_os(name, &value).map_err(|error| refused(name, &value.to_string_lossy(), &error))?;
@@ -137,36 +137,36 @@ impl Words {
 }
 
 impl Choice {
-    /// Whether the device is another process behind a socket. Such a process may serve a single front end and end then.
+    /// Whether the device is another process behind a socket. Such a process may serve a single front end and then exit.
     pub(crate) fn is_behind_socket(&self) -> bool {
         let meta = self.path.as_ref().and_then(|path| fs::metadata(path).ok());
         meta.is_some_and(|meta| meta.file_type().is_socket())
     }
 }
 
-/// Settings for a device that is only read. `false`: the driver has no word for that.
+/// Changes the settings to read-only. `false`: the driver has no such property.
 pub(crate) fn restrict(settings: &mut Settings) -> bool {
     settings.can_set("read-only") && settings.set("read-only", "true").is_ok()
 }
 
-/// The drivers of this build, under all their names.
+/// The drivers of this build, with all their names.
 pub(crate) fn driver_names() -> String {
     let names = drivers().iter().flat_map(|driver| std::iter::once(&driver.name).chain(driver.aliases));
     names.copied().collect::<Vec<_>>().join(",")
 }
 
-/// The property of an answer, and what is wrong with asking for it.
+/// The error for a `get=` of this property.
 pub(crate) fn unreadable(name: &str, settings: &Settings) -> Fault {
     match settings.get(name) {
         Err(error) => refuse(&error, &format!("get={name}")),
-        Ok(_) => Fault { errno: libc::ENODEV, text: format!("get={name}: the device does not tell") },
+        Ok(_) => Fault { errno: libc::ENODEV, text: format!("get={name}: the device does not report it") },
     }
 }
 
-/// Whether the value of a property is the name of a file.
+/// Whether the value of a property is a path.
 fn is_path(driver: &Driver, name: &str) -> bool {
     let known = driver.properties().find(|property| is_named(property.name, name));
-    // What the table does not know belongs to libblkio, where only `path` is one.
+    // Unknown properties belong to libblkio, where only `path` is one.
     known.map_or(driver.open_ended && name == "path", |property| property.kind == Kind::Path)
 }
 
@@ -189,7 +189,7 @@ fn second_driver(first: &str, second: &str) -> Fault {
     Fault::invalid(format!("{text}{hint}"))
 }
 
-/// What to write in place of the name of a file.
+/// Suggests the right parameters for the name of a file.
 fn suggest(name: &str) -> Option<String> {
     let kind = fs::metadata(name).ok()?.file_type();
     let driver = if kind.is_socket() { "virtio-blk-vhost-user" } else { "io_uring" };
@@ -210,18 +210,18 @@ fn refused(name: &str, value: &str, error: &Error) -> Fault {
     refuse(error, &format!("{name}={value}"))
 }
 
-/// libblkio's words, and behind them ours where they say more than that.
+/// libblkio's error text, followed by ours if it has more information.
 fn refuse(error: &Error, word: &str) -> Fault {
     let hint = if error.errno() == libc::ENOENT { format!(": {error}") } else { String::new() };
     Fault { errno: error.errno(), text: format!("{word}: {}{hint}", error.message()) }
 }
 
-/// Whether a property can be named in `get=`: `_` and `-` are the same.
+/// Whether `name` in `get=` means this property: `_` and `-` are the same.
 pub(crate) fn is_named(property: &str, name: &str) -> bool {
     property == name.replace('_', "-")
 }
 
-/// For the manual and `--dump-plugin`: what can be set on a driver.
+/// The properties of a driver that can be set, for the manual and `--dump-plugin`.
 pub(crate) fn settable(properties: impl Iterator<Item = &'static Property>) -> String {
     let names = properties.filter(|property| property.access != Access::ReadOnly);
     names.map(|property| property.name).collect::<Vec<_>>().join(",")
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_in_libblkio_s_and_nbdkit_s_words() {
+    fn errors_have_the_texts_of_libblkio_and_nbdkit() {
         refuse(
             &[],
             libc::EINVAL,
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn every_driver_of_libblkio_is_there_or_named_as_missing() {
+    fn every_driver_of_libblkio_exists_or_is_reported_as_missing() {
         for name in LIBBLKIO {
             match words(&[("driver", name)]) {
                 Ok(choice) => assert_eq!(choice.settings.get("driver").as_deref(), Ok(name)),

@@ -1,4 +1,4 @@
-//! What nbdkit offers to plugins, as safe functions.
+//! nbdkit's functions for plugins, as safe functions.
 #![allow(unsafe_code)]
 
 use std::{
@@ -10,7 +10,8 @@ use std::{
 use crate::abi;
 use crate::abi::{Exports, Extents};
 
-/// Prints an error, and in nbdkit from 1.42 on sends it to the client. Before a connection it is why nbdkit does not start.
+/// Prints an error, and in nbdkit from 1.42 on sends it to the client. Before a connection, it is the reason why nbdkit does not
+/// start.
 pub(crate) fn error(text: &str) {
     let text = c_string(text);
     #[cfg(not(test))]
@@ -34,7 +35,7 @@ pub(crate) fn debug(text: &str) {
     eprintln!("nbdkit: debug: {text:?}");
 }
 
-/// The errno that the client is answered with when the callback that runs now fails.
+/// Sets the errno for the client, for the case that the running callback fails.
 pub(crate) fn set_error(errno: i32) {
     #[cfg(not(test))]
     abi::nbdkit_set_error(errno);
@@ -42,18 +43,18 @@ pub(crate) fn set_error(errno: i32) {
     eprintln!("nbdkit: errno {errno}");
 }
 
-/// A path that still means the same file once nbdkit has gone to `/`. `None`: nbdkit has said why not.
+/// Returns a path that is still valid when nbdkit has changed to `/`. `None`: nbdkit has reported the error.
 pub(crate) fn absolute_path(path: &OsStr) -> Option<OsString> {
     #[cfg(not(test))]
     {
-        // It came as a string of C's.
+        // It came from a C string.
         let path = CString::new(path.as_bytes()).ok()?;
-        // SAFETY: the string lives until the call returns. What comes back is NULL or a string from malloc that is ours.
+        // SAFETY: the string lives until the call returns. The result is NULL, or a string from malloc that we own.
         let absolute = unsafe { abi::nbdkit_absolute_path(path.as_ptr()) };
         if absolute.is_null() {
             return None;
         }
-        // SAFETY: not NULL, so a string with its NUL.
+        // SAFETY: not NULL, so a NUL-terminated string.
         let copy = OsString::from_vec(unsafe { std::ffi::CStr::from_ptr(absolute) }.to_bytes().to_vec());
         // SAFETY: from malloc, freed once.
         unsafe { libc::free(absolute.cast()) };
@@ -63,27 +64,29 @@ pub(crate) fn absolute_path(path: &OsStr) -> Option<OsString> {
     std::path::absolute(path).ok().map(|path| OsString::from_vec(path.into_os_string().as_bytes().to_vec()))
 }
 
-/// Has this process call `prepare` before each fork, in the thread that forks.
+/// Registers `prepare`, to be called before each fork in the thread that forks.
 pub(crate) fn before_fork(prepare: extern "C" fn()) {
     let prepare: unsafe extern "C" fn() = prepare;
-    // SAFETY: the function takes no argument, and lives as long as the plugin; with the plugin glibc forgets it. Without
-    // memory for it, the device is opened in the process that serves all the same.
+    // SAFETY: the function takes no argument, and lives as long as the plugin; glibc removes it together with the plugin. If no
+    // memory is left for it, the serving process still opens the device.
     unsafe { libc::pthread_atfork(Some(prepare), None, None) };
 }
 
-/// Has `act` called when this process exits with the plugin loaded.
+/// Registers `act`, to be called when this process exits with the plugin loaded.
 pub(crate) fn at_exit(act: extern "C" fn()) {
-    // SAFETY: as for `before_fork`. Without memory for it, the kernel closes the device, a moment after the process has ended.
+    // SAFETY: as for `before_fork`. If no memory is left for it, the kernel closes the device shortly after the process has
+    // ended.
     unsafe { libc::atexit(act) };
 }
 
-/// Waits for a second; `true`: nbdkit was asked to end. In a thread that is not nbdkit's: there it also ends for a client's sake.
+/// Waits for a second. `true`: nbdkit is ending. Only for threads that are not nbdkit's: in those, it also returns for the end of
+/// a client.
 #[cfg(not(test))]
 pub(crate) fn is_ending() -> bool {
     abi::nbdkit_nanosleep(1, 0) != 0
 }
 
-/// What drivers log: errors and warnings as errors of nbdkit's, the rest with `-v`.
+/// Log messages of drivers: errors and warnings become errors of nbdkit, the rest needs `-v`.
 struct Log;
 
 impl log::Log for Log {
@@ -102,54 +105,54 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Passes on what drivers log.
+/// Passes on log messages of drivers.
 pub(crate) fn pass_on_logs() {
     if log::set_logger(&Log).is_ok() {
         log::set_max_level(log::LevelFilter::Info);
     }
 }
 
-/// A line of `nbdkit --dump-plugin`, through C's stdout as nbdkit's own lines, so that they come in order.
+/// Prints a line of `nbdkit --dump-plugin`, through C's stdout like nbdkit's own lines, so that the order is right.
 pub(crate) fn dump(line: &str) {
     let line = c_string(line);
     // SAFETY: the string lives until the call returns.
     unsafe { libc::puts(line.as_ptr()) };
 }
 
-/// A list of block status that nbdkit lends for the time of a callback.
+/// nbdkit's list of extents, valid during a callback.
 pub(crate) struct Status(*mut Extents);
 
 impl Status {
     /// # Safety
-    /// `extents` is what nbdkit gave to the callback that runs, and is not used after it.
+    /// `extents` is from the running callback, and is not used after it.
     pub(crate) unsafe fn new(extents: *mut Extents) -> Self {
         Self(extents)
     }
 
-    /// Adds a stretch behind the last one. `false`: nbdkit has said what is wrong with it.
+    /// Appends an extent. `false`: nbdkit has reported the error.
     pub(crate) fn add(&mut self, at: u64, len: u64, kind: u32) -> bool {
         #[cfg(not(test))]
-        // SAFETY: whoever made this vouches for the list.
+        // SAFETY: guaranteed by the caller of `new`.
         return unsafe { abi::nbdkit_add_extent(self.0, at, len, kind) } == 0;
         #[cfg(test)]
         return !self.0.is_null() && len > 0 && kind < 4 && at < u64::MAX;
     }
 }
 
-/// Adds an export to a list that nbdkit lends for the time of a callback. `false`: no memory.
+/// Adds an export to nbdkit's list, which is valid during a callback. `false`: no memory.
 ///
 /// # Safety
-/// `exports` is what nbdkit gave to the callback that runs.
+/// `exports` is from the running callback.
 pub(crate) unsafe fn add_export(exports: *mut Exports, name: &str, about: &str) -> bool {
     let (name, about) = (c_string(name), c_string(about));
     #[cfg(not(test))]
-    // SAFETY: the caller vouches for the list; nbdkit copies the strings.
+    // SAFETY: the caller guarantees the list; nbdkit copies the strings.
     return unsafe { abi::nbdkit_add_export(exports, name.as_ptr(), about.as_ptr()) } == 0;
     #[cfg(test)]
     return !exports.is_null() && !name.is_empty() && !about.is_empty();
 }
 
-/// The text up to its first NUL, which no text of ours has.
+/// The text up to its first NUL. Our texts have none.
 pub(crate) fn c_string(text: &str) -> CString {
     let text = text.split('\0').next().unwrap_or_default();
     CString::new(text).unwrap_or_default()

@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   nbdkit's threads, blocking          callbacks.rs   C to Rust and back; a panic ends one request
-//!        │ pread, pwrite, …              affinity.rs    keeps the threads of a busy connection on one processor
+//!        │ pread, pwrite, …              affinity.rs    keeps the threads of a busy connection on one CPU
 //!      Pool, its Lanes                  pool.rs        callers share Channels; one of them waits for all
 //!        │ Io / Done
 //!      Channel                          blkdev
 //! ```
 //!
-//! nbdkit's life cycle, and what is done when: `config` collects parameters; `config_complete` checks them; `get_ready` opens the
-//! device. If nbdkit then forks, `before_fork` closes it, because neither threads nor rings live through that, and `after_fork`
-//! opens it again in the process that serves. All connections share it.
+//! The callbacks in nbdkit's life cycle: `config` collects parameters; `config_complete` checks them; `get_ready` opens the
+//! device. If nbdkit then forks, `before_fork` closes the device, because neither threads nor rings survive a fork, and
+//! `after_fork` opens it again in the serving process. All connections share it.
 
 mod abi;
 mod affinity;

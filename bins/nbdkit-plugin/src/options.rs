@@ -1,35 +1,34 @@
-//! Options of nbdkit's command line that it reports to plugins too late or never: `-r`, which decides how a device is opened,
+//! Options of nbdkit's command line that plugins need but get too late or never: `-r`, which decides how the device is opened,
 //! and `--run`, with which nbdkit forks to serve.
 
-/// Whether the command line of this process asks for read-only service. Where it cannot be read the answer is no; nbdkit
-/// itself still refuses writes.
+/// Whether the command line of this process has `-r`. `false` if it cannot be read; nbdkit itself still refuses writes.
 pub(crate) fn read_only() -> bool {
     is_given(&READ_ONLY)
 }
 
-/// Whether nbdkit runs a command (`--run`): in the process that we are in now, while a child of it serves.
+/// Whether nbdkit runs a command (`--run`): in this process, while a child process serves.
 pub(crate) fn runs_command() -> bool {
     is_given(&RUN)
 }
 
-/// An option of nbdkit's.
+/// An option of nbdkit.
 struct Wanted {
     letter: Option<u8>,
     /// Long names, with the shortest abbreviation of each.
     names: &'static [(&'static [u8], usize)],
 }
 
-/// `--re` is as short as it gets: there is `--run`, too.
+/// `--re` is the shortest: there is `--run`, too.
 const READ_ONLY: Wanted = Wanted { letter: Some(b'r'), names: &[(b"readonly", 2), (b"read-only", 2)] };
 const RUN: Wanted = Wanted { letter: None, names: &[(b"run", 2)] };
 
-/// By nbdkit's rules: getopt_long's, options also after the plugin's name, long ones cut short.
+/// Parses by nbdkit's rules (getopt_long): options may follow the plugin's name, and long ones may be abbreviated.
 fn is_given(option: &Wanted) -> bool {
     let line = std::fs::read("/proc/self/cmdline").unwrap_or_default();
     has(option, line.split(|&byte| byte == 0).skip(1))
 }
 
-/// nbdkit's short options that take a value: what follows in the same word is that value.
+/// nbdkit's short options with a value: the rest of the argument is that value.
 const VALUED: &[u8] = b"DegiPptuU";
 
 fn has<'a>(option: &Wanted, words: impl Iterator<Item = &'a [u8]>) -> bool {
@@ -42,14 +41,14 @@ fn has<'a>(option: &Wanted, words: impl Iterator<Item = &'a [u8]>) -> bool {
                 return true;
             }
             if name == b"run" && value.is_none() {
-                // Its value is the next word, which may begin with a dash. Other values of long options hardly do.
+                // Its value is the next argument, which may begin with a dash. Values of other long options hardly do.
                 words.next();
             }
         } else if let Some(letters) = word.strip_prefix(b"-") {
             let wanted = |letter: u8| option.letter == Some(letter);
             match letters.iter().position(|letter| VALUED.contains(letter) || wanted(*letter)) {
                 Some(at) if wanted(letters[at]) => return true,
-                // Its value is the next word.
+                // Its value is the next argument.
                 Some(at) if at + 1 == letters.len() => drop(words.next()),
                 _ => {}
             }

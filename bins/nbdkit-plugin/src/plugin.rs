@@ -1,4 +1,4 @@
-//! What the plugin is at any time: words, then a choice, then an open device that all connections share.
+//! The state of the plugin: parameters first, then checked parameters, then an open device that all connections share.
 
 use std::{
     ffi::{CStr, CString, OsStr},
@@ -19,21 +19,21 @@ use crate::{
     pool::Pool,
 };
 
-/// nbdkit's way: callbacks without an argument that could carry state.
+/// Global, because nbdkit's callbacks have no argument for state.
 static STATE: Mutex<State> = Mutex::new(State::Start);
 
 enum State {
     Start,
     Words(Words),
     Chosen(Choice),
-    /// The device is open, and nbdkit may fork yet.
+    /// The device is open, and nbdkit may still fork.
     Ready(Choice, Arc<Plugin>),
     Serving(Arc<Plugin>),
-    /// The device could not be opened, and clients hear why.
+    /// The device could not be opened; clients get the error.
     Failed(Fault),
 }
 
-/// The device, and what each connection wants to know of it.
+/// The device, and its properties that each connection needs.
 #[derive(Debug)]
 pub(crate) struct Plugin {
     pool: Pool,
@@ -41,7 +41,7 @@ pub(crate) struct Plugin {
     choice: Choice,
     device: Arc<dyn Device>,
     description: CString,
-    /// The process that has opened it.
+    /// The process that opened it.
     process: u32,
 }
 
@@ -49,7 +49,7 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One `key=value` of the command line.
+/// Takes one `key=value` of the command line.
 pub(crate) fn config(key: &str, value: &OsStr) -> Result<(), Fault> {
     let mut state = state();
     if !matches!(*state, State::Words(_)) {
@@ -59,7 +59,7 @@ pub(crate) fn config(key: &str, value: &OsStr) -> Result<(), Fault> {
     words.add(key, value)
 }
 
-/// The command line has ended.
+/// Checks the parameters at the end of the command line.
 pub(crate) fn config_complete() -> Result<(), Fault> {
     let mut state = state();
     let choice = match &*state {
@@ -70,15 +70,15 @@ pub(crate) fn config_complete() -> Result<(), Fault> {
     Ok(())
 }
 
-/// Before nbdkit may fork: errors show up here. The device stays open for the process that serves, which is
-/// this one unless nbdkit [forks](before_fork).
+/// Opens the device before nbdkit may fork, so that errors are reported at start. The device stays open for the serving process,
+/// which is this one unless nbdkit [forks](before_fork).
 ///
-/// With `--run` it always forks, and a back end behind a socket may serve one front end only. Such a device is opened by the
-/// process that serves, and nowhere else.
+/// With `--run`, nbdkit always forks, and a back end behind a socket may serve one front end only. Only the serving process opens
+/// such a device.
 pub(crate) fn get_ready() -> Result<(), Fault> {
     let choice = choice()?;
     if options::runs_command() && choice.is_behind_socket() {
-        host::debug("the device is opened by the process that serves");
+        host::debug("the serving process opens the device");
         return Ok(());
     }
     let plugin = Plugin::open(&choice)?;
@@ -95,13 +95,13 @@ pub(crate) fn get_ready() -> Result<(), Fault> {
     Ok(())
 }
 
-/// nbdkit is about to fork: the device is closed. Neither threads nor rings live through a fork, and a device that takes one
-/// client must be free for the process that serves.
+/// Closes the device before nbdkit forks. Neither threads nor rings survive a fork, and a device for one client must be free for
+/// the serving process.
 pub(crate) fn before_fork() {
     let mut state = match STATE.try_lock() {
         Ok(state) => state,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        // A callback has it: nbdkit serves, and what is forked is something else.
+        // A callback holds the lock: nbdkit serves already, and forks for another purpose.
         Err(TryLockError::WouldBlock) => return,
     };
     if let State::Ready(choice, _) = &*state {
@@ -110,7 +110,7 @@ pub(crate) fn before_fork() {
     }
 }
 
-/// In the process that serves: opens the device, unless it is open from before.
+/// Opens the device in the serving process, unless it is already open.
 pub(crate) fn after_fork() -> Result<(), Fault> {
     let ready = std::mem::replace(&mut *state(), State::Start);
     let choice = match ready {
@@ -119,7 +119,8 @@ pub(crate) fn after_fork() -> Result<(), Fault> {
             return Ok(());
         }
         State::Ready(choice, plugin) => {
-            // Another process opened it and forked without notice: what this drops exists no more.
+            // Another process opened it and forked without notice: its threads and rings do not exist here, so it must not be
+            // dropped.
             std::mem::forget(plugin);
             choice
         }
@@ -128,7 +129,7 @@ pub(crate) fn after_fork() -> Result<(), Fault> {
     };
     match Plugin::open(&choice) {
         Ok(plugin) => *state() = State::Serving(Arc::new(plugin)),
-        // The command of --run is running already. Its clients would wait for a process that has ended.
+        // The command of --run is already running. Its clients would wait for a process that has ended.
         Err(fault) if options::runs_command() => {
             host::error(&fault.text);
             *state() = State::Failed(fault);
@@ -138,20 +139,20 @@ pub(crate) fn after_fork() -> Result<(), Fault> {
     Ok(())
 }
 
-/// For a connection, or to be asked once.
+/// For a connection, or for a single question.
 pub(crate) fn open() -> Result<Connection, Fault> {
     let plugin = match &*state() {
         State::Serving(plugin) => Arc::clone(plugin),
         State::Failed(fault) => return Err(fault.clone()),
         _ => return Err(Fault { errno: libc::ESHUTDOWN, text: "the device is not open".into() }),
     };
-    // Better than an export whose every request fails.
+    // Better than an export whose requests all fail.
     let lane = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
     plugin.tell()?;
     Ok(Connection { plugin, lane, home: Affinity::new() })
 }
 
-/// The last connection has gone: the device is closed, within the time that a request may take.
+/// Closes the device after the last connection, within the time-out of a request.
 pub(crate) fn cleanup() {
     let serving = std::mem::replace(&mut *state(), State::Start);
     drop(serving);
@@ -173,7 +174,7 @@ impl Plugin {
         let (device, settings) = device(&choice.settings)?;
         let info = device.info();
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
-        // Queues that were asked for are all used; of those that there happen to be, one for each core.
+        // If num-queues is set, use all queues. Otherwise, at most one for each core.
         let most = if settings.get("num-queues").is_ok() { usize::from(u16::MAX) } else { cores };
         let queues = usize::from(info.queues_max).min(most);
         let description = host::c_string(&format!("{} {}", info.driver, info.target));
@@ -190,7 +191,7 @@ impl Plugin {
         Fault { errno: libc::ENODEV, text }
     }
 
-    /// What `get=` asks for, in the stock plugin's words.
+    /// Prints the properties of `get=`, in the format of the stock plugin.
     fn tell(&self) -> Result<(), Fault> {
         if self.choice.gets.is_empty() {
             return Ok(());
@@ -236,7 +237,7 @@ impl Connection {
         self.plugin.pool.write(self.lane, at, bytes, fua)
     }
 
-    /// A request without payload.
+    /// Runs a request without payload.
     pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
         let _request = self.home.enter();
         self.plugin.pool.run(self.lane, io)
@@ -253,7 +254,7 @@ impl Connection {
     }
 }
 
-/// Opens the device; one that cannot be written is opened for reading.
+/// Opens the device, read-only if it cannot be opened for writing.
 fn device(settings: &Settings) -> Result<(Arc<dyn Device>, Settings), Fault> {
     let first = match settings.open() {
         Ok(device) => return Ok((device, settings.clone())),
@@ -263,7 +264,7 @@ fn device(settings: &Settings) -> Result<(Arc<dyn Device>, Settings), Fault> {
         first.kind(),
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::ExecutableFileBusy
     );
-    // A descriptor that was handed over open for reading only is refused as an invalid setting.
+    // An inherited descriptor that is open read-only is refused as an invalid setting.
     let handed_over = first.kind() == io::ErrorKind::InvalidInput && settings.get("fd").is_ok_and(|fd| fd != "-1");
     let mut settings = settings.clone();
     if (denied || handed_over)

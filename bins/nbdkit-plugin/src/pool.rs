@@ -1,9 +1,10 @@
 //! [`Pool`]: a device's Channels, shared by threads that block.
 //!
-//! There are more threads than queues (nbdkit has 16 for a connection; a device often has one queue). So each thread puts its
-//! request into a [`Lane`] under its lock, and waits. One of those that wait leads: it reaps for all, sleeps for all when
-//! nothing comes, and wakes the others when theirs is done. When its own is done it hands the lead over to the one that has
-//! waited for the shortest time, which will need it for the longest. A thread that is alone leads itself: no switch at all.
+//! There are more threads than queues: nbdkit has 16 for each connection, and a device often has one queue. So each thread puts
+//! its request into a [`Lane`] under its lock, and waits. One of the waiting threads leads: it reaps for all, sleeps for all when
+//! nothing completes, and wakes each thread whose request has ended. When its own request has ended, it passes the lead to the
+//! thread that has waited for the shortest time, which will need it for the longest. A thread that is alone leads itself, without
+//! a switch.
 
 use std::{
     cell::Cell,
@@ -24,35 +25,35 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-/// The longest part of a request that is under way at a time: longer ones go piece by piece, so that one client's 64 MiB
-/// leave memory for others.
+/// Longest part of a request in flight, in bytes. Longer requests go piece by piece, so that one client's 64 MiB leave memory for
+/// others.
 const PIECE: usize = 4 << 20;
 
-/// What is copied while the lane is locked; more than that would keep others waiting longer than locking twice does.
+/// Most bytes copied while the lane is locked. A longer copy would delay others more than locking twice does.
 const COPY_LOCKED: usize = 32 << 10;
 
-/// The most looks before sleeping …
+/// Most polls before sleeping …
 const PATIENCE_MAX: u32 = 8;
-/// … and the pause before each: about a microsecond, so that all of them are less than a sleep and a wake-up cost.
+/// … and the pause before each: about a microsecond, so that all of them cost less than a sleep and a wake-up.
 const PAUSES: u32 = 32;
 
-/// A device that has not answered for so long may never do.
+/// A device that has completed nothing for so long may never do.
 const QUIET: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(4) };
 
-/// How long one that waits for memory goes without looking whether the device is dead.
+/// Interval at which a thread that waits for memory checks whether the device is dead.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Sleeps after which a lane that has lost its patience tries again.
+/// Number of sleeps after which a lane that does not poll tries it again.
 const TRIAL: u32 = 32;
 
-/// A device, open, and the Channels on it.
+/// An open device and its Channels.
 pub(crate) struct Pool {
-    /// Before the device, so that its queues have drained when it closes.
+    /// Declared before the device, so that its queues have drained when it closes.
     lanes: Box<[Arc<Lane>]>,
     device: Arc<dyn Device>,
     info: Info,
     piece: usize,
-    /// So many were there so far.
+    /// Number of connections so far.
     connections: AtomicUsize,
 }
 
@@ -60,7 +61,7 @@ impl Pool {
     /// Opens `count` channels, each with `memory` bytes for payload.
     ///
     /// # Errors
-    /// What the device said, or no memory.
+    /// An error of the device, or no memory.
     pub(crate) fn open(device: Arc<dyn Device>, count: usize, memory: usize) -> io::Result<Self> {
         let info = device.info().clone();
         let channels = Plan { memory, ..Plan::default() }.open(&device, count)?;
@@ -73,13 +74,13 @@ impl Pool {
         &self.info
     }
 
-    /// Size of the device in bytes, now.
+    /// Present size of the device, in bytes.
     pub(crate) fn capacity(&self) -> u64 {
         self.device.capacity()
     }
 
-    /// A lane for one more connection; `None`: the device is dead. All threads of a connection share one: the more there are,
-    /// the more each wake-up brings, and the fewer there are to be paid for.
+    /// Returns a lane for one more connection; `None`: the device is dead. All threads of a connection share one lane: with more
+    /// threads, each wake-up brings more completions, and fewer wake-ups are needed.
     pub(crate) fn pick(&self) -> Option<usize> {
         let (first, count) = (self.connections.fetch_add(1, Ordering::Relaxed), self.lanes.len());
         (0..count).map(|n| first.wrapping_add(n) % count).find(|lane| self.lanes[*lane].is_alive())
@@ -127,14 +128,14 @@ impl Pool {
         Ok(())
     }
 
-    /// A request without payload.
+    /// Runs a request without payload.
     pub(crate) fn run(&self, lane: usize, io: Io) -> Result<(), Error> {
         let lane = &self.lanes[lane];
         let _down = Down(lane);
         lane.run(lane.lock()?, io).map(drop)
     }
 
-    /// What the range holds, at least from its start.
+    /// Returns the status of the range, at least from its start.
     pub(crate) fn status(&self, lane: usize, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
         let lane = &self.lanes[lane];
         let _down = Down(lane);
@@ -151,7 +152,7 @@ impl fmt::Debug for Pool {
     }
 }
 
-/// Cuts a request at multiples of `piece`, so that no cut makes a part unaligned: `(at, first byte, length)` of each.
+/// Cuts a request at multiples of `piece`, so that no cut causes an unaligned part. Returns `(at, first byte, length)` of each.
 fn pieces(at: u64, len: usize, piece: usize) -> impl Iterator<Item = (u64, usize, usize)> {
     let mut from = 0;
     std::iter::from_fn(move || {
@@ -166,19 +167,19 @@ fn pieces(at: u64, len: usize, piece: usize) -> impl Iterator<Item = (u64, usize
 /// A Channel, and the threads that have requests on it.
 struct Lane {
     this: Weak<Self>,
-    /// There is a thread that [guards](guard) it.
+    /// A thread [guards](guard) it.
     is_guarded: AtomicBool,
-    /// In place of nbdkit.
+    /// Replaces nbdkit's state in tests.
     #[cfg(test)]
     is_ending: AtomicBool,
     state: Mutex<State>,
-    /// The channel's wake-up, to be waited for without the lock.
+    /// The channel's wake-up descriptor, for waiting without the lock.
     wake: Option<OwnedFd>,
-    /// Wakes the leader when somebody else did what it sleeps for.
+    /// Wakes the leader when another thread did what it sleeps for.
     nudge: EventFd,
-    /// Buffers that callers have.
+    /// Number of buffers that callers hold.
     held: AtomicUsize,
-    /// Callers that wait for memory …
+    /// Number of callers that wait for memory …
     hungry: AtomicUsize,
     /// … here, under the lock.
     memory: Condvar,
@@ -186,44 +187,44 @@ struct Lane {
 
 struct State {
     channel: Channel,
-    /// Who waits for the request with that tag.
+    /// The waiting thread of each request, by tag.
     seats: Vec<Option<Arc<Seat>>>,
     free: Vec<u32>,
-    /// The tag given out last.
+    /// The tag of the newest request.
     newest: u32,
     lead: Lead,
-    /// Requests that have ended so far.
+    /// Number of requests that have ended.
     ended: u64,
-    /// Kept for their capacity.
+    /// Kept for its capacity.
     done: Vec<Done>,
     woken: Vec<Arc<Seat>>,
-    /// Those who wait for memory are served in the order of these.
+    /// Callers that wait for memory are served in the order of their tickets.
     ticket: u64,
     served: u64,
-    /// Looks that the leader takes before it sleeps.
+    /// Polls that the leader does before it sleeps.
     patience: u32,
-    /// Times that it slept without a look.
+    /// Number of sleeps without a poll.
     sleeps: u32,
 }
 
-/// Who reaps.
+/// The state of the lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lead {
-    /// Nobody: no request is under way.
+    /// No leader: no request is in flight.
     Vacant,
-    /// A thread that runs, or was told to.
+    /// A thread leads and is awake, or was told to lead.
     Awake,
-    /// A thread that waits for the device, for so long at most.
+    /// The leader waits for the device, at most for this time.
     Asleep(Option<Duration>),
 }
 
-/// Where a thread waits for its request.
+/// The place where a thread waits for its request.
 struct Seat {
     thread: Thread,
-    /// Bits: what has been called out to it.
+    /// Bits of the calls to the thread.
     calls: AtomicU32,
     done: Mutex<Option<Done>>,
-    /// Whom it has to wake as the leader: changes places with [`State::woken`], so that neither allocates.
+    /// Threads that it must wake as the leader. Swapped with [`State::woken`], so that neither allocates.
     woken: Mutex<Vec<Arc<Self>>>,
 }
 
@@ -235,8 +236,8 @@ const LEAD: u32 = 2;
 const LOST: u32 = 4;
 
 thread_local! {
-    /// The seat of this thread, while it does not sit on it. A thread that leaves early leaves its seat behind: what is
-    /// still to come for it must not be taken for the answer to a later request.
+    /// The seat of this thread while it is not in use. A thread that leaves early abandons its seat: a late call must not count
+    /// as the answer to a later request.
     static SEAT: Cell<Option<Arc<Seat>>> = const { Cell::new(None) };
 }
 
@@ -272,17 +273,17 @@ impl Lane {
         }))
     }
 
-    /// A thread that panicked in here has left the channel in a state that nobody knows: the lane is of no use any more.
+    /// If a thread panicked with the lock, the state of the channel is unknown, so the lane is unusable.
     fn lock(&self) -> Result<MutexGuard<'_, State>, Error> {
         self.state.lock().map_err(|_| Error::Gone)
     }
 
-    /// Whether requests here have a chance.
+    /// Whether new requests can succeed.
     fn is_alive(&self) -> bool {
         self.lock().is_ok_and(|state| !state.channel.is_dead())
     }
 
-    /// A buffer, and the lock with it. Waits while others have the memory, in turn.
+    /// Returns a buffer, and the lock with it. Waits in turn while others hold the memory.
     fn alloc(&self, at: u64, len: usize) -> Result<(MutexGuard<'_, State>, Buf), Error> {
         let mut state = self.lock()?;
         if state.ticket == state.served
@@ -308,14 +309,14 @@ impl Lane {
         fence(Ordering::SeqCst);
         let found = loop {
             if state.served == ticket {
-                // Before looking: what is given back after this look has been counted in it.
+                // Read this before checking: a buffer that is returned after the check has been counted.
                 let held = self.held.load(Ordering::SeqCst);
                 if let Some(buf) = state.channel.alloc(at, len) {
                     self.held.fetch_add(1, Ordering::SeqCst);
                     break Some(buf);
                 }
                 if held == 0 {
-                    // Nobody has any, and yet it is not there: it was lost to a device that was given up.
+                    // No caller holds any, but it is not there: it was lost to a device that was declared dead.
                     break None;
                 }
             }
@@ -328,19 +329,19 @@ impl Lane {
             };
         };
         self.hungry.fetch_sub(1, Ordering::SeqCst);
-        // Not in turn only where the device is dead, and turns do not matter any more.
+        // Out of turn only if the device is dead; then turns do not matter.
         state.served += 1;
         self.memory.notify_all();
         found.map(|buf| (state, buf)).ok_or(Error::Gone)
     }
 
-    /// Frees a buffer, and tells those who wait for one.
+    /// Frees a buffer, and wakes callers that wait for memory.
     fn give_back(&self, buf: Buf) {
         drop(buf);
         self.held.fetch_sub(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if self.hungry.load(Ordering::SeqCst) > 0 {
-            // Under the lock, so that nobody is between looking and waiting.
+            // Under the lock, so that no caller is between its check and its wait.
             let _state = self.state.lock();
             self.memory.notify_all();
         }
@@ -360,11 +361,11 @@ impl Lane {
                 state.lead = Lead::Awake;
                 self.lead(state, &seat);
             }
-            // It will look in any case, and ring the bell for all that have come meanwhile.
+            // The leader will poll in any case, and ring the doorbell for all new requests.
             Lead::Awake => drop(state),
             Lead::Asleep(until) => {
                 state.channel.kick();
-                // It ended at once, which wakes nobody, or asks for a look sooner than the leader would have one.
+                // The request ended at once, which wakes no thread, or needs the leader earlier than it would wake up.
                 let due = state.channel.due();
                 if state.channel.in_flight() == before || due.is_some_and(|due| until.is_none_or(|until| due < until)) {
                     let _ = self.nudge.write(1);
@@ -397,7 +398,7 @@ impl Lane {
         }
     }
 
-    /// Reaps for all until the request of `seat` has ended; then somebody else does.
+    /// Reaps for all until the request of `seat` has ended; then another thread takes over.
     fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, seat: &Seat) {
         let (mut looks, mut quiet) = (0, None);
         loop {
@@ -421,7 +422,7 @@ impl Lane {
                 if ended {
                     return;
                 }
-                // The others have sent something meanwhile, most likely; and the device goes on anyway.
+                // Other threads have probably sent requests in the meantime, and the device works anyway.
                 let Ok(again) = self.lock() else { return self.lose() };
                 state = again;
                 continue;
@@ -429,7 +430,7 @@ impl Lane {
             if looks < state.patience {
                 looks += 1;
                 drop(state);
-                // Not `yield_now`: on a busy machine that gives away milliseconds.
+                // Not `yield_now`: on a busy machine it would give away milliseconds.
                 for _ in 0..PAUSES {
                     hint::spin_loop();
                 }
@@ -459,7 +460,7 @@ impl Lane {
         }
     }
 
-    /// Sends everybody away: somebody has panicked with the lock, and nobody will reap any more.
+    /// Sends all threads away: one has panicked with the lock, so no thread will reap any more.
     #[cold]
     fn lose(&self) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -472,7 +473,7 @@ impl Lane {
         let _ = self.nudge.write(1);
     }
 
-    /// Waits for the device, for a nudge, or until it is due.
+    /// Waits for the device, for a nudge, or until work is due.
     fn sleep(&self, due: Duration) {
         let Some(wake) = &self.wake else {
             // A queue that can only be polled.
@@ -480,9 +481,9 @@ impl Lane {
         };
         let mut fds =
             [PollFd::new(wake.as_fd(), PollFlags::POLLIN), PollFd::new(self.nudge.as_fd(), PollFlags::POLLIN)];
-        // Rounded up: to come back too soon would be to come back twice.
+        // Rounded up, because returning too early would mean waiting twice.
         let timeout = PollTimeout::try_from(due.as_millis() as u64 + 1).unwrap_or(PollTimeout::MAX);
-        // EINTR: we look, and come back.
+        // EINTR: the caller checks, and comes back.
         let _ = poll(&mut fds, timeout);
         if fds[1].any() == Some(true) {
             let _ = self.nudge.read();
@@ -490,8 +491,8 @@ impl Lane {
     }
 }
 
-/// Sees to it that a device that does not answer does not keep nbdkit from ending, whatever its time-out. Where nbdkit waits
-/// for its threads, and none of their requests ends for a while, it declares the device dead.
+/// Ensures that a device that does not answer cannot keep nbdkit from ending, whatever its time-out. If nbdkit waits for its
+/// threads, and none of their requests ends for a while, this declares the device dead.
 fn guard(lane: &Weak<Lane>) {
     let look = || {
         let lane = lane.upgrade()?;
@@ -503,13 +504,13 @@ fn guard(lane: &Weak<Lane>) {
     let Some((mut before, mut is_busy)) = look() else { return };
     let mut since = None;
     while is_busy {
-        // nbdkit does not change its mind.
+        // Once nbdkit is ending, it does not change its mind.
         if since.is_some() || is_ending(lane) {
             if since.get_or_insert_with(Instant::now).elapsed() >= QUIET {
                 if let Some(lane) = lane.upgrade()
                     && let Ok(mut state) = lane.lock()
                 {
-                    host::error("nbdkit ends, and the device does not answer: its requests fail");
+                    host::error("nbdkit is ending and the device does not answer: its requests fail");
                     state.channel.give_up();
                     let _ = lane.nudge.write(1);
                 }
@@ -539,7 +540,7 @@ fn is_ending(lane: &Weak<Lane>) -> bool {
     }
 }
 
-/// Tells everybody on the lane when this thread panics in it.
+/// If this thread panics in the lane, this reports it to all other threads of the lane.
 struct Down<'a>(&'a Lane);
 
 impl Drop for Down<'_> {
@@ -562,7 +563,7 @@ impl State {
         tag
     }
 
-    /// A turn of the channel: everything that has ended is brought to its seat.
+    /// One turn of the channel: takes everything that has ended to its seat.
     fn turn(&mut self) {
         self.channel.tick(Instant::now());
         let mut done = std::mem::take(&mut self.done);
@@ -579,8 +580,8 @@ impl State {
         self.done = done;
     }
 
-    /// The leader has looked so many times and found nothing; then it went to sleep, or something came. Learns how many
-    /// times are worth it: none for a slow device, but for a trial now and then.
+    /// Reports how often the leader polled in vain, before it slept or something came. Adapts the number of polls: none for a
+    /// slow device, except for a trial now and then.
     fn learn(&mut self, looks: u32, slept: bool) {
         match (slept, looks) {
             (false, 0) => {}
@@ -595,7 +596,7 @@ impl State {
         }
     }
 
-    /// The leader leaves: the newest of those who still wait takes over.
+    /// The leader leaves: the newest waiting thread takes over.
     fn hand_over(&mut self) {
         let newest = self.seats[self.newest as usize].as_ref();
         let Some(next) = newest.or_else(|| self.seats.iter().flatten().next()) else {
@@ -640,7 +641,7 @@ mod tests {
         Pool::open(Arc::new(device), lanes, memory).unwrap()
     }
 
-    /// A thread's own bytes, different for each block.
+    /// A thread's own data, different for each block.
     fn fill(bytes: &mut [u8], seed: u64) {
         for (n, byte) in bytes.iter_mut().enumerate() {
             *byte = (seed.wrapping_mul(31) + n as u64 / 64) as u8;
@@ -648,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_cut_at_aligned_places() {
+    fn a_request_is_split_at_aligned_offsets() {
         let check = |at, len, expected: &[(u64, usize, usize)]| {
             assert_eq!(pieces(at, len, 4096).collect::<Vec<_>>(), expected, "{len} at {at}");
         };
@@ -658,7 +659,7 @@ mod tests {
         check(100, 8192, &[(100, 0, 3996), (4096, 3996, 4096), (8192, 8092, 100)]);
     }
 
-    /// Sixteen threads write and read back ranges of their own, some longer than a lane's share of memory.
+    /// Sixteen threads write and read back their own ranges, some longer than a lane's share of memory.
     fn stir(pool: &Pool) {
         thread::scope(|scope| {
             for n in 0..16u64 {
@@ -694,7 +695,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_dies_leaves_nobody_waiting() {
+    fn a_device_that_dies_leaves_no_thread_waiting() {
         for seed in 0..16 {
             let faults = Faults { death: Some(100 + seed * 7), ..Faults::new(seed) };
             let pool = pool(Fault::new(Memory::new(64 * MIB as u64), faults), 1, 8 * MIB);
@@ -712,7 +713,7 @@ mod tests {
         }
     }
 
-    /// A device with a mistake in it: its queue panics at a certain call of `reap`.
+    /// A device with a bug: its queue panics at a certain call of `reap`.
     struct Broken(Memory, u32);
 
     #[derive(Debug)]
@@ -741,7 +742,7 @@ mod tests {
             self.0.kick();
         }
         fn reap(&mut self, done: &mut Vec<Completion>) {
-            self.1 = self.1.checked_sub(1).expect("the mistake is made");
+            self.1 = self.1.checked_sub(1).expect("the bug, on purpose");
             self.0.reap(done);
         }
         fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -756,7 +757,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_driver_costs_the_lane_and_leaves_nobody_waiting() {
+    fn a_panic_in_a_driver_costs_the_lane_and_leaves_no_thread_waiting() {
         for calls in 0..12 {
             let device = Fault::new(Broken(Memory::new(16 * MIB as u64), calls * 5), Faults::new(calls.into()));
             let pool = pool(device, 1, 8 * MIB);
@@ -773,7 +774,7 @@ mod tests {
                     .collect();
                 threads.into_iter().map(|thread| usize::from(thread.join().is_err())).sum()
             });
-            assert_eq!(panics, 1, "one thread meets the mistake, the others hear of it");
+            assert_eq!(panics, 1, "one thread panics, the others get errors");
             assert_eq!(pool.pick(), None, "a new client is refused");
         }
     }
@@ -812,7 +813,7 @@ mod tests {
         for block_size in [1, 4096] {
             let memory = Memory::new(64 * MIB as u64).with(|info| {
                 info.block_size = block_size;
-                // Zeroes are written one by one.
+                // The channel writes zeroes.
                 info.caps.zero = false;
             });
             let pool = pool(Fault::new(memory, Faults::new(1)), 1, 8 * MIB);
@@ -836,11 +837,11 @@ mod tests {
     }
 
     #[test]
-    fn one_that_waits_for_memory_hears_that_the_device_has_died() {
+    fn a_thread_that_waits_for_memory_gets_the_death_of_the_device() {
         let faults = Faults { death: Some(3), ..Faults::new(1) };
         let pool = pool(Fault::new(Memory::new(64 * MIB as u64), faults), 1, 8 * MIB);
         assert!(pool.pick().is_some());
-        // Never given back.
+        // Never returned.
         let held = drain(&pool.lanes[0]);
         thread::scope(|scope| {
             let waiting: Vec<_> = (0..3).map(|_| scope.spawn(|| pool.read(0, 0, &mut [0; 4096]))).collect();
@@ -875,7 +876,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_reach_who_asked() {
+    fn errors_reach_their_callers() {
         let pool = pool(Memory::new(1 << 20), 1, 8 * MIB);
         assert_eq!(pool.read(0, 1 << 20, &mut [0; 512]), Err(Error::OutOfRange));
         assert_eq!(pool.write(0, (1 << 20) - 1, &[0; 2], false), Err(Error::OutOfRange));

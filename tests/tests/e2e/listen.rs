@@ -235,7 +235,7 @@ fn it_ends_with_its_parent() {
     let shell = format!("(while kill -0 $$; do sleep 0.01; done; sleep 0.1; exec {serve}) >orphan.log 2>&1 &");
     tool("setsid").args(["-w", "sh", "-c", &shell]).within(dir.path()).ok();
     eventually("the orphan says why it ends", || {
-        fs::read_to_string(dir.at("orphan.log")).is_ok_and(|log| log.contains("the parent has gone"))
+        fs::read_to_string(dir.at("orphan.log")).is_ok_and(|log| log.contains("the parent has already ended"))
     });
     assert!(!dir.at("nbd.sock").exists());
 }

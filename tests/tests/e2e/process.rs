@@ -259,12 +259,12 @@ fn only_regular_files_are_read() {
     let dir = Dir::new();
     fifo(&dir.at("fifo"));
     std::os::unix::fs::symlink("fifo", dir.at("link")).unwrap();
-    check_refused(&dir, &["--config", "fifo"], &["fifo", "no regular file"]);
-    check_refused(&dir, &["--config", "/dev/zero"], &["/dev/zero", "no regular file"]);
-    check_refused(&dir, &["memory=1M", "--pidfile", "fifo"], &["fifo", "no regular file"]);
-    check_refused(&dir, &["memory=1M", "--pidfile", "link"], &["link", "no regular file"]);
-    check_refused(&dir, &["memory=1M", "--pidfile", "/dev/null"], &["/dev/null", "no regular file"]);
-    check_refused(&dir, &["memory=1M", "--tls-psk", "fifo"], &["fifo", "no regular file"]);
+    check_refused(&dir, &["--config", "fifo"], &["fifo", "not a regular file"]);
+    check_refused(&dir, &["--config", "/dev/zero"], &["/dev/zero", "not a regular file"]);
+    check_refused(&dir, &["memory=1M", "--pidfile", "fifo"], &["fifo", "not a regular file"]);
+    check_refused(&dir, &["memory=1M", "--pidfile", "link"], &["link", "not a regular file"]);
+    check_refused(&dir, &["memory=1M", "--pidfile", "/dev/null"], &["/dev/null", "not a regular file"]);
+    check_refused(&dir, &["memory=1M", "--tls-psk", "fifo"], &["fifo", "not a regular file"]);
     check_refused(&dir, &["--config", "nosuch"], &["nosuch", "No such file"]);
     // The configuration is a FIFO from some time on: that is said, and signals still arrive.
     let pki = Pki::new(&dir, "pki");
@@ -273,14 +273,14 @@ fn only_regular_files_are_read() {
     fs::remove_file(dir.at("nbdblk.toml")).unwrap();
     fifo(&dir.at("nbdblk.toml"));
     server.signal(Signal::SIGHUP);
-    server.await_text("reading nbdblk.toml: it is no regular file");
+    server.await_text("reading nbdblk.toml: it is not a regular file");
     fs::remove_file(dir.at("nbdblk.toml")).unwrap();
     fs::write(dir.at("nbdblk.toml"), &tls).unwrap();
     let key = Path::new(pki.dir()).join("server-key.pem");
     fs::remove_file(&key).unwrap();
     fifo(&key);
     server.signal(Signal::SIGHUP);
-    server.await_text("server-key.pem: it is no regular file");
+    server.await_text("server-key.pem: it is not a regular file");
     is_served(&dir, "nbd.sock");
     ends(server, 0);
 }

@@ -144,7 +144,7 @@ fn a_wrong_file_changes_nothing() {
         (
             "[[export]]\nname = \"x\"\ndevice = \"memory=2M\"\ncolour = 1\n",
             "8:1",
-            "unknown word of an export \"colour\"",
+            "unknown setting of an export \"colour\"",
         ),
     ];
     for (exports, place, words) in wrong {
@@ -163,7 +163,7 @@ fn a_wrong_file_changes_nothing() {
     let Fleet { dir, server } = fleet;
     assert!(server.terminate().success());
     let Output { status, err, .. } = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
-    assert!(status.code() == Some(1) && err.contains("asking the server at control.sock"), "{err}");
+    assert!(status.code() == Some(1) && err.contains("cannot reach the server at control.sock"), "{err}");
 }
 
 #[test]
