@@ -1,14 +1,14 @@
-//! A directory of its own for each test, removed when the test ends.
+//! [`Dir`]: a separate directory for each test, removed when the test ends.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A temporary directory; removed with all it holds when dropped.
+/// A temporary directory. Dropping it removes it with its content.
 #[derive(Debug)]
 pub struct Dir(PathBuf);
 
 impl Dir {
-    /// Makes a directory with a short name, because the path of a socket in it has room for 107 bytes only.
+    /// Creates a directory with a short name, because the path of a socket in it has room for 107 bytes only.
     #[expect(clippy::new_without_default, reason = "making one has an effect on the file system")]
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -17,14 +17,14 @@ impl Dir {
             let path = std::env::temp_dir().join(format!("nbdblk-{}-{count}", std::process::id()));
             match std::fs::create_dir(&path) {
                 Ok(()) => return Self(path),
-                // Of a test that was killed, when its process had this number.
+                // Left by a killed test whose process had the same number.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(error) => panic!("creating {}: {error}", path.display()),
             }
         }
     }
 
-    /// Where it is.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -39,7 +39,7 @@ impl Dir {
         self.at(name).to_str().expect("temporary directories have plain names").into()
     }
 
-    /// Makes an empty (sparse) file of `size` bytes and answers its path.
+    /// Creates an empty (sparse) file of `size` bytes and returns its path.
     pub fn sparse(&self, name: &str, size: u64) -> PathBuf {
         let path = self.at(name);
         std::fs::File::create(&path).and_then(|file| file.set_len(size)).expect("a file can be made in the directory");

@@ -1,16 +1,16 @@
-//! Disk images with known contents, and their comparison.
+//! Disk images with known content, and their comparison.
 
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-/// Pseudo-random numbers from a seed (splitmix64): the same contents in every run.
+/// Pseudo-random numbers from a seed (splitmix64): the same content in every run.
 #[derive(Debug)]
 pub struct Rng(pub u64);
 
 impl Rng {
-    /// The next number.
+    /// Returns the next number.
     pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -19,12 +19,12 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `end`.
+    /// Returns a number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.number() % end
     }
 
-    /// `len` bytes.
+    /// Returns `len` bytes.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(len + 8);
         while bytes.len() < len {
@@ -35,7 +35,7 @@ impl Rng {
     }
 }
 
-/// Makes a file of `size` bytes that is a hole but for the runs `(at, len)`, which are random.
+/// Creates a file of `size` bytes, which is a hole except for the runs `(at, len)` of random bytes.
 pub fn write_runs(path: &Path, size: u64, runs: impl IntoIterator<Item = (u64, u64)>) {
     let file = File::create(path).unwrap_or_else(|error| panic!("creating {}: {error}", path.display()));
     file.set_len(size).expect("a file of the test can grow");
@@ -49,12 +49,12 @@ pub fn write_runs(path: &Path, size: u64, runs: impl IntoIterator<Item = (u64, u
     }
 }
 
-/// Bytes of disk that a file takes.
+/// Disk space that a file occupies, in bytes.
 pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).expect("the image is there").blocks() * 512
 }
 
-/// Panics with the first differing offset when two files differ.
+/// Panics with the first differing offset if two files differ.
 pub fn assert_equal(a: &Path, b: &Path) {
     let open = |path: &Path| File::open(path).unwrap_or_else(|error| panic!("opening {}: {error}", path.display()));
     let (mut a, mut b) = (open(a), open(b));

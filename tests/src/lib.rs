@@ -9,8 +9,8 @@
 //! assert!(server.terminate().success());
 //! ```
 //!
-//! Every external program has a deadline and dies with the test; a program that is not installed fails the test and
-//! names `cargo xtask setup`. Nothing here asserts on times: deadlines only tell a hang from slowness.
+//! Every external program has a deadline and dies with the test. If a program is not installed, the test fails and names `cargo
+//! xtask setup`. No test asserts on times: deadlines only distinguish a hang from slowness.
 
 mod dir;
 mod image;
@@ -29,17 +29,17 @@ pub use process::{Cmd, Daemon, Output, deadline, eventually, full_pipe, root, to
 pub use qsd::{Export, Qsd};
 pub use server::{Address, Nbdblk, nbdblk};
 
-/// Runs a script in nbdsh, connected to `uri` as `h`; answers what it printed.
+/// Runs a script in nbdsh, connected to `uri` as `h`. Returns its output.
 pub fn nbdsh(uri: &str, script: &str) -> String {
     tool("nbdsh").args(["-u", uri, "-c", script]).ok().out
 }
 
-/// Runs a script in nbdsh with `h` not yet connected and `uri` a variable; answers what it printed.
+/// Runs a script in nbdsh, with `h` not connected yet and `uri` as a variable. Returns its output.
 pub fn nbdsh_unconnected(uri: &str, script: &str) -> String {
     tool("nbdsh").args(["-c", &format!("uri = {uri:?}"), "-c", script]).ok().out
 }
 
-/// What nbdinfo says of the exports at `uri`, as JSON.
+/// Returns nbdinfo's description of the exports at `uri`, as JSON.
 pub fn nbdinfo(uri: &str) -> serde_json::Value {
     serde_json::from_str(&tool("nbdinfo").args(["--json", uri]).ok().out).expect("nbdinfo prints JSON")
 }

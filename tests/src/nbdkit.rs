@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::{Cmd, Daemon, Dir, root, tool};
 
-/// The plugin under test: `$NBDBLK_PLUGIN`, or else the release build, made once.
+/// The plugin under test: `$NBDBLK_PLUGIN`, or the release build, which is made once.
 pub fn plugin() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| match std::env::var_os("NBDBLK_PLUGIN") {
@@ -18,7 +18,7 @@ pub fn plugin() -> &'static Path {
     })
 }
 
-/// The plugin with the parameter `panic-at=OFFSET`, in a directory of its own so that nobody takes it for the other one.
+/// The plugin with the parameter `panic-at=OFFSET`, in a separate directory so that it cannot be mistaken for the real one.
 pub fn panicking_plugin() -> PathBuf {
     let dir = plugin_dir().join("panic-test");
     build(&["--features", "panic-test", "--target-dir", dir.to_str().expect("cargo's directory has a plain name")])
@@ -26,7 +26,7 @@ pub fn panicking_plugin() -> PathBuf {
 
 fn plugin_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("a test knows where it is");
-    // target/debug/deps/plugin-1234: beside `debug`.
+    // target/debug/deps/plugin-1234: next to `debug`.
     exe.ancestors().nth(3).expect("cargo puts tests three levels down").to_owned()
 }
 
@@ -48,12 +48,12 @@ fn build(how: &[&str]) -> PathBuf {
         .expect("cargo names the plugin it built")
 }
 
-/// nbdkit with the plugin, ready to take the words after the plugin's name: run in `dir`, with nbdkit's own `options`.
+/// nbdkit with the plugin, in `dir`, with nbdkit's own `options`. Add the plugin's parameters to it.
 pub fn nbdkit(dir: &Dir, options: &[&str]) -> Cmd {
     command(dir, &line(plugin(), options))
 }
 
-/// nbdkit in the background, as it puts itself there; killed when dropped. It is there when its pid file is.
+/// nbdkit in the background, as it forks itself; killed when dropped. It is ready when its pid file exists.
 pub fn daemonised(dir: &Dir, options: &[&str], words: &[&str]) -> Daemon {
     let wait = ["sh", "-c", "\"$@\" && exec sleep 600", "sh"].map(OsString::from);
     let words = words.iter().map(OsString::from);
@@ -65,14 +65,14 @@ fn command(dir: &Dir, line: &[OsString]) -> Cmd {
     tool(line[0].to_str().expect("programs have plain names")).within(dir.path()).args(&line[1..])
 }
 
-/// The machine's nbdkit and the plugin by its path; or, where `$NBDBLK_NBDKIT_ROOT` names a root directory of another
-/// distribution (`cargo xtask trixie` makes one), the nbdkit in there and the plugin by its name, as if installed.
+/// The system's nbdkit and the path of the plugin. If `$NBDBLK_NBDKIT_ROOT` names a root directory of another distribution
+/// (`cargo xtask trixie` makes one), the nbdkit in there and the plugin's name, as if installed.
 fn line(plugin: &Path, options: &[&str]) -> Vec<OsString> {
     let options = options.iter().map(OsString::from);
     let Some(root) = std::env::var_os("NBDBLK_NBDKIT_ROOT") else {
         return std::iter::once("nbdkit".into()).chain(options).chain([plugin.into()]).collect();
     };
-    // The mounts are seen by this process alone, and go with it.
+    // Only this process sees the mounts, and they end with it.
     let script = r#"set -e
         root=$1 plugin=$2 here=$PWD; shift 2
         for place in proc sys dev tmp; do mount --rbind "/$place" "$root/$place"; done
@@ -92,7 +92,7 @@ pub struct Nbdkit {
 }
 
 impl Nbdkit {
-    /// Serves on a unix socket in `dir`, where it also runs; `words` come after the plugin's name.
+    /// Serves on a unix socket in `dir`, which is also its current directory. `words` are the plugin's parameters.
     pub fn start(dir: &Dir, words: &[&str]) -> Self {
         Self::start_with(dir, &[], words)
     }
@@ -119,25 +119,25 @@ impl Nbdkit {
         format!("nbd+unix:///?socket={}", self.socket.display())
     }
 
-    /// Where it listens.
+    /// The path of its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// What it said so far.
+    /// Its output so far.
     pub fn log(&self) -> String {
         self.daemon.log()
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_alive(&mut self) -> bool {
         self.daemon.is_alive()
     }
 
-    /// Asks it to end (SIGTERM) and waits until it has.
+    /// Sends SIGTERM and waits for its end.
     ///
     /// # Panics
-    /// If it does not within the deadline.
+    /// If it does not end within the deadline.
     pub fn terminate(self) -> ExitStatus {
         self.daemon.signal(Signal::SIGTERM);
         self.daemon.await_end().0

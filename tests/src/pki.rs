@@ -1,4 +1,4 @@
-//! Certificates and keys for TLS, made with the tools that the documentation of nbdkit and qemu tells to use.
+//! Certificates and keys for TLS, made with the tools that the documentation of nbdkit and QEMU names.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,19 +21,18 @@ pub enum Version {
 }
 
 impl Version {
-    /// Both of them.
+    /// Both versions.
     pub const BOTH: [Self; 2] = [Self::Tls12, Self::Tls13];
 }
 
-/// An authority, a server's certificate for this machine and a client's, in a directory under the names that everybody
-/// looks for.
+/// An authority, a certificate of a server on this machine and one of a client, in a directory with the usual file names.
 #[derive(Debug)]
 pub struct Pki {
     dir: String,
 }
 
 impl Pki {
-    /// Makes them in the directory `name` within `dir`.
+    /// Makes them in the directory `name` in `dir`.
     pub fn new(dir: &Dir, name: &str) -> Self {
         let pki = Self { dir: dir.text(name) };
         std::fs::create_dir(&pki.dir).expect("the name is free");
@@ -53,8 +52,8 @@ impl Pki {
         std::fs::write(&template_path, template).expect("the directory was just made");
         let certtool = |args: &[&str]| drop(tool("certtool").args(args).ok());
         if who == "client" {
-            // RSA, because qemu wants a certificate for key encipherment; not certtool's, which may have a fault that the
-            // server copes with, but rustls on our side does not.
+            // RSA, because QEMU needs a certificate for key encipherment. Not certtool's, which may have a fault that the server
+            // handles, but rustls on the client side does not.
             tool("openssl").args(["genrsa", "-out", &key, "2048"]).ok();
         } else {
             certtool(&["--generate-privkey", "--key-type", "ecdsa", "--outfile", &key]);
@@ -69,7 +68,7 @@ impl Pki {
         certtool(&[&sign[..], &args].concat());
     }
 
-    /// Revokes the client's certificate, in the list that servers look for.
+    /// Revokes the client's certificate, in the list that servers read.
     pub fn revoke_client(&self) {
         let at = |name: &str| format!("{}/{name}", self.dir);
         std::fs::write(at("crl.template"), "expiration_days = 3650\ncrl_number = 1\n").expect("the directory is there");
@@ -81,12 +80,12 @@ impl Pki {
             .ok();
     }
 
-    /// The directory, as text.
+    /// The path of the directory, as text.
     pub fn dir(&self) -> &str {
         &self.dir
     }
 
-    /// A client's end of a connection, as the owner of the client's certificate.
+    /// A client's side of a connection, with the client's certificate.
     pub fn connection(&self, version: Version) -> ClientConnection {
         let at = |name: &str| Path::new(&self.dir).join(name);
         let mut roots = RootCertStore::empty();

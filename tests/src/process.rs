@@ -1,4 +1,4 @@
-//! Programs run by tests: each has a deadline, its own process group, and dies with the test.
+//! Programs that tests run: each has a deadline, its own process group, and dies with the test.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-/// How long a program may take before the test says that it hangs. Generous: the machine may be loaded, and the one of
-/// `cargo xtask vm` has an emulated processor.
+/// Time after which a test reports that a program hangs. Generous: the machine may be loaded, and the one of `cargo xtask vm` has
+/// an emulated CPU.
 pub fn deadline() -> Duration {
     Duration::from_secs(if std::env::var_os("NBDBLK_VM").is_some() { 600 } else { 120 })
 }
@@ -23,7 +23,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
 }
 
-/// A program that setup installs, ready to take arguments.
+/// A program that setup installs, without arguments yet.
 ///
 /// # Panics
 /// If it is not installed.
@@ -41,7 +41,7 @@ fn search_path() -> String {
     format!("/usr/bin:/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default())
 }
 
-/// A wait with an end. Every half minute it says what it waits for, and not by `eprintln`, which tests hold back.
+/// A wait with a deadline. Every half minute it prints what it waits for; not with `eprintln`, which test runners capture.
 struct Wait<'a> {
     what: &'a str,
     start: Instant,
@@ -53,7 +53,7 @@ impl<'a> Wait<'a> {
         Self { what, start: Instant::now(), said: 0 }
     }
 
-    /// Sleeps a moment. `false`: the deadline has passed.
+    /// Sleeps for a moment. `false`: the deadline has passed.
     fn goes_on(&mut self) -> bool {
         let seconds = self.start.elapsed().as_secs();
         if seconds / 30 > self.said {
@@ -67,10 +67,10 @@ impl<'a> Wait<'a> {
     }
 }
 
-/// Waits until `test` holds.
+/// Waits until `test` returns true.
 ///
 /// # Panics
-/// If it does not within the deadline; `what` says what was waited for.
+/// If it does not within the deadline; `what` names the condition.
 pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
     let mut wait = Wait::new(what);
     while !test() {
@@ -78,7 +78,7 @@ pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
     }
 }
 
-/// A command to be run to its end, or left running.
+/// A command, to run to its end or in the background.
 #[derive(Debug)]
 pub struct Cmd {
     program: PathBuf,
@@ -88,10 +88,10 @@ pub struct Cmd {
     err: Option<Stdio>,
 }
 
-/// What a program left.
+/// The results of a program.
 #[derive(Debug)]
 pub struct Output {
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// Its standard output.
     pub out: String,
@@ -133,25 +133,25 @@ impl Cmd {
         self
     }
 
-    /// Gives it something to read.
+    /// Sets its standard input.
     pub fn input(mut self, input: &[u8]) -> Self {
         self.input = input.into();
         self
     }
 
-    /// When it is [spawned](Self::spawn), gives it another standard output than the log.
+    /// For [`spawn`](Self::spawn): another standard output than the log.
     pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {
         self.out = Some(to.into());
         self
     }
 
-    /// When it is [spawned](Self::spawn), gives it another standard error than the log.
+    /// For [`spawn`](Self::spawn): another standard error than the log.
     pub fn stderr(mut self, to: impl Into<Stdio>) -> Self {
         self.err = Some(to.into());
         self
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs it to its end, whatever the status.
     ///
     /// # Panics
     /// If it does not end within the deadline.
@@ -175,7 +175,7 @@ impl Cmd {
         Output { status, out, err }
     }
 
-    /// Runs it to its end, which must be a good one.
+    /// Runs it to its end, which must be successful.
     ///
     /// # Panics
     /// If it fails or hangs.
@@ -186,7 +186,7 @@ impl Cmd {
         output
     }
 
-    /// Starts it and leaves it running; what it says goes to the file `log`.
+    /// Starts it and leaves it running. Its output goes to the file `log`.
     pub fn spawn(mut self, log: PathBuf) -> Daemon {
         let shown = self.shown();
         let file = File::create(&log).expect("a log can be made in the directory of the test");
@@ -203,10 +203,10 @@ impl Cmd {
     }
 }
 
-/// A full pipe: a writer blocks until the returned end is read.
+/// Returns a full pipe: a writer blocks until the reader reads.
 ///
 /// # Panics
-/// If the kernel gives no pipe.
+/// If no pipe can be created.
 pub fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().expect("a pipe can be made");
     // pipe(7): 64 KiB, which one write fills without waiting.
@@ -249,14 +249,14 @@ impl Drop for Killed {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // The log goes with the directory of the test, and somebody will ask for it.
+        // Print the log before it is removed with the directory of the test.
         if std::thread::panicking() {
             eprintln!("{} said:\n{}", self.shown, self.log());
         }
     }
 }
 
-/// A program that runs beside the test; killed when dropped, and quoted when the test fails.
+/// A program that runs during the test. Killed when dropped; its output is printed if the test fails.
 #[derive(Debug)]
 pub struct Daemon {
     child: Killed,
@@ -270,39 +270,39 @@ impl Daemon {
         self.child.0.id()
     }
 
-    /// What it said so far.
+    /// Its output so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_alive(&mut self) -> bool {
         self.child.0.try_wait().expect("a child can be waited for").is_none()
     }
 
-    /// Sends a signal to it.
+    /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).expect("the process is ours");
     }
 
-    /// Gives it a line to read.
+    /// Writes a line to its standard input.
     pub fn type_line(&mut self, line: &str) {
         let stdin = self.child.0.stdin.as_mut().expect("stdin is piped");
         writeln!(stdin, "{line}").expect("the process reads what it is given");
     }
 
-    /// Waits until it has said `text`.
+    /// Waits until its output contains `text`.
     ///
     /// # Panics
-    /// If it ends before, or does not within the deadline.
+    /// If it ends before, or does not print it within the deadline.
     pub fn await_text(&mut self, text: &str) {
         self.await_that(&format!("that it says {text:?}"), |log| log.contains(text));
     }
 
-    /// Waits until what it said makes `test` hold.
+    /// Waits until `test` returns true for its output.
     ///
     /// # Panics
-    /// If it ends before, or does not within the deadline.
+    /// If it ends before, or `test` does not return true within the deadline.
     pub fn await_that(&mut self, what: &str, test: impl Fn(&str) -> bool) {
         let mut wait = Wait::new(what);
         loop {
@@ -315,10 +315,10 @@ impl Daemon {
         }
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends on its own.
     ///
     /// # Panics
-    /// If it does not within the deadline.
+    /// If it does not end within the deadline.
     pub fn await_end(mut self) -> (ExitStatus, String) {
         let status = wait(&mut self.child.0, &self.shown);
         (status.unwrap_or_else(|| panic!("{} hangs; it said:\n{}", self.shown, self.log())), self.log())

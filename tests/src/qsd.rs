@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::{Daemon, Dir, tool};
 
-/// How an image is exported.
+/// The parameters of an export.
 #[derive(Debug, Clone, Copy)]
 pub struct Export {
     /// "raw" or "qcow2".
@@ -33,7 +33,7 @@ pub struct Qsd {
 impl Qsd {
     /// Exports an image on the socket `vhost.sock` in `dir`.
     pub fn start(dir: &Dir, image: &Path, export: Export) -> Self {
-        // Without locks: tests compare what several servers make of one image.
+        // Without locks: tests let several servers use one image.
         let node = format!(
             "driver={},node-name=disk,discard=unmap,detect-zeroes=off,read-only={},file.driver=file,file.locking=off,file.discard=unmap,file.filename={}",
             export.format,
@@ -89,7 +89,7 @@ impl Qsd {
         self.daemon.await_end();
     }
 
-    /// Makes it stop answering, as a hang would (SIGSTOP).
+    /// Stops it with SIGSTOP, so that it does not answer, like a hang.
     pub fn freeze(&self) {
         self.daemon.signal(Signal::SIGSTOP);
     }

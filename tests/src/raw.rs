@@ -1,6 +1,6 @@
-//! An NBD client made of plain bytes, for everything that well-behaved clients would never send.
+//! An NBD client at the level of bytes, for input that well-behaved clients never send.
 //!
-//! It knows nothing of the server's codec on purpose: numbers are written out as the protocol document has them.
+//! It does not use the server's codec on purpose: numbers are written as in the protocol document.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -90,10 +90,10 @@ const CHUNK_MAGIC: u32 = 0x668e_33ef;
 const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
-/// The longest string of the protocol, bytes.
+/// Longest string of the protocol, in bytes.
 const TEXT_MAX: usize = 4096;
 
-/// How a client gets into the transmission phase.
+/// The way of a client into the transmission phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// EXPORT_NAME, simple replies.
@@ -107,11 +107,10 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// All of them.
+    /// All modes.
     pub const ALL: [Self; 4] = [Self::Plain, Self::Simple, Self::Structured, Self::Extended];
 
-    /// A request as it goes over the wire: its header, and the payload. With extended headers `PAYLOAD_LEN` says that
-    /// there is one, as it must.
+    /// A request as on the wire: its header and the payload. With extended headers, a payload needs the flag `PAYLOAD_LEN`.
     pub fn request(self, flags: u16, command: u16, cookie: u64, at: u64, len: u64, payload: &[u8]) -> Vec<u8> {
         let flags = match self {
             Self::Extended if command == cmd::WRITE || !payload.is_empty() => flags | flag::PAYLOAD_LEN,
@@ -120,10 +119,10 @@ impl Mode {
         [&self.header(flags, command, cookie, at, len), payload].concat()
     }
 
-    /// The header of a request, word for word.
+    /// The header of a request, without changes to the arguments.
     ///
     /// # Panics
-    /// For a length that it has no room for.
+    /// If it has no room for the length.
     pub fn header(self, flags: u16, command: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
         let magic = if self == Self::Extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
         let mut bytes = magic.to_be_bytes().to_vec();
@@ -145,10 +144,10 @@ impl Mode {
 }
 
 trait Stream: Read + Write + Send {
-    /// Changes the keys under which the client sends, where there are any.
+    /// Changes the keys of the client's direction, if there are any.
     fn change_keys(&mut self) {}
 
-    /// Limits how long sending may wait, where that can be done.
+    /// Limits how long sending may wait, if possible.
     fn limit_sending(&mut self, _limit: Option<Duration>) {}
 }
 impl Stream for TcpStream {
@@ -172,15 +171,15 @@ pub struct Raw {
     stream: Box<dyn Stream>,
     mode: Mode,
     cookie: u64,
-    /// READs without an answer, by cookie: offset and length.
+    /// READs without a reply, by cookie: offset and length.
     reads: HashMap<u64, (u64, u32)>,
-    /// Answers whose last chunk has not come.
+    /// Replies whose last chunk has not come.
     parts: HashMap<u64, Answer>,
-    /// Size of the export, bytes.
+    /// Size of the export, in bytes.
     pub size: u64,
     /// Transmission flags.
     pub flags: u16,
-    /// The id of base:allocation, when it was negotiated.
+    /// The id of base:allocation, if negotiated.
     pub context: Option<u32>,
 }
 
@@ -190,22 +189,22 @@ impl std::fmt::Debug for Raw {
     }
 }
 
-/// The whole answer to one command.
+/// The whole reply to one command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Answer {
-    /// Of which command.
+    /// The cookie of the command.
     pub cookie: u64,
-    /// 0, or why not.
+    /// 0, or the error.
     pub error: u32,
-    /// Why not, for people: where chunks have room for it.
+    /// The error text, if the reply has chunks.
     pub text: String,
-    /// Of a READ: the data, holes filled in.
+    /// For READ: the data, including holes.
     pub data: Vec<u8>,
-    /// Of a READ in chunks: offset and length of each hole.
+    /// For READ in chunks: offset and length of each hole.
     pub holes: Vec<(u64, u32)>,
-    /// Chunks that the answer came in; 0 when it was simple.
+    /// Number of chunks; 0 for a simple reply.
     pub chunks: u32,
-    /// Of BLOCK_STATUS: length and flags of each extent.
+    /// For BLOCK_STATUS: length and flags of each extent.
     pub extents: Vec<(u64, u64)>,
 }
 
@@ -234,14 +233,14 @@ impl Raw {
         raw
     }
 
-    /// Connects and says that it is a modern client.
+    /// Connects and sends the client flags.
     pub fn greeted(address: &Address) -> Self {
         let mut raw = Self::connect(address);
         raw.send(&3_u32.to_be_bytes());
         raw
     }
 
-    /// Goes under TLS, as the owner of the client's certificate.
+    /// Starts TLS, with the client's certificate.
     pub fn start_tls(mut self, pki: &Pki, version: Version) -> Self {
         assert_eq!(self.ask(opt::STARTTLS, b""), [(rep::ACK, vec![])], "STARTTLS");
         self.stream = Box::new(StreamOwned::new(pki.connection(version), self.stream));
@@ -249,17 +248,17 @@ impl Raw {
         self
     }
 
-    /// Changes the keys under which the client sends (TLS 1.3).
+    /// Changes the keys of the client's direction (TLS 1.3).
     pub fn change_keys(&mut self) {
         self.stream.change_keys();
     }
 
-    /// Connects and goes through the handshake of `mode`.
+    /// Connects and does the handshake of `mode`.
     pub fn enter(address: &Address, mode: Mode, name: &str) -> Self {
         Self::greeted(address).entered(mode, name)
     }
 
-    /// Goes through the handshake of `mode`, from the options on.
+    /// Does the handshake of `mode`, from the options on.
     pub fn entered(self, mode: Mode, name: &str) -> Self {
         let mut raw = self;
         raw.mode = mode;
@@ -277,7 +276,7 @@ impl Raw {
         raw
     }
 
-    /// Asks for the replies of `mode`.
+    /// Negotiates the replies of `mode`.
     pub fn negotiate(&mut self, mode: Mode) {
         match mode {
             Mode::Plain | Mode::Simple => {}
@@ -289,13 +288,13 @@ impl Raw {
         }
     }
 
-    /// Asks for structured replies.
+    /// Negotiates structured replies.
     pub fn negotiate_structured(&mut self) {
         assert_eq!(self.ask(opt::STRUCTURED_REPLY, b""), [(rep::ACK, vec![])], "STRUCTURED_REPLY");
         self.mode = Mode::Structured;
     }
 
-    /// Asks for base:allocation.
+    /// Negotiates base:allocation.
     pub fn negotiate_context(&mut self, name: &str) {
         let replies = self.ask(opt::SET_META_CONTEXT, &meta_query(name, &["base:allocation"]));
         assert_eq!(replies.len(), 2, "base:allocation is there: {replies:?}");
@@ -343,17 +342,17 @@ impl Raw {
         }
     }
 
-    /// Sends an option; answers the kind of the last reply.
+    /// Sends an option. Returns the kind of the last reply.
     pub fn ask_kind(&mut self, option: u32, data: &[u8]) -> u32 {
         self.ask(option, data).pop().expect("there is a last reply").0
     }
 
-    /// Sends a command without waiting for the answer; answers its cookie.
+    /// Sends a command without waiting for the reply. Returns its cookie.
     pub fn request(&mut self, flags: u16, command: u16, at: u64, len: u32, payload: &[u8]) -> u64 {
         self.request_long(flags, command, at, len.into(), payload)
     }
 
-    /// Sends a command of any length without waiting for the answer; answers its cookie.
+    /// Sends a command of any length without waiting for the reply. Returns its cookie.
     ///
     /// # Panics
     /// For more than 32 bits without extended headers.
@@ -363,8 +362,8 @@ impl Raw {
         cookie
     }
 
-    /// Sends a READ for each `(offset, length)`, all of them in one piece, so that even a server that stops reading
-    /// gets them; answers the first cookie, the others follow by ones.
+    /// Sends a READ for each `(offset, length)`, all at once, so that even a server that stops reading gets them. Returns the
+    /// first cookie; the others are consecutive.
     pub fn request_reads(&mut self, reads: &[(u64, u32)]) -> u64 {
         let (first, mode) = (self.cookie + 1, self.mode);
         let read = |&(at, len): &(u64, u32)| {
@@ -375,7 +374,7 @@ impl Raw {
         first
     }
 
-    /// The cookie for a request that the caller sends himself, with [`send`](Self::send).
+    /// Returns a cookie for a request that the caller sends with [`send`](Self::send).
     pub fn expect_answer(&mut self, command: u16, at: u64, len: u64) -> u64 {
         self.cookie += 1;
         if command == cmd::READ {
@@ -384,7 +383,7 @@ impl Raw {
         self.cookie
     }
 
-    /// Sends a command and waits for its answer, which must be the next.
+    /// Sends a command and waits for its reply, which must be the next.
     pub fn call(&mut self, flags: u16, command: u16, at: u64, len: u32, payload: &[u8]) -> Answer {
         self.call_long(flags, command, at, len.into(), payload)
     }
@@ -398,7 +397,7 @@ impl Raw {
         self.answer_to(cookie)
     }
 
-    /// Waits for the answer to a request, which must be the next.
+    /// Waits for the reply to a request, which must be the next.
     pub fn answer_to(&mut self, cookie: u64) -> Answer {
         let answer = self.answer();
         assert_eq!(answer.cookie, cookie, "an answer to another command: {:?}", answer.error);
@@ -417,15 +416,15 @@ impl Raw {
         assert_eq!(self.call(0, cmd::WRITE, at, data.len() as u32, data).error, 0, "WRITE {}@{at}", data.len());
     }
 
-    /// Waits for the next whole answer, to whichever command.
+    /// Waits for the next whole reply, to any command.
     pub fn answer(&mut self) -> Answer {
         loop {
             match self.u32() {
-                // Forbidden with extended headers, whatever the command.
+                // Forbidden with extended headers, for any command.
                 SIMPLE_REPLY_MAGIC if self.mode != Mode::Extended => {
                     let (error, cookie) = (self.u32(), self.u64());
                     let read = self.reads.remove(&cookie);
-                    // A READ must not be answered by a simple reply once structured replies are on.
+                    // A READ must not get a simple reply once structured replies are negotiated.
                     assert!(read.is_none() || self.mode != Mode::Structured, "a simple reply to a READ: {error}");
                     let len = read.map_or(0, |(_, len)| if error == 0 { len } else { 0 });
                     return Answer { cookie, error, data: self.receive(len as usize), ..Answer::default() };
@@ -450,7 +449,7 @@ impl Raw {
         let len = match self.mode {
             Mode::Extended => {
                 let at = self.u64();
-                // The offset of the request comes back with each chunk.
+                // Each chunk repeats the offset of the request.
                 assert!(self.reads.get(&cookie).is_none_or(|read| read.0 == at), "a chunk for another offset: {at}");
                 self.u64()
             }
@@ -513,17 +512,17 @@ impl Raw {
         self.parts.remove(&cookie)
     }
 
-    /// Sends bytes as they are.
+    /// Sends bytes unchanged.
     pub fn send(&mut self, bytes: &[u8]) {
         self.try_send(bytes).expect("the server takes what it is sent");
     }
 
-    /// Sends bytes as they are; the server may have closed the connection.
+    /// Sends bytes unchanged; the server may have closed the connection.
     pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.stream.write_all(bytes)
     }
 
-    /// Sends as much of this as the server takes within a moment.
+    /// Sends as many of these bytes as the server takes within a moment.
     pub fn flood(&mut self, bytes: &[u8]) {
         self.stream.limit_sending(Some(Duration::from_millis(200)));
         let _ = self.stream.write_all(bytes);
@@ -542,15 +541,15 @@ impl Raw {
         Ok(bytes)
     }
 
-    /// Waits until the server closes the connection; answers what it still said.
+    /// Waits until the server closes the connection. Returns its last output.
     ///
     /// # Panics
-    /// If it does not within the deadline.
+    /// If the server does not close it within the deadline.
     pub fn await_close(mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => {}
-            // TLS calls it that when nobody said goodbye.
+            // TLS returns this error for an end without a closure alert.
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => {}
             Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {}
             Err(error) => panic!("the server keeps the connection: {error}"),
@@ -571,7 +570,7 @@ impl Raw {
     }
 }
 
-/// An option as it goes over the wire.
+/// An option as on the wire.
 pub fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
     let len = data.len() as u32;
     [OPTION_MAGIC, &option.to_be_bytes()[..], &len.to_be_bytes(), data].concat()
@@ -582,7 +581,7 @@ pub fn info_query(name: &str, infos: &[u16]) -> Vec<u8> {
     info_query_bytes(name.as_bytes(), infos)
 }
 
-/// The data of INFO and GO, for a name that may not be text.
+/// The data of INFO and GO, for a name that may not be valid text.
 pub fn info_query_bytes(name: &[u8], infos: &[u16]) -> Vec<u8> {
     let mut data = (name.len() as u32).to_be_bytes().to_vec();
     data.extend_from_slice(name);

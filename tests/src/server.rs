@@ -1,4 +1,4 @@
-//! nbdblk itself, started for a test and killed after it.
+//! nbdblk, started for a test and killed after it.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::{Cmd, Daemon, Dir, root};
 
-/// The program under test: `$NBDBLK_BIN`, or else the release binary, built once.
+/// The program under test: `$NBDBLK_BIN`, or the release binary, which is built once.
 pub fn nbdblk() -> Cmd {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     Cmd::new(PATH.get_or_init(|| match std::env::var_os("NBDBLK_BIN") {
@@ -35,7 +35,7 @@ fn build() -> PathBuf {
         .expect("cargo names the executable it built")
 }
 
-/// Where a server listens.
+/// The address of a server.
 #[derive(Debug, Clone)]
 pub enum Address {
     /// A unix socket.
@@ -53,7 +53,7 @@ pub struct Nbdblk {
 }
 
 impl Nbdblk {
-    /// Serves on a unix socket in `dir`, where the server also runs; `args` are exports and options.
+    /// Serves on a unix socket in `dir`, which is also its current directory. `args` are exports and options.
     pub fn unix(dir: &Dir, args: &[&str]) -> Self {
         let socket = (0..).map(|n| dir.at(&format!("nbd{n}.sock"))).find(|path| !path.exists()).expect("numbers go on");
         let path = socket.to_str().expect("temporary directories have plain names").to_owned();
@@ -79,7 +79,7 @@ impl Nbdblk {
         daemon
     }
 
-    /// Where it listens.
+    /// The address of the server.
     pub fn address(&self) -> &Address {
         &self.address
     }
@@ -107,20 +107,20 @@ impl Nbdblk {
         self.daemon.pid()
     }
 
-    /// What it said so far.
+    /// Its output so far.
     pub fn log(&self) -> String {
         self.daemon.log()
     }
 
-    /// Waits until it has said this. What it logs may come a moment after what it answers.
+    /// Waits until its log contains `text`. Log lines may come shortly after a reply.
     ///
     /// # Panics
-    /// If it does not within the deadline.
+    /// If it does not appear within the deadline.
     pub fn await_log(&self, text: &str) {
         crate::eventually(&format!("{text:?} in the log"), || self.log().contains(text));
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_alive(&mut self) -> bool {
         self.daemon.is_alive()
     }
@@ -130,17 +130,17 @@ impl Nbdblk {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
     }
 
-    /// Resident memory of the process, bytes.
+    /// Resident memory of the process, in bytes.
     pub fn resident(&self) -> u64 {
         self.memory("VmRSS:")
     }
 
-    /// Resident memory of the process, bytes, without what it shares with devices: payload.
+    /// Resident memory of the process in bytes, without the memory shared with devices (payload).
     pub fn resident_private(&self) -> u64 {
         self.memory("RssAnon:")
     }
 
-    /// What its threads have used of the CPU so far.
+    /// CPU time of its threads so far.
     pub fn cpu_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
         let (_, fields) = stat.rsplit_once(')').expect("the name is in brackets");
@@ -155,10 +155,10 @@ impl Nbdblk {
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("it is a number") * 1024
     }
 
-    /// Asks it to end (SIGTERM) and waits until it has.
+    /// Sends SIGTERM and waits for its end.
     ///
     /// # Panics
-    /// If it does not within the deadline.
+    /// If it does not end within the deadline.
     pub fn terminate(self) -> ExitStatus {
         self.daemon.signal(Signal::SIGTERM);
         let (status, log) = self.daemon.await_end();
@@ -174,9 +174,9 @@ fn first_uri(log: &str) -> String {
     find_uri(log).expect("start waited for the URI").into()
 }
 
-/// The first URI in what the server printed.
+/// The first URI in the server's output.
 fn find_uri(log: &str) -> Option<&str> {
-    // A line counts when it is whole.
+    // Only whole lines count.
     let (whole, _) = log.rsplit_once('\n')?;
     let schemes = ["nbd:", "nbd+unix:", "nbds:", "nbds+unix:"];
     whole.lines().find(|line| schemes.iter().any(|scheme| line.starts_with(scheme)))

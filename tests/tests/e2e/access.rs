@@ -1,4 +1,4 @@
-//! Who may open an export, as the clients see it.
+//! Access rules of exports, as clients see them.
 
 use std::fs::{Permissions, set_permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -7,10 +7,10 @@ use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, tool};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-/// The user that owns nothing.
+/// The user nobody.
 const NOBODY: &str = "65534";
 
-/// A client that runs as another user.
+/// A client that runs as the user nobody.
 fn as_nobody(name: &str) -> Cmd {
     tool("setpriv").args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]).args([tool(name).path()])
 }
@@ -22,7 +22,7 @@ fn list(client: Cmd, server: &Nbdblk) -> Vec<String> {
     exports.iter().map(|export| export["export-name"].as_str().unwrap().to_owned()).collect()
 }
 
-/// What a client is told when it cannot open an export, without the name.
+/// The client's error when it cannot open an export, without the export's name.
 fn refusal(client: Cmd, server: &Nbdblk, name: &str) -> String {
     let output = client.args(["--size", &server.uri_of(name)]).run();
     assert!(!output.status.success(), "{name}: {output:?}");
@@ -30,7 +30,7 @@ fn refusal(client: Cmd, server: &Nbdblk, name: &str) -> String {
 }
 
 #[test]
-fn a_user_sees_what_is_for_him() {
+fn a_user_sees_only_permitted_exports() {
     let dir = Dir::new();
     let me = geteuid().to_string();
     let rules = [format!("mine:uid={me}"), format!("both:uid={me}"), format!("both:uid={NOBODY}")];
@@ -43,7 +43,7 @@ fn a_user_sees_what_is_for_him() {
     assert_eq!(size(tool("nbdinfo"), "mine"), "1048576");
     assert_eq!(size(tool("nbdinfo"), ""), "1048576");
     assert_eq!(refusal(tool("nbdinfo"), &server, "nobodys"), refusal(tool("nbdinfo"), &server, "absents"));
-    // To be somebody else one must be root.
+    // Only root can run a client as another user.
     if geteuid().is_root() {
         let Address::Unix(path) = server.address() else { unreachable!("a unix server") };
         set_permissions(path, Permissions::from_mode(0o777)).unwrap();
@@ -51,7 +51,7 @@ fn a_user_sees_what_is_for_him() {
         assert_eq!(size(as_nobody("nbdinfo"), "nobodys"), "2097152");
         assert_eq!(size(as_nobody("nbdinfo"), "both"), "3145728");
         assert_eq!(refusal(as_nobody("nbdinfo"), &server, "mine"), refusal(as_nobody("nbdinfo"), &server, "none"));
-        // Every way in is closed, the oldest too.
+        // Every way in is closed, including the oldest.
         let script = format!(
             "for flags in (0, nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE):
     for name in ('mine', '', 'none'):
@@ -71,7 +71,7 @@ fn a_user_sees_what_is_for_him() {
 }
 
 #[test]
-fn a_network_sees_what_is_for_it() {
+fn a_network_sees_only_permitted_exports() {
     let dir = Dir::new();
     let args = ["four:memory=1M", "six:memory=2M", "both:memory=3M", "unix:memory=4M"];
     let rules = ["four:ip=127.0.0.0/8", "six:ip=::1", "both:ip=127.0.0.1", "both:ip=::/0", "unix:gid=0"];
@@ -102,7 +102,7 @@ fn a_network_sees_what_is_for_it() {
 }
 
 #[test]
-fn the_owner_of_a_certificate_sees_what_is_for_him() {
+fn the_owner_of_a_certificate_sees_only_permitted_exports() {
     let dir = Dir::new();
     let pki = Pki::new(&dir, "pki");
     let exports = ["open:memory=1M", "subject:memory=2M", "name:memory=3M", "others:memory=4M"];

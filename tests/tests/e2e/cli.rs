@@ -1,4 +1,4 @@
-//! The command line: what it prints, what it refuses, and how it ends.
+//! The command line: its output, its errors, and its exit status.
 
 use std::os::unix::net::UnixListener;
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use crate::MIB;
 
-/// The command fails at once with status 1 and one line that has every one of `words`, and nothing listens.
+/// The command fails at once with status 1 and one line that contains all `words`, and nothing listens.
 pub(crate) fn check_refused(dir: &Dir, args: &[&str], words: &[&str]) {
     let socket = dir.text("refused.sock");
-    // A backtrace, which the environment may ask for, is not part of a clear message.
+    // Without a backtrace, which the environment may request.
     let output = nbdblk()
         .args(["serve"])
         .args(args)
@@ -29,7 +29,7 @@ pub(crate) fn check_refused(dir: &Dir, args: &[&str], words: &[&str]) {
 }
 
 #[test]
-fn what_cannot_be_served_is_said_at_start() {
+fn devices_that_cannot_be_served_are_errors_at_start() {
     let dir = Dir::new();
     dir.sparse("disk.raw", MIB);
     std::fs::create_dir(dir.at("dir")).unwrap();
@@ -60,33 +60,33 @@ fn what_cannot_be_served_is_said_at_start() {
 }
 
 #[test]
-fn a_file_that_may_only_be_read_is_served_read_only_or_refused_by_its_name() {
+fn an_unwritable_file_is_served_read_only_or_refused_with_its_name() {
     let dir = Dir::new();
     let path = dir.sparse("disk.raw", MIB);
     let mut permissions = std::fs::metadata(&path).unwrap().permissions();
     permissions.set_readonly(true);
     std::fs::set_permissions(&path, permissions).unwrap();
-    // With -r it is always served; root may write anything, so nothing else can be said here.
+    // With -r it is always served. Root may write anything, so there is no other check.
     let server = Nbdblk::unix(&dir, &["-r", "io_uring=disk.raw"]);
     assert_eq!(nbdblk_tests::nbdinfo(&server.uri())["exports"][0]["is_read_only"], true);
 }
 
 #[test]
-fn a_socket_that_listens_and_never_answers_is_said_in_bounded_time() {
+fn a_socket_that_never_answers_is_an_error_in_bounded_time() {
     let dir = Dir::new();
     let _listener = UnixListener::bind(dir.at("mute.sock")).unwrap();
     check_refused(&dir, &["vhost-user=mute.sock"], &["mute.sock"]);
 }
 
 #[test]
-fn an_address_in_use_is_said() {
+fn an_address_in_use_is_an_error() {
     let dir = Dir::new();
     let server = Nbdblk::tcp(&dir, &["memory=1M"]);
     let nbdblk_tests::Address::Tcp(address) = server.address() else { unreachable!("a TCP server") };
     let output = nbdblk().args(["serve", "memory=1M", "--port", &address.port().to_string()]).run();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(output.err.contains(&address.port().to_string()), "{output:?}");
-    // A unix socket where somebody listens is not taken from him.
+    // A unix socket is not taken from a server that listens on it.
     let server = Nbdblk::unix(&dir, &["memory=1M"]);
     let nbdblk_tests::Address::Unix(path) = server.address() else { unreachable!("a unix server") };
     let output = nbdblk().args(["serve", "memory=2M", "--unix", path.to_str().unwrap()]).run();
@@ -104,12 +104,12 @@ fn run_gives_the_command_its_uri_and_ends_with_its_status() {
     let output = run(r#"test -S "$unixsocket" && echo "$unixsocket""#);
     assert!(output.status.success(), "{output:?}");
     assert!(!std::path::Path::new(output.out.trim()).exists(), "the private socket is gone afterwards");
-    // Killed by a signal: as a shell would say it, or at least not as success.
+    // Killed by a signal: the status is that of a shell, or at least not success.
     assert!(!run("kill -9 $$").status.success());
 }
 
 #[test]
-fn run_takes_the_listener_it_is_given() {
+fn run_uses_the_given_listener() {
     let dir = Dir::new();
     let command = r#"nbdinfo --size "$uri"; echo "$uri""#;
     for listener in [&["--port", "0"][..], &["--unix", "here.sock"]] {
@@ -162,7 +162,7 @@ fn a_relative_path_works_and_so_do_the_names_of_libblkio() {
 }
 
 #[test]
-fn it_listens_on_the_address_it_is_told() {
+fn it_listens_on_the_given_address() {
     let dir = Dir::new();
     let server = Nbdblk::tcp(&dir, &["memory=1M", "-i", "127.0.0.1"]);
     assert_eq!(tool("nbdinfo").args(["--size", &server.uri()]).ok().out.trim(), "1048576");
@@ -173,7 +173,7 @@ fn it_listens_on_the_address_it_is_told() {
 }
 
 #[test]
-fn help_and_version_teach() {
+fn help_and_version() {
     let version = nbdblk().args(["--version"]).ok().out;
     assert!(version.starts_with("nbdblk 0."), "{version}");
     let help = nbdblk().args(["serve", "--help"]).ok().out;

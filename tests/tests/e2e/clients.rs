@@ -1,4 +1,4 @@
-//! What each client says of an export is the truth, and every way to negotiate one works.
+//! Each client reports the true properties of an export, and every way to negotiate one works.
 
 use std::io::Write;
 use std::sync::Barrier;
@@ -14,12 +14,12 @@ fn check_size(server: &Nbdblk, size: u64) {
     assert_eq!(nbdinfo(&uri)["exports"][0]["export-size"], size);
     let info = tool("qemu-img").args(["info", "--output=json", &uri]).ok().out;
     let info: Value = serde_json::from_str(&info).unwrap();
-    // qemu counts in sectors.
+    // QEMU counts in sectors.
     let sectors = Value::from(size.next_multiple_of(512));
     assert_eq!((&info["virtual-size"], &info["format"]), (&sectors, &Value::from("raw")));
 }
 
-/// Every `(key, value)` is what nbdinfo says.
+/// nbdinfo must report every `(key, value)`.
 fn check_info(server: &Nbdblk, expected: &[(&str, Value)]) {
     let info = nbdinfo(&server.uri());
     assert_eq!((&info["protocol"], &info["structured"]), (&Value::from("newstyle-fixed"), &Value::from(true)));
@@ -28,7 +28,7 @@ fn check_info(server: &Nbdblk, expected: &[(&str, Value)]) {
     }
 }
 
-/// What every writable export of ours can.
+/// Capabilities of every writable export.
 fn writable() -> Vec<(&'static str, Value)> {
     let yes = ["can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"];
     let yes = yes.map(|key| (key, Value::from(true)));
@@ -36,7 +36,7 @@ fn writable() -> Vec<(&'static str, Value)> {
 }
 
 #[test]
-fn a_file_is_described_truly() {
+fn a_file_is_described_correctly() {
     // Not a multiple of 512: a file is served to its last byte.
     let size = 16 * MIB + 100;
     let stand = Behind::IoUring.stand(size, &[]);
@@ -49,7 +49,7 @@ fn a_file_is_described_truly() {
 }
 
 #[test]
-fn a_file_opened_direct_is_described_truly_and_still_takes_any_byte() {
+fn a_direct_file_is_described_correctly_and_takes_any_byte() {
     let dir = Dir::new();
     write_runs(&dir.at("disk.raw"), 8 * MIB, [(0, MIB)]);
     let server = Nbdblk::unix(&dir, &["io_uring=disk.raw,direct=true"]);
@@ -67,7 +67,7 @@ assert h.pread(3 * 4096, 0) == after"
 }
 
 #[test]
-fn vhost_user_is_described_truly() {
+fn vhost_user_is_described_correctly() {
     let stand = Behind::VhostUser.stand(64 * MIB, &[]);
     check_size(&stand.server, 64 * MIB);
     check_info(&stand.server, &writable());
@@ -76,7 +76,7 @@ fn vhost_user_is_described_truly() {
 }
 
 #[test]
-fn memory_and_null_are_described_truly() {
+fn memory_and_null_are_described_correctly() {
     let dir = Dir::new();
     for (spec, size) in [("memory=64M", 64 * MIB), ("null=1G", 1024 * MIB), ("memory=1048576", MIB)] {
         let server = Nbdblk::unix(&dir, &[spec]);
@@ -98,7 +98,7 @@ fn the_printed_uri_is_understood_by_every_client() {
 }
 
 #[test]
-fn read_only_is_described_truly() {
+fn read_only_is_described_correctly() {
     let dir = Dir::new();
     dir.sparse("disk.raw", MIB);
     let server = Nbdblk::tcp(&dir, &["-r", "io_uring=disk.raw"]);
@@ -125,14 +125,14 @@ fn the_map_of_a_sparse_file_shows_its_holes() {
         (5 * MIB + 64 * KIB, 11 * MIB - 64 * KIB, 3),
     ];
     assert_eq!(map(&stand.server.uri()), expected);
-    // A hole made through the server shows at once, on another connection.
+    // A hole that is made through the server is visible at once on another connection.
     nbdsh(&stand.server.uri(), "h.trim(512 * 1024, 1024 * 1024)");
     assert_eq!(map(&stand.server.uri())[0], (0, MIB + 512 * KIB, 3));
 }
 
 #[test]
 fn the_map_of_vhost_user_is_all_data() {
-    // Virtio-blk cannot say where its holes are, and "data" is the answer that is always safe.
+    // Virtio-blk cannot report holes, and "data" is always a safe answer.
     let stand = Behind::VhostUser.stand(16 * MIB, &[]);
     assert_eq!(map(&stand.server.uri()), [(0, 16 * MIB, 0)]);
 }
@@ -164,7 +164,7 @@ fn several_exports_are_listed_and_the_first_is_the_default() {
     assert_eq!(nbdsh(&server.uri(), "print(bytes(h.pread(3, 0)))").trim(), "b'aaa'");
 }
 
-/// A file with two exports for everybody, and one for nobody who is tested.
+/// A file with two exports for all clients, and one for a user that is not tested.
 fn write_list(dir: &Dir) {
     let exports = r#"
         [[export]]
@@ -183,7 +183,7 @@ fn write_list(dir: &Dir) {
     std::fs::write(dir.at("list.toml"), exports).unwrap();
 }
 
-/// What `nbdinfo --list --json` says of that.
+/// Checks the output of `nbdinfo --list --json` for it.
 fn check_list(list: &Value) {
     let exports: Vec<_> = list["exports"].as_array().unwrap().iter().collect();
     let told = |key: &str| exports.iter().map(|export| export[key].clone()).collect::<Vec<_>>();
@@ -194,7 +194,7 @@ fn check_list(list: &Value) {
 }
 
 #[test]
-fn the_list_and_the_info_tell_names_and_descriptions_of_what_may_be_opened() {
+fn list_and_info_return_names_and_descriptions_of_permitted_exports() {
     let dir = Dir::new();
     write_list(&dir);
     for server in [Nbdblk::unix(&dir, &["--config", "list.toml"]), Nbdblk::tcp(&dir, &["--config", "list.toml"])] {
@@ -215,11 +215,11 @@ for name in ('', 'second', 'hidden', 'absent'):
 }
 
 #[test]
-fn who_does_not_ask_for_block_sizes_is_refused_by_the_exports_that_say_so() {
+fn clients_without_block_sizes_are_refused_by_exports_that_require_them() {
     let dir = Dir::new();
     let node = "driver=null-co,node-name=disk,size=1048576,read-zeroes=on";
     let qsd = Qsd::start_node_with(&dir, node, Export::default(), ",logical-block-size=4096");
-    // Each byte of the other can be written: there is nothing to be asked.
+    // The other export has a block size of one byte: clients need not request it.
     for (required, blocks_told) in [("block-size-required = true\n", false), ("", true)] {
         let export = |name, device: &str| format!("[[export]]\nname = \"{name}\"\ndevice = \"{device}\"\n{required}");
         let text = export("blocks", &qsd.spec()) + &export("bytes", "memory=1M");
@@ -263,7 +263,7 @@ fn qemu_io_reads_back_the_patterns_it_wrote() {
     }
 }
 
-/// Every combination of what a client may leave out of its handshake; each reads, writes and zeroes the same.
+/// Every combination of omitted handshake settings. Each reads, writes and zeroes the same.
 const COMBINATIONS: &str = r"
 import itertools, nbd
 knows_extended = hasattr(nbd.NBD, 'set_request_extended_headers')
@@ -314,12 +314,12 @@ fn every_combination_of_handshake_settings_works() {
     }
 }
 
-/// libnbd 1.22 knows extended headers, and asks for them unless it is told not to. `cargo xtask test` makes the root of Debian
-/// trixie that it comes from.
+/// libnbd 1.22 supports extended headers, and uses them unless it is configured otherwise. It is in the root of Debian trixie,
+/// which `cargo xtask test` makes.
 #[test]
 fn libnbd_of_trixie_has_extended_headers_and_every_fallback() {
     let Ok(root) = std::env::var("NBDBLK_NBDKIT_ROOT") else {
-        // Not by eprintln, which a test that passes does not show.
+        // Not with eprintln: a passing test does not show its output.
         let said = b"\nSKIPPED: libnbd 1.22 takes NBDBLK_NBDKIT_ROOT, a root of Debian trixie\n";
         return std::io::stderr().write_all(said).unwrap();
     };
@@ -362,7 +362,7 @@ sys.stdout.write(str(sum(buf.to_bytearray() == h.pread(4096, n * 131072 % (64 <<
 
 #[test]
 fn qcow2_inside_qcow2_is_read_by_qemu_through_the_server() {
-    // The export's own contents are a qcow2 image: qemu opens it over NBD, reads and writes its metadata there.
+    // The content of the export is a qcow2 image: QEMU opens it over NBD, and reads and writes its metadata there.
     let dir = Dir::new();
     let image = dir.sparse("disk.raw", 64 * MIB);
     let qsd = Qsd::start(&dir, &image, Export { queues: 2, ..Export::default() });
@@ -374,7 +374,7 @@ fn qcow2_inside_qcow2_is_read_by_qemu_through_the_server() {
 }
 
 #[test]
-fn everybody_at_the_same_time() {
+fn all_clients_at_the_same_time() {
     const SIZE: u64 = 64 * MIB;
     let dir = Dir::new();
     write_runs(&dir.at("disk.raw"), SIZE, [(48 * MIB, 16 * MIB)]);
@@ -386,8 +386,8 @@ fn everybody_at_the_same_time() {
     let Address::Unix(socket) = server.address() else { unreachable!("a unix server") };
     let (unix, socket) = (server.uri_of("disk"), socket.display().to_string());
     let copy = server.uri_of("copy");
-    // Each has a place of its own on the disk, so all that he wrote must still be there: 0 to 1 MiB the combinations of
-    // handshake settings, then 4 MiB for each of the others, and from 48 MiB on what nobody writes.
+    // Each client has its own place on the disk, so all its writes must be there at the end. 0 to 1 MiB is for the combinations
+    // of handshake settings, then 4 MiB for each of the others. From 48 MiB on, nothing is written.
     let clients: [(&str, &(dyn Fn() + Sync)); 9] = [
         ("every handshake", &|| assert_eq!(nbdsh_unconnected(tcp, COMBINATIONS).trim(), "64")),
         ("nbdinfo", &|| assert_eq!(nbdinfo(&unix)["exports"][0]["export-size"], SIZE)),

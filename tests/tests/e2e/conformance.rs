@@ -10,7 +10,7 @@ use nbdblk_tests::{Dir, Nbdblk, Pki, Version, root, write_runs};
 
 use crate::{KIB, MIB};
 
-/// The exports, as LIST has them.
+/// The exports, as LIST returns them.
 const EXPORTS: [&str; 2] = ["disk", "read-only"];
 
 /// Bytes of each export: more than one request may carry.
@@ -159,7 +159,7 @@ fn cases() -> Vec<Case> {
             NOT_SEEN,
             "UNKNOWN, and the text MUST NOT be longer than 4096 bytes",
             &["UNKNOWN; next ok"],
-            // That the text fits is seen by `Raw` for every reply.
+            // `Raw` checks the length of the text in every reply.
             |stand| asked(stand.options(), opt::INFO, &info_query(&"\u{1}".repeat(4096), &[])),
         ),
         case(
@@ -646,7 +646,7 @@ const LESSONS: &[Lesson] = &[
         "CVE-2005-3534, CVE-2011-0530: nbd-server, the length of a buffer does not include the header",
         "send requests of the maximum length, one byte less, one more, and far more",
         &[
-            "requests::a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step",
+            "requests::a_payload_at_the_limit_is_served_and_one_above_it_gets_a_reply_in_step",
             "receiver::a_read_fits_one_chunk",
             "receiver::a_huge_payload_ends_the_connection",
             "replier::a_header_is_at_most_head_max_long",
@@ -656,8 +656,8 @@ const LESSONS: &[Lesson] = &[
         "CVE-2011-1925: nbd-server, a client disconnects during negotiation",
         "disconnect after each byte of a handshake",
         &[
-            "handshake::a_client_may_go_at_every_byte_of_the_handshake",
-            "hostile::a_client_that_closes_at_any_byte_harms_nobody",
+            "handshake::a_client_may_disconnect_at_every_byte_of_the_handshake",
+            "hostile::a_client_that_closes_at_any_byte_is_harmless",
             "golden::a_client_may_disconnect_at_any_time",
         ],
     ),
@@ -672,8 +672,8 @@ const LESSONS: &[Lesson] = &[
         &[
             "access::without_rules_every_client_is_admitted_and_with_rules_those_that_match_one",
             "server::a_forbidden_export_looks_like_a_missing_one_and_is_not_touched",
-            "access::a_user_sees_what_is_for_him",
-            "access::a_network_sees_what_is_for_it",
+            "access::a_user_sees_only_permitted_exports",
+            "access::a_network_sees_only_permitted_exports",
         ],
     ),
     (
@@ -686,7 +686,7 @@ const LESSONS: &[Lesson] = &[
         "send signals under load, and while the server works; nbdblk uses no signal handlers",
         &[
             "hostile::sigterm_ends_the_server_under_load_in_every_phase",
-            "reload::sighup_has_the_file_read_again",
+            "reload::sighup_reloads_the_file",
             "reload::exports_come_change_and_go_while_fio_works_on_another",
         ],
     ),
@@ -707,7 +707,7 @@ const LESSONS: &[Lesson] = &[
         "CVE-2022-26496, CVE-2017-15119: nbd-server and qemu, option data of unbounded length",
         "announce gigabytes, and send endless options",
         &[
-            "handshake::a_huge_option_is_not_believed",
+            "handshake::a_huge_option_uses_no_memory",
             "lengths::the_length_of_an_option",
             "lengths::options_are_counted",
             "lengths::lists_are_bounded",
@@ -716,7 +716,7 @@ const LESSONS: &[Lesson] = &[
     (
         "CVE-2017-7539: qemu, an assertion on a client's input",
         "replay every input that fuzzing found, with assertions enabled",
-        &["corpus::handshake", "corpus::receiver", "hostile::garbage_on_the_port_is_no_harm"],
+        &["corpus::handshake", "corpus::receiver", "hostile::garbage_on_the_port_is_harmless"],
     ),
     (
         "CVE-2017-9524: qemu-nbd, a port scan",
@@ -754,7 +754,7 @@ const LESSONS: &[Lesson] = &[
         "send options before STARTTLS, and plain text with it",
         &[
             "handshake::starttls_clears_all_state",
-            "tls::what_came_before_starttls_is_forgotten",
+            "tls::state_from_before_starttls_is_cleared",
             "tls::plain_text_right_after_starttls_ends_the_connection",
         ],
     ),
@@ -771,7 +771,7 @@ const LESSONS: &[Lesson] = &[
     (
         "nbdkit up to 1.38: a documented check of certificates is missing",
         "connect with certificates of another authority, with revoked ones, without one",
-        &["tls::whoever_has_no_certificate_of_ours_is_refused_and_nobody_else", "access::identities_of_tls"],
+        &["tls::only_clients_without_a_valid_certificate_are_refused", "access::identities_of_tls"],
     ),
     (
         "nbd 7a64238: an endless loop when a client disconnects under TLS",
@@ -797,7 +797,7 @@ const LESSONS: &[Lesson] = &[
             "replier::extents_around_4_gib",
             "requests::a_disk_beyond_four_gibibytes_is_described_and_zeroed",
             "requests::one_extended_request_reaches_over_six_tebibytes",
-            "requests::commands_beyond_the_end_are_refused_and_their_payload_swallowed",
+            "requests::commands_beyond_the_end_are_refused_and_their_payload_discarded",
             "matrix::every_range",
         ],
     ),

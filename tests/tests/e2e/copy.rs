@@ -1,4 +1,4 @@
-//! Whole images through the server and back: nbdcopy, qemu-img, and fio that verifies what it wrote.
+//! Whole images through the server and back: nbdcopy, qemu-img, and fio with verification.
 
 use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, assert_equal, tool, write_runs};
 
@@ -6,7 +6,7 @@ use crate::{Behind, MIB};
 
 const SIZE: u64 = 1024 * MIB;
 
-/// 256 MiB of random data in 64 runs that begin and end at odd places, and holes between them.
+/// 256 MiB of random data in 64 runs with unaligned ends, and holes between them.
 fn runs() -> impl Iterator<Item = (u64, u64)> {
     (0..64).map(|n| (n * 16 * MIB + n * 513, 4 * MIB + n * 77))
 }
@@ -25,7 +25,7 @@ fn there_and_back(listen: fn(&Dir, &[&str]) -> Nbdblk, spec: impl FnOnce(&Dir) -
     assert!(server.terminate().success());
 }
 
-/// A target full of old data, because a zero that is not written must show.
+/// A target full of old data, so that missing zeroes are noticed.
 fn dirty(dir: &Dir) -> std::path::PathBuf {
     let path = dir.at("disk.raw");
     write_runs(&path, SIZE, (0..SIZE / (16 * MIB)).map(|n| (n * 16 * MIB + 3 * MIB, 2 * MIB)));
@@ -70,7 +70,7 @@ fn vhost_user_over_tcp_with_two_queues_of_a_qcow2() {
     there_and_back(Nbdblk::tcp, vhost_user_qcow2);
 }
 
-/// Random reads and writes of 4 to 256 KiB, everything written read back and its checksum compared.
+/// Random reads and writes of 4 to 256 KiB. Everything written is read back, and its checksum compared.
 fn verified_by_fio(behind: Behind) {
     let stand = behind.stand(512 * MIB, &[]);
     let uri = format!("--uri={}", stand.server.uri());
@@ -94,7 +94,7 @@ fn fio_verifies_vhost_user() {
 
 /// A client that opens as many connections as the server permits.
 #[test]
-fn a_server_for_one_connection_says_so() {
+fn a_server_for_one_connection_does_not_advertise_more() {
     let dir = Dir::new();
     write_runs(dir.at("source.raw").as_ref(), 4 * MIB, [(MIB, MIB)]);
     let server = Nbdblk::unix(&dir, &["memory=4M", "--connections", "1"]);

@@ -1,4 +1,4 @@
-//! A slow or greedy client delays no other client, and a slow device is not a dead one.
+//! A slow or greedy client does not delay other clients, and a slow device is not declared dead.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use crate::{Behind, KIB, MIB};
 const SIZE: u64 = 64 * MIB;
 const LONGEST: u32 = 32 << 20;
 
-/// Threads that go on until they are asked to stop, or their connection ends.
+/// Threads that run until they are told to stop, or their connection ends.
 struct Crowd {
     stop: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -23,7 +23,7 @@ impl Crowd {
         Self { stop: Arc::default(), threads: Vec::new() }
     }
 
-    /// Runs `step` again and again, until it answers `false`.
+    /// Runs `step` repeatedly until it returns `false`.
     fn add(&mut self, mut step: impl FnMut() -> bool + Send + 'static) {
         let stop = Arc::clone(&self.stop);
         self.threads.push(std::thread::spawn(move || while !stop.load(Ordering::Relaxed) && step() {}));
@@ -37,7 +37,7 @@ impl Drop for Crowd {
     }
 }
 
-/// Asks for a long READ, and takes the reply at 100 kB/s.
+/// Requests a long READ, and takes the reply at 100 kB/s.
 fn slow_reader(crowd: &mut Crowd, address: &Address) {
     let mut raw = Raw::enter(address, Mode::Simple, "");
     raw.request_reads(&[(0, LONGEST)]);
@@ -47,7 +47,7 @@ fn slow_reader(crowd: &mut Crowd, address: &Address) {
     });
 }
 
-/// One worker and thus one memory for all clients.
+/// One worker, and so one memory for all clients.
 fn stand(behind: Behind) -> (Dir, Option<Qsd>, Nbdblk) {
     let dir = Dir::new();
     let image = dir.at("disk.raw");
@@ -58,22 +58,22 @@ fn stand(behind: Behind) -> (Dir, Option<Qsd>, Nbdblk) {
 }
 
 #[test]
-fn slow_readers_of_long_replies_delay_nobody() {
+fn slow_readers_of_long_replies_do_not_delay_others() {
     for behind in Behind::BOTH {
         let (_dir, _qsd, server) = stand(behind);
         let mut crowd = Crowd::new();
         (0..3).for_each(|_| slow_reader(&mut crowd, server.address()));
-        // All of the usual memory is taken by then; what needs none, or little, does not notice.
+        // By then all common memory is in use. Requests that need none, or little, are not affected.
         let mut raw = Raw::enter(server.address(), Mode::Structured, "");
         for n in 0..200 {
             assert_eq!(raw.call(0, cmd::FLUSH, 0, 0, b"").error, 0);
             raw.write(n * 4096, &[n as u8; 4096]);
             assert_eq!(raw.read(n * 4096, 4096), [n as u8; 4096]);
         }
-        // And a long one gets its memory, which those that are too slow do not take yet.
+        // A long request also gets its memory, which the slow clients do not use yet.
         let mut long = Raw::enter(server.address(), Mode::Structured, "");
         let cookie = long.request(0, cmd::READ, 0, LONGEST, b"");
-        // What needs no memory goes past it, on the same connection.
+        // On the same connection, a request without memory overtakes it.
         let flush = long.request(0, cmd::FLUSH, 0, 0, b"");
         let mut answers = [long.answer(), long.answer()];
         answers.sort_by_key(|answer| answer.cookie);
@@ -82,10 +82,10 @@ fn slow_readers_of_long_replies_delay_nobody() {
     }
 }
 
-/// However many clients ask for long replies that they do not take, another one's is served; and they get theirs, whole, when
-/// they take it.
+/// If many clients request long replies and do not take them, another client is still served. They get their whole replies when
+/// they take them.
 #[test]
-fn replies_that_are_not_taken_keep_no_memory_that_others_wait_for() {
+fn unread_replies_hold_no_memory_that_others_wait_for() {
     for behind in Behind::BOTH {
         let (_dir, _qsd, server) = stand(behind);
         let data = |at: u64, len: u64| -> Vec<u8> { (at..at + len).map(|n| (n / KIB) as u8).collect() };
@@ -123,7 +123,7 @@ fn writers_never_pass_a_reader_that_waits_for_memory() {
             crowd.add(move || {
                 let mut request = Mode::Simple.header(0, cmd::WRITE, 1, n * MIB, MIB);
                 request.resize(request.len() + MIB as usize, n as u8);
-                // In two parts, so that some payload is always half here.
+                // In two parts, so that some payload is always half received.
                 let (first, second) = request.split_at(request.len() / 2);
                 raw.try_send(first).is_ok()
                     && {
@@ -141,7 +141,7 @@ fn writers_never_pass_a_reader_that_waits_for_memory() {
 }
 
 #[test]
-fn writers_that_trickle_are_cut_off_when_others_wait() {
+fn slow_writers_are_disconnected_when_others_wait() {
     let (_dir, _qsd, server) = stand(Behind::IoUring);
     let mut crowd = Crowd::new();
     for n in 0..42_u64 {
@@ -159,20 +159,20 @@ fn writers_that_trickle_are_cut_off_when_others_wait() {
 }
 
 #[test]
-fn refused_requests_pile_up_no_replies() {
+fn replies_to_refused_requests_are_bounded() {
     let (_dir, _qsd, server) = stand(Behind::IoUring);
     let settle = || Raw::enter(server.address(), Mode::Structured, "").read(0, 1);
     settle();
     let before = server.resident_private();
     let mut crowd: Vec<Raw> = (0..50).map(|_| Raw::enter(server.address(), Mode::Structured, "")).collect();
-    // Unknown commands, whose refusals are not read: until the server does not listen any more.
+    // Unknown commands, whose error replies are not read, until the server stops reading.
     for raw in &mut crowd {
         let flood: Vec<u8> = (0..20_000).flat_map(|n| Mode::Structured.header(0, 77, n, 0, 0)).collect();
         raw.flood(&flood);
     }
     settle();
     let grown = server.resident_private().saturating_sub(before);
-    assert!(grown < 32 * MIB, "{grown} bytes of replies that nobody reads");
+    assert!(grown < 32 * MIB, "{grown} bytes of unread replies");
     drop(crowd);
     eventually("what was grown is given back", || server.resident_private() < before + 8 * MIB);
 }
@@ -191,7 +191,7 @@ fn block_status_replies_that_are_not_read_are_bounded() {
         let header = |n| Mode::Extended.header(0, cmd::BLOCK_STATUS, n, 0, 1 << 30);
         client.flood(&(0..1000).flat_map(header).collect::<Vec<u8>>());
     }
-    // All of them have had a turn when a later client has had several.
+    // When a later client has had several turns, all of them have had one.
     for _ in 0..1000 {
         assert_eq!(raw.read(0, 512), [1; 512]);
     }
@@ -202,7 +202,7 @@ fn block_status_replies_that_are_not_read_are_bounded() {
 }
 
 #[test]
-fn payload_memory_is_given_back_when_it_is_idle() {
+fn idle_payload_memory_is_returned_to_the_system() {
     for spec in ["io_uring=disk.raw", "memory=64M"] {
         let dir = Dir::new();
         write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
@@ -219,7 +219,7 @@ fn payload_memory_is_given_back_when_it_is_idle() {
     }
 }
 
-/// A disk that moves `rate` bytes a second.
+/// A disk with a throughput of `rate` bytes per second.
 fn throttled(dir: &Dir, rate: u64) -> Qsd {
     write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
     let image = dir.at("disk.raw");
@@ -235,7 +235,7 @@ fn throttled(dir: &Dir, rate: u64) -> Qsd {
 fn a_slow_device_is_not_a_dead_one() {
     let dir = Dir::new();
     let qsd = throttled(&dir, MIB);
-    // One request completes each second; the last of them waits for much longer than the time-out.
+    // One request completes each second; the last one waits for much longer than the time-out.
     let spec = format!("{},request-timeout=3s", qsd.spec());
     let server = Nbdblk::unix(&dir, &["--threads=1", &spec]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
@@ -246,7 +246,7 @@ fn a_slow_device_is_not_a_dead_one() {
 }
 
 #[test]
-fn a_device_that_stops_answers_eio_at_once_and_is_used_again_when_it_goes_on() {
+fn a_stopped_device_returns_eio_at_once_and_is_used_again_when_it_continues() {
     let dir = Dir::new();
     write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
     let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
@@ -255,7 +255,7 @@ fn a_device_that_stops_answers_eio_at_once_and_is_used_again_when_it_goes_on() {
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     let first = raw.read(0, 4096);
     qsd.freeze();
-    // They take all the memory, which the device may write to at any time from now on.
+    // They hold all the memory, which the device may write to at any time from now on.
     raw.request_reads(&[(0, LONGEST), (0, LONGEST)]);
     (0..2).for_each(|_| assert_eq!(raw.answer().error, 5));
     let mut other = Raw::enter(server.address(), Mode::Extended, "");

@@ -1,5 +1,5 @@
-//! The server and the files and disks that it serves: it closes them, never waits for one of them forever, and respects the
-//! locks of other programs.
+//! The server and the files and disks that it serves: it closes them, never waits for one of them forever, and respects the locks
+//! of other programs.
 
 use std::{
     fs,
@@ -15,11 +15,11 @@ use nix::sys::signal::Signal;
 
 use crate::MIB;
 
-/// Something mounted, unmounted when dropped.
+/// A mounted file system, unmounted when dropped.
 struct Mount(PathBuf);
 
 impl Mount {
-    /// A file system in memory, on the directory `m`. `None`, with a loud notice: there is no right to mount here.
+    /// A file system in memory, on the directory `m`. `None`, with a loud notice, without the right to mount.
     fn tmpfs(dir: &Dir) -> Option<Self> {
         let path = dir.at("m");
         let _ = fs::create_dir(&path);
@@ -51,7 +51,7 @@ impl Drop for Mount {
 struct Loop(PathBuf);
 
 impl Loop {
-    /// `None`, with a loud notice: there is no right to make one here.
+    /// `None`, with a loud notice, without the right to create one.
     fn new(file: &Path) -> Option<Self> {
         match Command::new("losetup").args(["--find", "--show"]).arg(file).output() {
             Ok(made) if made.status.success() => Some(Self(String::from_utf8(made.stdout).unwrap().trim().into())),
@@ -80,14 +80,14 @@ struct Fuse {
 }
 
 impl Fuse {
-    /// `None`, with a loud notice: there is no FUSE here.
+    /// `None`, with a loud notice, without FUSE.
     fn new(dir: &Dir) -> Option<Self> {
         if !Path::new("/dev/fuse").exists() {
             eprintln!("SKIPPED: there is no /dev/fuse here");
             return None;
         }
         let (image, at) = (dir.sparse("behind.img", 16 * MIB), dir.sparse("fuse.img", 0));
-        // As the server's locks are not asked for through FUSE, they are not what this is about.
+        // The server's locks do not pass through FUSE, and this is not a test of them.
         let node = format!("driver=file,node-name=f,locking=off,filename={}", image.display());
         let export = format!("type=fuse,id=e,node-name=f,writable=on,mountpoint={}", at.display());
         let daemon = tool("qemu-storage-daemon").args(["--blockdev", &node, "--export", &export]);
@@ -125,7 +125,7 @@ fn accepted(dir: &Dir, args: &[&str]) {
     assert!(status.success(), "{args:?}: {err}");
 }
 
-/// The server refuses with this text, in one line.
+/// The server refuses, in one line that contains `words`.
 #[track_caller]
 fn refused(dir: &Dir, args: &[&str], words: &[&str]) {
     let Output { status, err, .. } = serve_briefly(dir, args);
@@ -185,14 +185,14 @@ fn a_program_that_was_served_can_be_executed() {
     for _ in 0..20 {
         fs::copy("/bin/true", dir.at("program")).unwrap();
         accepted(&dir, &["io_uring=program"]);
-        // Not "text file busy".
+        // It does not fail with "text file busy".
         Cmd::new(dir.at("program")).ok();
         fs::remove_file(dir.at("program")).unwrap();
     }
 }
 
 #[test]
-fn a_file_system_that_hangs_holds_up_neither_other_exports_nor_the_end() {
+fn a_hung_file_system_delays_neither_other_exports_nor_the_end() {
     let dir = Dir::new();
     let Some(fuse) = Fuse::new(&dir) else { return };
     dir.sparse("near.img", 16 * MIB);
@@ -258,7 +258,7 @@ fn an_image_that_qemu_has_open_is_refused() {
     let reader = open(&["-r"]);
     accepted(&dir, &["io_uring=d.img"]);
     close(reader);
-    // A guest's disk: qemu-storage-daemon shares reading only.
+    // The disk of a guest: qemu-storage-daemon permits only readers.
     let node = format!("driver=file,node-name=f,filename={image}");
     let socket =
         format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={}", dir.text("v.sock"));
@@ -286,7 +286,7 @@ fn qemu_and_other_servers_refuse_an_image_that_is_served() {
     refused(&dir, &["io_uring=d.img,read-only=true"], &["d.img is in use", "force-share=true"]);
     accepted(&dir, &["io_uring=d.img,force-share=true"]);
     assert!(server.terminate().success());
-    // Readers share, and keep writers out.
+    // Readers share the image, and exclude writers.
     let reader = Nbdblk::unix(&dir, &["io_uring=d.img,read-only=true"]);
     accepted(&dir, &["io_uring=d.img,read-only=true"]);
     refused(&dir, &["io_uring=d.img"], &["d.img is in use"]);
@@ -302,7 +302,7 @@ fn a_server_that_was_killed_can_be_started_again_at_once() {
     let dir = Dir::new();
     dir.sparse("d.img", MIB);
     for _ in 0..10 {
-        // Dropped, it is killed, and the kernel closes the file a little later.
+        // Dropping it kills it, and the kernel closes the file a little later.
         drop(Nbdblk::unix(&dir, &["io_uring=d.img"]));
     }
     let Some(disk) = Loop::new(&dir.sparse("e.img", MIB)) else { return };
@@ -356,7 +356,7 @@ fn one_server_exports_an_image_for_reading_twice() {
             assert_eq!(client.read(4096, 512), [7; 512]);
             assert_ne!(client.call(0, cmd::WRITE, 0, 1, b"x").error, 0, "it is read-only");
         }
-        // The lock is the process's until both are closed.
+        // The process holds the lock until both are closed.
         refused(&dir, &["io_uring=d.img"], &["d.img is in use"]);
         drop(clients);
         assert!(server.terminate().success());
@@ -365,7 +365,7 @@ fn one_server_exports_an_image_for_reading_twice() {
 }
 
 #[test]
-fn a_reload_opens_the_file_that_has_taken_the_place_of_another() {
+fn a_reload_opens_a_file_that_replaced_another() {
     let dir = Dir::new();
     let image = dir.sparse("disk.img", MIB);
     symlink("disk.img", dir.at("link.img")).unwrap();
@@ -386,7 +386,7 @@ fn a_reload_opens_the_file_that_has_taken_the_place_of_another() {
     old.write(0, b"old");
     assert_eq!(changes(), "nothing has changed");
 
-    // A file that is being written elsewhere is refused, and the server goes on as it was.
+    // A file that another program writes to is refused, and the server keeps its state.
     let new = dir.sparse("new.img", 2 * MIB);
     fs::File::options().write(true).open(&new).unwrap().write_all_at(b"new", 0).unwrap();
     let writer = Nbdblk::unix(&dir, &["io_uring=new.img"]);
@@ -404,22 +404,22 @@ fn a_reload_opens_the_file_that_has_taken_the_place_of_another() {
     assert_eq!(old.read(0, 11), b"old goes on");
     assert_eq!(enter("x").read(0, 3), b"new");
     assert_eq!(changes(), "nothing has changed");
-    // Its lock follows: this is the image in use now.
+    // The lock moves too: this is the image in use now.
     refused(&dir, &["io_uring=disk.img"], &["disk.img is in use"]);
-    // With its last client the server closes the file that has no name any more.
+    // When its last client leaves, the server closes the file, which has no name any more.
     drop(old);
     let fds = PathBuf::from(format!("/proc/{}/fd", server.pid()));
     let gone =
         |fd: fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|f| f.to_string_lossy().ends_with("disk.img (deleted)"));
     eventually("the server has closed the deleted file", || !fs::read_dir(&fds).unwrap().flatten().any(gone));
 
-    // A link that points elsewhere names another file as well.
+    // A link that points elsewhere also names another file.
     dir.sparse("other.img", 3 * MIB);
     symlink("other.img", dir.at("new-link")).unwrap();
     fs::rename(dir.at("new-link"), dir.at("link.img")).unwrap();
     assert_eq!(changes(), r#"reopened: "link""#);
     assert_eq!((size("x"), size("link")), (2 * MIB, 3 * MIB));
-    // Where there is no other file, the one that is open goes on.
+    // If the path names no file, the open one stays in use.
     fs::remove_file(&image).unwrap();
     assert_eq!(changes(), "nothing has changed");
     assert_eq!(enter("x").read(0, 3), b"new");
@@ -441,7 +441,7 @@ fn another_process_counts_although_this_one_has_the_image_open() {
     let reload = || nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
     let told = reload();
     assert!(!told.status.success() && told.err.contains("d.img is in use"), "{}", told.err);
-    // A refusal leaves no lock behind that would keep others out.
+    // A refusal leaves no lock behind.
     accepted(&dir, &["io_uring=d.img,read-only=true"]);
     assert!(other.terminate().success());
     assert!(reload().status.success());
@@ -461,7 +461,7 @@ fn a_block_device_that_is_mounted_is_not_written_to() {
     accepted(&dir, &[&disk.spec(",read-only=true")]);
     accepted(&dir, &[&disk.spec(",force-share=true")]);
     mounted.unmount();
-    // And the other way round; for this process it is the same device as before.
+    // And the other way round. For this process, it is the same device as before.
     let (a, b) = (format!("a:{}", disk.spec("")), format!("b:{}", disk.spec(",direct=true")));
     let server = Nbdblk::unix(&dir, &[&a, &b]);
     assert!(!mount().status.success(), "the kernel mounts what is claimed");
@@ -471,7 +471,7 @@ fn a_block_device_that_is_mounted_is_not_written_to() {
     Mount(dir.at("m")).unmount();
 }
 
-/// Runs the rest of its arguments with io_uring forbidden by a seccomp filter, as containers do.
+/// Runs the rest of its arguments, with io_uring forbidden by a seccomp filter, as in containers.
 const FORBID: &str = "
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -486,7 +486,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 ";
 
 #[test]
-fn info_says_where_io_uring_is_forbidden() {
+fn info_reports_that_io_uring_is_forbidden() {
     let dir = Dir::new();
     dir.sparse("d.img", MIB);
     let run = |args: &[&str]| {
@@ -527,7 +527,7 @@ fn a_full_file_system_is_reported_for_every_operation() {
     let image = dir.sparse("m/d.img", 256 * MIB);
     let server = Nbdblk::unix(&dir, &["io_uring=m/d.img"]);
     let mut client = Raw::enter(server.address(), Mode::Structured, "");
-    // All of it, but for the last pages.
+    // Fill all but the last pages.
     let filler = fs::File::create(dir.at("m/filler")).unwrap();
     let mut at = 0;
     while filler.write_all_at(&[1; 65536], at).is_ok() {

@@ -1,4 +1,4 @@
-//! The handshake by hand: every refusal leaves the conversation in step, and nothing ends the server.
+//! The handshake at the level of bytes: every error leaves the stream in step, and none ends the server.
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, info_query_bytes, meta_query, opt, option_bytes, rep};
 use nbdblk_tests::{Address, Dir, Nbdblk};
@@ -9,7 +9,7 @@ fn server(dir: &Dir) -> Nbdblk {
     Nbdblk::unix(dir, &["disk:memory=1M", "second:memory=2M"])
 }
 
-/// The names that LIST gives, which proves that the conversation is in step.
+/// The names in the reply to LIST, which shows that the stream is in step.
 fn list(raw: &mut Raw) -> Vec<String> {
     let mut replies = raw.ask(opt::LIST, b"");
     assert_eq!(replies.pop(), Some((rep::ACK, vec![])), "LIST ends with an ACK");
@@ -25,7 +25,7 @@ fn check_in_step(raw: &mut Raw) {
     assert_eq!(list(raw), ["disk", "second"]);
 }
 
-/// An option, what the last reply to it may be, and then the next option is understood.
+/// Sends an option, checks the kind of its last reply, and that the next option works.
 fn check(raw: &mut Raw, option: u32, data: &[u8], expected: &[u32]) {
     let kind = raw.ask_kind(option, data);
     let shown = &data[..data.len().min(40)];
@@ -51,7 +51,7 @@ fn malformed_options_are_refused_in_step() {
     check(raw, opt::STARTTLS, b"", &[rep::ERR_UNSUP, rep::ERR_POLICY]);
     check(raw, opt::STARTTLS, b"data", &[rep::ERR_UNSUP, rep::ERR_POLICY, rep::ERR_INVALID]);
     check(raw, opt::EXTENDED_HEADERS, b"data", &[rep::ERR_INVALID, rep::ERR_UNSUP]);
-    // Meta contexts need structured replies first.
+    // Metadata contexts need structured replies first.
     check(raw, opt::SET_META_CONTEXT, &meta_query("disk", &["base:allocation"]), INVALID);
     check(raw, opt::STRUCTURED_REPLY, b"data", INVALID);
     raw.negotiate_structured();
@@ -65,7 +65,7 @@ fn malformed_options_are_refused_in_step() {
             check(raw, option, &data, INVALID);
         }
         check(raw, option, &[&info_query("disk", &[])[..], b"junk"].concat(), INVALID);
-        // One information request promised, none there.
+        // It announces one information request, but has none.
         check(raw, option, b"\0\0\0\x04disk\0\x01", INVALID);
         check(raw, option, b"\0\0\0\x04disk\xff\xff", INVALID);
         for len in [256, 257, 4096] {
@@ -123,7 +123,7 @@ fn a_bad_option_magic_ends_the_connection() {
 }
 
 #[test]
-fn a_huge_option_is_not_believed() {
+fn a_huge_option_uses_no_memory() {
     let dir = Dir::new();
     let server = server(&dir);
     let before = server.resident_private();
@@ -132,7 +132,7 @@ fn a_huge_option_is_not_believed() {
         let mut bytes = option_bytes(opt::GO, b"");
         bytes[12..].copy_from_slice(&len.to_be_bytes());
         raw.send(&bytes);
-        // Some of the promised data: the server may swallow it or hang up, but never keep it.
+        // A part of the announced data: the server may discard it or disconnect, but must not keep it.
         for _ in 0..16 {
             if raw.try_send(&vec![0; 1 << 20]).is_err() {
                 break;
@@ -167,7 +167,7 @@ fn export_name_of_any_length_is_served_or_ends_the_connection() {
 fn export_name_without_no_zeroes_is_followed_by_124_zeroes() {
     let dir = Dir::new();
     let server = server(&dir);
-    // FIXED_NEWSTYLE alone, and a client that knows no flags at all.
+    // FIXED_NEWSTYLE only, and a client without flags.
     for flags in [1_u32, 0] {
         let mut raw = Raw::connect(server.address());
         raw.send(&flags.to_be_bytes());
@@ -204,7 +204,7 @@ fn info_and_go_in_every_order_and_with_differing_names() {
                     if option == opt::INFO { info_query(a, &[0, 1, 2, 3, 99]) } else { meta_query(a, &["base:"]) };
                 let kind = raw.ask_kind(option, &data);
                 assert_eq!(kind, if a == "nosuch" { rep::ERR_UNKNOWN } else { rep::ACK }, "{option} {a:?}");
-                // A GO that is refused does not end the conversation.
+                // A failed GO does not end the handshake.
                 assert_eq!(raw.ask_kind(opt::GO, &info_query("nosuch", &[])), rep::ERR_UNKNOWN);
                 check_in_step(&mut raw);
                 if b == "nosuch" {
@@ -219,7 +219,7 @@ fn info_and_go_in_every_order_and_with_differing_names() {
 }
 
 #[test]
-fn info_then_go_say_the_same() {
+fn info_then_go_return_the_same() {
     let dir = Dir::new();
     let server = server(&dir);
     let mut raw = Raw::greeted(server.address());
@@ -247,7 +247,7 @@ fn meta_contexts_are_listed() {
         assert_eq!(replies.last().unwrap().0, rep::ACK, "{queries:?}");
         assert_eq!(replies.len(), count + 1, "{queries:?}: {replies:?}");
     }
-    // SET with no query selects nothing, and replaces what was selected.
+    // SET without a query selects nothing, and replaces the previous selection.
     raw.negotiate_context("disk");
     assert_eq!(raw.ask(opt::SET_META_CONTEXT, &meta_query("disk", &[])), [(rep::ACK, vec![])]);
     raw.go("disk");
@@ -255,7 +255,7 @@ fn meta_contexts_are_listed() {
     assert_eq!(answer.error, errno::EINVAL, "BLOCK_STATUS without a context");
 }
 
-/// Everything a client says on its way into the transmission phase.
+/// All bytes that a client sends until the transmission phase.
 fn whole_handshake() -> Vec<u8> {
     [
         &3_u32.to_be_bytes()[..],
@@ -268,7 +268,7 @@ fn whole_handshake() -> Vec<u8> {
 }
 
 #[test]
-fn a_client_may_go_at_every_byte_of_the_handshake() {
+fn a_client_may_disconnect_at_every_byte_of_the_handshake() {
     let dir = Dir::new();
     for server in [server(&dir), Nbdblk::tcp(&dir, &["disk:memory=1M", "second:memory=2M"])] {
         check_in_step(&mut Raw::greeted(server.address()));
@@ -331,7 +331,7 @@ fn two_hundred_clients_idle_in_every_phase_and_one_more_is_served() {
     one_more.write(0, &[7; 4096]);
     assert_eq!(one_more.read(0, 4096), [7; 4096]);
     assert!(server.is_alive());
-    // All of them still open: the server ends all the same.
+    // With all of them still connected, the server ends.
     assert!(server.terminate().success());
     drop(connections);
 }

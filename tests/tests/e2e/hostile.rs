@@ -1,4 +1,4 @@
-//! Clients that break off, break the rules or are no clients at all; afterwards the server is as it was.
+//! Clients that disconnect early, violate the protocol, or do not speak NBD. Afterwards the server is as before.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -11,27 +11,27 @@ use crate::{Behind, MIB};
 
 const SIZE: u64 = 64 * MIB;
 
-/// Leaves in the middle of something; which depends on `n`.
+/// Disconnects in the middle of an action; `n` selects it.
 fn break_off(address: &Address, n: usize, rng: &mut Rng) {
     let mode = Mode::ALL[n % 4];
     let mut raw = Raw::enter(address, mode, "");
     let write = |len: u64| mode.header(0, cmd::WRITE, n as u64, place(n), len);
     match n % 7 {
-        // Answers that nobody will take.
+        // Replies that the client does not read.
         0 => _ = raw.request_reads(&[(0, 4 * MIB as u32); 4]),
         1 => _ = raw.request_reads(&[(n as u64 * 4096, 4096); 256]),
-        // A payload that never comes, in part or in whole.
+        // A payload that never comes, completely or in part.
         2 => raw.send(&[write(MIB), rng.bytes(1 + n * 997 % MIB as usize)].concat()),
         3 => raw.send(&write(32 * MIB)),
         // Half a header.
         4 => raw.send(&write(4096)[..1 + n % 27]),
-        // Whole writes, gone before the answer.
+        // Whole writes, disconnected before the reply.
         5 => {
             for i in 0..8 {
                 raw.request(0, cmd::WRITE, i * 65536, 65536, &[n as u8; 65536]);
             }
         }
-        // One answer begun and the rest left lying.
+        // One reply is started, and the rest not read.
         _ => {
             raw.request(0, cmd::READ, 0, 8 * MIB as u32, b"");
             raw.receive(16);
@@ -39,7 +39,7 @@ fn break_off(address: &Address, n: usize, rng: &mut Rng) {
     }
 }
 
-/// Where client `n` writes.
+/// The offset for the writes of client `n`.
 fn place(n: usize) -> u64 {
     (n as u64 * 65536) % (SIZE - 32 * MIB)
 }
@@ -47,12 +47,12 @@ fn place(n: usize) -> u64 {
 fn break_off_a_thousand_times(server: Nbdblk) {
     let mut rng = Rng(1000);
     let settle = |server: &Nbdblk| {
-        // The last client goes when its descriptors do.
+        // The last client is gone when its descriptors are closed.
         let mut raw = Raw::enter(server.address(), Mode::Structured, "");
         raw.write(SIZE - 4096, b"still here");
         assert_eq!(raw.read(SIZE - 4096, 10), b"still here");
     };
-    // What the first ones leave behind is what the server keeps for good: buffers once touched, a heap once grown.
+    // The first ones make the server allocate what it keeps: used buffers, a larger heap.
     settle(&server);
     let fds = server.fds();
     (0..210).for_each(|n| break_off(server.address(), n, &mut rng));
@@ -64,7 +64,7 @@ fn break_off_a_thousand_times(server: Nbdblk) {
     eventually("the descriptors of a thousand clients are closed", || server.fds() <= fds);
     let grown = server.resident_private().saturating_sub(resident);
     assert!(grown < 16 * MIB, "resident memory grew by {grown} bytes over a thousand clients");
-    // No buffer is lost: the largest requests still find theirs, several at a time.
+    // No buffer is lost: the largest requests still get theirs, several at a time.
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     raw.request_reads(&[(0, 32 * MIB as u32); 4]);
     for _ in 0..4 {
@@ -110,7 +110,7 @@ fn a_bad_request_magic_ends_that_connection_only() {
 }
 
 #[test]
-fn a_request_after_disc_is_not_answered() {
+fn a_request_after_disc_gets_no_reply() {
     let dir = Dir::new();
     let server = Nbdblk::unix(&dir, &["memory=1M"]);
     let mut raw = Raw::enter(server.address(), Mode::Simple, "");
@@ -118,7 +118,7 @@ fn a_request_after_disc_is_not_answered() {
     assert_eq!(raw.await_close(), b"");
 }
 
-/// Sends bytes to whoever listens, and goes.
+/// Sends bytes to a listener, and disconnects.
 fn throw(address: &Address, bytes: &[u8]) {
     let _ = match address {
         Address::Unix(path) => UnixStream::connect(path).and_then(|mut stream| stream.write_all(bytes)),
@@ -127,7 +127,7 @@ fn throw(address: &Address, bytes: &[u8]) {
 }
 
 #[test]
-fn garbage_on_the_port_is_no_harm() {
+fn garbage_on_the_port_is_harmless() {
     let dir = Dir::new();
     for server in [Nbdblk::unix(&dir, &["memory=1M"]), Nbdblk::tcp(&dir, &["memory=1M"])] {
         Raw::enter(server.address(), Mode::Simple, "").read(0, 1);
@@ -137,7 +137,7 @@ fn garbage_on_the_port_is_no_harm() {
             throw(server.address(), &rng.bytes(n * 37 % 5000));
             throw(server.address(), b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
             throw(server.address(), b"");
-            // A proper beginning, then noise: in the handshake, and in the transmission phase.
+            // A valid beginning, then noise: in the handshake, and in the transmission phase.
             Raw::greeted(server.address()).try_send(&rng.bytes(100)).ok();
             Raw::enter(server.address(), Mode::ALL[n % 4], "").try_send(&rng.bytes(1000)).ok();
         }
@@ -148,12 +148,12 @@ fn garbage_on_the_port_is_no_harm() {
 }
 
 #[test]
-fn a_client_that_takes_no_answers_holds_up_nobody_else() {
+fn a_client_that_reads_no_replies_does_not_delay_others() {
     for behind in Behind::BOTH {
         let stand = behind.stand(SIZE, &[(0, SIZE)]);
         let address = stand.server.address().clone();
         let before = stand.server.resident();
-        // Each asks for far more than a socket holds and reads none of it.
+        // Each requests much more than a socket holds, and reads nothing.
         let mut greedy: Vec<Raw> = (0..8).map(|_| Raw::enter(&address, Mode::Simple, "")).collect();
         greedy.iter_mut().for_each(|raw| _ = raw.request_reads(&[(0, MIB as u32); 64]));
         let mut raw = Raw::enter(&address, Mode::Structured, "");
@@ -163,7 +163,7 @@ fn a_client_that_takes_no_answers_holds_up_nobody_else() {
         }
         let grown = stand.server.resident().saturating_sub(before);
         assert!(grown < 512 * MIB, "{behind:?}: memory for payload is not bounded: {grown} bytes more");
-        // And it ends with all of them still waiting.
+        // The server ends while all of them still wait.
         assert!(stand.server.terminate().success());
         drop(greedy);
     }
@@ -179,7 +179,7 @@ fn sigterm_ends_the_server_under_load_in_every_phase() {
             .map(|n| {
                 let mut raw = Raw::enter(&address, Mode::Simple, "");
                 std::thread::spawn(move || {
-                    // Until the server goes.
+                    // Until the server closes the connection.
                     while raw.try_send(&Mode::Simple.header(0, cmd::READ, 1, n * MIB, 65536)).is_ok() {
                         if raw.try_receive(16 + 65536).is_err() {
                             break;
@@ -213,7 +213,7 @@ fn idle_clients_and_short_ones_cost_nothing_afterwards() {
         let at_work = || assert_eq!(Raw::enter(address, Mode::Simple, "").read(0, 512), [0; 512]);
         at_work();
         let fds = server.fds();
-        // Once to see what the server keeps for good: its tables.
+        // The first time, the server allocates what it keeps: its tables.
         drop(idle());
         eventually("the first clients are gone", || server.fds() <= fds);
         let resident = server.resident_private();
@@ -221,7 +221,7 @@ fn idle_clients_and_short_ones_cost_nothing_afterwards() {
         at_work();
         (0..2000).for_each(|_| throw(address, b""));
         at_work();
-        // The client before may have been counted, being on its way out.
+        // The previous client may have been counted while it was leaving.
         assert!(server.fds() >= fds + 199, "they are still there");
         drop(clients);
         eventually("all descriptors are closed", || server.fds() <= fds);
@@ -232,7 +232,7 @@ fn idle_clients_and_short_ones_cost_nothing_afterwards() {
 }
 
 #[test]
-fn a_client_that_closes_at_any_byte_harms_nobody() {
+fn a_client_that_closes_at_any_byte_is_harmless() {
     const LEN: usize = 64;
     let talk = |n: usize| {
         let mode = Mode::Structured;
@@ -258,7 +258,8 @@ fn a_client_that_closes_at_any_byte_harms_nobody() {
         (0..=whole).for_each(|cut| throw(server.address(), &talk(cut)[..cut]));
         eventually("all descriptors are closed", || server.fds() <= fds);
         for cut in 0..=whole {
-            // A write is done or not, but a piece of one never is. Who has said all may still see his write withdrawn.
+            // A write is executed or not, but never in part. Even a complete request may be cancelled when its client
+            // disconnects.
             let found = raw.read((cut * LEN) as u64, LEN as u32);
             let all = |byte| found.iter().all(|found| *found == byte);
             assert!(all(0) || (all(0xff) && cut >= whole - rest), "cut at {cut} of {whole}: {found:?}");

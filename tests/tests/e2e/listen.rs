@@ -1,4 +1,4 @@
-//! Every way to be reached, whom the server tells that it is ready, and what ends it.
+//! All ways to listen, reports of readiness, and events that end the server.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +12,7 @@ use nbdblk_tests::raw::{Mode, Raw};
 use nbdblk_tests::{Cmd, Dir, Nbdblk, deadline, eventually, nbdblk, tool};
 use nix::sys::signal::Signal;
 
-/// The path of the program under test, for others to start.
+/// The path of the program under test, for other programs to start.
 fn program() -> String {
     nbdblk().path().to_str().expect("the target directory has a plain name").into()
 }
@@ -27,7 +27,7 @@ fn it_listens_in_every_way_at_once() {
     let name = format!("@nbdblk-{}", std::process::id());
     let args = ["-U", "b.sock", "-U", &name, "-l", "tcp:[::1]:0", "-i", "127.0.0.1", "-p", "0", "--listen=tcp:0"];
     let server = Nbdblk::unix(&dir, &[&["memory=1M"], &args[..]].concat());
-    // The URIs come in one piece.
+    // The URIs are written at once.
     let uris: Vec<String> = server.log().lines().map(str::to_owned).collect();
     assert_eq!(uris.len(), 6, "{uris:?}");
     let (files, rest): (Vec<_>, Vec<_>) = uris.iter().partition(|uri| uri.contains("?socket=/"));
@@ -38,7 +38,7 @@ fn it_listens_in_every_way_at_once() {
     let options = format!("driver=nbd,server.type=unix,server.path={},server.abstract=on", &name[1..]);
     let info = tool("qemu-img").args(["info", "--image-opts", &options]).ok().out;
     assert!(info.contains("1048576 bytes"), "{info}");
-    // Its name is taken, and said when somebody else wants it.
+    // Its name is in use, and the error of another server names it.
     let output = nbdblk().args(["serve", "memory=1M", "-U", &name]).run();
     assert!(output.status.code() == Some(1) && output.err.contains(&name), "{output:?}");
     assert!(server.terminate().success());
@@ -46,7 +46,7 @@ fn it_listens_in_every_way_at_once() {
 }
 
 #[test]
-fn a_family_of_addresses_can_be_left_out() {
+fn a_family_of_addresses_can_be_excluded() {
     let dir = Dir::new();
     for (option, yes, no) in [("-4", "127.0.0.1", "::1"), ("-6", "::1", "127.0.0.1")] {
         let server = Nbdblk::tcp(&dir, &["memory=1M", option]);
@@ -60,7 +60,7 @@ fn a_family_of_addresses_can_be_left_out() {
     check_size(&server.uri());
 }
 
-/// nbdkit's form, and ours. Clients can connect only where the kernel has a loopback for vsock (`modprobe vsock_loopback`).
+/// nbdkit's form, and ours. Clients can connect only if the kernel has a loopback for vsock (`modprobe vsock_loopback`).
 #[test]
 fn it_listens_on_vsock_where_there_is_one() {
     let dir = Dir::new();
@@ -81,7 +81,7 @@ fn it_listens_on_vsock_where_there_is_one() {
     }
     let output = nbdblk().args(["serve", "memory=1M", "-l", &format!("vsock:{port}")]).run();
     assert!(output.status.code() == Some(1) && output.err.contains(&port), "{output:?}");
-    // The port is vsock's: TCP is not listened on.
+    // The port is for vsock: the server does not listen on TCP.
     let port = 20000 + std::process::id() % 10000;
     let server = Nbdblk::unix(&dir, &["memory=1M", "--vsock", "-p", &port.to_string()]);
     assert!(server.log().contains(&format!("\nnbd+vsock://1:{port}\n")), "{}", server.log());
@@ -89,7 +89,7 @@ fn it_listens_on_vsock_where_there_is_one() {
 }
 
 #[test]
-fn what_does_not_go_together_is_said_before_anything_listens() {
+fn conflicting_options_are_errors_before_the_server_listens() {
     let dir = Dir::new();
     for (args, words) in [
         (&["-s", "-U", "no.sock"][..], &["--single", "--unix"][..]),
@@ -122,13 +122,13 @@ fn one_client_on_standard_input_and_output() {
 assert h.pread(512, 0) == b'x' * 512; h.shutdown()";
     let script = format!("program = {:?}\n{script}", program());
     tool("nbdsh").args(["-c", &script]).ok();
-    // On two pipes, which carry more than fits into them.
+    // On two pipes, with more data than fits into them.
     let script = "import os
 h.connect_command(['sh', '-c', f'cat | {program} serve memory=8M --stdin | cat'])
 data = os.urandom(4 << 20); h.pwrite(data, 12345); assert h.pread(len(data), 12345) == data; h.shutdown()";
     let script = format!("program = {:?}\n{script}", program());
     tool("nbdsh").args(["-c", &script]).ok();
-    // The server ends, and well, when the client leaves: after some words, in the middle of one, at once.
+    // The server ends with success when the client disconnects: after some options, in the middle of one, at once.
     for words in [&b"\0\0\0\x03IHAVEOPT\0\0\0\x02\0\0\0\0"[..], b"\0\0\0\x03IHAVE", b"", b"no client"] {
         let output = nbdblk().args(["serve", "memory=1M", "--single"]).input(words).run();
         assert!(output.status.success() && output.out.starts_with("NBDMAGIC"), "{words:?}: {output:?}");
@@ -144,13 +144,13 @@ assert h.get_size() == 1 << 20";
     tool("nbdsh").args(["-c", &script]).ok();
     let args = ["--size", "--", "[", &program(), "serve", "memory=1M", "]"];
     assert_eq!(tool("nbdinfo").args(args).ok().out.trim(), "1048576");
-    // Variables for another process mean nothing.
+    // Variables for another process have no effect.
     let dir = Dir::new();
     let serve = |args: &[&str]| nbdblk().args(["serve", "memory=1M"]).args(args).within(dir.path());
     let run = r#"test -z "$LISTEN_FDS$LISTEN_PID$NOTIFY_SOCKET" && nbdinfo --size "$uri""#;
     let inherited = |cmd: Cmd| cmd.env("LISTEN_PID", "1").env("LISTEN_FDS", "1");
     assert_eq!(inherited(serve(&["--run", run])).ok().out.trim(), "1048576");
-    // What is passed must be of use, and be all that is asked for.
+    // Inherited sockets must be usable, and no other listener can be requested.
     for (shell, words) in [
         ("serve memory=1M", &["LISTEN_FDS", "Bad file descriptor"][..]),
         ("serve memory=1M 3</dev/null", &["LISTEN_FDS", "not a socket"]),
@@ -167,7 +167,7 @@ assert h.get_size() == 1 << 20";
 }
 
 #[test]
-fn who_waits_for_it_is_told_when_it_is_ready_and_when_it_stops() {
+fn readiness_and_stopping_are_reported() {
     let dir = Dir::new();
     let by_path = UnixDatagram::bind(dir.at("notify")).unwrap();
     let name = format!("nbdblk-notify-{}", std::process::id());
@@ -189,7 +189,7 @@ fn who_waits_for_it_is_told_when_it_is_ready_and_when_it_stops() {
         assert!(server.await_end().0.success());
         assert!(!dir.at("pid").exists());
     }
-    // The descriptor: a line and the end, while the server goes on.
+    // The descriptor gets a line and the end of the stream, while the server runs.
     let shell = format!("exec {} serve memory=1M -U fd.sock --ready-fd 9 9>&1 >fd.log 2>&1", program());
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", "sh", "-c", &shell])
@@ -203,7 +203,7 @@ fn who_waits_for_it_is_told_when_it_is_ready_and_when_it_stops() {
     check_size(&format!("nbd+unix://?socket={}", dir.text("fd.sock")));
     child.kill().unwrap();
     child.wait().unwrap();
-    // A pid file that is somebody else's by now stays.
+    // A pid file that another process has replaced stays.
     let server = Nbdblk::unix(&dir, &["memory=1M", "-P", "pid"]);
     fs::remove_file(dir.at("pid")).unwrap();
     fs::write(dir.at("pid"), "1\n").unwrap();
@@ -215,11 +215,11 @@ fn who_waits_for_it_is_told_when_it_is_ready_and_when_it_stops() {
 fn it_ends_with_its_parent() {
     let dir = Dir::new();
     let serve = format!("{} serve memory=1M --exit-with-parent -U nbd.sock", program());
-    // The parent is a shell that waits for a word, and then ends.
-    // In a session of its own, the server does not die with the parent's process group, which the test kills.
+    // The parent is a shell that waits for a line, and then ends. In a separate session, the server does not die with the
+    // parent's process group, which the test kills.
     let shell = format!("setsid {serve} & echo $!; read word");
     let mut parent = tool("sh").args(["-c", &shell]).within(dir.path()).spawn(dir.at("log"));
-    // The shell and the server write in whatever order.
+    // The shell and the server write in any order.
     let number = |log: &str| log.lines().find_map(|line| line.parse::<u32>().ok());
     parent.await_that("both have written", |log| log.contains("serving at") && number(log).is_some());
     let pid = number(&parent.log()).unwrap();
@@ -227,7 +227,7 @@ fn it_ends_with_its_parent() {
     parent.type_line("go");
     assert!(parent.await_end().0.success());
     let proc = format!("/proc/{pid}/stat");
-    // Who takes orphans in may not bury them at once.
+    // The process that adopts orphans may not reap them at once.
     let is_gone = || fs::read_to_string(&proc).map_or(true, |stat| stat.contains(") Z "));
     eventually("the server ends", is_gone);
     assert!(!dir.at("nbd.sock").exists());
@@ -249,17 +249,17 @@ fn connections_are_counted_and_handshakes_end_in_time() {
     let nbdblk_tests::Address::Unix(path) = server.address() else { unreachable!("a unix server") };
     let connect = || std::os::unix::net::UnixStream::connect(path).unwrap();
     let mut greeting = [0; 18];
-    assert!(connect().read_exact(&mut greeting).is_err(), "the third is turned away");
+    assert!(connect().read_exact(&mut greeting).is_err(), "the third is rejected");
     drop(served);
     eventually("there is room again", || connect().read_exact(&mut greeting).is_ok());
-    // More clients than descriptors that programs are given by default: it takes those that it may have.
+    // More clients than the default soft limit of descriptors: the server raises it to the hard limit.
     let serve = format!("ulimit -Sn 64; exec {} serve memory=1M -U few.sock", program());
     let mut few = tool("sh").args(["-c", &serve]).within(dir.path()).spawn(dir.at("few.log"));
     few.await_text("serving at");
     let few_address = nbdblk_tests::Address::Unix(dir.at("few.sock"));
     let crowd: Vec<Raw> = (0..100).map(|_| Raw::enter(&few_address, Mode::Simple, "")).collect();
     assert_eq!(crowd.len(), 100);
-    // A client that says something all the time, but never enough.
+    // A client that sends data all the time, but never enough.
     let mut loris = connect();
     loris.read_exact(&mut greeting).unwrap();
     let start = std::time::Instant::now();
@@ -269,14 +269,14 @@ fn connections_are_counted_and_handshakes_end_in_time() {
             break;
         }
         std::thread::sleep(Duration::from_millis(10));
-        assert!(start.elapsed() < deadline(), "it is never cut off");
+        assert!(start.elapsed() < deadline(), "it is never disconnected");
     }
-    assert!(loris.write_all(b"x").is_err(), "it was not cut off");
+    assert!(loris.write_all(b"x").is_err(), "it was not disconnected");
     check_size(&server.uri());
 }
 
 #[test]
-fn who_may_connect_to_a_socket_is_set_before_anybody_can() {
+fn access_to_a_socket_is_set_before_a_client_can_connect() {
     let dir = Dir::new();
     let stat = |name: &str| {
         let found = fs::metadata(dir.at(name)).unwrap();
@@ -293,7 +293,7 @@ fn who_may_connect_to_a_socket_is_set_before_anybody_can() {
         server.signal(Signal::SIGTERM);
         assert!(server.await_end().0.success());
     }
-    // Names and numbers; only root can give a file away.
+    // Names and numbers. Only root can change the owner.
     let root = uid == 0;
     let (owner, group) = if root { (1, 2) } else { (uid, gid) };
     let text = format!("unix = \"a.sock\"\nsocket-mode = 0o620\nsocket-owner = {owner}\nsocket-group = {group}\n");
@@ -325,7 +325,7 @@ fn who_may_connect_to_a_socket_is_set_before_anybody_can() {
 }
 
 #[test]
-fn hosts_and_paths_are_taken_as_people_write_them_or_the_mistake_is_named() {
+fn hosts_and_paths_work_in_usual_forms_or_the_error_names_the_mistake() {
     let dir = Dir::new();
     let run = |args: &[&str]| {
         let run = ["--run", "nbdinfo --size \"$uri\""];
@@ -340,7 +340,7 @@ fn hosts_and_paths_are_taken_as_people_write_them_or_the_mistake_is_named() {
     ] {
         assert_eq!(run(args).ok().out.trim(), "1048576", "{args:?}");
     }
-    // A private socket is elsewhere when its name would be too long.
+    // If its path would be too long, a private socket is in another directory.
     let deep = dir.at(&"d".repeat(120));
     fs::create_dir(&deep).unwrap();
     assert_eq!(run(&[]).env("TMPDIR", &deep).ok().out.trim(), "1048576");
@@ -359,14 +359,14 @@ fn hosts_and_paths_are_taken_as_people_write_them_or_the_mistake_is_named() {
         assert_eq!((output.status.code(), output.err.lines().count()), (Some(1), 1), "{args:?}: {output:?}");
         words.iter().for_each(|word| assert!(output.err.contains(word), "{args:?}: no {word} in {}", output.err));
     }
-    // By a short name, clients elsewhere could not use it.
+    // Clients with another current directory could not use a relative path.
     let output = nbdblk().args(["serve", "memory=1M", "-U", "nbd.sock"]).within(&deep).run();
     assert!(output.status.code() == Some(1) && output.err.contains(&len) && output.err.contains("107"), "{output:?}");
     assert_eq!(fs::read_dir(&deep).unwrap().count(), 0);
 }
 
 #[test]
-fn sockets_that_are_passed_must_make_sense() {
+fn inherited_sockets_must_be_valid() {
     let dir = Dir::new();
     for (count, redirect, words) in [
         ("1000000000", "", &["LISTEN_FDS=1000000000"][..]),

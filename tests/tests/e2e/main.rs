@@ -1,4 +1,4 @@
-//! nbdblk as its users meet it: the real binary, real clients, real devices.
+//! nbdblk from the user's view: the real binary, real clients, real devices.
 
 mod access;
 mod cli;
@@ -24,14 +24,14 @@ use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, write_runs};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// A device behind the server, so that one test can run over several.
+/// A device behind the server, so that one test can use several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Behind {
     IoUring,
     VhostUser,
 }
 
-/// A server over a fresh image, and what must stay alive for it. Dropped from the top: the server goes first.
+/// A server with a new image, and everything that must live as long. Dropped from the top: the server first.
 struct Stand {
     server: Nbdblk,
     qsd: Option<Qsd>,
@@ -42,7 +42,7 @@ struct Stand {
 impl Behind {
     const BOTH: [Self; 2] = [Self::IoUring, Self::VhostUser];
 
-    /// Serves an image of `size` bytes, empty but for the runs `(at, len)`, which are random.
+    /// Serves an image of `size` bytes, empty except for the runs `(at, len)` of random bytes.
     fn stand(self, size: u64, runs: &[(u64, u64)]) -> Stand {
         let dir = Dir::new();
         let image = dir.at("disk.raw");
@@ -52,7 +52,7 @@ impl Behind {
         Stand { server, qsd, image, dir }
     }
 
-    /// What brings the image to the server: the device's process, if it needs one, and the argument.
+    /// The connection from the image to the server: the device's process, if it needs one, and the argument.
     fn device(self, dir: &Dir, image: &std::path::Path) -> (Option<Qsd>, String) {
         match self {
             Self::IoUring => (None, format!("io_uring={}", image.display())),

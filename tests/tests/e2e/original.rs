@@ -1,4 +1,4 @@
-//! The example that the project began with, word for word but for the program's name.
+//! The example that the project began with, unchanged except for the program's name.
 
 use std::net::TcpListener;
 
@@ -30,7 +30,7 @@ fn a_qcow2_behind_vhost_user_is_read_from_python_by_two_clients_at_once() {
         .spawn(dir.at("qsd.log"));
     qsd.await_that("its pid file", |_| dir.at("qsd.pid").exists());
 
-    // The default port may belong to somebody else on this machine; then another does, and all else stays.
+    // The default port may be in use on this machine. Then use another one, and keep everything else.
     let free = TcpListener::bind("127.0.0.1:10809").is_ok();
     let mut server =
         nbdblk().args(["serve", "vhost-user=sock", "--print-uri"]).args(if free { vec![] } else { vec!["-p", "0"] });
@@ -43,10 +43,10 @@ fn a_qcow2_behind_vhost_user_is_read_from_python_by_two_clients_at_once() {
         server.log().lines().find(|line| line.starts_with("nbd://")).expect("the URI is printed").to_owned()
     };
 
-    // Newer libraries print bytes, older ones a bytearray of them.
+    // Newer libraries print bytes, older ones a bytearray.
     let expected = format!("b'{}'", String::from_utf8(boot).unwrap());
     let nbdsh = |script: &str| -> Cmd { tool("nbdsh").args(["-u", &uri, "-c", script]) };
-    // The first client reads, stays, and reads again after the second has come, read and gone.
+    // The first client reads and stays connected. It reads again after the second has connected, read and left.
     let mut first = nbdsh(&format!("{SCRIPT}\nimport sys; sys.stdout.flush(); input()\n{SCRIPT}\nprint('the end')"))
         .spawn(dir.at("first.log"));
     first.await_text(&expected);
@@ -55,7 +55,7 @@ fn a_qcow2_behind_vhost_user_is_read_from_python_by_two_clients_at_once() {
     first.await_text("the end");
     assert!(first.await_end().0.success());
 
-    // And the file is in there.
+    // And the file is in it.
     here("nbdcopy", &[&uri, "copy.raw"]);
     assert_eq!(here("debugfs", &["-R", "cat /hello", "copy.raw"]).out, "hello from inside\n");
 

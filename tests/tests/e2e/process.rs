@@ -1,4 +1,4 @@
-//! The process and its surroundings: limits, signals, unread pipes, files that are not regular, silent peers.
+//! The process and its environment: limits, signals, unread pipes, files that are not regular, silent peers.
 
 use std::fs;
 use std::io::Read;
@@ -30,7 +30,7 @@ fn is_served(dir: &Dir, socket: &str) {
     assert_eq!(tool("nbdinfo").args(["--size", &uri]).ok().out.trim(), "1048576");
 }
 
-/// SIGTERM ends it, and with this status.
+/// SIGTERM ends it with this status.
 #[track_caller]
 fn ends(server: Daemon, status: i32) {
     server.signal(Signal::SIGTERM);
@@ -38,7 +38,7 @@ fn ends(server: Daemon, status: i32) {
     assert_eq!(ended.code(), Some(status), "{ended}: {log}");
 }
 
-/// Nothing is left in the directory but these files.
+/// The directory must contain only these files.
 #[track_caller]
 fn check_left(dir: &Dir, names: &[&str]) {
     let mut left: Vec<_> =
@@ -62,25 +62,25 @@ fn a_write_beyond_the_limit_of_file_sizes_finds_no_space() {
     assert_eq!(client.read(0, 5), b"below");
     drop(client);
     ends(server, 0);
-    // Memory that is shared with another process is a file as well, and must fit.
+    // Memory that is shared with another process is a file too, and must fit the limit.
     let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
     let serve =
         |memory: &str| format!("ulimit -f 8192; exec \"$N\" serve {} --memory {memory} -t 1 --run true", qsd.spec());
     sh(&dir, &serve("2M")).ok();
     if sh(&dir, "ulimit -f 1; ulimit -f 2").run().status.success() {
-        // A user that may raise limits is not bound by them.
+        // Limits do not bind a user that may raise them.
         sh(&dir, &serve("64M")).ok();
     } else {
         let output = sh(&dir, &serve("64M")).run();
         assert!(output.status.code() == Some(1) && output.err.contains("ulimit -f"), "{output:?}");
     }
-    // The command of --run has the signal as its shell would have it.
+    // The command of --run must have the signal as under a shell.
     let output = nbdblk().args(["serve", "memory=1M", "--run", "kill -XFSZ $$; exit 0"]).run();
     assert_eq!(output.status.code(), Some(128 + Signal::SIGXFSZ as i32), "{output:?}");
 }
 
 #[test]
-fn a_stderr_that_nobody_reads_delays_nothing() {
+fn an_unread_stderr_delays_nothing() {
     let dir = Dir::new();
     let (reader, writer) = full_pipe();
     let args = ["serve", "memory=1M", "-vv", "-U", "nbd.sock", "--connections", "1"];
@@ -92,7 +92,7 @@ fn a_stderr_that_nobody_reads_delays_nothing() {
     eventually("there is room again", || UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_ok());
     let mut rejected = 0;
     while rejected < 700 {
-        // The first one is served or not; then there is no room, or there is.
+        // The first one may be served or not; then there may be room or not.
         let _one = UnixStream::connect(&path).unwrap();
         for _ in 0..20 {
             rejected += u32::from(UnixStream::connect(&path).unwrap().read_exact(&mut greeting).is_err());
@@ -125,7 +125,7 @@ fn repeated_warnings_are_few_lines() {
 #[test]
 fn lines_for_the_journal_have_a_priority() {
     let dir = Dir::new();
-    // stat(1) names the file that the shell has as its stderr.
+    // stat(1) names the file that is the shell's stderr.
     let script = "JOURNAL_STREAM=$(stat -Lc %d:%i /dev/stderr) exec \"$N\" serve -v memory=1M --run 'exit 3'";
     let output = sh(&dir, script).run();
     assert_eq!(output.status.code(), Some(3), "{output:?}");
@@ -150,7 +150,7 @@ fn a_hangup_stops_it_and_other_signals_do_not() {
     let (status, log) = server.await_end();
     assert_eq!(status.code(), Some(0), "{log}");
     check_left(&dir, &["log"]);
-    // The command of --run is asked to end, and the private directory goes.
+    // The command of --run gets SIGTERM, and the private directory is removed.
     let script = "exec \"$N\" serve memory=1M --run 'trap \"exit 5\" TERM; echo \"at $unixsocket.\"; while :; do sleep 0.05; done'";
     let mut server = sh(&dir, script).spawn(dir.at("log"));
     server.await_text("/socket.");
@@ -160,7 +160,7 @@ fn a_hangup_stops_it_and_other_signals_do_not() {
     let (status, log) = server.await_end();
     assert_eq!(status.code(), Some(5), "{log}");
     assert!(!Path::new(&socket).parent().unwrap().exists(), "{socket} is left");
-    // Under nohup it is ignored, and so are signals that mean nothing here.
+    // nohup ignores it; signals without a meaning here are ignored too.
     let server = start("trap '' HUP; exec \"$N\" serve memory=1M -U nbd.sock");
     for signal in ["HUP", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "PIPE", "XFSZ", "16", "34", "64"] {
         tool("sh").args(["-c", &format!("kill -{signal} {}", server.pid())]).ok();
@@ -170,7 +170,7 @@ fn a_hangup_stops_it_and_other_signals_do_not() {
 }
 
 #[test]
-fn what_is_short_is_named() {
+fn errors_of_resources_name_the_limit() {
     let dir = Dir::new();
     let check = |script: &str, words: &[&str]| {
         let output = sh(&dir, script).run();
@@ -196,17 +196,17 @@ fn what_is_short_is_named() {
     }
 }
 
-/// A socket that listens, with as many clients in its queue as it takes.
+/// A listening socket with a full backlog.
 fn full_listener(path: &Path) -> (OwnedFd, Vec<UnixStream>) {
     let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     bind(listener.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
-    // The queue of a backlog of 0 takes one.
+    // A backlog of 0 has room for one.
     (listener, vec![UnixStream::connect(path).unwrap()])
 }
 
 #[test]
-fn a_server_that_does_not_accept_holds_nobody_up() {
+fn a_server_that_does_not_accept_delays_no_command() {
     let dir = Dir::new();
     let _full = full_listener(&dir.at("full.sock"));
     let output = nbdblk().args(["serve", "memory=1M", "-U", "full.sock"]).within(dir.path()).run();
@@ -214,7 +214,7 @@ fn a_server_that_does_not_accept_holds_nobody_up() {
     assert!(output.err.contains("full.sock: another server listens there already"), "{output:?}");
     let output = nbdblk().args(["reload", "--control", "full.sock", "--timeout", "500ms"]).within(dir.path()).run();
     assert!(output.status.code() == Some(1) && output.err.contains("has not answered within 500ms"), "{output:?}");
-    // One that is stopped takes clients, and never answers.
+    // A stopped server has room for clients, and never answers.
     let server = configured(&dir, MEMORY);
     server.signal(Signal::SIGSTOP);
     let output = nbdblk().args(["reload", "nbdblk.toml", "--timeout", "1s"]).within(dir.path()).run();
@@ -244,7 +244,7 @@ fn a_signal_while_a_device_is_opened_is_no_success() {
         ["serve", "-v", "memory=1M", "x:vhost-user=mute.sock,connect-timeout=10000s", "-U", "nbd.sock", "-P", "pid"];
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let mut server = nbdblk().args(args).within(dir.path()).spawn(dir.at("log"));
-        // The first device is open, and the second never will be.
+        // The first device is open; the second never will be.
         server.await_text("capacity");
         server.signal(signal);
         let (status, log) = server.await_end();
@@ -266,7 +266,7 @@ fn only_regular_files_are_read() {
     check_refused(&dir, &["memory=1M", "--pidfile", "/dev/null"], &["/dev/null", "not a regular file"]);
     check_refused(&dir, &["memory=1M", "--tls-psk", "fifo"], &["fifo", "not a regular file"]);
     check_refused(&dir, &["--config", "nosuch"], &["nosuch", "No such file"]);
-    // The configuration is a FIFO from some time on: that is said, and signals still arrive.
+    // The configuration becomes a FIFO: that is an error, and signals still work.
     let pki = Pki::new(&dir, "pki");
     let tls = format!("tls-certificates = {:?}\n{MEMORY}", pki.dir());
     let mut server = configured(&dir, &tls);
@@ -286,14 +286,14 @@ fn only_regular_files_are_read() {
 }
 
 #[test]
-fn a_reload_that_hangs_holds_up_no_signal_and_no_client() {
+fn a_hung_reload_delays_no_signal_and_no_client() {
     let dir = Dir::new();
     let mute = UnixListener::bind(dir.at("mute.sock")).unwrap();
     let mut server = configured(&dir, MEMORY);
     let hangs = format!("{MEMORY}[[export]]\nname = \"x\"\ndevice = \"vhost-user=mute.sock,connect-timeout=10000s\"\n");
     fs::write(dir.at("nbdblk.toml"), hangs).unwrap();
     server.signal(Signal::SIGHUP);
-    // The device's socket is connected to: the reload waits for an answer.
+    // The reload has connected to the device's socket, and waits for an answer.
     let (_connected, _) = mute.accept().unwrap();
     is_served(&dir, "nbd.sock");
     let asks = nbdblk().args(["reload", "nbdblk.toml", "--timeout", "500ms"]).within(dir.path());
@@ -305,7 +305,7 @@ fn a_reload_that_hangs_holds_up_no_signal_and_no_client() {
 }
 
 #[test]
-fn silent_clients_of_the_control_socket_delay_nobody() {
+fn silent_clients_of_the_control_socket_do_not_delay_others() {
     let dir = Dir::new();
     let server = configured(&dir, MEMORY);
     // Each of them may be silent for 5 s.
@@ -314,7 +314,7 @@ fn silent_clients_of_the_control_socket_delay_nobody() {
     let output = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).ok();
     assert_eq!(output.out, "nothing has changed\n");
     assert!(start.elapsed() < Duration::from_secs(60));
-    // Not more of them are kept than some.
+    // The server keeps only some of them.
     let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
     assert!(fds < 150, "{fds} descriptors");
     drop(silent);
@@ -345,7 +345,7 @@ fn readers_that_do_not_read_delay_nothing() {
     eventually("it has written its pid file", || dir.at("pid").exists());
     is_served(&dir, "nbd.sock");
     ends(server, 0);
-    // A descriptor to tell that it is ready: a full pipe, and one without a reader.
+    // The descriptor of --ready-fd: a full pipe, and one without a reader.
     let (_reader, writer) = full_pipe();
     let server = sh(&dir, "exec 9>&1 >ready.log; exec \"$N\" serve memory=1M -U nbd.sock --ready-fd 9 -P pid");
     let server = server.stdout(writer).spawn(dir.at("log"));
@@ -373,13 +373,13 @@ fn closed_standard_streams_are_survived() {
 }
 
 #[test]
-fn nothing_is_left_of_a_pid_file_that_cannot_be_written() {
+fn a_pid_file_that_cannot_be_written_leaves_nothing_behind() {
     let dir = Dir::new();
     let output = sh(&dir, "ulimit -f 0; exec \"$N\" serve null=1M -U nbd.sock -P pid --memory 1M").run();
     assert!(output.err.contains("pid file pid") && output.err.contains("File too large"), "{output:?}");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     check_left(&dir, &[]);
-    // A name that leaves no room for more.
+    // The longest possible name.
     let name = "p".repeat(255);
     let mut server =
         nbdblk().args(["serve", "memory=1M", "-U", "nbd.sock", "-P", &name]).within(dir.path()).spawn(dir.at("log"));

@@ -1,4 +1,4 @@
-//! A file of exports that is read again while real clients are served from it.
+//! The server reads its file of exports again while it serves real clients.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -11,10 +11,10 @@ use nix::unistd::Pid;
 
 use crate::MIB;
 
-/// ESHUTDOWN, as it goes over the wire.
+/// ESHUTDOWN, as on the wire.
 const SHUTDOWN: u32 = 108;
 
-/// A server with a file of exports, the first of which stays.
+/// A server with a file of exports; the first export stays.
 struct Fleet {
     dir: Dir,
     server: Nbdblk,
@@ -35,14 +35,14 @@ impl Fleet {
         nbdblk().args(["reload", "nbdblk.toml"]).within(self.dir.path()).run()
     }
 
-    /// The new exports are accepted, and this is what has changed.
+    /// The new exports are accepted, with these changes.
     #[track_caller]
     fn change(&self, exports: &str, changes: &str) {
         let Output { status, out, err } = self.reload(exports);
         assert_eq!((status.code(), out.trim_end(), err.as_str()), (Some(0), changes, ""));
     }
 
-    /// They are refused with all these words.
+    /// They are refused, with all these words.
     #[track_caller]
     fn refuse(&self, exports: &str, words: &[&str]) {
         let Output { status, out, err } = self.reload(exports);
@@ -64,7 +64,7 @@ impl Fleet {
 fn write(dir: &Dir, exports: &str) {
     let stays = "[[export]]\nname = \"stays\"\ndevice = \"io_uring=disk.raw\"\n";
     std::fs::write(dir.at("new.toml"), format!("control = \"control.sock\"\n{stays}{exports}")).unwrap();
-    // At once, so that nobody reads half of it.
+    // Atomically, so that the server never reads half of it.
     std::fs::rename(dir.at("new.toml"), dir.at("nbdblk.toml")).unwrap();
 }
 
@@ -115,14 +115,14 @@ fn exports_come_change_and_go_while_fio_works_on_another() {
 }
 
 #[test]
-fn other_words_reach_who_connects_from_then_on() {
+fn changed_properties_apply_to_new_clients() {
     let fleet = Fleet::start(&export("x", "memory=1M", "on-remove = \"hard\""));
     let mut client = fleet.enter("x");
     let words =
         "on-remove = \"hard\"\ndescription = \"new\"\nallow = [\"uid=0\", \"uid=4294967294\", \"ip=10.0.0.0/8\"]";
     fleet.change(&export("x", "memory=1M", words), "updated: \"x\"");
     client.write(0, b"goes on");
-    // Only whom the rules name finds it, and nobody notices who does not.
+    // Only clients that match a rule can see it; other clients do not notice.
     fleet.change(&export("x", "memory=1M", "allow = \"uid=4294967294\""), "updated: \"x\"");
     assert!(!fleet.has("x"));
     assert_eq!(client.read(0, 7), b"goes on");
@@ -132,12 +132,12 @@ fn other_words_reach_who_connects_from_then_on() {
 }
 
 #[test]
-fn a_wrong_file_changes_nothing() {
+fn an_invalid_file_changes_nothing() {
     let x = export("x", "memory=1M", "");
     let fleet = Fleet::start(&x);
     let mut client = fleet.enter("x");
     let mode = std::fs::metadata(fleet.dir.at("control.sock")).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600, "nobody else may ask");
+    assert_eq!(mode & 0o777, 0o600, "no other user may request a reload");
     let wrong = [
         ("[[export]]\nname = \"y\"\ndevice = \"memory=1M\"\n[[export]]\nname = 7\n", "9:8", "TOML integer"),
         ("[[export]]\nname = \"y\"\ndevice = \"io_uring=gone.raw\"\n", "7:10", "gone.raw"),
@@ -154,7 +154,7 @@ fn a_wrong_file_changes_nothing() {
     }
     fleet.change(&x, "nothing has changed");
     fleet.change(&format!("{x}{}", export("y", "null=1M", "")), "added: \"y\"");
-    // A setting that is not about exports.
+    // A setting that does not concern exports.
     let text = std::fs::read_to_string(fleet.dir.at("nbdblk.toml")).unwrap();
     std::fs::write(fleet.dir.at("nbdblk.toml"), format!("threads = 1\nmemory = \"2M\"\n{text}")).unwrap();
     let told = nbdblk().args(["reload", "--control", "control.sock"]).within(fleet.dir.path()).ok().out;
@@ -167,7 +167,7 @@ fn a_wrong_file_changes_nothing() {
 }
 
 #[test]
-fn renewed_certificates_are_taken() {
+fn renewed_certificates_are_used() {
     let dir = Dir::new();
     let (old, new) = (Pki::new(&dir, "old"), Pki::new(&dir, "new"));
     let write = |tls: &str| {
@@ -183,7 +183,7 @@ fn renewed_certificates_are_taken() {
     write("tls = \"require\"\ntls-certificates = \"old\"");
     let server = Nbdblk::tcp(&dir, &["--config", "nbdblk.toml"]);
     let mut first = enter(&server, &old);
-    // Of the same name, as they are when they have been renewed.
+    // With the same names, like renewed certificates.
     std::fs::rename(dir.at("old"), dir.at("past")).unwrap();
     std::fs::rename(dir.at("new"), dir.at("old")).unwrap();
     assert_eq!(reload().out.trim_end(), "nothing has changed");
@@ -195,8 +195,8 @@ fn renewed_certificates_are_taken() {
         tool("nbdsh").args(["-c", &connect]).run()
     };
     assert_eq!(ask("old").out.trim_end(), "bytearray(b'goes on')", "{}", server.log());
-    assert!(!ask("past").status.success(), "who knows the former authority only does not trust the new one");
-    // Certificates that are not there leave everything as it was, and TLS can be switched off.
+    assert!(!ask("past").status.success(), "a client with the old authority does not trust the new one");
+    // Missing certificates leave everything unchanged, and TLS can be switched off.
     write("tls = \"require\"\ntls-certificates = \"gone\"");
     let refused = reload();
     assert!(refused.status.code() == Some(1) && refused.err.contains("nbdblk.toml:2:1: TLS with"), "{}", refused.err);
@@ -209,7 +209,7 @@ fn renewed_certificates_are_taken() {
 }
 
 #[test]
-fn a_storm_of_reloads_disturbs_nobody_and_leaves_nothing() {
+fn many_reloads_disturb_no_client_and_leak_nothing() {
     let fleet = Fleet::start("");
     let hang_up = |exports: &str| {
         write(&fleet.dir, exports);
@@ -245,7 +245,7 @@ fn a_storm_of_reloads_disturbs_nobody_and_leaves_nothing() {
 }
 
 #[test]
-fn sighup_has_the_file_read_again() {
+fn sighup_reloads_the_file() {
     let fleet = Fleet::start(&export("x", "memory=1M", "on-remove = \"soft\""));
     let hang_up = |exports: &str, said: &str| {
         write(&fleet.dir, exports);
@@ -256,7 +256,7 @@ fn sighup_has_the_file_read_again() {
     assert!(fleet.has("x"));
     hang_up(&export("y", "null=1M", ""), "reloaded: added: \"y\"; removed: \"x\" (soft)");
     assert!(fleet.has("y") && !fleet.has("x"));
-    // libnbd's own view of a soft removal: it is told, and says goodbye.
+    // libnbd's view of a soft removal: it gets an error and disconnects.
     let script = format!(
         "import os, errno
 text = open({path:?}).read()

@@ -1,4 +1,4 @@
-//! The transmission phase by hand: every command, right or wrong, is answered in step and in every mode.
+//! The transmission phase at the level of bytes: every command, valid or not, gets its reply in step and in every mode.
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, flag};
 use nbdblk_tests::{Dir, Nbdblk, Rng, allocated, eventually, write_runs};
@@ -15,7 +15,7 @@ fn everywhere(test: impl Fn(&mut Raw)) {
             let mut raw = Raw::enter(stand.server.address(), mode, "");
             assert_eq!(raw.size, SIZE);
             test(&mut raw);
-            // Whatever came before, the conversation is in step.
+            // After any test, the stream is in step.
             raw.write(0, b"in step.");
             assert_eq!(raw.read(0, 8), b"in step.", "{behind:?} {mode:?}");
         }
@@ -24,7 +24,7 @@ fn everywhere(test: impl Fn(&mut Raw)) {
 }
 
 #[test]
-fn commands_beyond_the_end_are_refused_and_their_payload_swallowed() {
+fn commands_beyond_the_end_are_refused_and_their_payload_discarded() {
     everywhere(|raw| {
         for (at, len) in
             [(SIZE, 1_u32), (SIZE - 1, 2), (SIZE - 512, 1024), (u64::MAX, 1), (u64::MAX - 511, 512), (1 << 63, 4096)]
@@ -40,7 +40,7 @@ fn commands_beyond_the_end_are_refused_and_their_payload_swallowed() {
         for (command, error) in [(cmd::WRITE_ZEROES, errno::ENOSPC), (cmd::TRIM, errno::EINVAL)] {
             assert_eq!(raw.call(0, command, 0, u32::MAX, b"").error, error, "{command} of 2^32-1 bytes");
         }
-        // The last byte can still be read.
+        // The last byte can be read.
         raw.read(SIZE - 1, 1);
     });
 }
@@ -60,7 +60,7 @@ fn unknown_commands_and_flags_are_refused() {
                 assert_eq!(raw.call(flags, command, 0, len, b"").error, errno::EINVAL, "{command} flags {flags:#x}");
             }
         }
-        // Known flags on commands that do not take them.
+        // Known flags on commands that do not allow them.
         for (flags, command) in [
             (flag::NO_HOLE, cmd::READ),
             (flag::REQ_ONE, cmd::READ),
@@ -75,14 +75,14 @@ fn unknown_commands_and_flags_are_refused() {
 }
 
 #[test]
-fn fua_is_taken_on_every_command() {
+fn fua_is_accepted_on_every_command() {
     everywhere(|raw| {
         let data = raw.read(4096, 4096);
         assert_eq!(raw.call(flag::FUA, cmd::READ, 4096, 4096, b"").data, data);
         assert_eq!(raw.call(flag::FUA, cmd::WRITE, 4096, 4096, &data).error, 0);
         assert_eq!(raw.call(flag::FUA, cmd::FLUSH, 0, 0, b"").error, 0);
         assert_eq!(raw.call(flag::FUA, cmd::TRIM, MIB, MIB as u32, b"").error, 0);
-        // A device that cannot fetch ahead does not offer CACHE, and then refuses it.
+        // A device that cannot prefetch does not offer CACHE, and refuses it.
         let cache = if raw.flags & (1 << 10) != 0 { 0 } else { errno::EINVAL };
         assert_eq!(raw.call(flag::FUA, cmd::CACHE, 0, 4096, b"").error, cache);
         assert_eq!(raw.call(flag::FUA, cmd::WRITE_ZEROES, 8192, 4096, b"").error, 0);
@@ -92,21 +92,21 @@ fn fua_is_taken_on_every_command() {
 }
 
 #[test]
-fn nothing_at_all_can_be_asked_for() {
+fn requests_of_no_bytes_get_a_reply() {
     everywhere(|raw| {
-        // Length 0 is unspecified: any answer will do, but there must be one.
+        // Length 0 is unspecified: any reply is allowed, but there must be one.
         for command in [cmd::READ, cmd::WRITE, cmd::TRIM, cmd::WRITE_ZEROES, cmd::CACHE, cmd::BLOCK_STATUS] {
             for at in [0, SIZE, SIZE + 1] {
                 raw.call(0, command, at, 0, b"");
             }
         }
-        // A flush with a range, too: reserved, and taken or refused in step.
+        // Also a flush with a range: it is reserved, and accepted or refused in step.
         raw.call(0, cmd::FLUSH, 512, 512, b"");
     });
 }
 
 #[test]
-fn status_is_true_and_only_for_those_who_asked() {
+fn status_is_correct_and_only_for_clients_that_negotiated_it() {
     everywhere(|raw| {
         let answer = raw.call(0, cmd::BLOCK_STATUS, 4096, MIB as u32, b"");
         let one = raw.call(flag::REQ_ONE, cmd::BLOCK_STATUS, 4096, MIB as u32, b"");
@@ -120,7 +120,7 @@ fn status_is_true_and_only_for_those_who_asked() {
 }
 
 #[test]
-fn a_fast_zero_is_fast_or_refused_without_harm() {
+fn a_fast_zero_is_fast_or_refused() {
     everywhere(|raw| {
         raw.write(MIB, &[0x77; 65536]);
         let fast_zero_offered = raw.flags & (1 << 11) != 0;
@@ -198,7 +198,7 @@ fn df_gets_one_chunk() {
     let mut raw = Raw::enter(stand.server.address(), Mode::Structured, "");
     assert!(raw.flags & (1 << 7) != 0, "SEND_DF is offered with structured replies");
     let whole = raw.read(0, 4 * MIB as u32);
-    // The chunk header by hand: DONE, OFFSET_DATA, our cookie, and all of the data at once.
+    // Check the chunk header: DONE, OFFSET_DATA, our cookie, and all data at once.
     raw.send(&Mode::Structured.header(flag::DF, cmd::READ, 99, 0, 65536 + 4096));
     let header = raw.receive(20);
     assert_eq!(&header[..4], 0x668e_33ef_u32.to_be_bytes());
@@ -208,15 +208,15 @@ fn df_gets_one_chunk() {
     assert_eq!(raw.receive(8), 0_u64.to_be_bytes());
     assert!(raw.receive(65536 + 4096) == whole[..65536 + 4096]);
     if header[5] == 0 {
-        // DONE may come in an empty chunk of its own.
+        // DONE may come in a separate, empty chunk.
         assert_eq!(raw.receive(20)[4..8], [0, 1, 0, 0]);
     }
     raw.read(0, 512);
 }
 
 #[test]
-fn zeroes_are_told_as_holes_and_not_sent() {
-    // Of 64 KiB and more; where an unaligned read is cut is the server's affair.
+fn zeroes_are_sent_as_holes() {
+    // Holes of at least 64 KiB; the server may cut unaligned reads anywhere.
     let (few, any) = (|holes: &[(u64, u64)]| Some(holes.to_vec()), None);
     let reads = [
         (0, 4 * MIB, few(&[(0, MIB), (2 * MIB, MIB), (3 * MIB + 64 * KIB, MIB - 64 * KIB)])),
@@ -249,16 +249,16 @@ fn zeroes_are_told_as_holes_and_not_sent() {
 }
 
 #[test]
-fn a_payload_at_the_limit_is_served_and_one_above_it_is_answered_in_step() {
+fn a_payload_at_the_limit_is_served_and_one_above_it_gets_a_reply_in_step() {
     for behind in Behind::BOTH {
         let stand = behind.stand(64 * MIB, &[(0, 64 * MIB)]);
         for mode in Mode::ALL {
             let mut raw = Raw::enter(stand.server.address(), mode, "");
-            // 32 MiB is what every client may rely on.
+            // Every client may use 32 MiB.
             let data = Rng(mode as u64).bytes(32 * MIB as usize);
             raw.write(512, &data);
             assert!(raw.read(512, 32 * MIB as u32) == data, "{behind:?} {mode:?}");
-            // Above it: served or refused, but never a cut.
+            // Above it, served or refused, but never truncated.
             for len in [32 * MIB + 1, 33 * MIB] {
                 let answer = raw.call(0, cmd::WRITE, 0, len as u32, &vec![mode as u8; len as usize]);
                 let written = match answer.error {
@@ -284,7 +284,7 @@ fn a_read_only_export_refuses_every_change() {
     check_refuses_changes(&server);
 }
 
-/// The export is read-only, and says EPERM to whoever does not look at that.
+/// The export is read-only, and a client that ignores the flag gets EPERM.
 pub(crate) fn check_refuses_changes(server: &Nbdblk) {
     for mode in Mode::ALL {
         let mut raw = Raw::enter(server.address(), mode, "");
@@ -319,7 +319,7 @@ fn seventeen_mebibytes_are_zeroed_and_so_are_a_hundred_and_twenty_eight() {
 }
 
 #[test]
-fn a_trim_gives_the_space_back() {
+fn a_trim_frees_the_space() {
     for behind in Behind::BOTH {
         let stand = behind.stand(64 * MIB, &[(0, 32 * MIB)]);
         let before = allocated(&stand.image);
@@ -329,7 +329,7 @@ fn a_trim_gives_the_space_back() {
         assert_eq!(raw.call(flag::FUA, cmd::TRIM, 16 * MIB, 8 * MIB as u32, b"").error, 0, "{behind:?}");
         let after = allocated(&stand.image);
         assert!(after + 15 * MIB <= before, "{behind:?}: {before} bytes before, {after} after");
-        // A hint only, at odd places: never an error, never more than was asked for.
+        // It is only a hint, at unaligned places: never an error, never more than requested.
         let neighbour = raw.read(0, 7);
         assert_eq!(raw.call(0, cmd::TRIM, 7, 100, b"").error, 0, "{behind:?}");
         assert_eq!(raw.read(0, 7), neighbour);
@@ -344,7 +344,7 @@ fn a_disk_beyond_four_gibibytes_is_described_and_zeroed() {
     let server = Nbdblk::unix(&dir, &["io_uring=disk.raw"]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     assert_eq!(raw.size, size);
-    // The longest that a request can say, in whole blocks. The hole is longer than that.
+    // The longest request, in whole blocks. The hole is longer.
     const ALIGNED: u32 = !511;
     for (at, len) in [(0, u32::MAX), (0, ALIGNED), (5 * 1024 * MIB, ALIGNED), (4096, 1 << 31)] {
         let answer = raw.call(0, cmd::BLOCK_STATUS, at, len, b"");
@@ -359,7 +359,7 @@ fn a_disk_beyond_four_gibibytes_is_described_and_zeroed() {
     }
     raw.write(size - 512, &[1; 512]);
     assert_eq!(raw.read(size - 512, 512), [1; 512]);
-    // More at once than any limit inside: all of it, or an error; never less.
+    // More at once than any internal limit: all of it or an error, never less.
     raw.write(4 * 1024 * MIB - 512, &[2; 1024]);
     assert_eq!(raw.call(0, cmd::WRITE_ZEROES, MIB, ALIGNED, b"").error, 0);
     assert_eq!(raw.read(4 * 1024 * MIB - 512, 1024), [0; 1024]);
@@ -389,13 +389,13 @@ fn one_extended_request_reaches_over_six_tebibytes() {
         assert_eq!(raw.call_long(flags, command, 0, 6 * TIB, b"").error, 0, "command {command}, flags {flags}");
         assert_eq!(raw.call_long(0, cmd::BLOCK_STATUS, 0, 6 * TIB, b"").extents, [(6 * TIB, hole)]);
         assert_eq!((raw.read(EDGE - 4096, 8192), raw.read(5 * TIB, 1)), (vec![0; 8192], vec![0]));
-        // One byte more is past the end, and so is what would wrap around.
+        // One byte more is past the end, and so is a range that would wrap around.
         for len in [6 * TIB + 1, u64::MAX] {
             let error = if command == cmd::TRIM { errno::EINVAL } else { errno::ENOSPC };
             assert_eq!(raw.call_long(flags, command, 0, len, b"").error, error);
         }
     }
-    // With 32 bits a hole is told up to the last whole block of them.
+    // With 32 bits, a hole is reported up to the last whole block.
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     for (at, len) in [(0, u32::MAX), (EDGE - 512, u32::MAX), (4096, 1 << 31)] {
         assert_eq!(raw.call(0, cmd::BLOCK_STATUS, at, len, b"").extents, [(len.into(), 3)], "{len}@{at}");
@@ -403,7 +403,7 @@ fn one_extended_request_reaches_over_six_tebibytes() {
 }
 
 #[test]
-fn what_one_connection_wrote_another_reads() {
+fn one_connection_reads_the_writes_of_another() {
     for behind in Behind::BOTH {
         let stand = behind.stand(SIZE, &[]);
         let mut raws: Vec<Raw> = (0..8).map(|n| Raw::enter(stand.server.address(), Mode::ALL[n % 4], "")).collect();
@@ -438,7 +438,7 @@ fn disc_after_writes_finishes_them() {
 }
 
 #[test]
-fn a_server_that_polls_goes_to_sleep_when_nobody_asks() {
+fn a_polling_server_sleeps_when_idle() {
     let dir = Dir::new();
     let server = Nbdblk::unix(&dir, &["memory=1M", "--poll", "1000"]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");

@@ -1,4 +1,4 @@
-//! TLS: every client, both versions, and what must be refused without harm to anybody else.
+//! TLS: all clients, both versions, and errors that must not affect other clients.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -9,7 +9,7 @@ use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, Rng, Version, assert_equal, e
 
 use crate::MIB;
 
-/// A server with certificates that `mode` says how to use, its authority, and an image of 64 MiB.
+/// A server with certificates, used as `mode` requires, with its authority, and an image of 64 MiB.
 struct Stand {
     server: Nbdblk,
     pki: Pki,
@@ -40,23 +40,23 @@ impl Stand {
     }
 }
 
-/// The printed URI names the directory of the server's certificates, which is the clients' as well.
+/// The printed URI names the directory of the server's certificates, which has the client's as well.
 fn uri(server: &Nbdblk, dir: &str) -> String {
     let printed = server.printed_uri();
     let (place, _) = printed.split_once("tls-certificates=").unwrap_or_else(|| panic!("no certificates in {printed}"));
     format!("{place}tls-certificates={dir}")
 }
 
-/// A client that is held to a version, by the configuration of GnuTLS: libnbd's and qemu's both.
+/// A client that is limited to a version by the configuration of GnuTLS, which libnbd and QEMU use.
 fn client(dir: &Dir, name: &str, version: Version) -> Cmd {
     let config = dir.text(&format!("gnutls-{version:?}"));
-    // It takes the highest that both sides have. To disable 1.2 disables what 1.3 needs as well.
+    // It uses the highest version of both sides. Disabling 1.2 would also disable parts that 1.3 needs.
     let disabled = if version == Version::Tls12 { "disabled-version = tls1.3" } else { "" };
     std::fs::write(&config, format!("[overrides]\n{disabled}\n")).unwrap();
     tool(name).env("GNUTLS_SYSTEM_PRIORITY_FILE", config)
 }
 
-/// nbdsh, allowed to read the certificates, connected as `h`.
+/// nbdsh with permission to read the certificates, connected as `h`.
 fn nbdsh(dir: &Dir, version: Version, uri: &str, script: &str) -> String {
     let connect = format!("h.set_uri_allow_local_file(True); h.set_strict_mode(0); h.connect_uri({uri:?})");
     client(dir, "nbdsh", version).args(["-c", &connect, "-c", script]).ok().out
@@ -65,7 +65,7 @@ fn nbdsh(dir: &Dir, version: Version, uri: &str, script: &str) -> String {
 fn every_client(stand: &Stand) {
     let Stand { server, pki, dir } = stand;
     let (image, copy, uri) = (dir.text("disk.raw"), dir.text("copy.raw"), server.printed_uri());
-    // qemu has no nbds: URIs.
+    // QEMU does not support nbds: URIs.
     let place = match server.address() {
         Address::Unix(path) => format!("path={}", path.display()),
         Address::Tcp(address) => format!("host=localhost,port={}", address.port()),
@@ -130,11 +130,11 @@ fn every_client_over_unix() {
 }
 
 #[test]
-fn whoever_has_no_certificate_of_ours_is_refused_and_nobody_else() {
+fn only_clients_without_a_valid_certificate_are_refused() {
     let stand = Stand::require(Nbdblk::tcp);
     let Stand { server, pki, dir } = &stand;
     let others = Pki::new(dir, "others");
-    // Both trust the server: that is not what is tested.
+    // Both trust the server: this test is not about that.
     let (none, wrong) = (dir.text("none"), dir.text("wrong"));
     for (to, files) in [(&none, &[][..]), (&wrong, &["client-cert.pem", "client-key.pem"])] {
         std::fs::create_dir(to).unwrap();
@@ -144,7 +144,7 @@ fn whoever_has_no_certificate_of_ours_is_refused_and_nobody_else() {
     for version in Version::BOTH {
         for bad in [&none, &wrong] {
             let output = client(dir, "nbdinfo", version).args(["--size", &stand.uri(bad)]).run();
-            assert!(!output.status.success(), "{version:?}: somebody with {bad} came in");
+            assert!(!output.status.success(), "{version:?}: a client with {bad} got in");
         }
         let good = client(dir, "nbdinfo", version).args(["--size", server.printed_uri()]).ok().out;
         assert_eq!(good.trim(), (64 * MIB).to_string());
@@ -192,17 +192,17 @@ fn where_tls_is_required_plain_text_gets_nothing() {
 }
 
 #[test]
-fn what_came_before_starttls_is_forgotten() {
+fn state_from_before_starttls_is_cleared() {
     let stand = Stand::new(Nbdblk::tcp, "on", &[]);
     for version in Version::BOTH {
         let mut raw = Raw::greeted(stand.server.address());
         assert_eq!(raw.ask_kind(opt::STRUCTURED_REPLY, b""), rep::ACK);
         assert_eq!(raw.ask_kind(opt::SET_META_CONTEXT, &meta_query("", &["base:allocation"])), rep::ACK);
-        // Raw does not take a structured answer where it has not asked for one, under TLS.
+        // Under TLS, Raw refuses a structured reply if it has not negotiated it.
         let mut raw = raw.start_tls(&stand.pki, version).entered(Mode::Simple, "");
         assert_eq!(raw.read(0, 70_000).len(), 70_000);
         assert_eq!(raw.call(0, cmd::BLOCK_STATUS, 0, 4096, b"").error, errno::EINVAL);
-        // And whoever does not want TLS here needs none.
+        // A client that does not use TLS needs none here.
         Raw::enter(stand.server.address(), Mode::Structured, "").read(0, 1);
     }
 }
@@ -222,7 +222,7 @@ fn a_refused_write_is_drained_through_tls() {
         for (version, mode) in Version::BOTH.into_iter().flat_map(|version| Mode::ALL.map(|mode| (version, mode))) {
             let mut raw = stand.raw(version).entered(mode, "");
             let before = raw.read(0, 4096);
-            // Read-only, or past the end: refused in either case, 33 MiB of payload and all.
+            // Read-only, or past the end: refused in both cases, with a payload of 33 MiB.
             let write = raw.request(0, cmd::WRITE, 60 * MIB, 33 * MIB as u32, &vec![7; 33 * MIB as usize]);
             let read = raw.request(0, cmd::READ, 0, 4096, b"");
             let (refused, answer) = (raw.answer(), raw.answer());
@@ -254,7 +254,7 @@ fn records_may_be_of_any_size_and_keys_may_change() {
 }
 
 #[test]
-fn a_client_that_takes_no_answers_gets_them_all_in_the_end() {
+fn a_client_that_reads_late_gets_all_replies() {
     let stand = Stand::require(Nbdblk::tcp);
     for version in Version::BOTH {
         let before = stand.server.resident_private();
@@ -278,7 +278,7 @@ fn a_client_that_takes_no_answers_gets_them_all_in_the_end() {
 }
 
 #[test]
-fn garbage_and_broken_handshakes_are_no_harm() {
+fn garbage_and_broken_handshakes_are_harmless() {
     let stand = Stand::require(Nbdblk::tcp);
     let Address::Tcp(address) = stand.server.address() else { unreachable!("it listens on TCP") };
     let settled = |version| stand.raw(version).entered(Mode::Simple, "").read(0, 1);
@@ -293,7 +293,7 @@ fn garbage_and_broken_handshakes_are_no_harm() {
         stream.read_exact(&mut greeting).unwrap();
         stream
     };
-    // One that says nothing more is cut off at the deadline; the others are not kept waiting by it.
+    // A silent client is disconnected at the deadline; the others do not wait for it.
     let (mut silent, start) = (begin(), Instant::now());
     silent.write_all(&[22, 3, 1, 2, 0, 1]).unwrap();
 
@@ -307,14 +307,14 @@ fn garbage_and_broken_handshakes_are_no_harm() {
         let mut stream = begin();
         stream.write_all(&changed).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
-        // Whatever it answers, it ends.
+        // Whatever the reply is, the connection ends.
         let _ = stream.read_to_end(&mut Vec::new());
         drop(begin().write_all(&rng.bytes(n * 100)));
     }
     Version::BOTH.into_iter().for_each(|version| drop(settled(version)));
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let end = silent.read_to_end(&mut Vec::new());
-    assert!(end.is_ok() || start.elapsed() < Duration::from_secs(60), "nobody cut off a silent client");
+    assert!(end.is_ok() || start.elapsed() < Duration::from_secs(60), "the server did not disconnect a silent client");
     eventually("the descriptors are closed", || stand.server.fds() <= fds);
     assert!(stand.server.terminate().success());
 }
@@ -349,14 +349,14 @@ fn listed(raw: &mut Raw) -> Vec<String> {
 }
 
 #[test]
-fn an_export_that_needs_tls_is_not_there_without() {
+fn an_export_that_needs_tls_is_invisible_without() {
     let dir = Dir::new();
     let pki = Pki::new(&dir, "pki");
     let args = ["open:memory=1M", "secret:memory=2M", "--tls-only=secret", "--tls-certificates", pki.dir()];
     let server = Nbdblk::unix(&dir, &args);
     let mut raw = Raw::greeted(server.address());
     assert_eq!(listed(&mut raw), ["open"]);
-    // Nobody learns by this whether there is such an export.
+    // The reply does not show whether the export exists.
     for (name, option) in [("secret", opt::INFO), ("secret", opt::GO), ("nosuch", opt::INFO), ("nosuch", opt::GO)] {
         assert_eq!(raw.ask_kind(option, &info_query(name, &[])), rep::ERR_TLS_REQD, "{name}");
     }
@@ -398,7 +398,7 @@ fn an_export_for_one_certificate_is_open_to_its_owner_only() {
 fn pre_shared_keys() {
     let dir = Dir::new();
     write_runs(&dir.at("disk.raw"), 64 * MIB, [(0, 20 * MIB)]);
-    // qemu looks for keys.psk in a directory, and for a user in it.
+    // QEMU reads keys.psk in a directory, and looks for a user in it.
     let keys = dir.text("keys.psk");
     for user in ["alice", "qemu"] {
         tool("psktool").args(["-u", user, "-p", &keys]).ok();
@@ -441,7 +441,7 @@ fn pre_shared_keys() {
 }
 
 #[test]
-fn what_is_wrong_with_the_files_is_said_at_start() {
+fn errors_in_the_files_are_reported_at_start() {
     let dir = Dir::new();
     let (pki, others) = (Pki::new(&dir, "pki"), Pki::new(&dir, "others"));
     std::fs::create_dir(dir.at("empty")).unwrap();

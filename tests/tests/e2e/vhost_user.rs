@@ -1,4 +1,4 @@
-//! What only a device in another process can do: be read-only, have many queues, hang, and die under load.
+//! Properties of a device in another process: read-only exports, many queues, hangs, and death under load.
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
 use nbdblk_tests::{Address, Daemon, Dir, Export, Nbdblk, Qsd, eventually, nbdblk, nbdinfo, tool, write_runs};
@@ -8,7 +8,7 @@ use crate::requests::check_refuses_changes;
 use crate::{Behind, MIB};
 
 #[test]
-fn a_read_only_export_is_served_read_only_without_being_told() {
+fn a_read_only_export_is_served_read_only_without_an_option() {
     let dir = Dir::new();
     let image = dir.at("disk.raw");
     write_runs(&image, 8 * MIB, [(0, MIB)]);
@@ -85,7 +85,7 @@ try:
 except nbd.Error as error:
     print('ended by', error.errno)";
     let mut load = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(stand.dir.at("load.log"));
-    // Beside it a client with many requests under way, and one that is idle.
+    // In addition, a client with many requests in flight, and an idle one.
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     let mut idle = Raw::enter(server.address(), Mode::Simple, "");
     load.await_text("under load");
@@ -104,7 +104,7 @@ except nbd.Error as error:
     let answer = idle.call(0, cmd::WRITE, 0, 4096, &[0; 4096]);
     assert!([errno::EIO, errno::ESHUTDOWN].contains(&answer.error), "WRITE: error {}", answer.error);
 
-    // A client that comes now is answered too: refused in the handshake or told EIO.
+    // A client that connects now is also served: refused in the handshake, or it gets EIO.
     let late = tool("nbdsh").args(["-u", &server.uri(), "-c", "h.pread(512, 0)"]).run();
     assert!(!late.status.success(), "{late:?}");
     assert!(server.is_alive());
@@ -125,15 +125,15 @@ fn a_device_that_hangs_does_not_keep_the_server_from_ending() {
         raw.send(&Mode::Simple.header(0, cmd::READ, n, n * 4096, 4096));
         raw.send(&Mode::Simple.request(0, cmd::WRITE, n, n * 4096, 4096, &[0; 4096]));
     }
-    // Others are still greeted and told what there is.
+    // Other clients can still do their handshake.
     assert_eq!(Raw::enter(stand.server.address(), Mode::Structured, "").size, 64 * MIB);
     assert!(stand.server.terminate().success());
     qsd.thaw();
 }
 
-/// A device that stops answering is given up after a time that the user sets.
+/// A device that stops answering is declared dead after a time that the user sets.
 #[test]
-fn a_device_that_hangs_is_given_up() {
+fn a_device_that_hangs_is_declared_dead() {
     let dir = Dir::new();
     let image = dir.sparse("disk.raw", 64 * MIB);
     let qsd = Qsd::start(&dir, &image, Export::default());
@@ -151,9 +151,9 @@ fn a_device_that_hangs_is_given_up() {
     assert!(server.terminate().success());
 }
 
-/// A device that was slow for a while and comes back has lost nothing.
+/// A device that pauses and continues loses nothing.
 #[test]
-fn a_device_that_pauses_goes_on_where_it_was() {
+fn a_device_that_pauses_continues_without_loss() {
     let stand = Behind::VhostUser.stand(64 * MIB, &[(0, 64 * MIB)]);
     let qsd = stand.qsd.as_ref().expect("vhost-user has a process");
     let mut raw = Raw::enter(stand.server.address(), Mode::Structured, "");
@@ -201,8 +201,8 @@ fn a_device_with_blocks_of_4096_bytes_takes_any_byte() {
     }
 }
 
-/// Passes a conversation on, and keeps the descriptors that the front end shares. On SIGUSR1, or when a call eventfd first comes
-/// by, it does what a hostile back end could do with them.
+/// Forwards the messages, and keeps the descriptors that the front end shares. On SIGUSR1, or when it first sees a call eventfd,
+/// it attacks as a hostile back end could.
 const MEDDLER: &str = r#"
 import fcntl, os, signal, socket, struct, sys, threading
 
@@ -294,7 +294,7 @@ fn a_back_end_that_makes_a_kick_block_costs_only_its_export() {
     let mut bad = Raw::enter(server.address(), Mode::Structured, "bad");
     let mut good = Raw::enter(server.address(), Mode::Structured, "other");
     bad.read(0, 4096);
-    // It would empty the eventfds.
+    // qemu would empty the eventfds.
     qsd.freeze();
     meddler.signal(Signal::SIGUSR1);
     meddler.await_text("done");
@@ -334,7 +334,8 @@ fn a_back_end_that_attacks_while_it_is_opened_cannot_hang_anything() {
         let image = dir.sparse("disk.raw", 8 * MIB);
         let _qsd = Qsd::start(&dir, &image, Export::default());
         let (_meddler, spec) = meddler(&dir, attack);
-        // With qemu alive it may succeed; with the connection closed it cannot. Either way it ends, by its own time limits.
+        // While qemu runs, it may succeed; with the connection closed, it cannot. In both cases it ends within its own time
+        // limits.
         let output = nbdblk().args(["info", &format!("{spec},request-timeout=2s,connect-timeout=2s")]).run();
         assert!(!attack.contains("leave") || output.status.code() == Some(1), "{output:?}");
     }
@@ -350,7 +351,7 @@ fn another_servers_socket_is_no_back_end() {
     assert!(output.err.contains("not a vhost-user back end"), "{output:?}");
 }
 
-/// SIGTERM ends the server while a device is opened that does not let itself be.
+/// SIGTERM ends the server while it waits for a device that cannot be opened.
 #[test]
 fn a_signal_ends_the_opening_of_a_device() {
     let dir = Dir::new();

@@ -1,7 +1,7 @@
 //! A device that grows and shrinks while it is served.
 //!
-//! QEMU tells it of virtio disks alone: its NVMe controllers keep the size that they began with. What the NVMe driver does
-//! of it is tested with the model controller.
+//! QEMU reports changes only for virtio disks: its NVMe controllers keep their initial size. The model controller tests the NVMe
+//! driver.
 
 use nbdblk_tests::{Dir, Nbdblk, eventually, nbdinfo};
 
@@ -18,7 +18,7 @@ fn vdpa_pci() {
     check("$NBDBLK_VBLK_VDPA", || changed("vblk-vdpa", &expand("vdpa=$NBDBLK_VDPA_PCI")));
 }
 
-/// Who connects after the change sees the new size, and the log has both.
+/// A client that connects after the change sees the new size, and the log has both.
 fn changed(disk: &str, spec: &str) {
     let dir = Dir::new();
     let server = Nbdblk::unix(&dir, &["-v", spec]);

@@ -4,7 +4,7 @@ use nbdblk_tests::{Address, Dir, Nbdblk, tool};
 
 use crate::target::Target;
 
-/// Makes a file system, copies a tree, compares it after a second mount, and has it checked.
+/// Makes a file system, copies a tree, compares it after a second mount, and checks the file system.
 const FILE_SYSTEM: &str = "
 set -ex
 mkdir mnt
@@ -52,13 +52,13 @@ fn sockets(server: &Nbdblk) -> usize {
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// A disk, `/dev/nbdN`, with a server; let go when dropped.
+/// A disk, `/dev/nbdN`, with a server; detached when dropped.
 #[derive(Debug)]
 struct Attached(String);
 
 impl Attached {
     fn new(args: &[&str]) -> Self {
-        // Tests of other devices have disks, too.
+        // Tests of other devices use disks, too.
         let mut said = String::new();
         for disk in (0..8).map(|n| format!("/dev/nbd{n}")) {
             let output = tool("nbd-client").args(args).args([&disk]).run();
@@ -73,7 +73,7 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        // What a failed test left mounted would hold the device.
+        // A mount left by a failed test would hold the device.
         let _ = tool("umount").args(["-q", "-l", &self.0]).run();
         let _ = tool("nbd-client").args(["-d", &self.0]).run();
     }

@@ -4,9 +4,9 @@ use nbdblk_tests::{Dir, nbdsh, tool};
 
 use crate::target::Target;
 
-/// Killed while a client writes, nbdblk leaves a device that the next start has at once. But for VDUSE, where it is killed
-/// between two writes: qemu-storage-daemon 10, the device behind it, aborts when it is reset with requests in flight, and
-/// the kernel resets it when nbdblk's end closes the device.
+/// If nbdblk is killed while a client writes, the next start can use the device at once. With VDUSE, it is killed between two
+/// writes: qemu-storage-daemon 10, the device behind it, aborts when it is reset with requests in flight, and the kernel resets
+/// it when nbdblk's end closes the device.
 pub(crate) fn killed_in_mid_write(target: &Target) {
     let dir = Dir::new();
     let server = target.serve(&dir);

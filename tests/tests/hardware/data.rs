@@ -1,4 +1,4 @@
-//! Data through nbdblk, looked at through nbdblk and by the other way.
+//! Data through nbdblk, checked through nbdblk and by the other way.
 
 use nbdblk_tests::{Dir, Nbdkit, Rng, assert_equal, tool, write_runs};
 
@@ -6,8 +6,7 @@ use crate::target::{Other, Target, expand};
 
 const MIB: u64 = 1 << 20;
 
-/// What the scripts share: a pattern, its place, and how to look for it. They run without nbdsh, whose start takes twice
-/// as long.
+/// Shared by the scripts: a pattern, its place, and a check. They run without nbdsh, whose start takes twice as long.
 const SCRIPT: &str = "
 import nbd, random, sys
 h = nbd.NBD()
@@ -39,7 +38,7 @@ fn script(uri: &str, text: &str) -> String {
     tool("python3").args(["-c", &format!("{SCRIPT}{text}"), uri]).ok().out
 }
 
-/// An image with data and holes, over old data that must not show.
+/// An image with data and holes, over old data that must not be visible.
 pub(crate) fn copied_in_and_out(target: &Target) {
     let dir = Dir::new();
     let server = target.serve(&dir);
@@ -51,7 +50,7 @@ pub(crate) fn copied_in_and_out(target: &Target) {
     target.assert_holds(&source, 0, size);
 }
 
-/// An image copied in through the plugin of nbdkit, and parts of it read.
+/// An image copied in through the nbdkit plugin; parts of it are read.
 pub(crate) fn copied_in_by_the_plugin(target: &Target) {
     let dir = Dir::new();
     let spec = target.spec();
@@ -71,7 +70,7 @@ assert h.can_fua() and h.can_zero() and h.can_trim() and h.can_multi_conn()
     target.assert_holds(&source, 0, size);
 }
 
-/// Copies an image, the file `source`, over all of the device; answers the size.
+/// Copies an image, the file `source`, over the whole device. Returns the size.
 fn copied_in(dir: &Dir, uri: &str) -> u64 {
     let source = dir.text("source");
     let size = script(uri, "mark(range(MIB // 2, size - MARK, 5 * MIB), 0x5a)\nprint(size)");
@@ -82,7 +81,7 @@ fn copied_in(dir: &Dir, uri: &str) -> u64 {
     size
 }
 
-/// Random reads and writes, everything written read back and its checksum compared.
+/// Random reads and writes. Everything written is read back, and its checksum compared.
 pub(crate) fn verified_by_fio(target: &Target) {
     let dir = Dir::new();
     let server = target.serve(&dir);
@@ -146,7 +145,7 @@ expect_marks(places, 0)
     target.assert_holds(&zeroes, 0, 8 * MIB);
 }
 
-/// What was written with FUA is on the device, whatever happens to nbdblk then.
+/// Data written with FUA is on the device, whatever happens to nbdblk then.
 pub(crate) fn fua_survives_a_kill(target: &Target) {
     let dir = Dir::new();
     let path = dir.at("data");
@@ -166,7 +165,7 @@ h.zero(4096, 8 * MIB - 4096, nbd.CMD_FLAG_FUA)
     target.assert_holds(&dir.sparse("zeroes", 4096), 8 * MIB - 4096, 4096);
 }
 
-/// Reads, writes and zeroes at odd places against a model; what is there at the end is seen by the other way too.
+/// Reads, writes and zeroes at unaligned places, checked against a model. The final content is also checked by the other way.
 pub(crate) fn unaligned_requests(target: &Target) {
     let dir = Dir::new();
     let path = dir.at("model");
@@ -201,7 +200,7 @@ open({path:?}, 'wb').write(model)
     target.assert_holds(&path, 6 * MIB, MIB);
 }
 
-/// The longest request that clients may send, which is above every device's own limit.
+/// The longest request of clients, which exceeds every device's own limit.
 pub(crate) fn longest_requests(target: &Target) {
     let dir = Dir::new();
     let server = target.serve(&dir);
@@ -220,7 +219,7 @@ assert h.pread(longest, 0)[1:] == data[:-1]
     assert!(server.terminate().success());
 }
 
-/// Two clients write records that lie beside each other in the same blocks; no record is lost.
+/// Two clients write adjacent records in the same blocks; no record is lost.
 pub(crate) fn two_clients_in_the_same_blocks(target: &Target) {
     let dir = Dir::new();
     let server = target.serve(&dir);
@@ -246,7 +245,7 @@ for n in range(200):
     assert!(server.terminate().success());
 }
 
-/// What nbdblk writes is what QEMU's own driver of NVMe reads, and the other way round.
+/// QEMU's own NVMe driver reads the writes of nbdblk, and the other way round.
 #[test]
 fn qemu_and_nvme() {
     let target = Target { spec: "nvme=$NBDBLK_NVME/1", block: 512, other: Other::Nvme("$NBDBLK_NVME", 1) };

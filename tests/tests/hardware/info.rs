@@ -1,4 +1,4 @@
-//! What nbdblk says of a device, against what the kernel says of it.
+//! nbdblk's description of a device, compared with the kernel's.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::target::{Other, Target, check};
 
-/// Size, blocks, and what the device can do; the same to clients.
+/// Size, blocks and capabilities; clients get the same.
 pub(crate) fn is_true(target: &Target) {
     let info = target.info();
     assert_eq!(info["block_size"], target.block, "{info:#}");
@@ -22,7 +22,7 @@ pub(crate) fn is_true(target: &Target) {
             let queue = Path::new("/sys/block").join(storage.file_name().expect("a disk has a name")).join("queue");
             let says = |name: &str| fs::read_to_string(queue.join(name)).expect("sysfs has it").trim().to_owned();
             assert_eq!(says("logical_block_size"), target.block.to_string());
-            // A virtio disk does not say whether it is one that rotates.
+            // A virtio disk does not report whether it is rotational.
             let rotates = |said: &str| !matches!(target.other, Other::VirtioPci(_)) && said == "1";
             assert_eq!(json!(rotates(&says("rotational"))), info["caps"]["rotational"]);
             assert_eq!(json!(says("write_cache") == "write back"), info["properties"]["flush-needed"]);
@@ -58,7 +58,7 @@ pub(crate) fn is_true(target: &Target) {
     assert!(server.terminate().success());
 }
 
-/// Memory that a vDPA device reaches through the IOMMU is locked, and a limit of that is named.
+/// Memory that a vDPA device reaches through the IOMMU is locked, and the error names the limit for it.
 #[test]
 fn locked_memory_is_limited() {
     check("$NBDBLK_VBLK_VDPA", || {

@@ -1,4 +1,4 @@
-//! The machine itself: that what the other tests stand on is there.
+//! The machine itself: checks the devices that the other tests need.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use nbdblk_tests::tool;
 
 use crate::target::{Other, Target, check, expand};
 
-/// The kernel's drivers see, on each PCI device that vfio-pci or vp-vdpa has, a disk with the blocks that it is to have.
+/// On each PCI device of vfio-pci or vp-vdpa, the kernel's drivers see a disk with the expected blocks.
 #[test]
 fn devices_change_hands() {
     let devices = [
@@ -27,7 +27,7 @@ fn devices_change_hands() {
     }
 }
 
-/// vfio-pci has every device again, each with a group of its own.
+/// vfio-pci has every device again, each in its own group.
 #[test]
 fn vfio_has_a_group_for_each_device() {
     let names = [

@@ -1,8 +1,8 @@
-//! nbdblk on real devices of every kind; runs in the machine of `cargo xtask vm test` only, and is skipped elsewhere.
+//! nbdblk on real devices of every kind. Runs only in the machine of `cargo xtask vm test`, and is skipped elsewhere.
 //!
-//! A new driver is one line of a table: what nbdblk is given, the block size that clients must be told, and the other way
-//! to the same storage, by which what nbdblk wrote is looked at. Tests of one device wait for each other; tests of several
-//! are under way at a time, which is why they are sorted by what they check.
+//! A new driver is one line of a table: the argument of nbdblk, the block size for clients, and the other way to the same
+//! storage, which checks the writes of nbdblk. Tests of one device wait for each other. Tests of several devices run at the same
+//! time, so they are sorted by their subject.
 
 mod capacity;
 mod client;
@@ -17,7 +17,7 @@ mod vsock;
 
 use target::{Other, Target};
 
-/// A test for each row, by a function that is given the target.
+/// A test for each row; a function gets the target.
 #[rustfmt::skip]
 macro_rules! targets {
     ($test:path) => {
@@ -32,7 +32,7 @@ macro_rules! targets {
     };
 }
 
-/// What these show is for the most part shown by the ones above, or by the tests outside of the machine.
+/// Most of their subjects are also tested by the ones above, or by the tests outside of the machine.
 #[rustfmt::skip]
 macro_rules! more_targets {
     ($test:path) => {
@@ -76,7 +76,7 @@ macro_rules! checks {
 
 checks! { targets }
 
-/// By `cargo xtask vm test --all` only.
+/// Only with `cargo xtask vm test --all`.
 mod more {
     use super::*;
 

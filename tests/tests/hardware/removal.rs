@@ -1,4 +1,4 @@
-//! The device goes while clients use it.
+//! A device is removed while clients use it.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -32,13 +32,13 @@ fn virtio_pci() {
     check(VIRTIO.address, || VIRTIO.removed("vfio-pci", |address| format!("virtio-pci={address}")));
 }
 
-/// A device that can be pulled out, and put in again.
+/// A device that can be removed and inserted again.
 struct Bay {
-    /// Where it is.
+    /// Its PCI address.
     address: &'static str,
-    /// What QEMU calls it.
+    /// Its id in QEMU.
     id: &'static str,
-    /// One like it.
+    /// The QEMU device type for a new one.
     next: &'static str,
 }
 
@@ -51,8 +51,8 @@ const VIRTIO: Bay = Bay {
 };
 
 impl Bay {
-    /// Pulls the device out under load, and puts a new one in. `spec` says how nbdblk reaches it: by its address when the
-    /// driver is vfio-pci, and else by the kernel's disk.
+    /// Removes the device under load, and inserts a new one. `spec` returns the argument of nbdblk: from the PCI address if the
+    /// driver is vfio-pci, otherwise from the kernel's disk.
     fn removed(&self, driver: &str, spec: impl FnOnce(&str) -> String) {
         let address = expand(self.address);
         bind(driver, &address).unwrap_or_else(|error| panic!("giving {address} to {driver}: {error}"));
@@ -74,15 +74,15 @@ except nbd.Error as error:
 ";
         let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("client"));
         client.await_text("writing");
-        // One slot at a time: until a device has gone, QEMU tells the kernel again to eject it whenever it has news of any
-        // slot, and what the kernel ejects for the second time is the new device.
+        // One slot at a time. Until a device is gone, QEMU tells the kernel again to eject it whenever any slot changes, and the
+        // kernel would then eject the new device.
         static SLOTS: Mutex<()> = Mutex::new(());
         let _slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
         monitor(&format!("device_del {}", self.id));
         let (status, log) = client.await_end();
         assert!(status.success() && log.contains("failed with EIO"), "{status}: {log}");
 
-        // Who comes now is told too, and the server can be asked to end.
+        // A new client gets an error too, and SIGTERM ends the server.
         let script = "
 try:
     h.pread(4096, 0)
@@ -93,10 +93,10 @@ except nbd.Error as error:
         assert!(server.is_alive(), "{}", server.log());
         assert!(server.terminate().success());
 
-        // The kernel lets go of the device first and ejects it then, which is when QEMU lets go of it too.
+        // The kernel first releases the device and then ejects it; only then does QEMU release it.
         let device = Path::new("/sys/bus/pci/devices").join(&address);
         eventually("that the device has gone", || !device.exists() && !is_occupied(&address));
-        // QEMU lets go of a drive with its device, but not at once: each has a name of its own.
+        // QEMU releases a drive after its device, but not at once: so each has another name.
         let drive = format!("new-{}", std::process::id()) + &dir.path().display().to_string().replace('/', "-");
         let id = self.id;
         monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M,snapshot=on"));
@@ -106,7 +106,7 @@ except nbd.Error as error:
     }
 }
 
-/// The process that is a vDPA device behind VDUSE is killed. The kernel has no way to say so: the request takes too long.
+/// The process behind a VDUSE device is killed. The kernel cannot report that: the request times out.
 #[test]
 fn vdpa() {
     check("a device of its own", || {
@@ -136,7 +136,7 @@ except nbd.Error as error:
     });
 }
 
-/// Whether something is in the slot of a PCI address.
+/// Whether the slot of a PCI address is occupied.
 fn is_occupied(address: &str) -> bool {
     let (place, _function) = address.rsplit_once('.').expect("an address ends with a function");
     let slots = std::fs::read_dir("/sys/bus/pci/slots").expect("sysfs is mounted").flatten().map(|slot| slot.path());
@@ -147,19 +147,19 @@ fn read(path: PathBuf) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Has QEMU's monitor do a command.
+/// Runs a command of QEMU's monitor.
 ///
 /// # Panics
-/// If QEMU refuses it, or says nothing.
+/// If QEMU refuses it, or does not answer.
 pub(crate) fn monitor(command: &str) {
-    // The port opens once only, so one command at a time.
+    // The port can be opened only once, so one command at a time.
     static COMMANDS: Mutex<u32> = Mutex::new(0);
     let mut count = COMMANDS.lock().unwrap_or_else(PoisonError::into_inner);
     *count += 1;
     let mut options = OpenOptions::new();
     let port = options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(expand("$NBDBLK_MONITOR"));
     let mut port = port.expect("QEMU listens");
-    // The first is for a monitor that nobody has talked to, and refused by another.
+    // The first command is for a monitor that was not used yet; any other refuses it.
     let arguments = json!({ "command-line": command });
     let line = json!({ "execute": "human-monitor-command", "arguments": arguments, "id": *count });
     write!(port, "{}\n{line}\n", json!({ "execute": "qmp_capabilities" })).expect("QEMU listens");

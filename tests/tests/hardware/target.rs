@@ -11,11 +11,11 @@ use serde_json::Value;
 /// A row of the table. `$NAME` in a text is a variable of the machine (`xtask/vm/README.md`).
 #[derive(Debug)]
 pub(crate) struct Target {
-    /// What nbdblk is given.
+    /// The argument of nbdblk.
     pub(crate) spec: &'static str,
-    /// The smallest block that clients are to be told, bytes.
+    /// The smallest block size for clients, in bytes.
     pub(crate) block: u64,
-    /// How to see the same bytes without nbdblk.
+    /// The way to the same bytes without nbdblk.
     pub(crate) other: Other,
 }
 
@@ -24,16 +24,16 @@ pub(crate) struct Target {
 pub(crate) enum Other {
     /// A block device of the kernel.
     Disk(&'static str),
-    /// A file that the device keeps its data in.
+    /// A file that contains the device's data.
     File(&'static str),
-    /// An NVMe controller that vfio-pci has: a namespace by its NSID, seen through the kernel's driver for a while.
+    /// An NVMe controller of vfio-pci: a namespace by its NSID, lent to the kernel's driver.
     Nvme(&'static str, u32),
-    /// A virtio-blk device that vfio-pci or vp-vdpa has, seen through the kernel's driver for a while.
+    /// A virtio-blk device of vfio-pci or vp-vdpa, lent to the kernel's driver.
     VirtioPci(&'static str),
 }
 
 impl Target {
-    /// Does the check, if this is the machine; other tests of the device wait.
+    /// Runs the check, if this is the machine; other tests of the device wait.
     pub(crate) fn check(&self, test: impl FnOnce(&Self)) {
         check(self.storage(), || test(self));
     }
@@ -50,20 +50,20 @@ impl Target {
         expand(self.spec)
     }
 
-    /// A server of the device on a unix socket.
+    /// Serves the device on a unix socket.
     pub(crate) fn serve(&self, dir: &Dir) -> Nbdblk {
         Nbdblk::unix(dir, &[&self.spec()])
     }
 
-    /// What `nbdblk info` says of it.
+    /// The output of `nbdblk info`.
     pub(crate) fn info(&self) -> Value {
         serde_json::from_str(&nbdblk().args(["info", "--json", &self.spec()]).ok().out).expect("info prints JSON")
     }
 
-    /// Lends the path of the storage; nothing else may have the device open.
+    /// Calls `look` with the path of the storage. Nothing else may have the device open.
     pub(crate) fn behind<T>(&self, look: impl FnOnce(&Path) -> T) -> T {
         let disk = |lent: Option<Lent>, path: PathBuf| {
-            // The kernel forgets what it remembers of the contents.
+            // Drops the kernel's cache of the content.
             tool("blockdev").args(["--flushbufs".as_ref(), path.as_path()]).ok();
             (lent, path)
         };
@@ -80,7 +80,7 @@ impl Target {
         look(&path)
     }
 
-    /// Panics unless the `len` bytes at `at` of the storage are those at the start of `file`.
+    /// Panics unless the storage has the first `len` bytes of `file` at `at`.
     pub(crate) fn assert_holds(&self, file: &Path, at: u64, len: u64) {
         self.behind(|storage| {
             tool("cmp").args([format!("--ignore-initial=0:{at}"), format!("--bytes={len}")]).args([file, storage]).ok()
@@ -91,12 +91,12 @@ impl Target {
 /// Runs the test, if this is the machine; other tests with the same `storage` wait.
 pub(crate) fn check(storage: &'static str, test: impl FnOnce()) {
     if std::env::var_os("NBDBLK_VM").is_some() {
-        // A test that has failed leaves the device to the next one.
+        // After a failed test, the next one may use the device.
         let _one = lock_of(storage).lock().unwrap_or_else(PoisonError::into_inner);
         test();
     } else {
         static SAID: Once = Once::new();
-        // Not by eprintln, which a test that passes does not show.
+        // Not with eprintln: a passing test does not show its output.
         let say = || std::io::stderr().write_all(b"\nSKIPPED: hardware tests run by `cargo xtask vm test` only\n");
         SAID.call_once(|| drop(say()));
     }
@@ -104,11 +104,11 @@ pub(crate) fn check(storage: &'static str, test: impl FnOnce()) {
 
 fn lock_of(storage: &'static str) -> &'static Mutex<()> {
     static LOCKS: Mutex<BTreeMap<&str, &Mutex<()>>> = Mutex::new(BTreeMap::new());
-    let mut locks = LOCKS.lock().expect("nobody panics with all locks");
+    let mut locks = LOCKS.lock().expect("no thread panics with all locks");
     locks.entry(storage).or_insert_with(|| Box::leak(Box::default()))
 }
 
-/// Puts the machine's variables in.
+/// Replaces the machine's variables.
 pub(crate) fn expand(text: &str) -> String {
     let mut parts = text.split('$');
     let mut whole = parts.next().unwrap_or_default().to_owned();
@@ -141,7 +141,7 @@ pub(crate) fn await_disk(address: &str, nsid: Option<u32>) -> PathBuf {
     disk
 }
 
-/// A PCI device that a driver of the kernel has for a while; the one that it had has it again when this is dropped.
+/// A PCI device that is lent to a driver of the kernel. Dropping this returns it to its previous driver.
 #[derive(Debug)]
 struct Lent {
     address: String,
@@ -168,20 +168,20 @@ impl Drop for Lent {
     }
 }
 
-/// The name of the driver that has a PCI device.
+/// The name of a PCI device's driver.
 fn driver_of(address: &str) -> String {
     let link = Path::new("/sys/bus/pci/devices").join(address).join("driver");
     let driver = std::fs::read_link(&link).unwrap_or_else(|error| panic!("{}: {error}", link.display()));
     driver.file_name().expect("a driver has a name").to_string_lossy().into_owned()
 }
 
-/// Makes the vDPA device of a PCI device that vp-vdpa has, as `xtask/vm/init.sh` does.
+/// Creates the vDPA device of a PCI device of vp-vdpa, as `xtask/vm/init.sh` does.
 fn add_vdpa(address: &str) -> std::io::Result<()> {
     let output = tool("vdpa").args(["dev", "add", "name", "pci", "mgmtdev", &format!("pci/{address}")]).run();
     if !output.status.success() {
         return Err(std::io::Error::other(output.err));
     }
-    // Its number may be another one now.
+    // Its number may have changed.
     let link = expand("$NBDBLK_VDPA_PCI");
     std::fs::remove_file(&link)?;
     std::os::unix::fs::symlink(vhost_vdpa("pci"), link)
@@ -195,7 +195,7 @@ pub(crate) fn vhost_vdpa(name: &str) -> PathBuf {
     Path::new("/dev").join(node.expect("vhost-vdpa has the device"))
 }
 
-/// Gives a PCI device to a driver of the kernel.
+/// Binds a PCI device to a driver of the kernel.
 pub(crate) fn bind(driver: &str, address: &str) -> std::io::Result<()> {
     let device = Path::new("/sys/bus/pci/devices").join(address);
     std::fs::write(device.join("driver/unbind"), address)?;

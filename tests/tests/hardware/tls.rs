@@ -1,4 +1,4 @@
-//! TLS in the kernel, which only the machine's kernel has. Keys need no tool, as certificates would.
+//! TLS in the kernel, which only the machine's kernel supports. Keys need no tool, unlike certificates.
 
 use nbdblk_tests::{Dir, Nbdblk, Version, assert_equal, eventually, tool, write_runs};
 

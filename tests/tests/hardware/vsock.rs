@@ -1,4 +1,4 @@
-//! Clients on vsock, to which the machine's kernel has a way from itself: CID 1.
+//! Clients on vsock. The machine's kernel can connect to itself with CID 1.
 
 use nbdblk_tests::{Dir, Nbdblk, assert_equal, nbdsh, tool, write_runs};
 
@@ -21,7 +21,7 @@ fn exchange() {
     let server = Nbdblk::unix(&dir, &[&exports.each_ref().map(String::as_str)[..], &options].concat());
     let uri = format!("nbd+vsock://1:{PORT}");
     assert!(server.log().contains(&format!("\n{uri}\n")), "{}", server.log());
-    // Requests of 4 MiB need many turns of the socket's buffer, whose size is 256 KiB.
+    // Requests of 4 MiB need many turns of the socket's buffer, which has 256 KiB.
     for size in ["--request-size=4096", "--request-size=4194304"] {
         copied(&[size, &image, &uri]);
         copied(&[size, &uri, &copy]);
@@ -35,8 +35,8 @@ fn exchange() {
     assert!(server.terminate().success());
 }
 
-/// Copies with nbdcopy, which may find at its very end that the server has hung up sooner than itself: the shutdown() of a
-/// client makes Linux (6.12, `vsock_shutdown`) forget that the other side's end was an orderly one.
+/// Copies with nbdcopy. At its end, nbdcopy may find that the server has closed the connection first: after shutdown() by a
+/// client, Linux (6.12, `vsock_shutdown`) forgets that the other side has closed in an orderly way.
 fn copied(args: &[&str]) {
     let output = tool("nbdcopy").args(args).run();
     let hung_up = output.err.ends_with("nbd_shutdown: recv: Transport endpoint is not connected\n");
