@@ -1,4 +1,5 @@
-//! [`Job`]: a request that the device cannot take unchanged. It goes through stages. Each stage sends pieces to the queue, a few at a time, until its range is done.
+//! [`Job`]: a request that the device cannot take unchanged. It goes through stages. Each stage sends pieces to the queue, a few
+//! at a time, until its range is done.
 
 use crate::{
     ages::NEVER,

@@ -200,5 +200,5 @@ fn a_request_that_is_never_done() {
 #[test]
 fn a_device_that_can_be_written_is_not_read_only() {
     let verdict = verdict(check_read_only, Memory::new(SIZE));
-    assert!(verdict.contains("a read-only device says so"), "{verdict}");
+    assert!(verdict.contains("Info reports that the device is read-only"), "{verdict}");
 }

@@ -1,4 +1,5 @@
-//! [`Session`]: one connection's transmission phase. It turns client bytes into block requests and completions into replies. It has no socket and no clock.
+//! [`Session`]: one connection's transmission phase. It turns client bytes into block requests and completions into replies. It
+//! has no socket and no clock.
 
 use std::collections::VecDeque;
 

@@ -1,4 +1,5 @@
-//! [`Turns`]: decides which connection has the next turn, and what it may take. This is the whole policy of a worker. It has no socket and no clock, so the seeded simulation runs it unchanged.
+//! [`Turns`]: decides which connection has the next turn, and what it may take. This is the whole policy of a worker. It has no
+//! socket and no clock, so the seeded simulation runs it unchanged.
 //!
 //! In a round, connections that wait for memory come first, in the order of their [`Lines`]. Then come those that have something
 //! to do, in the order of their requests, until they have taken as much memory as fits the cache.
