@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_words() {
+    fn unknown_settings() {
         refuse("\nprot = 1\n", "2:1", "unknown setting \"prot\"; did you mean port?");
         refuse("  exprot = 1", "1:3", "did you mean export?");
         refuse("colour = 1", "1:1", "unknown setting \"colour\",");

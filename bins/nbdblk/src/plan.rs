@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_whose_name_means_another_is_reopened() {
+    fn a_device_whose_name_means_another_one_is_reopened() {
         let plan = || Plan {
             wanted: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
             devices: Vec::new(),

@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_comes_with_the_first_write_and_goes_with_unmap() {
+    fn memory_is_allocated_by_the_first_write_and_freed_by_unmap() {
         use ExtentKind::{Data, Hole};
         const C: u64 = CHUNK as u64;
         let disk = Memory::new(1 << 62);
@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_and_a_queue_given_up() {
+    fn a_full_queue_and_a_dead_queue() {
         let mut queue = Memory::new(1 << 20).with(|info| info.caps.flush = true).open_queue(1).unwrap();
         let flush = |tag| Request { tag, op: Op::Flush };
         assert!(queue.arm());

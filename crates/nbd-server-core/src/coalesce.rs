@@ -65,7 +65,7 @@ mod tests {
     const FLUSH: Io = Io::Flush;
 
     #[test]
-    fn is_due_for_deep_writers_whose_batches_are_small() {
+    fn is_due_for_deep_writers_with_small_batches() {
         let mut coalesce = Coalesce::default();
         let mut turn = |batch: usize, io: &Io| {
             (0..batch).for_each(|_| coalesce.count(io));

@@ -164,7 +164,7 @@ fn a_worker_sleeps_while_requests_wait_for_memory() {
 
 /// Clients that do not read replies must give up memory, so that a client with long requests gets more than the rest.
 #[test]
-fn memory_of_stopped_clients_goes_to_others() {
+fn memory_of_stopped_clients_is_given_to_others() {
     for seed in 70_000..70_100 {
         let mut world = World::crowd(seed, 50);
         let last = world.take_memory(Kind::READ, 60 << 10);

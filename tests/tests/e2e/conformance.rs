@@ -747,7 +747,7 @@ const LESSONS: &[Lesson] = &[
     (
         "CVE-2020-10761: qemu, an error text above the maximum length of a string",
         "provoke errors about names of 4096 bytes",
-        &["conformance::every_answer_is_right_and_as_the_page_says", "handshake::a_text_about_a_long_name_is_cut"],
+        &["conformance::every_reply_is_valid_and_as_documented", "handshake::a_text_about_a_long_name_is_cut"],
     ),
     (
         "CVE-2021-3716: nbdkit, state negotiated before STARTTLS stays valid after it",
@@ -881,7 +881,7 @@ fn merge(seen: &Seen) -> String {
 }
 
 #[test]
-fn every_answer_is_right_and_as_the_page_says() {
+fn every_reply_is_valid_and_as_documented() {
     let mut cases: Vec<(Case, Seen)> = cases().into_iter().map(|case| (case, Vec::new())).collect();
     for &transport in TRANSPORTS {
         let mut stand = Stand::new(transport);
@@ -920,7 +920,7 @@ fn every_answer_is_right_and_as_the_page_says() {
 }
 
 #[test]
-fn the_tests_that_the_page_names_exist() {
+fn the_tests_in_the_document_exist() {
     for test in LESSONS.iter().flat_map(|(_, _, tests)| *tests) {
         let (file, name) = test.split_once("::").expect("a test has a file and a name");
         let begins = format!("fn {name}()");
