@@ -95,8 +95,8 @@ impl Mapping {
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // A peer process gets this descriptor. If it could truncate the file, the next access here would raise SIGBUS. SAFETY:
-        // plain system call on a descriptor that we own.
+        // A peer process gets this descriptor. If it could truncate the file, the next access here would raise SIGBUS.
+        // SAFETY: plain system call on a descriptor that we own.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -212,9 +212,9 @@ fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<NonNull<u8>> {
             Err(e) => return Err(e),
         }
     }
-    // Anywhere: reserve more than needed, then map over the aligned part of the reservation, and unmap the rest. SAFETY: an
-    // anonymous reservation at an address that the kernel chooses. MAP_FIXED then replaces only a part of it; the unmapped parts
-    // are its two ends, whose addresses were never handed out.
+    // Anywhere: reserve more than needed, then map over the aligned part of the reservation, and unmap the rest.
+    // SAFETY: an anonymous reservation at an address that the kernel chooses. MAP_FIXED then replaces only a part of it; the
+    // unmapped parts are its two ends, whose addresses were never handed out.
     unsafe {
         let start =
             mmap(0, len + ALIGN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)?.as_ptr() as usize;
