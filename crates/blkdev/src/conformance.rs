@@ -1,9 +1,9 @@
 //! The conformance suite for drivers. It checks the promises of [`Device`] through [`Channel`](crate::Channel), and the promises
 //! of the queue itself through a raw [`Queue`](crate::Queue).
 //!
-//! The suite destroys the content of the device, and panics at the first deviation. Before the panic, it prints the step and its
-//! seed. Devices need at least 32 MiB; of larger ones, only the first 32 MiB and the end are used. A correct device passes in a
-//! few seconds.
+//! The suite destroys the content of the device, and panics at the first deviation. Next to the panic message, it prints the step
+//! and its seed. Devices need at least 32 MiB; of larger ones, only the first 32 MiB and the end are used. A correct device passes
+//! in a few seconds.
 //!
 //! ```
 //! use std::sync::Arc;
