@@ -39,7 +39,7 @@ fn main() -> io::Result<()> {
             at += CHUNK as u64;
         }
         ring.kick();
-        // A service would sleep until the ring's descriptor is readable, if `ring.arm()`; this only spins.
+        // A service would sleep until the ring's descriptor is readable, if `ring.arm()`; this example spins.
         ring.reap(|Read { buf, .. }, result| {
             match result {
                 Ok(len) => {

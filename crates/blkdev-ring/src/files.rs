@@ -17,59 +17,59 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Files;
 
-/// What the kernel can be asked to do with the ring's file. Offsets and lengths are bytes.
+/// A command on the ring's file. Offsets and lengths are bytes.
 #[derive(Clone, Copy, Debug)]
 pub enum Command<'a> {
-    /// Fills `buf` from its byte `skip` on, with what the file has from `at + skip` on.
+    /// Reads the file from offset `at + skip` on, into `buf` from byte `skip` on.
     Read {
-        /// Where the buffer's first byte is in the file.
+        /// File offset of the buffer's first byte.
         at: u64,
         /// The whole buffer.
         buf: &'a Buf,
-        /// Bytes that are done already.
+        /// Number of bytes already transferred.
         skip: u32,
     },
-    /// Writes `buf` from its byte `skip` on, to the file's byte `at + skip` and on.
+    /// Writes `buf` from byte `skip` on, to the file from offset `at + skip` on.
     Write {
-        /// Where the buffer's first byte goes to in the file.
+        /// File offset of the buffer's first byte.
         at: u64,
         /// The whole buffer.
         buf: &'a Buf,
-        /// Bytes that are done already.
+        /// Number of bytes already transferred.
         skip: u32,
         /// Durable before it completes (`RWF_DSYNC`).
         durable: bool,
     },
-    /// Makes what was written durable, with the metadata that is needed to find it (`fdatasync`).
+    /// Makes completed writes durable, with the metadata needed to read them back (`fdatasync`).
     Sync,
-    /// `fallocate`. Kernel 5.6.
+    /// Calls `fallocate`. Needs Linux 5.6.
     Allocate {
         /// `FALLOC_FL_*`.
         mode: i32,
         /// First byte.
         at: u64,
-        /// Length.
+        /// Length in bytes.
         len: u64,
     },
-    /// Reads ahead into the page cache (`POSIX_FADV_WILLNEED`). Kernel 5.6.
+    /// Reads ahead into the page cache (`POSIX_FADV_WILLNEED`). Needs Linux 5.6.
     Prefetch {
         /// First byte.
         at: u64,
-        /// Length; the interface has 32 bits for it.
+        /// Length in bytes; the kernel interface has 32 bits for it.
         len: u32,
     },
-    /// Discards on a block device (`BLOCK_URING_CMD_DISCARD`). Kernel 6.12; before that it fails with `EOPNOTSUPP`.
+    /// Discards a range of a block device (`BLOCK_URING_CMD_DISCARD`). Needs Linux 6.12; older kernels return `EOPNOTSUPP`.
     Discard {
         /// First byte.
         at: u64,
-        /// Length.
+        /// Length in bytes.
         len: u64,
     },
-    /// Waits until another descriptor is readable, and moves nothing: with it, other threads wake the ring's owner.
+    /// Waits until another descriptor is readable, and transfers nothing. So other threads can wake the ring's owner.
     Poll(BorrowedFd<'a>),
 }
 
-/// The ring's file in its table of registered files.
+/// The file's index in the ring's table of registered files.
 const FILE: types::Fixed = types::Fixed(0);
 
 /// `_IO(0x12, 0)` of linux/blkdev.h.
@@ -102,7 +102,7 @@ impl Kind for Files {
 #[inline]
 fn entry(command: Command<'_>, memory: &mut Memory) -> squeue::Entry {
     let mut window = |buf: &Buf, skip: u32| {
-        let len = (buf.len() as u32).checked_sub(skip).expect("no more was done than there is to do");
+        let len = (buf.len() as u32).checked_sub(skip).expect("skip lies within the buffer");
         memory.keep(buf);
         (buf.as_ptr().wrapping_add(skip as usize), len)
     };

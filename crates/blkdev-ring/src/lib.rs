@@ -1,29 +1,28 @@
-//! An io_uring that owns its operations: the one place where requests are handed to the kernel.
+//! An io_uring that owns its operations: the only code that passes payload memory to the kernel asynchronously.
 //!
-//! A [`Ring`] is bound to one file. An operation, with the memory it moves, is [pushed](Ring::push) into a slot of the
-//! ring and stays there until its completion was seen; then [`Ring::reap`] gives it back. What goes in comes out. So
-//! nobody can free or reuse memory that the kernel still works on, and users of this crate need no `unsafe`.
+//! A [`Ring`] is bound to one file. An operation owns the memory that it moves. It is [pushed](Ring::push) into a slot of the
+//! ring and stays there until its completion; then [`Ring::reap`] returns it. So no safe code can free or reuse memory that the
+//! kernel still accesses, and users of this crate need no `unsafe`.
 //!
 //! ```text
 //!   push(T) --> slot n, SQE n --kick()--> kernel --CQE n--> reap(): T, result
 //! ```
 //!
-//! What an operation is to do, its [`Operation::command`] says as plain data.
+//! [`Operation::command`] describes an operation as plain data.
 //!
-//! # The kind of ring
-//! A ring works from any thread, also from several in turn (one at a time: the methods take `&mut self`). It asks for
-//! `COOP_TASKRUN`, `TASKRUN_FLAG` and `SUBMIT_ALL` where the kernel has them (5.19), and does without where not (5.6).
-//! `SINGLE_ISSUER` with `DEFER_TASKRUN` would tie it to the first thread that submits; for reads from the page cache at
-//! depth 64 that gained 3 % (1258 ns each against 1302 ns, in noise of 100 ns), so the tie is not worth it.
+//! # Kind of ring
+//! A ring works from any thread, and from several in turn (the methods take `&mut self`). It uses `COOP_TASKRUN`,
+//! `TASKRUN_FLAG` and `SUBMIT_ALL` if the kernel has them (5.19); otherwise 5.6 is enough. `SINGLE_ISSUER` with `DEFER_TASKRUN`
+//! would bind a ring to the first thread that submits. For reads from the page cache at depth 64 that gained only 3 % (1258 ns
+//! against 1302 ns per read, with noise of 100 ns), so it is not used.
 //!
-//! What a thread has submitted and not seen completed when it ends, the kernel may hand back undone, with `EFAULT` or
-//! `ECANCELED`: give it back to the ring from [`Ring::reap`]'s closure.
+//! If a thread ends, the kernel may return the operations it submitted undone, with `EFAULT` or `ECANCELED`. Submit them again
+//! by returning them from the closure of [`Ring::reap`].
 //!
 //! # Waiting
-//! The ring's own descriptor ([`AsFd`](std::os::fd::AsFd)) is readable while completions wait, level-triggered. That
-//! costs nothing for completions that nobody sleeps for, where an eventfd costs a write each, and there is nothing to
-//! read. A thread that sleeps in `epoll_wait` or `poll` may be woken with `EINTR` by a completion: go on as after a
-//! time-out.
+//! The ring's own descriptor ([`AsFd`](std::os::fd::AsFd)) is readable while completions are pending, level-triggered. It costs
+//! nothing for completions that no thread sleeps for, while an eventfd costs a write each, and it never has to be read. A
+//! completion may interrupt `epoll_wait` or `poll` with `EINTR`: continue as after a time-out.
 
 mod files;
 mod kind;

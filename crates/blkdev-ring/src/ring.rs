@@ -1,4 +1,4 @@
-//! [`Ring`]: slots that own what the kernel works on.
+//! [`Ring`]: an io_uring whose slots own the operations in flight.
 #![allow(unsafe_code)]
 
 use std::{
@@ -13,17 +13,17 @@ use io_uring::{Builder, EnterFlags, IoUring, Probe, Submitter, cqueue};
 
 use crate::{files::Files, kind::Kind, memory::Memory, passthrough::Passthrough};
 
-/// Something that a [`Ring`] can carry: an owner of memory that says what to do with it.
+/// An operation for a [`Ring`]: it owns the memory that it moves, and describes itself as a command.
 pub trait Operation<K: Kind = Files>: Send {
-    /// What the kernel is to do. Asked when the operation is pushed, and again when [`Ring::reap`]'s closure gives it
-    /// back.
+    /// The command for the kernel. Called when the operation is pushed, and again when the closure of [`Ring::reap`] returns it
+    /// for another submission.
     fn command(&self) -> K::Command<'_>;
 
-    /// The memory that [`command`](Self::command) names, if any. When the kernel cannot be waited for, it is
-    /// [abandoned](Buf::abandon).
+    /// The memory that [`command`](Self::command) uses, if any. If the kernel cannot be waited for, the ring
+    /// [abandons](Buf::abandon) it.
     fn buf_mut(&mut self) -> Option<&mut Buf>;
 
-    /// Makes sure that all memory that [`command`](Self::command) names is never used again.
+    /// [Abandons](Buf::abandon) all memory that [`command`](Self::command) names.
     fn abandon(&mut self) {
         if let Some(buf) = self.buf_mut() {
             buf.abandon();
@@ -31,17 +31,17 @@ pub trait Operation<K: Kind = Files>: Send {
     }
 }
 
-/// An io_uring for one file, with the operations that are in it.
+/// An io_uring for one file, with its operations in flight.
 ///
-/// The ring holds a reference to the file. A ring that is dropped with nothing in flight gives it back at once; otherwise
-/// the kernel gives it back some time after the last operation has ended.
+/// The ring holds a reference to the file. If nothing is in flight, a drop releases it at once. Otherwise the kernel releases
+/// it some time after the last operation has ended.
 pub struct Ring<T: Operation<K>, K: Kind = Files> {
     ring: IoUring<K::Sqe, K::Cqe>,
     slots: Box<[Option<T>]>,
-    /// Slots that are free, last used on top.
+    /// Free slots, last used on top.
     free: Vec<u16>,
     memory: Memory,
-    /// The kernel looks for completions when it is asked, and raises no interrupt: the descriptor is never readable.
+    /// The kernel looks for completions only on request, and there are no interrupts: the descriptor is never readable.
     polled: bool,
     state: State,
 }
@@ -49,16 +49,17 @@ pub struct Ring<T: Operation<K>, K: Kind = Files> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Alive,
-    /// The kernel refuses to be entered.
+    /// The kernel no longer accepts `io_uring_enter`.
     Broken,
     GivenUp,
 }
 
 impl<T: Operation> Ring<T> {
-    /// A ring for at most `depth` operations at a time (1 to 32768) on `file`, of which the kernel keeps a reference.
+    /// Creates a ring for at most `depth` operations in flight (1 to 32768) on `file`. The kernel keeps a reference to the
+    /// file.
     ///
     /// # Errors
-    /// The kernel has no io_uring that will do, forbids it, or is out of memory; the text says what to do.
+    /// The kernel has no suitable io_uring, forbids it, or is out of memory. The text names the remedy.
     pub fn new(depth: u16, file: BorrowedFd<'_>) -> io::Result<Self> {
         Self::open(depth, file, false, None)
     }
@@ -111,21 +112,21 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         self.memory.has_registered()
     }
 
-    /// Operations that can be in the ring at a time.
+    /// Most operations in flight.
     pub fn depth(&self) -> usize {
         self.slots.len()
     }
 
-    /// Operations that are in the ring: pushed and not yet given back.
+    /// Number of operations in flight: pushed and not yet reaped.
     #[inline]
     pub fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// Takes an operation. The kernel hears of it at the next [`kick`](Self::kick).
+    /// Takes an operation. The kernel sees it after the next [`kick`](Self::kick).
     ///
     /// # Errors
-    /// All slots are taken, or the ring was [given up](Self::give_up): the operation comes back.
+    /// All slots are in use, or the ring was [given up](Self::give_up). The operation comes back.
     #[inline]
     pub fn push(&mut self, op: T) -> Result<(), T> {
         if self.state == State::GivenUp {
@@ -134,21 +135,21 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         let Some(slot) = self.free.pop() else { return Err(op) };
         let op = self.slots[usize::from(slot)].insert(op);
         let entry = K::entry(op.command(), &mut self.memory, slot.into());
-        // SAFETY: the memory that the entry points at belongs to the operation in `slots[slot]`, which owns it or borrows it
+        // SAFETY: the memory that the entry refers to belongs to the operation in `slots[slot]`, which owns it or borrows it
         // for longer (`command` takes `&self`); a Buf lies in a mapping that `memory` keeps. The operation leaves the slot
-        // only when its completion was seen (`reap`); where that cannot be waited for, `give_up` abandons its memory and leaks
+        // only when its completion was seen (`reap`); if that cannot be waited for, `give_up` abandons its memory and leaks
         // the mappings.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue has an entry for each slot");
         Ok(())
     }
 
-    /// Hands what was pushed to the kernel, with one system call, or none when nothing was. What the kernel has no
-    /// memory for at the moment stays, and is tried again by `kick`, `reap` and [`arm`](Self::arm).
+    /// Submits all pushed operations to the kernel, with one system call, or none if nothing was pushed. Operations for which
+    /// the kernel has no memory at the moment stay queued; `kick`, `reap` and [`arm`](Self::arm) try them again.
     #[inline]
     pub fn kick(&mut self) {
         if self.state == State::Alive && !self.ring.submission().is_empty() {
-            // Whatever the outcome, an entry counts as seen by the kernel: only a completion frees its slot.
+            // Whatever the outcome, the kernel may have seen the entry: only a completion frees its slot.
             if let Err(error) = self.ring.submit() {
                 let passing = [libc::EAGAIN, libc::EBUSY, libc::EINTR, libc::ENOMEM];
                 if !error.raw_os_error().is_some_and(|errno| passing.contains(&errno)) {
@@ -158,14 +159,15 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         }
     }
 
-    /// Whether the kernel refuses the ring for good (a seccomp filter that came later): [give it up](Self::give_up).
+    /// Whether the kernel refuses the ring permanently (for example by a seccomp filter that was installed later). The owner
+    /// should then [give it up](Self::give_up).
     #[inline]
     pub fn is_broken(&self) -> bool {
         self.state == State::Broken
     }
 
-    /// Hands every operation that has finished to `each`, with the count of bytes or the errno (positive). An operation
-    /// that `each` gives back goes to the kernel again, with the [`command`](Operation::command) that it has then.
+    /// Calls `each` for every completed operation, with the number of bytes or the errno (positive). If `each` returns the
+    /// operation, the ring submits it again, with its current [`command`](Operation::command).
     #[inline]
     pub fn reap(&mut self, mut each: impl FnMut(T, Result<u32, i32>) -> Option<T>) {
         if self.state == State::GivenUp {
@@ -180,7 +182,7 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         for done in &mut cq {
             let done: cqueue::Entry = done.into();
             let slot = done.user_data() as usize;
-            let op = self.slots[slot].take().expect("a completion names a slot in use, once");
+            let op = self.slots[slot].take().expect("a completion refers to a slot in use");
             let result = u32::try_from(done.result()).map_err(|_| -done.result());
             match each(op, result) {
                 None => self.free.push(slot as u16),
@@ -197,8 +199,8 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         self.kick();
     }
 
-    /// Whether it is right to sleep now until the descriptor is readable. `false`: completions wait, or something could
-    /// not be submitted yet, or the ring is polled; reap first.
+    /// Whether the caller may sleep now until the descriptor is readable. `false`: completions are pending, or an operation
+    /// could not be submitted yet, or the ring is polled; reap first.
     pub fn arm(&mut self) -> bool {
         self.kick();
         let (submitter, sq, mut cq) = self.ring.split();
@@ -206,14 +208,14 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
             fetch(&submitter);
             cq.sync();
         }
-        // TASKRUN may still be set, for a thread that submitted earlier. When that one brings its completions here, or
-        // when this one goes to sleep and finds more of its own, the descriptor becomes readable.
+        // TASKRUN may still be set for a thread that submitted earlier. The descriptor becomes readable when that thread moves
+        // its completions into the ring, or when this one goes to sleep with completions of its own.
         let polls = self.polled && self.free.len() < self.slots.len();
         self.state == State::Alive && sq.is_empty() && cq.is_empty() && !polls
     }
 
-    /// Hands every operation that is in flight to `each`, unfinished, its memory [abandoned](Buf::abandon) and leaked:
-    /// the kernel may still write there. Nothing can be pushed any more.
+    /// Calls `each` for every unfinished operation, with its memory [abandoned](Buf::abandon) and leaked: the kernel may still
+    /// write to it. Nothing can be pushed any more.
     pub fn give_up(&mut self, mut each: impl FnMut(T)) {
         self.state = State::GivenUp;
         if self.in_flight() > 0 {
@@ -228,7 +230,8 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         self.free = (0..self.slots.len() as u16).collect();
     }
 
-    /// Waits until everything in flight has finished and drops it, but not past `deadline`. `false`: something is left.
+    /// Waits until all operations in flight have completed and drops them, at most until `deadline`. `false`: some are still in
+    /// flight.
     fn drain(&mut self, deadline: Instant) -> bool {
         loop {
             self.kick();
@@ -241,15 +244,15 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
                 return false;
             }
             let mut fd = libc::pollfd { fd: self.ring.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // In steps: an entry that the kernel had no memory for completes only after another kick.
+            // In steps: entries for which the kernel had no memory need another kick.
             let step = if self.polled { 0 } else { left.min(Duration::from_millis(100)).as_millis().max(1) as i32 };
-            // SAFETY: one pollfd on the stack, for the length of the call. EINTR is one more turn.
+            // SAFETY: one pollfd on the stack, for the duration of the call. EINTR only repeats the loop.
             unsafe { libc::poll(&raw mut fd, 1, step) };
         }
     }
 }
 
-/// Readable while completions wait.
+/// Readable while completions are pending.
 impl<T: Operation<K>, K: Kind> AsFd for Ring<T, K> {
     #[inline]
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -267,7 +270,7 @@ impl<T: Operation<K>, K: Kind> fmt::Debug for Ring<T, K> {
     }
 }
 
-/// Waits for what is in flight, at most 10 seconds (30 for NVMe commands); what is left then is [abandoned](Ring::give_up).
+/// Waits at most 10 seconds for the operations in flight (30 for NVMe commands); the rest is [abandoned](Ring::give_up).
 impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
     fn drop(&mut self) {
         if self.state == State::GivenUp {
@@ -276,9 +279,9 @@ impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
         if !self.drain(Instant::now() + K::DRAIN_MAX) {
             return self.give_up(drop);
         }
-        // The kernel takes a closed ring apart later, on a thread of its own, and until then the ring's file stays open: its
-        // file system is busy, and a program cannot be executed ("text file busy"). So the file leaves the ring first. Only
-        // here, where nothing is in flight: kernels before 6.13 wait for operations that use the file.
+        // The kernel destroys a closed ring later, on a thread of its own. Until then the ring's file stays open: its file
+        // system is busy, and a program cannot be executed ("text file busy"). So unregister the file first. Only here, where
+        // nothing is in flight: kernels before 6.13 wait for operations that use the file.
         let submitter = self.ring.submitter();
         // If a kernel worker completed an operation, the task that submitted it releases the file.
         fetch(&submitter);
@@ -289,7 +292,7 @@ impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
     }
 }
 
-/// The newest kind of ring that the kernel has, of those that work from any thread.
+/// Creates the newest kind of ring that the kernel supports, among those that work from any thread.
 fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<IoUring<K::Sqe, K::Cqe>> {
     let mut builder: Builder<K::Sqe, K::Cqe> = IoUring::builder();
     if polled {
@@ -302,7 +305,7 @@ fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<IoUring<K::Sqe, K::Cqe
     })
 }
 
-/// Registers memory with the kernel, if it takes it.
+/// Registers memory with the kernel, if the kernel accepts it.
 fn register(submitter: &Submitter<'_>, memory: Option<Arc<Mapping>>) -> Memory {
     let Some(mapping) = memory else { return Memory::default() };
     let buffer = libc::iovec { iov_base: mapping.as_ptr().cast(), iov_len: mapping.len() };
@@ -311,10 +314,10 @@ fn register(submitter: &Submitter<'_>, memory: Option<Arc<Mapping>>) -> Memory {
     Memory::new(mapping, is_registered)
 }
 
-/// Completions are ready in the kernel, but not yet in the ring: brings them there.
+/// Moves completions that are ready in the kernel into the ring.
 #[cold]
 fn fetch(submitter: &Submitter<'_>) {
-    // SAFETY: nothing is submitted and no argument is passed. A failure leaves them where they are.
+    // SAFETY: nothing is submitted and no argument is passed. After a failure they stay in the kernel.
     let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, EnterFlags::GETEVENTS.bits(), None) };
 }
 
@@ -324,9 +327,9 @@ fn explain(error: &io::Error, too_old: &str) -> io::Error {
         Some(libc::EPERM | libc::EACCES) => {
             "io_uring is forbidden here; see the sysctl kernel.io_uring_disabled and the container's seccomp profile"
         }
-        Some(libc::ENOMEM) => "too little locked memory is allowed; raise RLIMIT_MEMLOCK (ulimit -l)",
+        Some(libc::ENOMEM) => "the limit of locked memory is too low; raise RLIMIT_MEMLOCK (ulimit -l)",
         Some(libc::EMFILE | libc::ENFILE) => "too many open files; raise RLIMIT_NOFILE (ulimit -n)",
-        _ => return io::Error::new(error.kind(), format!("setting up an io_uring: {error}")),
+        _ => return io::Error::new(error.kind(), format!("cannot create an io_uring: {error}")),
     };
-    io::Error::new(error.kind(), format!("setting up an io_uring: {error}: {remedy}"))
+    io::Error::new(error.kind(), format!("cannot create an io_uring: {error}: {remedy}"))
 }

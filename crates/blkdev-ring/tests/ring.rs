@@ -1,4 +1,4 @@
-//! What a ring promises of the operations that it owns.
+//! Tests of a ring and the operations that it owns.
 
 use std::{
     fs::File,
@@ -14,7 +14,7 @@ use blkdev_ring::{Command, Operation, Ring};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// A transfer that knows how far it has come.
+/// A transfer that records its progress.
 #[derive(Debug)]
 struct Transfer {
     at: u64,
@@ -48,7 +48,7 @@ fn write(arena: &mut Arena, at: u64, byte: u8) -> Transfer {
     Transfer { at, buf, moved: 0, write: true }
 }
 
-/// Sleeps and reaps until one operation has ended.
+/// Sleeps and reaps until one operation has completed.
 fn wait(ring: &mut Ring<Transfer>) -> (Transfer, Result<u32, i32>) {
     let (mut ended, deadline) = (None, Instant::now() + Duration::from_secs(60));
     while ended.is_none() {
@@ -114,7 +114,7 @@ fn what_is_given_up_is_never_reused() {
     assert!(given.len() == 1 && given[0].buf.is_empty());
     drop(given);
     assert_eq!((ring.in_flight(), arena.free()), (0, all - PAGE));
-    // Nobody waits for it, and the kernel may well write.
+    // The drop does not wait for it, and the kernel may still write.
     let started = Instant::now();
     drop((ring, arena));
     assert!(started.elapsed() < Duration::from_secs(10));
@@ -137,7 +137,7 @@ fn what_is_given_back_goes_on_where_it_was() {
     assert!(result.is_ok());
     assert_eq!(op.buf.to_vec(), b"onetwthr");
     drop(writer.join().unwrap());
-    // The end of the file, and an errno.
+    // End of file, and an errno.
     ring.push(read(&mut arena, 0, 8)).unwrap();
     assert_eq!(wait(&mut ring).1, Ok(0));
     ring.push(write(&mut arena, 0, 1)).unwrap();
@@ -181,7 +181,7 @@ fn dropped_it_has_closed_its_file() {
             ring.push(write(&mut arena, 0, 1)).unwrap();
         }
         drop(ring);
-        // The end of the file, and not WouldBlock, as it would be with the other end still open.
+        // End of file, not WouldBlock, which it would be with the other end still open.
         let mut bytes = Vec::new();
         end.read_to_end(&mut bytes).unwrap_or_else(|e| panic!("round {round}: {e}"));
     }
@@ -203,7 +203,7 @@ fn a_poll_ends_when_the_other_descriptor_is_readable() {
     let mut ring = Ring::new(1, file.as_fd()).unwrap();
     assert!(ring.push(Wait(reader)).is_ok());
     ring.kick();
-    ring.reap(|_, result| panic!("nothing was written, and it ended with {result:?}"));
+    ring.reap(|_, result| panic!("nothing was written, but the poll ended with {result:?}"));
     writer.write_all(b"x").unwrap();
     let (mut ended, deadline) = (None, Instant::now() + Duration::from_secs(60));
     while ended.is_none() {
@@ -226,7 +226,7 @@ fn any_thread_may_submit_and_any_may_reap() {
     let (mut ring, mut arena) = (Ring::new(8, file.as_fd()).unwrap(), arena());
     for round in 0..50 {
         let op = write(&mut arena, round * PAGE as u64, round as u8);
-        // The thread is gone, or nearly, when its operation ends.
+        // The thread has ended, or nearly, when its operation completes.
         ring = thread::spawn(move || {
             ring.push(op).unwrap();
             ring.kick();
@@ -259,7 +259,7 @@ fn other_commands_reach_the_file() {
         (Command::Allocate { mode: punch, at: 0, len: 4096 }, Ok(0)),
         (Command::Prefetch { at: 0, len: 8192 }, Ok(0)),
         (Command::Allocate { mode: -1, at: 0, len: 4096 }, Err(libc::EOPNOTSUPP)),
-        // A regular file has no such thing.
+        // Regular files do not support this command.
         (Command::Discard { at: 0, len: 4096 }, Err(libc::EOPNOTSUPP)),
     ] {
         assert!(ring.push(Plain(command)).is_ok());
