@@ -1,7 +1,7 @@
 //! Measures a queue: random reads or writes at a fixed depth, for two seconds.
 //!
-//! `qd PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]`; prints the time and the processor time of an operation. With
-//! `write` it destroys what is in the file.
+//! `qd PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]` prints the time and the CPU time of an operation. With `write` it
+//! overwrites the file.
 
 use std::{
     env, io,
@@ -55,7 +55,7 @@ fn main() -> io::Result<()> {
         queue.reap(&mut done);
         if done.is_empty() && queue.arm() {
             let mut fds = [PollFd::new(queue.wake_fd().expect("a wake-up descriptor"), PollFlags::POLLIN)];
-            // An interrupted sleep is as good as a full one.
+            // An interrupted sleep is harmless.
             let _ = poll(&mut fds, PollTimeout::NONE);
             slept += 1;
         }
@@ -69,11 +69,11 @@ fn main() -> io::Result<()> {
     }
     let each = |time: Duration| time.as_nanos() as f64 / ended as f64;
     let (wall, processor) = (started.elapsed(), processor_time()? - processor);
-    println!("{:.0} ns/op, {:.0} ns/op of processor, {ended} operations, {slept} sleeps", each(wall), each(processor));
+    println!("{:.0} ns/op, {:.0} ns/op of CPU time, {ended} operations, {slept} sleeps", each(wall), each(processor));
     Ok(())
 }
 
-/// Of all threads of this process, the kernel's workers for it included.
+/// CPU time of all threads of this process, kernel workers included.
 fn processor_time() -> io::Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();

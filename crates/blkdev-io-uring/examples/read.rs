@@ -1,4 +1,4 @@
-//! Prints the first 512 bytes of a file or block device, through a queue of its own: `read PATH`.
+//! Prints the first 512 bytes of a file or block device, through a single queue: `read PATH`.
 
 use std::{env, io};
 
@@ -11,7 +11,7 @@ fn main() -> io::Result<()> {
     println!("{:#?}", device.info());
     println!("{} bytes", device.capacity());
 
-    // Memory that the device is told of once, and a buffer in it.
+    // Memory registered with the device once, and a buffer in it.
     let mapping = Mapping::new(1 << 20)?;
     device.register(&mapping)?;
     let mut arena = mapping.arenas(1).remove(0);
@@ -21,7 +21,7 @@ fn main() -> io::Result<()> {
         return Ok(());
     }
 
-    // The buffer goes in with the request and comes out with the completion.
+    // The buffer moves in with the request and comes back with the completion.
     let mut queue = device.open_queue(1)?;
     queue.push(Request { tag: 0, op: Op::Read { at: 0, buf } }).expect("a new queue has room");
     queue.kick();

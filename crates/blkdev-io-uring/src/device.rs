@@ -1,4 +1,4 @@
-//! [`IoUring`]: opens the file, and says what it can do.
+//! [`IoUring`]: opens a file, and determines its limits and capabilities.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -29,31 +29,31 @@ use crate::{
     status::Helper,
 };
 
-/// How to open a file or block device.
+/// Which file or block device to open, and its settings.
 #[derive(Debug)]
 pub struct Options {
-    /// The file: opened for reading and writing unless [`read_only`](Self::read_only). The mode of one that is open already
-    /// decides: one that was opened for reading only needs `read_only`, and one with `O_DIRECT` is direct. Its file offset
-    /// is not used, but moves.
+    /// The file, opened for reading and writing unless [`read_only`](Self::read_only). For an open descriptor its mode counts:
+    /// a read-only one needs `read_only`, and one with `O_DIRECT` is direct. Its file offset is not used, but changes.
     pub source: Source,
-    /// Past the page cache (`O_DIRECT`). Default: false.
+    /// Bypasses the page cache (`O_DIRECT`). Default: false.
     pub direct: bool,
-    /// Nothing can be written. Default: false, and then a file that cannot be written is an error.
+    /// Refuses writes. Default: false; a file that cannot be written is then an error.
     pub read_only: bool,
-    /// The deepest queue that can be opened, in requests, 1 to 32768. Default: 128.
+    /// Depth of the deepest queue, in requests, 1 to 32768. Default: 128.
     pub entries: u16,
-    /// Open it although others have it open for writing, or do not want it written to. Default: false. Then an image that
-    /// QEMU has open is refused, and so is writing to a block device that is mounted; and QEMU refuses what is open here.
+    /// Opens the file without locks, even if another process has it open for writing or excludes writers. Default: false: an
+    /// image that QEMU has open is refused, and so is a mounted block device unless read-only; and QEMU refuses files that are
+    /// open here.
     pub force_share: bool,
 }
 
 impl Options {
-    /// The file at `path`, and the defaults.
+    /// The default options for the file at `path`.
     pub fn path(path: impl Into<PathBuf>) -> Self {
         Self::from(Source::Path(path.into()))
     }
 
-    /// The open file `fd`, and the defaults.
+    /// The default options for the open file `fd`.
     pub fn fd(fd: OwnedFd) -> Self {
         Self::from(Source::Fd(fd))
     }
@@ -65,13 +65,13 @@ impl From<Source> for Options {
     }
 }
 
-/// Queues that can be open at a time: each is a ring with locked memory and a descriptor.
+/// Most queues open at a time: each is a ring with locked memory and a descriptor.
 const QUEUES_MAX: u16 = 256;
 
-/// Longest transfer, in bytes: NBD's largest payload. 32 MiB.
+/// Longest transfer in bytes: NBD's largest payload, 32 MiB.
 const TRANSFER_MAX: u32 = 32 << 20;
 
-/// A regular file or a block device of the kernel's.
+/// An open regular file or kernel block device.
 #[derive(Debug)]
 pub struct IoUring {
     shared: Arc<Shared>,
@@ -81,9 +81,9 @@ impl IoUring {
     /// Opens a file or block device.
     ///
     /// # Errors
-    /// It cannot be opened, is neither a regular file nor a block device, cannot be written though
-    /// [`Options::read_only`] is not set, is in use though [`Options::force_share`] is not set, or cannot do what
-    /// [`Options::direct`] asks for; or there is no io_uring. The text says which and what to do.
+    /// It cannot be opened; it is neither a regular file nor a block device; it cannot be written and [`Options::read_only`] is
+    /// not set; it is in use and [`Options::force_share`] is not set; it does not support [`Options::direct`]; or io_uring is
+    /// not available. The text names the reason and the remedy.
     pub fn open(options: Options) -> io::Result<Self> {
         let Options { source, direct, read_only, entries, force_share } = options;
         let Opened { file, name, path, direct, kin } = match source {
@@ -94,11 +94,11 @@ impl IoUring {
         if !force_share {
             lock::acquire(&file, &name, read_only, kin.as_ref())?;
         }
-        // A queue needs one like it. Where io_uring is forbidden, that is to be known now.
-        let mut keeper = Ring::new(1, file.as_fd()).map_err(|e| annotate(&e, "opening", &name))?;
+        // Queues need a ring like this. If io_uring is forbidden, fail now.
+        let mut keeper = Ring::new(1, file.as_fd()).map_err(|e| annotate(&e, "cannot open", &name))?;
         let discard_command = target.is_disk && target.discard && Flight::probe_discard(&mut keeper);
         if target.is_disk && !discard_command {
-            // What is left is PUNCH_HOLE, which needs hardware for zeroes.
+            // Only PUNCH_HOLE is left, which needs hardware support for zeroes.
             target.discard &= target.zero_mode == file::PUNCH;
         }
         let identity = path.map(|path| Identity::new(path, &file)).transpose()?;
@@ -110,7 +110,7 @@ impl IoUring {
                 );
                 Handle::new(file, access | direct_flag, keeper)
             }
-            // The process that passed the descriptor holds it too.
+            // The process that passed the descriptor holds it, too.
             None => Handle::shared(file),
         };
         let info = Info {
@@ -171,7 +171,7 @@ impl Device for IoUring {
         &self.shared.info
     }
 
-    /// The size when the device was opened, or at the last [`refresh`](Device::refresh); whole blocks.
+    /// The size at open, or at the last [`refresh`](Device::refresh), in whole blocks.
     fn capacity(&self) -> u64 {
         self.shared.capacity()
     }
@@ -185,7 +185,7 @@ impl Device for IoUring {
         self.shared.mappings().retain(|known| !Arc::ptr_eq(known, mapping));
     }
 
-    /// The kernel pins no page longer than a request takes.
+    /// The kernel pins pages only while a request is in flight.
     fn pins_memory(&self) -> bool {
         false
     }
@@ -198,7 +198,7 @@ impl Device for IoUring {
             }
         };
         if self.shared.handle.is_far() {
-            // Should the answer come later, it counts from then on.
+            // A later reply takes effect when it arrives.
             let _ = self.shared.size_question.ask(ask);
         } else {
             ask();
@@ -220,21 +220,21 @@ impl Device for IoUring {
     }
 }
 
-/// A file that was just opened, or passed.
+/// A file that was just opened, or passed as a descriptor.
 struct Opened {
     file: File,
     name: String,
-    /// What it was opened by.
+    /// Path and identity, if it was opened by path.
     path: Option<PathBuf>,
     direct: bool,
-    /// Another opening of it by this process.
+    /// Another opening of the file by this process.
     kin: Option<Kin>,
 }
 
 fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = path.display().to_string();
-    // Looked at first: to open a tape winds it.
-    let meta = fs::metadata(&path).map_err(|e| annotate(&e, "opening", &name))?;
+    // Check the type first: opening a tape rewinds it.
+    let meta = fs::metadata(&path).map_err(|e| annotate(&e, "cannot open", &name))?;
     file::check_type(&meta, &name)?;
     let kin = if force_share { None } else { lock::kin(meta.dev(), meta.ino()) };
     let is_disk = meta.file_type().is_block_device();
@@ -243,14 +243,14 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
     let flags = [
         (direct, libc::O_DIRECT),
         (claim, libc::O_EXCL),
-        // Should there be a pipe in its place by now, it is not waited for.
+        // If the path names a pipe by now, the open does not wait.
         (!is_disk, libc::O_NONBLOCK),
     ];
     let flags = flags.into_iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
     let attempt = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
     let is_busy = |e: &io::Error| claim && e.raw_os_error() == Some(libc::EBUSY);
     let file = match attempt(flags) {
-        // This process holds the claim, and goes on holding it.
+        // This process holds the claim already, and keeps it.
         Err(e) if is_busy(&e) && kin.is_some() => attempt(flags & !libc::O_EXCL),
         Err(e) if is_busy(&e) => match lock::retry(is_busy, || attempt(flags)) {
             Err(e) if is_busy(&e) => return Err(lock::claimed(&name)),
@@ -261,21 +261,21 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
     let file = file.map_err(|e| {
         let remedy = match e.raw_os_error() {
             Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
-                "it cannot be written; change that, or give read-only=true"
+                "it is not writable; change its permissions, or use read-only=true"
             }
-            Some(libc::EINVAL) if direct => "it cannot be accessed past the page cache; leave out direct=true",
-            Some(libc::ETXTBSY) => "it is a program that runs; end that, or give read-only=true",
-            _ => return annotate(&e, "opening", &name),
+            Some(libc::EINVAL) if direct => "it does not support direct access (O_DIRECT); leave out direct=true",
+            Some(libc::ETXTBSY) => "it is a running program; end it, or use read-only=true",
+            _ => return annotate(&e, "cannot open", &name),
         };
-        io::Error::new(e.kind(), format!("opening {name}: {e}: {remedy}"))
+        io::Error::new(e.kind(), format!("cannot open {name}: {e}: {remedy}"))
     })?;
-    // io_uring would take it to mean that requests fail instead of waiting.
+    // With O_NONBLOCK io_uring would let requests fail instead of wait.
     let set = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
     fcntl(&file, FcntlArg::F_SETFL(set - OFlag::O_NONBLOCK))?;
     Ok(Opened { file, name, path: Some(path), direct, kin })
 }
 
-/// A descriptor from elsewhere: its mode must allow what is asked.
+/// Takes a descriptor from the caller, whose mode must fit the options.
 fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .map_or_else(|_| format!("fd {}", fd.as_raw_fd()), |path| path.display().to_string());
@@ -285,9 +285,9 @@ fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::R
         Err(io::Error::new(io::ErrorKind::InvalidInput, text))
     };
     match flags & OFlag::O_ACCMODE {
-        OFlag::O_WRONLY => return refuse("is open for writing only; open it for reading too"),
-        OFlag::O_RDONLY if !read_only => return refuse("is open for reading only; give read-only=true"),
-        _ if flags.contains(OFlag::O_APPEND) => return refuse("appends whatever the offset; open it without O_APPEND"),
+        OFlag::O_WRONLY => return refuse("is open for writing only; open it for reading, too"),
+        OFlag::O_RDONLY if !read_only => return refuse("is open for reading only; use read-only=true"),
+        _ if flags.contains(OFlag::O_APPEND) => return refuse("is open for appending; open it without O_APPEND"),
         _ => {}
     }
     let is_direct = flags.contains(OFlag::O_DIRECT);
@@ -295,7 +295,7 @@ fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::R
         return refuse("is not open for direct access; open it with O_DIRECT, or leave out direct=true");
     }
     if flags.contains(OFlag::O_NONBLOCK) {
-        return refuse("does not wait (O_NONBLOCK); open it without");
+        return refuse("is non-blocking; open it without O_NONBLOCK");
     }
     let file = File::from(fd);
     let kin = match file.metadata() {

@@ -1,4 +1,4 @@
-//! [`Failures`]: one line in the log for each kind of error, not for each request.
+//! [`Failures`]: logs one line for each kind of error, not for each request.
 
 use std::{
     io,
@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long errors of a kind are only counted after one was logged.
+/// After a logged error, errors of the same kind are only counted for this time.
 const QUIET: Duration = Duration::from_secs(60);
 
 /// The errors of one device.
@@ -15,7 +15,7 @@ pub(crate) struct Failures {
     kinds: Mutex<Vec<Kind>>,
 }
 
-/// Errors of one operation with one errno.
+/// The errors of one operation with one errno.
 #[derive(Debug)]
 struct Kind {
     operation: &'static str,
@@ -25,19 +25,19 @@ struct Kind {
 }
 
 impl Failures {
-    /// Logs that an operation on `target` failed, unless the log has this kind of error already. `errno` 0: the file ended.
+    /// Logs a failed operation on `target`, unless this kind of error was logged recently. `errno` 0: end of file.
     #[cold]
     pub(crate) fn report(&self, target: &str, operation: &'static str, at: u64, len: u64, errno: i32) {
         let Some(hidden) = self.count(operation, errno, Instant::now()) else { return };
         let why = match errno {
-            0 => "the file or disk has become shorter".into(),
+            0 => "the file or disk has shrunk".into(),
             errno => io::Error::from_raw_os_error(errno).to_string(),
         };
-        let more = if hidden > 0 { format!("; {hidden} more like it since the last message") } else { String::new() };
+        let more = if hidden > 0 { format!("; {hidden} similar errors since the last message") } else { String::new() };
         log::error!("{target}: {operation} of {len} bytes at offset {at} failed: {why}{more}");
     }
 
-    /// Counts an error. `Some`: it is to be logged, and so many were not.
+    /// Counts an error. `Some`: the error is to be logged, with the number of errors not logged before it.
     fn count(&self, operation: &'static str, errno: i32, now: Instant) -> Option<u64> {
         let mut kinds = self.kinds.lock().unwrap_or_else(|e| e.into_inner());
         let Some(kind) = kinds.iter_mut().find(|kind| kind.operation == operation && kind.errno == errno) else {

@@ -1,4 +1,4 @@
-//! [`Target`]: what there is to know about an opened file or block device, asked once.
+//! [`Target`]: the properties of an open file or block device, read once.
 
 use std::{
     fs::{self, File},
@@ -16,37 +16,38 @@ use nix::{
 
 use crate::sys;
 
-/// `FALLOC_FL_*` modes, as `fallocate` takes them.
+/// `FALLOC_FL_*` modes for `fallocate`.
 pub(crate) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// As [`PUNCH`], but the range stays allocated.
 pub(crate) const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-/// Allocates, as zeroes, what is not allocated yet.
+/// Allocates the unallocated parts of the range, as zeroes.
 pub(crate) const FILL: i32 = libc::FALLOC_FL_KEEP_SIZE;
 
-/// What a file can do, and how.
+/// Properties of a file, and how operations on it are done.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) is_disk: bool,
-    /// A power of two; what `O_DIRECT` demands of memory, offsets and lengths, or of `fallocate` on a block device.
+    /// A power of two: the alignment that `O_DIRECT` requires of memory, offsets and lengths, or that `fallocate` requires on a
+    /// block device.
     pub(crate) block_size: u32,
     pub(crate) preferred_block_size: u32,
     pub(crate) discard_alignment: u32,
     pub(crate) serial: String,
     pub(crate) rotational: bool,
-    /// Nothing is lost when the power fails after a write: no cache of the kernel's nor of the disk's.
+    /// A completed write survives a power failure: neither the kernel nor the disk caches it.
     pub(crate) write_through: bool,
     pub(crate) zero: bool,
-    /// `fallocate`'s mode for zeroes where the space may be given back.
+    /// Mode of `fallocate` for zeroes that may be deallocated.
     pub(crate) zero_mode: i32,
     pub(crate) discard: bool,
     pub(crate) status: bool,
-    /// The file is its page cache: nothing ever waits for a disk.
+    /// The file lives in the page cache only: no access waits for a disk.
     pub(crate) in_memory: bool,
-    /// Short writes are cheaper on the spot.
+    /// Short writes are cheaper inline.
     pub(crate) inline_writes: bool,
 }
 
-/// Refuses what is neither a regular file nor a block device.
+/// Checks that it is a regular file or a block device.
 pub(crate) fn check_type(meta: &fs::Metadata, name: &str) -> io::Result<()> {
     let kind = meta.file_type();
     let what = match () {
@@ -57,12 +58,12 @@ pub(crate) fn check_type(meta: &fs::Metadata, name: &str) -> io::Result<()> {
         () if kind.is_fifo() => "a pipe",
         () => "neither",
     };
-    let text = format!("{name} is {what}; give a regular file or a block device");
+    let text = format!("{name} is {what}; use a regular file or a block device");
     Err(io::Error::new(io::ErrorKind::InvalidInput, text))
 }
 
 impl Target {
-    /// Looks at `file`, which `name` names to people.
+    /// Reads the properties of `file`; `name` is for messages.
     pub(crate) fn new(file: &File, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
         let meta = file.metadata()?;
         check_type(&meta, name)?;
@@ -78,11 +79,11 @@ impl Target {
         let block_size = if direct { direct_block_size(file, name, queue.number("logical_block_size"))? } else { 1 };
         let magic = fstatfs(file).map(|fs| fs.filesystem_type()).ok();
         let preferred = u32::try_from(meta.blksize()).ok().filter(|n| n.is_power_of_two()).unwrap_or(0);
-        // Past the end and with KEEP_SIZE: whether holes can be punched, without punching one.
+        // Past the end and with KEEP_SIZE: this checks for support of holes without punching one.
         let end = meta.len().checked_next_multiple_of(1 << 20).and_then(|end| end.try_into().ok()).unwrap_or(i64::MAX);
         let punch = !read_only
             && match fallocate(file, FallocateFlags::from_bits_retain(PUNCH), end, 4096) {
-                // No room, or no offset: not a word about holes.
+                // No space, or an invalid offset: this does not mean that holes are unsupported.
                 Ok(()) | Err(Errno::EFBIG | Errno::ENOSPC | Errno::EDQUOT | Errno::EINTR) => true,
                 Err(_) => false,
             };
@@ -97,7 +98,7 @@ impl Target {
             zero: punch,
             zero_mode: PUNCH,
             discard: punch,
-            // Not of FUSE: to ask takes a descriptor, and this process could not end while its server does not answer.
+            // Not for FUSE: a query needs a descriptor, and this process could not exit while the FUSE server does not respond.
             status: magic != Some(FUSE_SUPER_MAGIC)
                 && !matches!(lseek(file, 0, Whence::SeekData), Err(e) if e != Errno::ENXIO),
             in_memory: !direct && magic == Some(TMPFS_MAGIC),
@@ -107,14 +108,13 @@ impl Target {
     }
 
     fn disk(file: &File, meta: &fs::Metadata, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
-        let context = |e: io::Error| io::Error::new(e.kind(), format!("asking {name} for its block size: {e}"));
+        let context = |e: io::Error| io::Error::new(e.kind(), format!("cannot get the block size of {name}: {e}"));
         let logical = sys::logical_block_size(file).map_err(context)?;
         let physical = sys::physical_block_size(file).map_err(context)?;
-        // Of what goes through the page cache only fallocate has to be aligned; but what is said of a device must hold
-        // for all that it is asked.
+        // Through the page cache only fallocate needs alignment. But the block size of a device must hold for all requests.
         let block_size = if direct { direct_block_size(file, name, Some(logical.into()))? } else { logical };
         if !read_only && sys::is_read_only(file).map_err(context)? {
-            let text = format!("{name} is a read-only block device; give read-only=true");
+            let text = format!("{name} is a read-only block device; use read-only=true");
             return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, text));
         }
         let queue = Sysfs::of(meta.rdev());
@@ -129,7 +129,7 @@ impl Target {
             serial: queue.serial(),
             rotational: queue.number("rotational") == Some(1),
             write_through: direct && queue.text("write_cache").as_deref() == Some("write through"),
-            // Without hardware for it the kernel writes zeroes itself, which needs no data from us; but not for
+            // Without hardware support the kernel writes the zeroes itself, which needs no data from us. But not for
             // PUNCH_HOLE.
             zero: !read_only,
             zero_mode: if write_zeroes { PUNCH } else { ZERO },
@@ -141,13 +141,13 @@ impl Target {
     }
 }
 
-/// What `O_DIRECT` demands of offsets, lengths and memory, as one number: a `Buf` starts at any multiple of the block
-/// size.
+/// The alignment that `O_DIRECT` requires of offsets, lengths and memory, as one number: a `Buf` can start at any multiple of
+/// the block size.
 fn direct_block_size(file: &File, name: &str, logical: Option<u64>) -> io::Result<u32> {
     let fallback = logical.and_then(|n| u32::try_from(n).ok()).unwrap_or(4096);
     let size = match sys::direct_alignment(file) {
         Some((0, _) | (_, 0)) => {
-            let text = format!("{name} cannot be accessed past the page cache; leave out direct=true");
+            let text = format!("{name} does not support direct access (O_DIRECT); leave out direct=true");
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
         Some((memory, offset)) => memory.max(offset),
@@ -156,15 +156,17 @@ fn direct_block_size(file: &File, name: &str, logical: Option<u64>) -> io::Resul
     if size.is_power_of_two() && size <= 65536 {
         return Ok(size);
     }
-    let text = format!("{name} demands direct transfers in units of {size} bytes; leave out direct=true");
+    let text = format!(
+        "{name} needs direct transfers in units of {size} bytes, which is not supported; leave out direct=true"
+    );
     Err(io::Error::new(io::ErrorKind::Unsupported, text))
 }
 
-/// A block device's directory in sysfs, which may well be absent.
+/// A block device's directory in sysfs, which may be absent.
 struct Sysfs(PathBuf);
 
 impl Sysfs {
-    /// The disk's, for a partition.
+    /// For a partition, the directory of its disk.
     fn of(dev: u64) -> Self {
         let own = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(dev), libc::minor(dev)));
         Self(if own.join("partition").exists() { own.join("..") } else { own })

@@ -1,4 +1,4 @@
-//! [`Flight`]: what a ring has in flight, as the commands of io_uring.
+//! [`Flight`]: an entry of the ring, as io_uring commands.
 
 use std::{os::fd::AsFd, sync::Arc};
 
@@ -7,11 +7,11 @@ use blkdev_ring::{Command, Operation, Ring};
 
 use crate::status::Mailbox;
 
-/// What is in the ring.
+/// An entry of the ring.
 #[derive(Debug)]
 pub(crate) enum Flight {
     Request(Moving),
-    /// Waits for answers.
+    /// Waits for replies.
     Poll(Arc<Mailbox>),
 }
 
@@ -19,10 +19,10 @@ pub(crate) enum Flight {
 #[derive(Debug)]
 pub(crate) struct Moving {
     pub(crate) request: Request,
-    /// Bytes that were transferred already.
+    /// Number of bytes already transferred.
     pub(crate) moved: u32,
     pub(crate) tries: u8,
-    /// For `Zero` and `Discard`: `fallocate`'s mode, or 0 for the block device's own discard.
+    /// For `Zero` and `Discard`: the mode of `fallocate`, or 0 for the block device's own discard.
     pub(crate) mode: i32,
 }
 
@@ -42,7 +42,7 @@ impl Operation for Flight {
             },
             Op::Flush => Command::Sync,
             &Op::Prefetch { at, len } => Command::Prefetch { at, len: len.try_into().unwrap_or(u32::MAX) },
-            Op::Status { .. } => unreachable!("a status goes to the helper"),
+            Op::Status { .. } => unreachable!("a Status goes to the helper"),
         }
     }
 
@@ -57,14 +57,14 @@ impl Operation for Flight {
 }
 
 impl Flight {
-    /// Whether the kernel has discards for the ring's block device that need no worker thread: one of length 0 is
-    /// refused for its length, once everything else about it was found good.
+    /// Whether the kernel supports discards on the ring's block device without a worker thread. A discard of length 0 is
+    /// refused because of its length only after all other checks have passed.
     pub(crate) fn probe_discard(ring: &mut Ring<Self>) -> bool {
         let probe = Moving::new(Request { tag: 0, op: Op::Discard { at: 0, len: 0 } }, 0);
         assert!(ring.push(Self::Request(probe)).is_ok(), "a new ring has room");
         ring.kick();
         let mut known = false;
-        // It is refused before anything could wait, so the answer is there; where not, there is fallocate.
+        // The refusal never waits, so the result is available at once. Otherwise fallocate is used.
         ring.reap(|_, result| {
             known = result == Err(libc::EINVAL);
             None

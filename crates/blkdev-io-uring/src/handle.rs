@@ -1,4 +1,4 @@
-//! [`Handle`]: the opened file, held so that a file system that hangs does not keep this process from ending.
+//! [`Handle`]: the open file, held so that a hung file system cannot keep this process from exiting.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -28,22 +28,22 @@ use nix::{
 
 use crate::{flight::Flight, sys};
 
-/// How long a question to a file system may take that may hang.
+/// Longest wait for a query to a file system that may hang.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// The opened file.
+/// The open file.
 #[derive(Debug)]
 pub(crate) enum Handle {
-    /// On a disk or file system of this machine. These answer, or the machine is beyond help.
+    /// On a local disk or file system, which responds unless the machine is broken.
     Near(Arc<File>),
-    /// On a file system with a server behind it (FUSE, NFS), which may hang. To close a descriptor waits for that server,
-    /// and nothing interrupts it, not even SIGKILL when the process ends. So there is none: rings hold the file.
+    /// On a file system with a server behind it (FUSE, NFS), which may hang. Closing a descriptor waits for that server, and
+    /// nothing interrupts it, not even SIGKILL when the process ends. So there is none: the rings hold the file.
     Far {
-        /// `O_PATH`: it names the file and reaches its metadata, and closing it asks no server.
+        /// `O_PATH`: it identifies the file and gives access to its metadata; closing it does not involve the server.
         path: File,
-        /// The flags to open it with.
+        /// The flags to open the file with.
         flags: OFlag,
-        /// Keeps the first opening, with its locks.
+        /// Keeps the first open file description, with its locks.
         _keeper: Box<Mutex<Ring<Flight>>>,
     },
 }
@@ -58,18 +58,18 @@ impl Handle {
         match path.and_then(|path| reopen(&path, flags).map(|_| path)) {
             Ok(path) => Self::Far { path, flags, _keeper: Box::new(Mutex::new(keeper)) },
             Err(e) => {
-                log::debug!("a file that cannot be opened once more is held open: {e}");
+                log::debug!("cannot reopen the file, so its descriptor stays open: {e}");
                 Self::Near(Arc::new(file))
             }
         }
     }
 
-    /// As [`new`](Self::new), for a descriptor that another process holds as well.
+    /// As [`new`](Self::new), for a descriptor that another process also holds.
     pub(crate) fn shared(file: File) -> Self {
         Self::Near(Arc::new(file))
     }
 
-    /// A descriptor, to be held for a short time only.
+    /// A descriptor for short use.
     pub(crate) fn open(&self) -> io::Result<Arc<File>> {
         match self {
             Self::Near(file) => Ok(Arc::clone(file)),
@@ -77,7 +77,7 @@ impl Handle {
         }
     }
 
-    /// As [`open`](Self::open), for asking only. To close it, NFS and others write nothing back, so they do not wait.
+    /// As [`open`](Self::open), for queries only. Its close writes nothing back, so it does not wait on NFS and others.
     pub(crate) fn open_to_ask(&self) -> io::Result<Arc<File>> {
         match self {
             Self::Near(file) => Ok(Arc::clone(file)),
@@ -89,19 +89,19 @@ impl Handle {
         matches!(self, Self::Far { .. })
     }
 
-    /// The file's size in bytes. The file system may be asked.
+    /// The file's size in bytes. This may query the file system.
     pub(crate) fn size(&self, is_disk: bool) -> io::Result<u64> {
         let size = match self {
             Self::Near(file) if is_disk => sys::disk_size(file)?,
             Self::Near(file) => file.metadata()?.len(),
             Self::Far { path, .. } => path.metadata()?.len(),
         };
-        // What no offset can name does not exist.
+        // Bytes beyond the largest offset are not accessible.
         Ok(size.min(i64::MAX as u64))
     }
 }
 
-/// Which file a name stands for.
+/// The file that a path named at open.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
     pub(crate) path: PathBuf,
@@ -115,19 +115,19 @@ impl Identity {
         Ok(Self { path, dev: meta.dev(), ino: meta.ino() })
     }
 
-    /// Whether the name stands for another file now. A name that stands for none is not one that can be opened instead.
+    /// Whether the path names another file now. A path that names none has no file to open instead.
     pub(crate) fn is_replaced(&self) -> bool {
         fs::metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) != (self.dev, self.ino))
     }
 }
 
-/// Asks what may hang, one question at a time.
+/// Runs queries that may hang, one at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Bounded(Arc<AtomicBool>);
 
 impl Bounded {
-    /// Does `work` on a thread of its own, which is left to itself when that takes long. `None`: there is no answer yet, or
-    /// no answer to an earlier question.
+    /// Runs `work` on its own thread, which is left running if that takes long. `None`: there is no result yet, or an earlier
+    /// query has not ended.
     pub(crate) fn ask<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         if self.0.swap(true, Ordering::Acquire) {
             return None;
@@ -140,7 +140,7 @@ impl Bounded {
             let _ = sender.send(result);
         };
         if let Err(e) = thread::Builder::new().name("file".into()).spawn(work) {
-            log::debug!("no thread to ask a file system: {e}");
+            log::debug!("cannot start a thread to query a file system: {e}");
             self.0.store(false, Ordering::Release);
             return None;
         }
@@ -148,11 +148,11 @@ impl Bounded {
     }
 }
 
-/// Magic numbers of linux/magic.h that nix has no name for: ramfs, bcachefs, ZFS, exFAT, FAT, NTFS, EROFS, squashfs, ISO 9660.
+/// Magic numbers of linux/magic.h without a name in nix: ramfs, bcachefs, ZFS, exFAT, FAT, NTFS, EROFS, squashfs, ISO 9660.
 const OTHERS_NEAR: [u32; 9] =
     [0x8584_58f6, 0xca45_1a4e, 0x2fc1_2fc1, 0x2011_bab0, 0x4d44, 0x7366_746e, 0xe0f5_e1e2, 0x7371_7368, 0x9660];
 
-/// Whether the file is on a disk or file system of this machine.
+/// Whether the file is on a local disk or file system.
 fn is_near(file: &File) -> bool {
     if !file.metadata().is_ok_and(|meta| meta.is_file()) {
         return true;
@@ -188,13 +188,13 @@ mod tests {
             drop(done);
         };
         assert_eq!(bounded.ask(hang), None);
-        // The next one is not even asked.
+        // The next query does not even start.
         assert_eq!(bounded.ask(|| 2), None);
         drop(go);
         let _: Result<(), _> = ended.recv();
         let started = std::time::Instant::now();
         while bounded.ask(|| 3) != Some(3) {
-            assert!(started.elapsed() < Duration::from_secs(60), "the first question has ended");
+            assert!(started.elapsed() < Duration::from_secs(60), "the first query has ended");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Files and kernel block devices through io_uring, as a [`blkdev::Device`].
 //!
-//! [`IoUring::open`] takes a regular file or a block device. Each queue is an io_uring of its own
-//! ([`blkdev_ring::Ring`]), so queues share nothing but the file.
+//! [`IoUring::open`] opens a regular file or a block device. Each queue has its own io_uring ([`blkdev_ring::Ring`]), so queues
+//! share only the file.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -14,39 +14,40 @@
 //! # std::io::Result::Ok(())
 //! ```
 //!
-//! # Through the page cache, or not
-//! By default transfers go through the page cache. With [`Options::direct`] they go past it (`O_DIRECT`), and the
-//! device's block size becomes what the file system or the disk demands.
+//! # Page cache
+//! By default, transfers go through the page cache. [`Options::direct`] bypasses it (`O_DIRECT`); the device's block size is
+//! then the one that the file system or the disk requires.
 //!
-//! # What does not go through the ring
-//! Where the kernel cannot do an operation without sleeping it hands it to a worker thread, which costs more than the
-//! operation itself. So these are done on the spot, by a plain system call in `push`, when they are short (at most 64
-//! KiB) and lie on whole pages:
+//! # Inline operations
+//! If the kernel cannot do an operation without sleeping, it passes it to a worker thread, which costs more than a short
+//! operation itself. So the driver does some operations inline, by a plain system call in `push`, if they are short (at most 64
+//! KiB) and cover whole pages:
 //! - writes through the page cache to ext4, f2fs, tmpfs and block devices;
 //! - reads from tmpfs.
 //!
-//! For 4096 bytes at depth 64 that takes about half the time, for 1 MiB no less. They are copies to memory, unless the
-//! kernel makes writers wait because too much is dirty: a write that took longer than 10 ms sends the queue's writes of
-//! the next 100 ms (when that happens again and again, of up to 5 s) to the kernel's worker threads, so that whoever
-//! drives the queue is not held up. What is left of a transfer after one call goes to the kernel's worker threads too.
+//! At depth 64 this takes about half the time for 4096 bytes, and gains nothing for 1 MiB. Inline operations only copy memory,
+//! unless the kernel throttles writers because too much is dirty. If a write took longer than 10 ms, the queue's writes of the
+//! next 100 ms (up to 5 s if it happens repeatedly) go to the kernel's worker threads, so that the thread that drives the queue
+//! does not block. The rest of a partial transfer also goes to the worker threads.
 //!
-//! Where a range is allocated (`Status`) is asked on a thread of the device's, which starts with the first question. A full
-//! image on tmpfs takes `lseek` hundreds of milliseconds. While it is at work writes go to the kernel's worker threads,
-//! since both need the file's lock.
+//! A thread of the device queries the allocation of ranges (`Status`); it starts with the first query, because `lseek` on a
+//! full image on tmpfs takes hundreds of milliseconds. During a query writes go to the kernel's worker threads, because both
+//! need the file's lock.
 //!
 //! # Sharing
-//! Images are locked as QEMU's file driver locks them, and a block device is claimed (`O_EXCL`) unless it is only read.
-//! Openings by one process share a file; others exclude each other if one of them writes. [`Options::force_share`] does
-//! without locks. Where the file system has no locks, nothing is locked.
+//! Images are locked as by QEMU's file driver. A block device is claimed (`O_EXCL`) unless it is opened read-only. Openings by
+//! one process share a file; openings by different processes exclude each other if one of them writes. [`Options::force_share`]
+//! disables the locks. If the file system does not support locks, there are none.
 //!
 //! # File systems that hang
-//! FUSE and NFS have a server behind them, which may stop. Nothing here waits for it on the thread that drives a queue, and
-//! the process holds no descriptor of such a file, since closing one waits for the server and cannot be interrupted. Files
-//! of FUSE have no block status for that reason. [`Source::Fd`] cannot avoid that: the sender holds the descriptor too.
+//! FUSE and NFS depend on a server, which may stop. The thread that drives a queue never waits for it. The process holds no
+//! descriptor of such a file, because closing one waits for the server and cannot be interrupted; for the same reason files on
+//! FUSE have no block status. With [`Source::Fd`] this is not possible: the sender holds the descriptor too.
 //!
 //! # Sizes
-//! The size of a file is asked for when it is opened, when a queue is, and on
-//! [`Device::refresh`](blkdev::Device::refresh). A read past the end of a file that has shrunk since fails with
+//! The size of a file is read when the file is opened, when a queue is opened, and at
+//! [`Device::refresh`](blkdev::Device::refresh). If a file has shrunk since, a read past its end fails with
+//! [`Io`](blkdev::Error::Io). With [`Options::direct`] the size must be a multiple of the block size.
 //! [`Io`](blkdev::Error::Io). With [`Options::direct`] a size that is no multiple of the block size is refused.
 
 mod device;

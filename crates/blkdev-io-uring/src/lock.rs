@@ -1,12 +1,12 @@
-//! Locks on images, as QEMU's file driver takes them (block/file-posix.c), so that each respects the other.
+//! Locks on images, compatible with QEMU's file driver (block/file-posix.c), so that each respects the other.
 //!
-//! For each permission that an opener uses it holds a shared lock on the byte 100 + n, and for each permission that it does not
-//! allow others on the byte 200 + n. All locks are shared and belong to the open file (`F_OFD_SETLK`), so they never wait, and
-//! end with the last descriptor. After taking its own, an opener looks for those of others that exclude it.
+//! An opener holds a shared lock on byte 100 + n for each permission n that it uses, and on byte 200 + n for each permission
+//! that it does not share. All locks are shared and belong to the open file description (`F_OFD_SETLK`). So they never wait,
+//! and end with the last descriptor. After taking its own locks, an opener checks for conflicting locks of others.
 //!
-//! Openings by the same process do not exclude each other: the operator who exports a file twice, or reloads it with other
-//! properties, means it. Such an opening takes its locks on the first one's open file, of which it holds a descriptor. That one
-//! is found among the process's descriptors, since `/proc/self/fdinfo` lists the locks of each.
+//! Openings by the same process do not exclude each other: an operator may export a file twice, or reload it with other
+//! properties. Such an opening takes its locks on the first one's open file description, of which it holds a descriptor. It
+//! finds that among the process's descriptors, because `/proc/self/fdinfo` lists the locks of each.
 
 use std::{
     fs::{self, File},
@@ -26,7 +26,7 @@ use nix::{
 
 use crate::sys;
 
-/// First byte for permissions in use, and for those that are not shared.
+/// First byte for permissions in use, and for permissions not shared.
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
 
@@ -35,18 +35,18 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// No other process may do this, whether the image is written here or only read.
+/// Permissions that other processes may not have, whether this opening writes or only reads.
 const EXCLUDED: [i64; 2] = [WRITE, RESIZE];
 
-/// Another opening by this process, kept open with the locks, and the claim to a block device, that it has.
+/// Another opening by this process, kept open with its locks and its claim to a block device.
 #[derive(Debug)]
 pub(crate) struct Kin(OwnedFd);
 
-/// How long an opening waits for others to go. The kernel closes the files of a process that was killed some time after its
-/// end, when the last of its requests is over; a server that is started again at once must not fail for that.
+/// How long an opening waits for others to end. The kernel closes the files of a killed process only after its last request has
+/// completed; a server that is restarted at once must not fail because of that.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Tries again for [`PATIENCE`], while `is_busy` says so of the error.
+/// Retries for [`PATIENCE`], while `is_busy` returns true for the error.
 pub(crate) fn retry<T>(
     is_busy: impl Fn(&io::Error) -> bool,
     mut attempt: impl FnMut() -> io::Result<T>,
@@ -60,10 +60,10 @@ pub(crate) fn retry<T>(
     }
 }
 
-/// Takes the locks for `file`. `kin`: the locks go there instead, and are checked from there.
+/// Takes the locks for `file`. With `kin`, the locks are taken and checked on that descriptor instead.
 ///
 /// # Errors
-/// Another process excludes this opening. No locks are left then that were not there before.
+/// Another process excludes this opening. The locks taken here are released again.
 pub(crate) fn acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> io::Result<()> {
     retry(|e| e.kind() == io::ErrorKind::ResourceBusy, || try_acquire(file, name, read_only, kin))
 }
@@ -92,9 +92,11 @@ fn try_acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> i
         Ok(()) => return Ok(()),
         Err(Failure::Held(byte, pid)) if !is_kindred(file) => in_use(name, byte, pid),
         Err(Failure::Held(..)) => return Ok(()),
-        // As QEMU does.
+        // As in QEMU.
         Err(Failure::NoLocks(errno)) => {
-            log::debug!("{name}: the file system has no locks ({errno}): nothing keeps others from writing");
+            log::debug!(
+                "{name}: the file system does not support locks ({errno}): other processes may write to the file"
+            );
             return Ok(());
         }
     };
@@ -103,7 +105,7 @@ fn try_acquire(file: &File, name: &str, read_only: bool, kin: Option<&Kin>) -> i
 }
 
 enum Failure {
-    /// A process holds the byte; its number, if known.
+    /// A process holds the byte; its process id, if known.
     Held(i64, i32),
     NoLocks(Errno),
 }
@@ -123,7 +125,7 @@ fn in_use(name: &str, byte: i64, pid: i32) -> io::Error {
     io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
 
-/// What is wrong with a block device that cannot be claimed.
+/// The error for a block device that cannot be claimed.
 pub(crate) fn claimed(name: &str) -> io::Error {
     let text = format!(
         "{name} is in use: it is mounted, part of a volume, or claimed by another program; unmount it, give read-only=true, \
@@ -151,7 +153,7 @@ fn conflict(holder: BorrowedFd<'_>, byte: i64) -> Result<Option<i32>, Failure> {
     Ok((libc::c_int::from(lock.l_type) != libc::F_UNLCK).then_some(lock.l_pid))
 }
 
-/// The descriptor through which this process holds locks on the file with these numbers already, if there is one.
+/// The descriptor through which this process already holds locks on the file with these device and inode numbers, if any.
 pub(crate) fn kin(dev: u64, ino: u64) -> Option<Kin> {
     descriptors().find_map(|(fd, info)| {
         if !bytes(&info, ino).contains(&USED) {
@@ -163,7 +165,7 @@ pub(crate) fn kin(dev: u64, ino: u64) -> Option<Kin> {
     })
 }
 
-/// Whether this process serves the file already from a file system that may hang, where it holds no descriptor with locks, but
+/// Whether this process already serves the file from a file system that may hang. It then holds no descriptor with locks, but
 /// one with `O_PATH`.
 fn is_kindred(file: &File) -> bool {
     let place = |info: &str| Some((field(info, "mnt_id:")?.to_owned(), field(info, "ino:")?.to_owned()));
@@ -175,7 +177,7 @@ fn is_kindred(file: &File) -> bool {
     })
 }
 
-/// Every descriptor of this process, with what the kernel says of it. That asks no file system.
+/// All descriptors of this process, each with its `fdinfo`. This does not involve the file systems.
 fn descriptors() -> impl Iterator<Item = (i32, String)> {
     fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten().filter_map(|entry| {
         let fd = entry.file_name().to_str()?.parse().ok()?;
@@ -194,7 +196,7 @@ fn locks(holder: BorrowedFd<'_>) -> Vec<i64> {
     bytes(&info, ino)
 }
 
-/// The bytes from [`USED`] on that an open file holds locked: `lock: 1: OFDLCK ADVISORY READ -1 08:01:12345 100 101`.
+/// The bytes from [`USED`] on that an open file description has locked: `lock: 1: OFDLCK ADVISORY READ -1 08:01:12345 100 101`.
 fn bytes(info: &str, ino: u64) -> Vec<i64> {
     let parse = |line: &str| {
         let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();

@@ -1,4 +1,4 @@
-//! [`FileQueue`]: requests to a ring, or done on the spot where that is cheaper.
+//! [`FileQueue`]: sends requests through a ring, or does them inline if that is cheaper.
 
 use std::{
     fs::File,
@@ -19,47 +19,46 @@ use crate::{
     sys,
 };
 
-/// The longest transfer that is done on the spot, in bytes. From about here on the copy costs more than the hand-over
-/// to a worker thread of the kernel's, which can then do it on another core.
+/// The longest inline transfer, in bytes. Above it, the copy costs more than the hand-over to a kernel worker thread, which can
+/// run on another core.
 const INLINE_MAX: usize = 64 << 10;
 
-/// A transfer on the spot that took longer than this was made to wait for the disk. A copy takes microseconds, and
-/// being preempted some milliseconds.
+/// An inline transfer that took longer than this had to wait for the disk. A copy takes microseconds, a preemption some
+/// milliseconds.
 const SLOW: Duration = Duration::from_millis(10);
 
-/// For how long the kernel's worker threads do the writes after a [`SLOW`] one: doubled when the next one is slow
-/// again.
+/// After a [`SLOW`] write, kernel worker threads do all writes for this time; doubled if the next inline write is slow, too.
 const DETOUR_MIN: Duration = Duration::from_millis(100);
 const DETOUR_MAX: Duration = Duration::from_secs(5);
 
-/// How often a request is tried again that the kernel gave back undone.
+/// Most retries of a request that the kernel returned undone.
 const TRIES_MAX: u8 = 100;
 
-/// One of the device's queues: a ring.
+/// One queue of the device: a ring.
 #[derive(Debug)]
 pub(crate) struct FileQueue {
-    /// Dropped before the device: once the device's descriptor is closed, the file is closed.
+    /// Dropped before the device: when the device closes its descriptor, the file is really closed.
     ring: Ring<Flight>,
-    /// What has ended without the ring.
+    /// Requests that ended without the ring.
     done: Vec<Completion>,
     depth: usize,
-    /// The file, where transfers can be done on the spot.
+    /// The file, if transfers can be done inline.
     spot: Option<Arc<File>>,
     shared: Arc<Shared>,
-    /// Writes are not done on the spot before this.
+    /// No inline writes before this time.
     detour_until: Option<Instant>,
-    /// For how long, should the next one be slow.
+    /// Duration of the next detour, if the next inline write is slow.
     detour: Duration,
-    /// Where the answers about `asked` come to, once there was a `Status`.
+    /// Receives the replies for `asked`, once there was a `Status`.
     mailbox: Option<Arc<Mailbox>>,
-    /// Every `Status` that is not answered yet. While there is one, the ring polls the mailbox.
+    /// All `Status` requests without a reply. While there is one, the ring polls the mailbox.
     asked: Vec<Asked>,
-    /// How many there were.
+    /// Number of `Status` requests so far.
     questions: u64,
     gone: bool,
 }
 
-/// A `Status` at the device's helper.
+/// A `Status` request at the device's helper thread.
 #[derive(Debug)]
 struct Asked {
     number: u64,
@@ -78,7 +77,7 @@ impl Asked {
 }
 
 impl Moving {
-    /// What the kernel's answer means. `Err`: there is more to do, so once more.
+    /// Translates the kernel's result. `Err`: the rest of the request must be submitted again.
     #[inline]
     fn settle(mut self, result: Result<u32, i32>, shared: &Shared) -> Result<Completion, Self> {
         let end = match (&self.request.op, result) {
@@ -86,12 +85,12 @@ impl Moving {
                 self.moved = self.moved.saturating_add(count).min(buf.len() as u32);
                 match buf.len() - self.moved as usize {
                     0 => Ok(()),
-                    // The file has shrunk, or the disk is smaller than it said.
+                    // The file has shrunk, or the disk is smaller than reported.
                     _ if count == 0 => Err(self.failed(0, shared)),
                     _ => return Err(self),
                 }
             }
-            // The rest of a direct transfer that ended amid a block: the file has shrunk.
+            // The rest of a direct transfer that ended inside a block: the file has shrunk.
             (_, Err(libc::EINVAL)) if self.moved > 0 => Err(self.failed(0, shared)),
             (_, Err(errno)) if is_undone(errno) => {
                 if self.tries < TRIES_MAX {
@@ -101,8 +100,8 @@ impl Moving {
                 self.failed(errno, shared);
                 Err(Error::Io)
             }
-            // A file system without ZERO_RANGE (tmpfs): a hole, which is then filled where the space must be kept. That
-            // it cannot be filled leaves zeroes all the same.
+            // A file system without ZERO_RANGE (tmpfs): punch a hole, and fill it if the space must stay allocated. If the fill
+            // fails, the range still reads as zeroes.
             (Op::Zero { .. }, Err(libc::EOPNOTSUPP)) if self.mode == ZERO && !shared.target.is_disk => {
                 shared.zero_range_fails.store(true, Ordering::Relaxed);
                 self.mode = PUNCH;
@@ -119,7 +118,7 @@ impl Moving {
         Ok(Completion { tag: self.request.tag, op: self.request.op, result: end })
     }
 
-    /// Logs an errno and returns its meaning. 0: the file has ended.
+    /// Logs an errno and returns the matching error. 0: end of file.
     #[cold]
     fn failed(&self, errno: i32, shared: &Shared) -> Error {
         let (operation, at, len) = match &self.request.op {
@@ -130,7 +129,7 @@ impl Moving {
             Op::Prefetch { at, len } => ("prefetch", *at, *len),
             Op::Flush | Op::Status { .. } => ("flush", 0, shared.capacity()),
         };
-        // A disk that was taken away has the size 0, and to a write past the end the kernel says ENOSPC.
+        // A removed disk has size 0, and the kernel returns ENOSPC for a write past the end.
         let errno = if errno == libc::ENOSPC && shared.has_vanished() { libc::EIO } else { errno };
         let error = if errno == 0 { Error::Io } else { Error::from_errno(errno) };
         if error != Error::NotSupported {
@@ -170,7 +169,7 @@ impl FileQueue {
         })
     }
 
-    /// Requests that are pushed and not reaped. The poll, which is in the ring while anything is asked, is none.
+    /// Number of requests pushed and not reaped. The poll, which is in the ring while a `Status` is pending, does not count.
     #[inline]
     fn pushed(&self) -> usize {
         self.ring.in_flight() - usize::from(!self.asked.is_empty()) + self.asked.len() + self.done.len()
@@ -181,7 +180,7 @@ impl FileQueue {
         self.done.push(Completion { tag, op, result });
     }
 
-    /// Whether a transfer is better done on the spot.
+    /// Whether a transfer is cheaper inline.
     #[inline]
     fn is_inline(&mut self, op: &Op) -> bool {
         let short = |at: u64, buf: &Buf| {
@@ -205,13 +204,13 @@ impl FileQueue {
         }
     }
 
-    /// Does a transfer on the spot. `Err`: part of it is left to do.
+    /// Does a transfer inline. `Err`: a part of it is left.
     fn transfer(&mut self, file: &File, mut flight: Moving) -> Result<Completion, Moving> {
         let started = Instant::now();
         let result = match &mut flight.request.op {
             Op::Read { at, buf } => sys::read(file, *at, buf),
             Op::Write { at, buf, .. } => sys::write(file, *at, buf),
-            _ => unreachable!("only transfers are done on the spot"),
+            _ => unreachable!("only transfers are done inline"),
         };
         let ended = Instant::now();
         if ended - started > SLOW && !self.shared.target.in_memory {
@@ -224,7 +223,7 @@ impl FileQueue {
         flight.settle(result, &self.shared)
     }
 
-    /// Has the helper answer a `Status`; where there is none, everything is data.
+    /// Sends a `Status` to the helper thread. If there is none, the whole range counts as data.
     fn ask(&mut self, tag: u64, at: u64, len: u64, extents: Vec<Extent>) {
         let asked = Asked { number: self.questions, tag, at, len, extents };
         self.questions += 1;
@@ -240,20 +239,23 @@ impl FileQueue {
             Ok(mailbox) => {
                 if self.asked.is_empty() {
                     let poll = self.ring.push(Flight::Poll(Arc::clone(&mailbox)));
-                    assert!(poll.is_ok(), "the question that nobody asks the ring has left it a slot");
+                    assert!(poll.is_ok(), "a Status takes no slot of the ring, so there is one for the poll");
                 }
                 self.mailbox = Some(mailbox);
                 self.asked.push(asked);
             }
             Err(e) => {
-                log::debug!("{}: no thread for block status, so all is data: {e}", self.shared.info.target);
+                log::debug!(
+                    "{}: cannot start a thread for block status, so all is reported as data: {e}",
+                    self.shared.info.target
+                );
                 self.done.push(asked.end(Ok(vec![all_data(at, len)])));
             }
         }
     }
 }
 
-/// What the helper does for a `Status`: it looks at the range, and puts the answer into `mailbox`.
+/// The helper's work for a `Status`: it queries the range, and puts the reply into `mailbox`.
 fn question(
     shared: &Arc<Shared>,
     mailbox: &Arc<Mailbox>,
@@ -263,13 +265,13 @@ fn question(
 ) -> impl FnOnce() + Send + 'static {
     let (shared, receiver) = (Arc::clone(shared), Arc::downgrade(mailbox));
     move || {
-        // Otherwise the queue is gone.
+        // Otherwise the queue is closed.
         let result = (receiver.strong_count() > 0).then(|| {
             let file = shared.handle.open_to_ask().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
             file.and_then(|file| extents(&file, at, len))
         });
         shared.helper.is_done();
-        // Before the answer: the receiver may close the device and expect the file to be closed.
+        // Before the reply: the receiver may close the device and expect the file to be closed.
         drop(shared);
         if let Some((result, mailbox)) = result.zip(receiver.upgrade()) {
             mailbox.put(Answer { number, result });
@@ -277,7 +279,7 @@ fn question(
     }
 }
 
-/// Hands out the answers in `mailbox`. Answers to abandoned requests are dropped.
+/// Completes requests with the replies in `mailbox`. Replies to abandoned requests are dropped.
 #[cold]
 fn collect(mailbox: &Mailbox, asked: &mut Vec<Asked>, done: &mut Vec<Completion>, shared: &Shared) {
     for Answer { number, result } in mailbox.take() {
@@ -325,14 +327,14 @@ impl Queue for FileQueue {
                     self.done.push(completion);
                     return Ok(());
                 }
-                // The rest may have to wait, so it is for the kernel's threads.
+                // The rest may have to wait, so kernel worker threads do it.
                 Err(rest) => flight = rest,
             }
         }
         match self.ring.push(Flight::Request(flight)) {
             Ok(()) => Ok(()),
             Err(Flight::Request(flight)) => Err(flight.request),
-            Err(Flight::Poll(_)) => unreachable!("what comes back is what was pushed"),
+            Err(Flight::Poll(_)) => unreachable!("a pushed request comes back"),
         }
     }
 
@@ -379,7 +381,7 @@ impl Queue for FileQueue {
                 done.push(Completion { tag, op, result: Err(Error::Gone) });
             }
         });
-        // Late answers belong to no request.
+        // Late replies belong to no request.
         done.extend(self.asked.drain(..).map(|asked| asked.end(Err(Error::Gone))));
     }
 
@@ -390,7 +392,7 @@ impl Queue for FileQueue {
 
 impl Drop for FileQueue {
     fn drop(&mut self) {
-        // The ring waits for the poll too.
+        // The ring's drop also waits for the poll.
         if let Some(mailbox) = &self.mailbox {
             self.asked.clear();
             mailbox.ring();
@@ -399,9 +401,9 @@ impl Drop for FileQueue {
     }
 }
 
-/// Whether the kernel gave a request back before it did anything. The last two are what becomes of requests whose
-/// thread has ended: EFAULT of a read that waited for a page (seen with Linux 6.18), ECANCELED of what waited for a
-/// worker thread (older ones). A real EFAULT cannot be, since the memory belongs to a mapping of ours.
+/// Whether the kernel returned a request before it did anything. The last two errors occur for requests whose thread has ended:
+/// EFAULT for a read that waited for a page (seen with Linux 6.18), ECANCELED for requests that waited for a worker thread
+/// (older kernels). A real EFAULT is impossible, because the memory belongs to one of our mappings.
 fn is_undone(errno: i32) -> bool {
     [libc::EINTR, libc::EAGAIN, libc::EFAULT, libc::ECANCELED].contains(&errno)
 }

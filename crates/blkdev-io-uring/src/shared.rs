@@ -1,4 +1,4 @@
-//! [`Shared`]: what a device and its queues have in common.
+//! [`Shared`]: the state that a device and its queues share.
 
 use std::{
     io,
@@ -18,20 +18,20 @@ use crate::{
     status::Helper,
 };
 
-/// What the device and its queues have in common.
+/// The state that a device and its queues share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) handle: Handle,
     pub(crate) info: Info,
     pub(crate) target: Target,
-    /// Discards go through `BLOCK_URING_CMD_DISCARD`.
+    /// Discards use `BLOCK_URING_CMD_DISCARD`.
     pub(crate) discard_command: bool,
-    /// `FALLOC_FL_ZERO_RANGE` was refused once.
+    /// `FALLOC_FL_ZERO_RANGE` has failed as unsupported.
     pub(crate) zero_range_fails: AtomicBool,
     pub(crate) queues: AtomicU16,
     pub(crate) failures: Failures,
     pub(crate) helper: Helper,
-    /// What the file was opened by, if by a path.
+    /// Identity of the file, if it was opened by path.
     pub(crate) identity: Option<Identity>,
     pub(crate) size_question: Bounded,
     pub(crate) identity_question: Bounded,
@@ -41,22 +41,26 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The size in bytes, all of them; the capacity is set to the whole blocks of it.
+    /// Reads and returns the size in bytes. Sets the capacity to its whole blocks.
     pub(crate) fn measure(&self) -> io::Result<u64> {
         let size = self
             .handle
             .size(self.target.is_disk)
-            .map_err(|e| annotate(&e, "asking for the size of", &self.info.target))?;
+            .map_err(|e| annotate(&e, "cannot get the size of", &self.info.target))?;
         let block = u64::from(self.info.block_size);
         let whole = size / block * block;
         if size == 0 && self.target.is_disk && self.capacity.load(Ordering::Relaxed) > 0 {
-            // A disk that was taken away. Its requests are to fail with EIO, not for their range.
+            // A removed disk. Its requests must fail with EIO, not because of their range.
             return Ok(size);
         }
         let before = self.capacity.swap(whole, Ordering::Relaxed);
         if before != whole && before != 0 {
-            let end = if size == whole { String::new() } else { format!(", of which {whole} can be reached directly") };
-            log::info!("{}: the size is {size} bytes now{end}", self.info.target);
+            let end = if size == whole {
+                String::new()
+            } else {
+                format!(", of which {whole} are accessible with direct=true")
+            };
+            log::info!("{}: the size is now {size} bytes{end}", self.info.target);
         }
         Ok(size)
     }
@@ -65,7 +69,7 @@ impl Shared {
         self.capacity.load(Ordering::Relaxed)
     }
 
-    /// Whether this is a disk that was taken away.
+    /// Whether this is a disk that was removed.
     pub(crate) fn has_vanished(&self) -> bool {
         self.target.is_disk && self.handle.size(true).unwrap_or(0) == 0
     }

@@ -1,7 +1,7 @@
-//! Where a file is allocated: asked on a thread of the device's, since `lseek` may take long.
+//! Queries which parts of a file are allocated, on a thread of the device, because `lseek` may take long.
 //!
-//! To look for the end of a full image on tmpfs takes the kernel hundreds of milliseconds. So a queue hands each `Status` to
-//! the device's [`Helper`], and finds the answer in its [`Mailbox`], whose eventfd the queue's ring polls.
+//! On tmpfs the kernel needs hundreds of milliseconds to find the end of a full image. So a queue passes each `Status` to the
+//! device's [`Helper`], and gets the reply from its [`Mailbox`], whose eventfd the queue's ring polls.
 
 use std::{
     fmt,
@@ -24,24 +24,25 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-/// Most extents that one `Status` gets: each costs a system call or two.
+/// Most extents in one reply: each costs a system call or two.
 const EXTENTS_MAX: usize = 64;
 
-/// How long one `Status` may go on to the next extent. So a client that asks much does not delay the others of the device.
+/// A `Status` starts no further extent after this time, so that a client with many queries does not delay the device's other
+/// clients.
 const TIME_MAX: Duration = Duration::from_millis(5);
 
-/// Where a queue finds its answers.
+/// Receives the replies for a queue.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
-    /// Readable when there are answers.
+    /// Readable when there are replies.
     bell: EventFd,
     answers: Mutex<Vec<Answer>>,
 }
 
-/// What a range holds, or why that is not known.
+/// The extents of a range, or an errno.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    /// That of the question.
+    /// Number of the query.
     pub(crate) number: u64,
     pub(crate) result: Result<Vec<Extent>, i32>,
 }
@@ -54,7 +55,7 @@ impl Mailbox {
 
     /// Makes the descriptor readable.
     pub(crate) fn ring(&self) {
-        // It never blocks. A counter that is full is readable.
+        // This never blocks. If the counter is full, the descriptor is readable.
         let _ = self.bell.write(1);
     }
 
@@ -63,7 +64,7 @@ impl Mailbox {
         self.ring();
     }
 
-    /// All answers that have come. First the bell, so that a later answer rings it again.
+    /// Returns all replies so far. Resets the eventfd first, so that a later reply makes it readable again.
     pub(crate) fn take(&self) -> Vec<Answer> {
         let _ = self.bell.read();
         std::mem::take(&mut *self.answers.lock().unwrap_or_else(|e| e.into_inner()))
@@ -76,35 +77,35 @@ impl AsFd for Mailbox {
     }
 }
 
-/// Something that the helper does.
+/// A task for the helper.
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The device's thread, which the first question starts, and which ends with the device.
+/// The device's helper thread. The first job starts it, and it ends with the device.
 #[derive(Default)]
 pub(crate) struct Helper {
-    /// Jobs that are not done: bounded, as the depth of a queue is.
+    /// Number of unfinished jobs: bounded by the depth of the queues.
     open: AtomicU32,
     thread: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
 impl Helper {
-    /// Whether a call may be at work. It holds the file's lock, so that a write waits for it.
+    /// Whether a query may be in progress. It holds the file's lock, so a write would wait for it.
     #[inline]
     pub(crate) fn is_busy(&self) -> bool {
         self.open.load(Ordering::Relaxed) > 0
     }
 
-    /// Makes the device's thread do a job, which calls [`is_done`](Self::is_done).
+    /// Runs a job on the device's thread. The job calls [`is_done`](Self::is_done).
     ///
     /// # Errors
-    /// No thread can be started.
+    /// The thread cannot be started.
     pub(crate) fn ask(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(|e| e.into_inner());
         let sender = match &*thread {
             Some(sender) => sender,
             None => {
                 let (sender, jobs) = mpsc::channel::<Job>();
-                // It keeps nothing of the device between two jobs, so it ends when the device is dropped.
+                // Between jobs the thread holds no reference to the device, so it ends when the device is dropped.
                 let work = move || jobs.into_iter().for_each(|job| job());
                 thread::Builder::new().name("block status".into()).spawn(work)?;
                 thread.insert(sender)
@@ -117,7 +118,7 @@ impl Helper {
         })
     }
 
-    /// A job has been done.
+    /// Called at the end of a job.
     pub(crate) fn is_done(&self) {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
@@ -129,7 +130,7 @@ impl fmt::Debug for Helper {
     }
 }
 
-/// Where the range is allocated, for a part of it if that takes long.
+/// The allocated parts of the range, or of a prefix of it if that takes long.
 pub(crate) fn extents(file: &File, at: u64, len: u64) -> Result<Vec<Extent>, i32> {
     let (started, end) = (Instant::now(), at.saturating_add(len));
     let (mut here, mut extents) = (at, Vec::new());
@@ -139,7 +140,7 @@ pub(crate) fn extents(file: &File, at: u64, len: u64) -> Result<Vec<Extent>, i32
             extents.push(Extent { at: here, len: data - here, kind: ExtentKind::Hole });
             here = data;
         } else {
-            // Never empty, even should the file change in between: what is data once is data enough.
+            // Never empty, even if the file changes in between: a range that was data once may be reported as data.
             let next = here.saturating_add(1).checked_next_multiple_of(512).unwrap_or(end);
             let hole = seek(file, here, Whence::SeekHole, end)?.max(next).min(end);
             extents.push(Extent { at: here, len: hole - here, kind: ExtentKind::Data });
@@ -149,18 +150,18 @@ pub(crate) fn extents(file: &File, at: u64, len: u64) -> Result<Vec<Extent>, i32
     Ok(extents)
 }
 
-/// The whole range as data, which is always a safe answer.
+/// The whole range as data, which is always correct.
 pub(crate) fn all_data(at: u64, len: u64) -> Extent {
     Extent { at, len, kind: ExtentKind::Data }
 }
 
-/// The next byte from `at` on that is data or hole, at most `end`.
+/// The next data or hole (`what`) from `at` on, at most `end`.
 fn seek(file: &File, at: u64, what: Whence, end: u64) -> Result<u64, i32> {
     let Ok(from) = i64::try_from(at) else { return Err(Error::OutOfRange.errno()) };
     match lseek(file, from, what) {
-        // A file system that answers with something before `at` is not believed.
+        // A result before `at` is invalid; clamp it.
         Ok(found) => Ok(u64::try_from(found).unwrap_or(at).clamp(at, end)),
-        // No data any more up to the end of the file.
+        // No data up to the end of the file.
         Err(Errno::ENXIO) => Ok(end),
         Err(errno) => Err(errno as i32),
     }

@@ -1,4 +1,4 @@
-//! The system calls that std and nix have no safe form of.
+//! System calls without a safe wrapper in std or nix.
 #![allow(unsafe_code)]
 
 use std::{
@@ -10,9 +10,9 @@ use std::{
 
 use blkdev::Buf;
 
-/// `pread` of the whole buffer, whose first byte is at `at` in the file.
+/// `pread` into the whole buffer, from file offset `at` on.
 pub(crate) fn read(file: &File, at: u64, buf: &mut Buf) -> io::Result<usize> {
-    // SAFETY: the Buf's memory is borrowed for the call. An offset past i64::MAX is negative, which the kernel refuses.
+    // SAFETY: the Buf's memory is borrowed for the call. An offset above i64::MAX is negative, which the kernel refuses.
     count(unsafe { libc::pread64(file.as_raw_fd(), buf.as_ptr().cast(), buf.len(), at as i64) })
 }
 
@@ -22,10 +22,10 @@ pub(crate) fn write(file: &File, at: u64, buf: &Buf) -> io::Result<usize> {
     count(unsafe { libc::pwrite64(file.as_raw_fd(), buf.as_ptr().cast(), buf.len(), at as i64) })
 }
 
-/// Another descriptor of the open file that this process has as number `fd` at the moment, if it has.
+/// Duplicates descriptor number `fd` of this process, if it is open.
 pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: borrowed for this one call, which only duplicates it. A number that was closed meanwhile is an error, and
-    // one that was reused is another file of this process: the caller looks at what it got.
+    // SAFETY: borrowed for this one call, which only duplicates it. If the number was closed meanwhile, the call fails; if it
+    // was reused, the result is another file of this process, and the caller checks for that.
     unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
 }
 
@@ -33,12 +33,12 @@ fn count(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-/// What a file demands of direct transfers, in bytes: the alignment of memory, and of offsets and lengths. `None`: the
-/// kernel (before 6.1) or the file system does not tell. Zeroes: the file cannot do direct transfers.
+/// The alignment in bytes that a file requires of direct transfers: of memory, and of offsets and lengths. `None`: the kernel
+/// (before 6.1) or the file system does not report it. Zeroes: the file does not support direct transfers.
 pub(crate) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `out` has the size of the structure, and
-    // all zeroes is a valid value of it.
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `out` has the size of the structure, and all zeroes
+    // is a valid value of it.
     let out = unsafe {
         let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
         if libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, out.as_mut_ptr()) < 0 {
@@ -72,7 +72,7 @@ pub(crate) fn physical_block_size(disk: &File) -> io::Result<u32> {
 
 pub(crate) fn disk_size(disk: &File) -> io::Result<u64> {
     let mut value = 0_u64;
-    // SAFETY: the request stores 64 bits. On a descriptor that is no block device it is refused.
+    // SAFETY: the ioctl stores 64 bits. It fails for descriptors of other files than block devices.
     if unsafe { libc::ioctl(disk.as_raw_fd(), BLKGETSIZE64, &raw mut value) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -81,7 +81,7 @@ pub(crate) fn disk_size(disk: &File) -> io::Result<u64> {
 
 fn int(disk: &File, request: libc::Ioctl) -> io::Result<u32> {
     let mut value: libc::c_int = 0;
-    // SAFETY: each of the requests above stores one int. On a descriptor that is no block device it is refused.
+    // SAFETY: each of the ioctls above stores one int. They fail for descriptors of other files than block devices.
     if unsafe { libc::ioctl(disk.as_raw_fd(), request, &raw mut value) } < 0 {
         return Err(io::Error::last_os_error());
     }

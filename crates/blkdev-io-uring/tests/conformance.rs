@@ -1,4 +1,4 @@
-//! Every kind of file there is here, held against what `blkdev` promises of devices.
+//! The conformance suite of `blkdev`, on every kind of file available here.
 
 mod common;
 

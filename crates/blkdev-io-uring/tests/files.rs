@@ -1,4 +1,4 @@
-//! What is particular to files and block devices: space, holes, sizes, modes, and the errors of `open`.
+//! Tests particular to files and block devices: space, holes, sizes, modes, and errors of `open`.
 
 mod common;
 
@@ -23,7 +23,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
 
-/// A device with a queue and some memory, for one request at a time.
+/// A device with a queue and memory, for one request at a time.
 struct Rig {
     device: IoUring,
     queue: Box<dyn Queue>,
@@ -88,7 +88,7 @@ fn wait(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
     }
 }
 
-/// Bytes that the file takes on its file system.
+/// Bytes allocated to the file on its file system.
 fn space(path: &Path) -> u64 {
     File::open(path).unwrap().sync_all().unwrap();
     fs::metadata(path).unwrap().blocks() * 512
@@ -104,7 +104,7 @@ fn fill(path: &Path, at: u64, len: u64) {
 fn refused(options: Options, words: &[&str]) {
     let error = IoUring::open(options).expect_err("must not open").to_string();
     for word in words {
-        assert!(error.contains(word), "{error:?} says {word:?}");
+        assert!(error.contains(word), "{error:?} contains {word:?}");
     }
 }
 
@@ -126,7 +126,7 @@ fn discard_and_unmapping_zeroes_give_space_back() {
 
 #[test]
 fn zeroes_that_do_not_unmap_keep_and_take_space() {
-    // tmpfs has no ZERO_RANGE: the second round there goes another way than the first.
+    // tmpfs has no ZERO_RANGE: its second round takes another code path than the first.
     for file in [Scratch::on_disk(16 * MIB), Scratch::in_memory(16 * MIB)] {
         fill(file.path(), 0, 8 * MIB);
         let mut rig = Rig::path(file.path());
@@ -209,7 +209,7 @@ fn a_smaller_size_is_seen_when_asked() {
     file.open().set_len(MIB + 7).unwrap();
     rig.device.refresh();
     assert_eq!(rig.device.capacity(), MIB + 7);
-    // Whole blocks only, where there are blocks.
+    // With block sizes above 1, only whole blocks count.
     let file = Scratch::on_disk(2 * MIB);
     let rig = Rig::new(Options { direct: true, ..Options::path(file.path()) });
     file.open().set_len(MIB + 7).unwrap();
@@ -235,11 +235,11 @@ fn another_file_of_the_same_name_is_noticed() {
     let (by_path, by_fd) = (by_path.unwrap(), by_fd.unwrap());
     assert!(!by_path.is_replaced());
     file.open().set_len(2 * MIB).unwrap();
-    assert!(!by_path.is_replaced(), "it is the same file, grown");
+    assert!(!by_path.is_replaced(), "the same file has grown");
     fs::rename(other.path(), file.path()).unwrap();
     assert!(by_path.is_replaced() && !by_fd.is_replaced());
     fs::remove_file(file.path()).unwrap();
-    assert!(!by_path.is_replaced(), "there is nothing to open instead");
+    assert!(!by_path.is_replaced(), "no other file exists to open instead");
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn status_requests_take_places_in_the_queue_and_come_back() {
         let mut queue = device.open_queue(depth).unwrap();
         for round in 0..50 {
             for tag in 0..depth.into() {
-                // What is answered elsewhere, and what goes through the ring.
+                // Requests to the helper, and requests through the ring.
                 let op = match (tag + round) % 3 {
                     0 => Op::Flush,
                     _ => Op::Status { at: 4 * MIB, len: 8 * MIB, extents: Vec::new() },
@@ -313,7 +313,7 @@ fn status_requests_have_a_thread_that_ends_with_the_device() {
         let names = fs::read_dir("/proc/self/task").unwrap().flatten().map(|task| task.path().join("comm"));
         names.filter(|comm| fs::read_to_string(comm).is_ok_and(|name| name.trim() == "block status")).count()
     };
-    // Tests that run at the same time may have such threads too, but in the end all are gone.
+    // Tests that run at the same time may have such threads too, but in the end all have ended.
     let file = Scratch::in_memory(MIB);
     let mut rig = Rig::path(file.path());
     rig.status(0, MIB);
@@ -328,7 +328,7 @@ fn status_requests_have_a_thread_that_ends_with_the_device() {
 
 #[test]
 fn status_requests_do_not_hold_up_the_end() {
-    // Long enough to be at work when the queue ends.
+    // Large enough that a query is in progress when the queue ends.
     let file = Scratch::in_memory(256 * MIB);
     fill(file.path(), 0, 256 * MIB);
     for give_up in [false, true] {
@@ -343,7 +343,7 @@ fn status_requests_do_not_hold_up_the_end() {
             assert!(queue.is_dead());
             let done = wait(&mut *queue, 16);
             assert!(done.iter().all(|done| matches!(done.result, Ok(()) | Err(Error::Gone))), "{done:?}");
-            // Late answers belong to no request.
+            // Late replies belong to no request.
             thread::sleep(Duration::from_millis(300));
             let mut more = Vec::new();
             queue.reap(&mut more);
@@ -357,7 +357,7 @@ fn status_requests_do_not_hold_up_the_end() {
 
 #[test]
 fn reads_and_writes_of_every_way_agree() {
-    // On the spot and through the ring: short and long, on whole pages and not.
+    // Inline and through the ring: short and long, on whole pages and not.
     for file in [Scratch::on_disk(16 * MIB), Scratch::in_memory(16 * MIB)] {
         let mut rig = Rig::path(file.path());
         for (n, (at, len)) in [(0, 4096), (4096, 65536), (MIB, MIB as usize), (3 * MIB + 1, 511), (4 * MIB - 7, 70000)]
@@ -376,7 +376,7 @@ fn reads_and_writes_of_every_way_agree() {
 
 #[test]
 fn a_queue_changes_threads_and_outlives_them() {
-    // A thread that ends takes the kernel's workers for its requests along.
+    // When a thread ends, the kernel's workers for its requests end, too.
     let file = Scratch::on_disk(64 * MIB);
     let Rig { device, mut queue, mut arena } = Rig::path(file.path());
     for round in 0..20u64 {
@@ -407,7 +407,7 @@ fn a_queue_changes_threads_and_outlives_them() {
 
 #[test]
 fn reads_outlive_the_thread_that_submitted_them() {
-    // What waits for the disk when its thread ends is handed back undone by the kernel.
+    // Requests that wait for the disk when their thread ends are returned undone by the kernel.
     let file = Scratch::on_disk(32 * MIB);
     fill(file.path(), 0, 32 * MIB);
     for direct in [false, true] {
@@ -446,7 +446,7 @@ fn a_full_queue_gives_the_request_back() {
     for tag in 0..3 {
         queue.push(Request { tag, op: Op::Flush }).unwrap();
     }
-    // What has ended on the spot takes a place too, until it was reaped.
+    // Inline requests also take a slot, until they are reaped.
     assert_eq!(queue.push(read(3)).unwrap_err().tag, 3);
     queue.kick();
     wait(&mut *queue, 3);
@@ -497,7 +497,7 @@ fn read_only_takes_no_more_than_read_permission() {
     let caps = rig.device.info().caps;
     assert!(caps.read_only && caps.status && !caps.zero && !caps.discard);
     assert_eq!(rig.read(0, 512).unwrap(), [0; 512]);
-    // The channel refuses writes; should one come through, the kernel does.
+    // The channel refuses writes; if one got through, the kernel would refuse it.
     assert_eq!(rig.write(0, 1, 4096), Err(Error::ReadOnly));
 }
 
@@ -548,7 +548,7 @@ fn no_space_is_told_apart() {
     let path = small.path().join("disk.img");
     File::create(&path).and_then(|file| file.set_len(4 * MIB)).unwrap();
     let mut rig = Rig::path(&path);
-    // On the spot, and through the ring.
+    // Inline, and through the ring.
     assert_eq!(rig.write(0, 1, 64 << 10), Ok(()));
     assert_eq!((0..32).find_map(|n| rig.write(n * 65536, 1, 64 << 10).err()), Some(Error::NoSpace));
     assert_eq!(rig.write(2 * MIB, 1, 128 << 10), Err(Error::NoSpace));

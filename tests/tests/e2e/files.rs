@@ -513,7 +513,7 @@ fn an_error_of_the_device_is_logged_once() {
     for _ in 0..100 {
         assert_ne!(client.call(0, cmd::READ, MIB - 8192, 4096, b"").error, 0);
     }
-    let line = "d.img: read of 4096 bytes at offset 1040384 failed: the file or disk has become shorter";
+    let line = "d.img: read of 4096 bytes at offset 1040384 failed: the file or disk has shrunk";
     server.await_log(line);
     assert_eq!(server.log().matches(line).count(), 1, "{}", server.log());
     assert_eq!(server.log().lines().filter(|line| line.contains("failed")).count(), 1, "{}", server.log());

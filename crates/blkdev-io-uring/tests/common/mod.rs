@@ -1,4 +1,4 @@
-//! Files and loop devices that are gone when the test is.
+//! Files and loop devices that are removed after the test.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
@@ -14,7 +14,7 @@ use std::{
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    /// On a real file system: that of the build, since the directory for temporary files may be in memory.
+    /// On a real file system, that of the build directory: the directory for temporary files may be in memory.
     pub(crate) fn on_disk(size: u64) -> Self {
         Self::at(Path::new(env!("CARGO_TARGET_TMPDIR")), size)
     }
@@ -55,12 +55,12 @@ pub(crate) struct Loop {
 }
 
 impl Loop {
-    /// `None`, and a loud word about it: there is no right to make one here.
+    /// `None`, with a SKIPPED message: this user cannot create loop devices.
     pub(crate) fn new(size: u64, block_size: u32) -> Option<Self> {
         Self::with(size, &["--sector-size", &block_size.to_string()])
     }
 
-    /// As [`new`](Self::new), with other options of `losetup`.
+    /// As [`new`](Self::new), with other options for `losetup`.
     pub(crate) fn with(size: u64, options: &[&str]) -> Option<Self> {
         let file = Scratch::on_disk(size);
         let made = Command::new("losetup").args(["--find", "--show"]).args(options).arg(file.path()).output();
@@ -69,7 +69,7 @@ impl Loop {
                 Some(Self { path: String::from_utf8(made.stdout).unwrap().trim().into(), file })
             }
             refused => {
-                eprintln!("SKIPPED: no loop device to be had here (it takes root and losetup): {refused:?}");
+                eprintln!("SKIPPED: cannot create a loop device (this needs root and losetup): {refused:?}");
                 None
             }
         }
@@ -86,12 +86,12 @@ impl Drop for Loop {
     }
 }
 
-/// A file system in memory with a size of its own, unmounted when dropped.
+/// A tmpfs of a given size, unmounted when dropped.
 #[derive(Debug)]
 pub(crate) struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// `None`, and a loud word about it: there is no right to mount here.
+    /// `None`, with a SKIPPED message: this user cannot mount.
     pub(crate) fn new(size: u64) -> Option<Self> {
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("blkdev-io-uring-tmpfs-{}", process::id()));
         fs::create_dir(&path).unwrap();
@@ -101,7 +101,7 @@ impl Tmpfs {
             Ok(mounted) if mounted.status.success() => Some(Self(path)),
             refused => {
                 let _ = fs::remove_dir(&path);
-                eprintln!("SKIPPED: a tmpfs cannot be mounted here (it takes root): {refused:?}");
+                eprintln!("SKIPPED: cannot mount a tmpfs (this needs root): {refused:?}");
                 None
             }
         }
@@ -114,7 +114,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // Lazily: a device of the test's may still have a file open.
+        // Lazily: a device of the test may still have a file open.
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
         let _ = fs::remove_dir(&self.0);
     }
