@@ -1,7 +1,7 @@
-//! Measures the crate blkio itself, without what this crate puts around it: the other side of `raw` in blkdev-drivers.
+//! Measures the crate blkio directly, without this crate: the counterpart of `raw` in blkdev-drivers.
 //!
-//! `baseline DRIVER PATH [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]` prints `IOPS MICROSECONDS`, the second being processor time
-//! for each I/O. With `write` it destroys what is on the device.
+//! `baseline DRIVER PATH [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]` prints `IOPS MICROSECONDS`; the second number is the CPU
+//! time of an I/O. With `write` it overwrites the device.
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
@@ -38,7 +38,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut now = started;
     while now < started + time || idle < depth {
         for _ in 0..if now < started + time { std::mem::take(&mut idle) } else { 0 } {
-            // Completions may overtake each other, so that a piece of memory may be used twice at a time: here it is nobody's.
+            // Completions may be out of order, so two requests may use the same memory at a time. Its content does not matter
+            // here.
             slot = (slot + 1) % depth;
             let buf = (region.addr + slot * size) as *mut u8;
             if write {
@@ -56,7 +57,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Of all threads of this process, the kernel's workers for it included.
+/// CPU time of all threads of this process, kernel workers included.
 fn processor_time() -> nix::Result<Duration> {
     ClockId::CLOCK_PROCESS_CPUTIME_ID.now().map(Duration::from)
 }

@@ -1,5 +1,5 @@
-//! Opens a device by one of libblkio's drivers and prints what it says of itself:
-//! `cargo run -p blkdev-libblkio --example info -- io_uring path=disk.img`
+//! Opens a device with a libblkio driver and prints its properties: `cargo run -p blkdev-libblkio --example info -- io_uring
+//! path=disk.img`
 use std::{env, io, process::ExitCode};
 
 use blkdev::Device;
@@ -27,7 +27,7 @@ fn open(driver: &str, words: impl Iterator<Item = String>) -> io::Result<Libblki
     let properties = words
         .map(|word| match word.split_once('=') {
             Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
-            None => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{word}: a property is NAME=VALUE"))),
+            None => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{word}: expected a property NAME=VALUE"))),
         })
         .collect::<io::Result<Vec<_>>>()?;
     Libblkio::open(driver, &properties)

@@ -1,5 +1,4 @@
-//! Every driver of libblkio (the crate `blkio`) as a [`blkdev::Device`]: to pick by choice, to compare with, to measure
-//! against.
+//! Every driver of libblkio (the crate `blkio`) as a [`blkdev::Device`]: as an alternative, for comparison, and for benchmarks.
 //!
 //! ```no_run
 //! # fn main() -> std::io::Result<()> {
@@ -13,18 +12,19 @@
 //! # }
 //! ```
 //!
-//! Drivers, properties and their values are libblkio's own. Beyond that, this crate keeps away from what libblkio 1.5
-//! (blkio 0.5.1) is known to do wrong:
-//! - **io_uring never discards**: every kernel refuses the flags that it uses. [`Caps::discard`] is false there.
-//! - **A request that fits no ring wedges its virtio queue for good.** Requests are of one segment and no longer than the
-//!   device says, and no more are in flight than the ring has descriptors for: three each, so 85 on a queue of 256.
-//! - **The longest transfer of an NVMe device is made up.** Transfers there are of at most 128 KiB.
-//! - **A back end that dies is never noticed.** Requests to virtio devices time out ([`Libblkio::timeout`], 60 s).
-//! - **A read-only virtio device does not start** unless it is asked for read-only. It is opened again, read-only.
-//! - **The capacity of a vhost-user device is a question to its back end each time.** It is asked once, at the start: a device
-//!   that grows is not noticed.
-//! - **A completion that makes no sense panics** (or loops) inside libblkio. A panic there ends its queue, not the process.
-//!   Back ends must be trusted all the same.
+//! Drivers, properties and their values are those of libblkio. This crate works around known defects of libblkio 1.5 (blkio
+//! 0.5.1):
+//! - **io_uring never discards**: every kernel refuses the flags that libblkio uses. [`Caps::discard`] is false there.
+//! - **A request that does not fit in the ring blocks its virtio queue permanently.** Requests have one segment and are no
+//!   longer than the device's limit. No more are in flight than the ring has descriptors for: three each, so 85 on a queue of
+//!   256.
+//! - **The longest transfer of an NVMe device is made up.** Transfers there have at most 128 KiB.
+//! - **The death of a back end is never detected.** Requests to virtio devices time out ([`Libblkio::timeout`], 60 s).
+//! - **A read-only virtio device does not start** unless opened read-only. It is opened again, read-only.
+//! - **Each query of a vhost-user device's capacity is a message to its back end.** The capacity is queried once, at the start:
+//!   a device that grows is not detected.
+//! - **An invalid completion panics** (or loops) inside libblkio. A panic there ends its queue, not the process. Still, back
+//!   ends must be trusted.
 
 mod queue;
 
@@ -50,28 +50,28 @@ pub struct Libblkio {
     home: Arc<Home>,
 }
 
-/// Set before connecting, all others after it.
+/// Properties set before connecting; all others are set after it.
 const EARLY: [&str; 4] = ["path", "fd", "direct", "read-only"];
 
-/// Where libblkio sets no limit: as long as any of our requests.
+/// Longest transfer if libblkio has no limit: that of the longest request.
 const TRANSFER_MAX: u64 = 32 << 20;
 
-/// What an NVMe controller takes is for it to say (MDTS), but libblkio does not ask. Few take less than this.
+/// An NVMe controller reports its longest transfer (MDTS), but libblkio does not read it. Few controllers have less than this.
 const TRANSFER_MAX_NVME: u64 = 128 << 10;
 
-/// QEMU breaks a device behind an IOMMU whose request has more than 1024 pieces of memory, pages of 4 KiB as it may be.
+/// QEMU declares a device behind an IOMMU broken if a request has more than 1024 memory pieces; each 4 KiB page can be one.
 const TRANSFER_MAX_PCI: u64 = 2 << 20;
 
-/// Descriptors that a request takes in a virtqueue: header, data, status.
+/// Descriptors of a request in a virtqueue: header, data, status.
 const DESCRIPTORS: u16 = 3;
 
 impl Libblkio {
-    /// Creates, connects and starts a device. `properties` are set before or after connecting, as libblkio wants it.
+    /// Creates, connects and starts a device. `properties` are set before or after connecting, as libblkio requires.
     ///
-    /// All queues are created now: `num-queues` of them, by default one a processor if the device has as many.
+    /// All queues are created now: `num-queues` of them, by default one for each CPU if the device has as many.
     ///
     /// # Errors
-    /// What libblkio said, with the driver, the property and its value.
+    /// The error of libblkio, with the driver, the property and its value.
     pub fn open(driver: &str, properties: &[(String, String)]) -> io::Result<Self> {
         match Self::start(driver, properties) {
             Err((errno, _)) if errno == Errno::ROFS => {
@@ -100,7 +100,7 @@ impl Libblkio {
         let mut blkio = Blkio::new(driver).map_err(fail("no such driver".into()))?;
         set(&mut blkio, true)?;
         let target = target(properties);
-        blkio.connect().map_err(fail(format!("connecting to {target}")))?;
+        blkio.connect().map_err(fail(format!("cannot connect to {target}")))?;
         set(&mut blkio, false)?;
         let has = |name: &str| properties.iter().any(|(given, _)| given == name);
         if !has("num-queues") && !has("num-poll-queues") {
@@ -108,7 +108,7 @@ impl Libblkio {
             let count = blkio.get_i32("max-queues").map_or(1, |max| max.min(processors)).max(1);
             blkio.set_i32("num-queues", count).map_err(fail(format!("num-queues={count}")))?;
         }
-        let started = blkio.start().map_err(fail(format!("starting {target}")))?;
+        let started = blkio.start().map_err(fail(format!("cannot start {target}")))?;
         let mut queues = started.queues;
         queues.extend(started.poll_queues);
         let (info, capacity) =
@@ -117,17 +117,18 @@ impl Libblkio {
         Ok(Self { info, capacity, pins, home: Arc::new(Home::new(blkio, queues)) })
     }
 
-    /// How long a request may take before the device is declared dead. `None`: forever. Before channels are opened.
+    /// Sets the longest time for a request before the device is declared dead; `None`: forever. Must be set before channels are
+    /// opened.
     #[must_use]
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.info.timeout = timeout;
         self
     }
 
-    /// A property as libblkio tells it, for people and for tests.
+    /// A property, in libblkio's text form. For people and for tests.
     ///
     /// # Errors
-    /// There is none of that name.
+    /// libblkio has no property of that name.
     pub fn property(&self, name: &str) -> io::Result<String> {
         lock(&self.home.blkio).get_str(name).map_err(|error| io::Error::other(format!("{name}: {error}")))
     }
@@ -142,11 +143,11 @@ fn target(properties: &[(String, String)]) -> String {
     }
 }
 
-/// What the properties of a started device amount to. The error is a text.
+/// Reads the limits and capabilities from the properties of a started device. The error is a text.
 fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Result<(Info, u64), String> {
     let number = |name: &str| -> Result<u64, String> {
         let value = blkio.get_str(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"))?;
-        // -1 and the like mean nothing for what is asked here.
+        // -1 and other invalid values mean the same as 0 for these properties.
         Ok(value.parse().unwrap_or(0))
     };
     let flag = |name: &str| blkio.get_bool(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"));
@@ -162,7 +163,7 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
         return Err(format!("libblkio {driver}: buffers aligned to {needs} bytes are not supported"));
     }
     let down = |len: u64, unit: u64| len / unit * unit;
-    // 0: no limit. Requests are of one segment, so its limit is theirs too.
+    // 0: no limit. Requests have one segment, so the segment limit applies to requests.
     let own = match driver {
         "nvme-io_uring" => TRANSFER_MAX_NVME,
         "virtio-blk-vfio-pci" | "virtio-blk-vhost-vdpa" => TRANSFER_MAX_PCI,
@@ -173,7 +174,7 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     if transfer_max < PAGE as u64 {
         return Err(format!("libblkio {driver}: transfers of at most {transfer_max} bytes are not supported"));
     }
-    // On io_uring 0 is no limit, elsewhere it means that there is no such operation.
+    // On io_uring 0 means no limit, elsewhere that the operation is not supported.
     let zero_max = number("max-write-zeroes-len")?;
     let discard_max = number("max-discard-len")?;
     let unit = match number("discard-alignment")? {
@@ -183,8 +184,10 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     let (depth_name, each) = if is_virtio { ("queue-size", DESCRIPTORS) } else { ("num-entries", 1) };
     let depth_max = u16::try_from(number(depth_name)?).unwrap_or(u16::MAX) / each;
     let preferred = number("optimal-io-alignment")?.max(block).max(512).next_power_of_two().min(1 << 20);
-    let small = |n: u64| u32::try_from(n).map_err(|_| format!("libblkio {driver}: a limit of {n} bytes"));
-    // Back ends may say that they need none and do (qemu-storage-daemon); where there is nothing to flush libblkio's flush is free.
+    let small =
+        |n: u64| u32::try_from(n).map_err(|_| format!("libblkio {driver}: a limit of {n} bytes is not supported"));
+    // Back ends may report that they need no flush although they do (qemu-storage-daemon). If none is needed, libblkio's flush
+    // is free.
     let flush = is_virtio || flag("flush-needed")?;
     let info = Info {
         driver: "libblkio",
@@ -203,7 +206,7 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
             read_only: flag("read-only")?,
             rotational: false,
             flush,
-            // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, which `Channel` does as well.
+            // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, as `Channel` does.
             fua: is_io_uring || flag("supports-fua-natively")?,
             zero: is_io_uring || down(zero_max, block) > 0,
             discard: !is_io_uring && down(discard_max, unit) > 0,
@@ -235,7 +238,7 @@ impl Device for Libblkio {
         }
         blkio.map_mem_region(&region(mapping)).map_err(|error| {
             let (target, len) = (&self.info.target, mapping.len());
-            io::Error::other(format!("libblkio {target}: registering {len} bytes of memory: {error}"))
+            io::Error::other(format!("libblkio {target}: cannot register {len} bytes of memory: {error}"))
         })?;
         lock(&self.home.mappings).push(Arc::clone(mapping));
         Ok(())
@@ -243,10 +246,10 @@ impl Device for Libblkio {
 
     fn unregister(&self, mapping: &Arc<Mapping>) {
         if self.home.is_lost() {
-            // The device may still use the memory, and libblkio would wait for a back end that does not answer.
+            // The device may still use the memory, and libblkio would wait for an unresponsive back end.
             return;
         }
-        // Of what was never registered libblkio knows nothing, and does nothing.
+        // libblkio ignores memory that was never registered.
         lock(&self.home.blkio).unmap_mem_region(&region(mapping));
         lock(&self.home.mappings).retain(|known| !Arc::ptr_eq(known, mapping));
     }
@@ -255,7 +258,7 @@ impl Device for Libblkio {
         self.pins
     }
 
-    /// One of its drivers shares it with another process; which one is not known here.
+    /// One of its drivers shares memory with another process; this function does not know which driver it is.
     fn shares_memory(&self) -> bool {
         true
     }
@@ -263,17 +266,14 @@ impl Device for Libblkio {
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let Some(queue) = lock(&self.home.queues).pop() else {
             let max = self.info.queues_max;
-            let text = format!(
-                "libblkio {}: all of its {max} queues are open, or were given up: set num-queues",
-                self.info.target
-            );
+            let text = format!("libblkio {}: all {max} queues are open or abandoned: set num-queues", self.info.target);
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         };
         Ok(Box::new(queue::LibblkioQueue::new(&self.home, queue, depth.clamp(1, self.info.depth_max))))
     }
 }
 
-/// All of a mapping, as libblkio wants it.
+/// A whole mapping as a memory region of libblkio.
 fn region(mapping: &Mapping) -> MemoryRegion {
     MemoryRegion {
         addr: mapping.as_ptr() as usize,
@@ -285,7 +285,7 @@ fn region(mapping: &Mapping) -> MemoryRegion {
     }
 }
 
-/// Nobody panics half way through a change of what is behind these locks.
+/// A panic never leaves the data behind these locks half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
-//! One queue of libblkio. Its calls take plain pointers and remember them; here is who keeps the memory alive meanwhile.
+//! One queue of libblkio. Its calls take raw pointers and keep them. These rules keep the memory alive meanwhile:
 //!
-//! - **Payload.** A request moves into `slots` before libblkio hears of it, and leaves only when libblkio has completed it, or
-//!   never: a queue that cannot be drained is forgotten together with its requests and its [`Home`].
-//! - **Rings.** A `Blkioq` of a virtio driver points into memory of its `Blkio` without saying so in its type. Each queue holds
-//!   the `Home` with both, and is dropped before it.
+//! - **Payload.** A request moves into `slots` before libblkio sees it, and leaves only after libblkio has completed it. If a
+//!   queue cannot be drained, it is leaked together with its requests and its [`Home`].
+//! - **Rings.** A `Blkioq` of a virtio driver points into memory of its `Blkio`, which its type does not express. Each queue
+//!   holds the `Home` with both, and is dropped before it.
 #![allow(unsafe_code)]
 
 use std::{
@@ -23,7 +23,7 @@ use blkio::{Blkio, Blkioq, Errno, ReqFlags};
 
 use crate::lock;
 
-/// What a device and its queues share. Dropped in this order: queues, then the device, then the memory it works on.
+/// The state that a device and its queues share. Drop order: queues, then the device, then the memory that it uses.
 pub(crate) struct Home {
     pub(crate) queues: Mutex<Vec<Blkioq>>,
     pub(crate) blkio: Mutex<Blkio>,
@@ -41,7 +41,7 @@ impl Home {
         }
     }
 
-    /// Whether a queue was abandoned with requests in flight: nothing of this is ever dropped then.
+    /// Whether a queue was abandoned with requests in flight. Then nothing of this is ever dropped.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
@@ -53,23 +53,23 @@ impl fmt::Debug for Home {
     }
 }
 
-/// How long a queue that is dropped waits for what is in flight.
+/// Longest wait of a dropped queue for the requests in flight.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Completions that are taken at a time.
+/// Most completions in one call.
 const BATCH: usize = 32;
 
 pub(crate) struct LibblkioQueue {
-    /// `None` after the queue was given up and forgotten.
+    /// `None` after the queue was abandoned and leaked.
     queue: Option<Blkioq>,
     home: Arc<Home>,
     /// `None`: a poll queue.
     fd: Option<RawFd>,
-    /// Requests in flight; libblkio knows them by their index.
+    /// Requests in flight; their index identifies them to libblkio.
     slots: Box<[Option<Request>]>,
     free: Vec<usize>,
     ready: Vec<Completion>,
-    /// The kernel took not all requests: try again.
+    /// The kernel did not take all requests: submit again.
     again: bool,
 }
 
@@ -97,7 +97,7 @@ impl LibblkioQueue {
         self.slots.len() - self.free.len()
     }
 
-    /// Submits what waits, and takes what has finished; with `timeout` it waits for something to finish.
+    /// Submits pending requests, and takes completions. With a `timeout` it waits for one.
     fn turn(&mut self, mut timeout: Option<Duration>) {
         loop {
             let Some(queue) = &mut self.queue else { return };
@@ -106,7 +106,7 @@ impl LibblkioQueue {
             let outcome = catch_unwind(AssertUnwindSafe(|| queue.do_io(&mut batch, min, timeout.as_mut(), None)));
             let count = match outcome {
                 Ok(Ok(count)) => count,
-                // Nothing is lost: what was not submitted still waits in libblkio.
+                // No request is lost: unsubmitted requests are still queued in libblkio.
                 Ok(Err(error)) if [Errno::TIME, Errno::INTR, Errno::AGAIN, Errno::BUSY].contains(&error.errno()) => {
                     self.again = error.errno() != Errno::TIME;
                     return;
@@ -115,10 +115,10 @@ impl LibblkioQueue {
             };
             self.again = false;
             for done in &batch[..count] {
-                // SAFETY: do_io has filled the first `count`, and libblkio's Completion needs no drop.
+                // SAFETY: do_io has initialised the first `count`, and libblkio's Completion needs no drop.
                 let done = unsafe { done.assume_init_ref() };
                 let request = self.slots.get_mut(done.user_data).and_then(Option::take);
-                // A peer's nonsense is dropped by libblkio itself; this would be libblkio's own.
+                // libblkio itself drops invalid completions of a peer; this would be an error of libblkio.
                 let Request { tag, op } = request.expect("libblkio completes each request once");
                 self.free.push(done.user_data);
                 let result = if done.ret == 0 { Ok(()) } else { Err(Error::from_errno(-done.ret)) };
@@ -139,10 +139,10 @@ impl Queue for LibblkioQueue {
             self.ready.push(Completion { tag, op, result: Err(Error::Gone) });
             return Ok(());
         };
-        // Never more than the ring has room for: what waits inside libblkio may wait for ever.
+        // Never more than fit in the ring: requests that wait inside libblkio may wait forever.
         let Some(slot) = self.free.pop() else { return Err(request) };
         let none = ReqFlags::empty();
-        // The pointers stay good while the request is in its slot: see the top of this file.
+        // The pointers stay valid while the request is in its slot: see the module documentation.
         match &self.slots[slot].insert(request).op {
             Op::Read { at, buf } => queue.read(*at, buf.as_ptr(), buf.len(), slot, none),
             Op::Write { at, buf, fua } => {
@@ -156,7 +156,7 @@ impl Queue for LibblkioQueue {
             Op::Flush => queue.flush(slot, none),
             Op::Status { .. } | Op::Prefetch { .. } => {
                 self.free.push(slot);
-                let Request { tag, op } = self.slots[slot].take().expect("it was put there just now");
+                let Request { tag, op } = self.slots[slot].take().expect("the request was stored above");
                 self.ready.push(Completion { tag, op, result: Err(Error::NotSupported) });
             }
         }
@@ -164,7 +164,7 @@ impl Queue for LibblkioQueue {
     }
 
     fn kick(&mut self) {
-        // Whatever has finished meanwhile comes along, and waits for `reap`.
+        // It also takes completions, and keeps them for `reap`.
         self.turn(None);
     }
 
@@ -174,7 +174,7 @@ impl Queue for LibblkioQueue {
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the descriptor is the Blkioq's or its transport's, and both live in `self` or, when given up, for ever.
+        // SAFETY: the descriptor belongs to the Blkioq or its transport, and both live in `self` or, once abandoned, forever.
         self.fd.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
@@ -184,9 +184,10 @@ impl Queue for LibblkioQueue {
         }
         let (Some(queue), Some(fd)) = (&mut self.queue, self.fd) else { return self.in_flight() == 0 };
         let mut count = [0u8; 8];
-        // SAFETY: an eventfd's 8 bytes go to 8 bytes. Before looking for completions, so that no later event is eaten.
+        // SAFETY: an eventfd's 8 bytes are read into 8 bytes. Done before the look for completions, so that no later event is
+        // lost.
         unsafe { libc::read(fd, count.as_mut_ptr().cast(), count.len()) };
-        // On virtio this asks the device for an event; on io_uring it does nothing, and events always come.
+        // On virtio this requests an event from the device. On io_uring it has no effect: events always come.
         queue.set_completion_fd_enabled(true);
         self.turn(None);
         if self.ready.is_empty() && !self.again {
@@ -201,14 +202,14 @@ impl Queue for LibblkioQueue {
     fn give_up(&mut self) {
         let Some(queue) = self.queue.take() else { return };
         if self.in_flight() > 0 {
-            // libblkio cannot stop its device: the rings, and all memory that it knows, must stay for ever.
+            // libblkio cannot stop its device: the rings, and all memory that it has registered, must stay forever.
             self.home.lost.store(true, Ordering::Release);
             mem::forget(queue);
             mem::forget(Arc::clone(&self.home));
         }
         for (n, slot) in self.slots.iter_mut().enumerate() {
             let Some(Request { tag, mut op }) = slot.take() else { continue };
-            // Of a write too: what the device still reads would otherwise be the next owner's data.
+            // For a write, too: the device could otherwise read the next owner's data.
             if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
                 Buf::abandon(buf);
             }

@@ -1,4 +1,4 @@
-//! Files to work on, and qemu-storage-daemon to export them over vhost-user.
+//! Scratch files, and qemu-storage-daemon to export them over vhost-user.
 
 use std::{
     fs::{self, File},
@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A directory that goes away with its owner.
+/// A directory that is removed when dropped.
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
@@ -26,7 +26,7 @@ impl Scratch {
         self.0.join(name).into_os_string().into_string().unwrap()
     }
 
-    /// A sparse file.
+    /// Creates a sparse file.
     pub(crate) fn file(&self, name: &str, size: u64) -> String {
         let path = self.path(name);
         File::create(&path).unwrap().set_len(size).unwrap();
@@ -40,7 +40,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A file, exported over vhost-user. The daemon ends with its owner.
+/// A file exported over vhost-user. The daemon ends when this is dropped.
 pub(crate) struct Export {
     daemon: Child,
     socket: String,
@@ -62,7 +62,7 @@ impl Export {
             .spawn()
             .unwrap_or_else(|error| panic!("qemu-storage-daemon: {error}"));
         let export = Self { daemon, socket };
-        // It serves one front end at a time, so a connection that is tried and closed costs nothing.
+        // The daemon serves one front end at a time, so a connection that is closed at once does no harm.
         let started = Instant::now();
         while let Err(error) = UnixStream::connect(&export.socket) {
             assert!(matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused), "{error}");

@@ -1,5 +1,5 @@
-//! The drivers of hardware, each beside libblkio's, on two devices that are alike; in the machine of `cargo xtask vm test`,
-//! whose variables name them. THE DEVICES ARE OVERWRITTEN.
+//! Compares hardware drivers with those of libblkio, on two equal devices. `cargo xtask vm test` runs this in its virtual
+//! machine, and names the devices in variables. THE DEVICES ARE OVERWRITTEN.
 
 use std::{env, sync::Arc};
 
@@ -14,16 +14,16 @@ use crate::{
     shared,
 };
 
-/// As many requests as an emulated processor does in some seconds.
+/// A number of requests that an emulated CPU completes in some seconds.
 const COUNT: usize = 200;
 
-/// Two devices that are alike, if this is the machine that has them.
+/// Two equal devices, if this machine has them.
 fn devices(names: [&str; 2]) -> Option<[String; 2]> {
     let values = names.map(|name| env::var(name).ok());
     if let [Some(ours), Some(theirs)] = values {
         return Some([ours, theirs]);
     }
-    eprintln!("SKIPPED: {names:?} name no devices: this test is run by `cargo xtask vm test`");
+    eprintln!("SKIPPED: {names:?} do not name devices: `cargo xtask vm test` runs this test");
     None
 }
 

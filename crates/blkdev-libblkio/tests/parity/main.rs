@@ -1,4 +1,4 @@
-//! libblkio's drivers held against the suite that ours are held against, and then against ours, request by request.
+//! Runs libblkio's drivers through our conformance suite, and compares them with our drivers, request by request.
 
 mod backend;
 mod hardware;
@@ -53,7 +53,7 @@ fn memory_can_come_and_go() {
     let file = scratch.file("disk", SIZE);
     let export = Export::start(&scratch, &file, 1, true);
     let virtio = open("virtio-blk-vhost-user", &[("path", export.socket())]);
-    // A back end knows a few regions at a time.
+    // A back end supports only a few regions at a time.
     for (device, pins) in [(virtio, true), (open("io_uring", &[("path", &file)]), false)] {
         assert_eq!(device.pins_memory(), pins);
         for _ in 0..100 {
@@ -66,7 +66,7 @@ fn memory_can_come_and_go() {
             drop(queue);
             device.unregister(&memory);
             device.unregister(&memory);
-            assert_eq!(Arc::strong_count(&memory), 1, "the device has forgotten it");
+            assert_eq!(Arc::strong_count(&memory), 1, "the device holds no reference");
         }
     }
 }
@@ -87,7 +87,7 @@ fn a_read_only_export_is_opened_read_only() {
     check_read_only(&shared(open("virtio-blk-vhost-user", &[("path", export.socket())])));
 }
 
-/// Files of our own and of libblkio's, side by side; `direct` past the page cache.
+/// A file for our driver and one for libblkio's; `direct` bypasses the page cache.
 fn io_uring_sides(scratch: &Scratch, direct: bool) -> [(String, Side); 2] {
     let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
     let options = blkdev_io_uring::Options { direct, ..blkdev_io_uring::Options::path(&ours) };
@@ -102,7 +102,7 @@ fn io_uring_is_the_same() {
     for direct in [false, true] {
         let scratch = Scratch::new();
         let [(ours, mut own), (theirs, mut other)] = io_uring_sides(&scratch, direct);
-        // libblkio's discards are refused by every kernel, so none are in the script.
+        // Without discards: every kernel refuses those of libblkio.
         same_all_the_way(&mut own, &mut other, 500, false);
         assert!(fs::read(ours).unwrap() == fs::read(theirs).unwrap(), "the files are equal, direct={direct}");
     }
@@ -129,7 +129,7 @@ fn virtio_is_the_same() {
     assert!(fs::read(ours).unwrap() == fs::read(theirs).unwrap(), "the files are equal");
 }
 
-/// libblkio itself would wait for ever.
+/// libblkio itself would wait forever.
 #[test]
 fn requests_to_a_dead_back_end_end() {
     let scratch = Scratch::new();
@@ -149,13 +149,13 @@ fn requests_to_a_dead_back_end_end() {
         channel.tick(Instant::now());
         channel.kick();
         channel.reap(&mut done);
-        assert!(started.elapsed() < Duration::from_secs(10), "{} of 4 requests end", done.len());
+        assert!(started.elapsed() < Duration::from_secs(10), "{} of 4 requests have ended", done.len());
         std::thread::sleep(Duration::from_millis(5));
     }
     assert!(done.iter().all(|done| done.result == Err(Error::Gone)), "{done:?}");
     drop(done);
-    assert_eq!(before - channel.memory_free(), 4 * 4096, "memory that a device may still use is not used again");
+    assert_eq!(before - channel.memory_free(), 4 * 4096, "memory that a device may still use is not reused");
     let started = Instant::now();
     drop(channel);
-    assert!(started.elapsed() < Duration::from_secs(1), "what was given up is not waited for");
+    assert!(started.elapsed() < Duration::from_secs(1), "abandoned requests are not waited for");
 }

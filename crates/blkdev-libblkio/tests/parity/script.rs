@@ -1,4 +1,4 @@
-//! The same requests to two devices, one after the other: the results must be equal, errno and data.
+//! Sends the same requests to two devices, one after the other: the results must be equal, errno and data.
 
 use std::{sync::Arc, time::Instant};
 
@@ -17,7 +17,7 @@ impl Side {
         Self { name, channel }
     }
 
-    /// Makes one request and waits for it: how it ended, and what it has read.
+    /// Sends a request and waits for it. Returns its result, and the data read.
     pub(crate) fn one(&mut self, io: impl FnOnce(&mut Channel) -> Io) -> (Result<(), Error>, Vec<u8>) {
         let io = io(&mut self.channel);
         self.channel.submit(1, io);
@@ -37,7 +37,7 @@ impl Side {
     }
 }
 
-/// A step of the script, before there is memory for it.
+/// A step of the script, before memory is allocated for it.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Read { at: u64, len: u64 },
@@ -67,11 +67,11 @@ impl Step {
     }
 }
 
-/// Sends `count` requests to both: of all lengths, aligned and not, within the device and not.
+/// Sends `count` requests to both devices: of all lengths, aligned and not, inside and outside of the device.
 pub(crate) fn same_all_the_way(ours: &mut Side, theirs: &mut Side, count: usize, discard: bool) {
     let infos = [ours.channel.info(), theirs.channel.info()];
     let told = infos.map(|info| (info.block_size, info.caps.read_only, info.caps.flush));
-    assert_eq!(told[0], told[1], "{} and {} say the same of themselves", ours.name, theirs.name);
+    assert_eq!(told[0], told[1], "{} and {} report the same limits", ours.name, theirs.name);
     let capacity = ours.channel.capacity();
     assert_eq!(capacity, theirs.channel.capacity());
 
@@ -92,7 +92,7 @@ pub(crate) fn same_all_the_way(ours: &mut Side, theirs: &mut Side, count: usize,
     let mut at = 0;
     while at < capacity {
         let step = Step::Read { at, len: (4 << 20).min(capacity - at) };
-        assert!(ours.one(|c| step.io(c)) == theirs.one(|c| step.io(c)), "in the end, {step:?} is the same");
+        assert!(ours.one(|c| step.io(c)) == theirs.one(|c| step.io(c)), "at the end, {step:?} has the same result");
         at += 4 << 20;
     }
 }
@@ -112,7 +112,7 @@ fn draw(rng: &mut Rng, capacity: u64, discard: bool) -> Step {
         2 => capacity + rng.below(1 << 40),
         3 => u64::MAX - rng.below(8192),
         4..10 => rng.below(capacity - len),
-        // Where other requests have been.
+        // At a place that other requests have used.
         10..13 => rng.below(64 << 10),
         _ => rng.below(1 << 20) / 4096 * 4096,
     };
