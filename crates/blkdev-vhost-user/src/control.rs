@@ -116,10 +116,10 @@ impl Control {
             watch,
         };
         control.watch.within(left, || greet(&control.stream)).map_err(|e| match control.watch.was_late() {
-            true => control.explain("greeting", &e),
+            true => control.explain("cannot negotiate", &e),
             false => e,
         })?;
-        let (features, protocol, queues, slots) = control.exchange("greeting", |state| {
+        let (features, protocol, queues, slots) = control.exchange("cannot negotiate", |state| {
             let frontend = &mut state.frontend;
             let features = frontend.get_features()?;
             let mut protocol = VhostUserProtocolFeatures::empty();
@@ -350,7 +350,7 @@ impl Transport for Control {
 
     fn accept(&self, features: u64) -> io::Result<()> {
         let all = features | self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        self.exchange("accepting features", |state| state.frontend.set_features(all))
+        self.exchange("cannot set the features", |state| state.frontend.set_features(all))
     }
 
     fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize> {
@@ -368,7 +368,7 @@ impl Transport for Control {
                 continue;
             }
             let count = self.in_step().and_then(|()| self.watch.within(self.timeout, || self.ask_config(want, bytes)));
-            best = best.max(count.map_err(|e| self.fatal("reading the configuration", &e))?);
+            best = best.max(count.map_err(|e| self.fatal("cannot read the configuration", &e))?);
             if best >= needed {
                 break;
             }
@@ -380,7 +380,7 @@ impl Transport for Control {
     }
 
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
-        self.exchange("writing the configuration", |state| {
+        self.exchange("cannot write the configuration", |state| {
             state.frontend.set_config(at as u32, VhostUserConfigFlags::empty(), bytes)
         })
     }
@@ -405,14 +405,14 @@ impl Transport for Control {
                  raise that, or use less memory (--memory)"
             )));
         }
-        self.exchange("adding memory", |state| {
+        self.exchange("cannot add memory", |state| {
             let State { frontend, regions, .. } = state;
             if regions.iter().any(|known| Arc::ptr_eq(known, mapping)) {
                 return Ok(Ok(()));
             }
             if regions.len() >= self.slots_max {
                 return Ok(Err(io::Error::other(format!(
-                    "the back end takes at most {} memory regions; use fewer and larger ones",
+                    "the back end supports at most {} memory regions; use fewer and larger ones",
                     self.slots_max
                 ))));
             }
@@ -436,7 +436,7 @@ impl Transport for Control {
             self.state().regions.retain(|known| !is_it(known));
             return Ok(());
         }
-        self.exchange("removing memory", |state| {
+        self.exchange("cannot remove memory", |state| {
             let Some(at) = state.regions.iter().position(is_it) else { return Ok(()) };
             if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
                 // If the back end refuses, the slot stays in use.
@@ -476,7 +476,7 @@ impl Transport for Control {
             bell: Arc::clone(&bell),
             nudge,
         };
-        self.exchange("starting a queue", |state| {
+        self.exchange("cannot start a queue", |state| {
             // Index 0; in a packed ring both wrap counters 1.
             let base = if running.format == Format::Packed { 0x8000_8000 } else { 0 };
             if let Err(e) = self.start(&mut state.frontend, index, base, &running) {
@@ -496,7 +496,7 @@ impl Transport for Control {
     }
 
     fn stop_queue(&self, index: u16) -> io::Result<()> {
-        self.exchange("stopping a queue", |state| {
+        self.exchange("GET_VRING_BASE", |state| {
             if let Some(Running { bell, nudge, .. }) = state.running.remove(&index) {
                 self.watch.unguard([&bell, &nudge]);
             }
