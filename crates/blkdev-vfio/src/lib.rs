@@ -24,7 +24,6 @@
 //! # Addresses
 //! A device sees a [`Mapping`](blkdev::Mapping) at its virtual address. It lies below 2^38, so it needs no translation and fits
 //! behind IOMMUs with 39 address bits. Only without an IOMMU there is a [`Translation`].
-//! translated, and it fits behind IOMMUs of 39 bits. Only without an IOMMU there is a [`Translation`].
 
 mod bar;
 mod dma;

@@ -143,12 +143,12 @@ impl PciDevice for Vfio {
 
     fn read_config(&self, at: u16, bytes: &mut [u8]) -> io::Result<()> {
         let at = self.config.saturating_add(at.into());
-        self.file.read_exact_at(bytes, at).map_err(|e| said("reading configuration space", &e))
+        self.file.read_exact_at(bytes, at).map_err(|e| said("cannot read configuration space", &e))
     }
 
     fn write_config(&self, at: u16, bytes: &[u8]) -> io::Result<()> {
         let at = self.config.saturating_add(at.into());
-        self.file.write_all_at(bytes, at).map_err(|e| said("writing configuration space", &e))
+        self.file.write_all_at(bytes, at).map_err(|e| said("cannot write configuration space", &e))
     }
 
     fn bar(&self, index: u8) -> io::Result<Arc<dyn Bar>> {
@@ -259,7 +259,7 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
     let number = location.group().ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::Unsupported,
-            "the device is in no IOMMU group: switch the IOMMU on in the firmware and on the kernel's command line \
+            "the device is in no IOMMU group: enable the IOMMU in the firmware and on the kernel's command line \
              (intel_iommu=on)",
         )
     })?;
@@ -268,8 +268,8 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
     if no_iommu && !options.no_iommu {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "there is no IOMMU, so the device could write to all of the machine's memory; a driver that can do without \
-             has to be told so (no-iommu)",
+            "there is no IOMMU, so the device could write to all of the machine's memory; if that is acceptable and the \
+             driver supports it, set no-iommu",
         ));
     }
     let container = open(Path::new("/dev/vfio/vfio"))?;
