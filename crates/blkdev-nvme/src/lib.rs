@@ -28,7 +28,6 @@
 //! the controller sends an invalid completion, is removed, or fails (`CSTS.CFS`) again after several resets.
 //!
 //! No value from the controller or the kernel is trusted: an invalid one fails the open, or ends the device later.
-//! or ends it later.
 
 mod admin;
 mod bring_up;

@@ -180,8 +180,8 @@ pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
     }
     if namespace.metadata != 0 || namespace.protection != 0 {
         return Err(unusable(format!(
-            "namespace {nsid} has {} bytes of metadata with each block, which is not supported; a format without can be \
-             chosen with nvme format (it erases the namespace)",
+            "namespace {nsid} has {} bytes of metadata with each block, which is not supported; nvme format can select a \
+             format without metadata (it erases the namespace)",
             namespace.metadata
         )));
     }

@@ -50,7 +50,7 @@ struct Slot<T> {
 }
 
 /// A command identifier has the slot in its lower bits and the slot's sequence number above. So a completion that arrives
-/// twice, or after its command was given up, is recognised.
+/// twice, or after its command was abandoned, is recognised.
 const SLOT_BITS: u32 = 10;
 
 /// The largest queue size. One entry stays free, so an identifier is never 0xffff, which the error log uses for "none".
