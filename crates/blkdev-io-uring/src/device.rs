@@ -157,7 +157,7 @@ impl IoUring {
         let Info { target, block_size, .. } = &shared.info;
         if !size.is_multiple_of((*block_size).into()) {
             let text = format!(
-                "{target} has {size} bytes, and direct transfers have units of {block_size}: its end cannot be reached; leave \
+                "{target} has {size} bytes, but direct transfers use units of {block_size}: its end is not accessible; leave \
                  out direct=true, or make the size a multiple of {block_size} (truncate --size=%{block_size})"
             );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));

@@ -30,8 +30,8 @@
 //! next 100 ms (up to 5 s if it happens repeatedly) go to the kernel's worker threads, so that the thread that drives the queue
 //! does not block. The rest of a partial transfer also goes to the worker threads.
 //!
-//! A thread of the device queries the allocation of ranges (`Status`); it starts with the first query, because `lseek` on a
-//! full image on tmpfs takes hundreds of milliseconds. During a query writes go to the kernel's worker threads, because both
+//! A thread of the device queries the allocation of ranges (`Status`), because `lseek` on a full image on tmpfs takes hundreds
+//! of milliseconds. The first query starts the thread. During a query writes go to the kernel's worker threads, because both
 //! need the file's lock.
 //!
 //! # Sharing
@@ -48,7 +48,6 @@
 //! The size of a file is read when the file is opened, when a queue is opened, and at
 //! [`Device::refresh`](blkdev::Device::refresh). If a file has shrunk since, a read past its end fails with
 //! [`Io`](blkdev::Error::Io). With [`Options::direct`] the size must be a multiple of the block size.
-//! [`Io`](blkdev::Error::Io). With [`Options::direct`] a size that is no multiple of the block size is refused.
 
 mod device;
 mod failures;

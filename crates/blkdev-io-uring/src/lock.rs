@@ -120,7 +120,7 @@ fn in_use(name: &str, byte: i64, pid: i32) -> io::Error {
         _ => "may write to it",
     };
     let text = format!(
-        "{name} is in use: {who} has it open and {what}; end that program, or give force-share=true to open the image anyway"
+        "{name} is in use: {who} has it open and {what}; end that program, or use force-share=true to open the image anyway"
     );
     io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
@@ -128,8 +128,8 @@ fn in_use(name: &str, byte: i64, pid: i32) -> io::Error {
 /// The error for a block device that cannot be claimed.
 pub(crate) fn claimed(name: &str) -> io::Error {
     let text = format!(
-        "{name} is in use: it is mounted, part of a volume, or claimed by another program; unmount it, give read-only=true, \
-         or give force-share=true to write to it anyway"
+        "{name} is in use: it is mounted, part of a volume, or claimed by another program; unmount it, use read-only=true, \
+         or use force-share=true to write to it anyway"
     );
     io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
