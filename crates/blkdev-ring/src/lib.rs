@@ -1,4 +1,4 @@
-//! An io_uring that owns its operations: the only code that passes payload memory to the kernel asynchronously.
+//! An io_uring that owns its operations, and the memory that they move, until they complete.
 //!
 //! A [`Ring`] is bound to one file. An operation owns the memory that it moves. It is [pushed](Ring::push) into a slot of the
 //! ring and stays there until its completion; then [`Ring::reap`] returns it. So no safe code can free or reuse memory that the
