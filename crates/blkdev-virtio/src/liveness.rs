@@ -60,8 +60,8 @@ impl Liveness {
         if self.dead.swap(true, Ordering::SeqCst) {
             return false;
         }
-        // A write may block. So write without the lock, and on a separate thread that nothing waits for. A sleeper with a
-        // readable eventfd wakes without a write.
+        // If a peer shares the eventfds, a write may block. So write without the lock, and on a separate thread that nothing
+        // waits for. A sleeper with a readable eventfd wakes without a write.
         let calls: Vec<_> = self.sleepers().iter().map(|sleeper| Arc::clone(&sleeper.call)).collect();
         let wake = move || calls.iter().for_each(|call| call.ring_if_empty());
         if !self.shared {
