@@ -52,7 +52,7 @@ impl Plan {
     pub fn open(&self, device: &Arc<dyn Device>, count: usize) -> io::Result<Vec<Channel>> {
         let info = device.info();
         if count == 0 || count > usize::from(info.queues_max) {
-            let text = format!("{}: {count} queues asked for, the device has {}", info.target, info.queues_max);
+            let text = format!("{}: {count} queues requested, but the device has {}", info.target, info.queues_max);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let too_much = || io::Error::new(io::ErrorKind::OutOfMemory, "the payload memory exceeds the address space");
