@@ -73,7 +73,7 @@ fn the_command_lines_of_the_stock_manual() {
         // And what is ours.
         (&dir, &["vhost-user", "path=vhost.sock", "queue_size=64"]),
         (&dir, &["vhost-user=vhost.sock"]),
-        (&dir, &["io_uring=disk.img", "payload-memory=8M"]),
+        (&dir, &["io_uring=disk.img", "payload-memory=8M", "pin-threads=true"]),
         (&dir, &["memory", "size=8M"]),
     ];
     for (dir, words) in rows {
@@ -121,6 +121,7 @@ fn what_is_wrong_shows_when_nbdkit_starts() {
         (&["io_uring"], "io_uring needs a path"),
         (&["virtio-blk-vhost-user", "path=/nonexistent/socket"], "/nonexistent/socket"),
         (&["memory", "size=1M", "get=nosuch"], "get=nosuch: Unknown property name"),
+        (&["memory", "size=1M", "pin-threads=maybe"], "pin-threads=maybe: value must be true or false"),
         (&["memory", "size=1M", "payload-memory=1K"], "payload-memory=1K: value must be a size from 8M to 4G"),
     ];
     for (words, line) in rows {

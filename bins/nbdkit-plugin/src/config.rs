@@ -32,7 +32,8 @@ path=PATH         the file, device or socket
 PROPERTY=VALUE    any other property of the driver, as in libblkio
 get=PROPERTY      print a property when the device is open (with nbdkit -v)
 payload-memory=SIZE
-                  memory for requests in flight, for each queue (64M)";
+                  memory for requests in flight, for each queue (64M)
+pin-threads=BOOL  keep all threads of a busy connection on one CPU (false)";
 
 /// Drivers of libblkio: those that this build lacks get a special error.
 const LIBBLKIO: [&str; 5] =
@@ -50,6 +51,7 @@ pub(crate) struct Words {
     properties: Vec<(String, OsString)>,
     gets: Vec<String>,
     memory: Option<usize>,
+    pin: bool,
     #[cfg(feature = "panic-test")]
     panic_at: Option<u64>,
 }
@@ -64,6 +66,8 @@ pub(crate) struct Choice {
     pub(crate) gets: Vec<String>,
     /// Payload memory of each channel, in bytes.
     pub(crate) memory: usize,
+    /// Pin the threads of a busy connection.
+    pub(crate) pin: bool,
     #[cfg(feature = "panic-test")]
     pub(crate) panic_at: Option<u64>,
 }
@@ -88,6 +92,10 @@ impl Words {
                 let size = parse_size(&text).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
                 let refuse = || Fault::invalid(format!("{key}={text}: value must be a size from 8M to 4G"));
                 self.memory = Some(size.and_then(|size| size.try_into().ok()).ok_or_else(refuse)?);
+            }
+            ("pin-threads", _) => {
+                let refuse = || Fault::invalid(format!("{key}={text}: value must be true or false"));
+                self.pin = parse_bool(&text).ok_or_else(refuse)?;
             }
             #[cfg(feature = "panic-test")]
             ("panic-at", _) => self.panic_at = text.parse().ok(),
@@ -130,9 +138,19 @@ impl Words {
             path,
             gets: self.gets.clone(),
             memory: self.memory.unwrap_or(64 << 20),
+            pin: self.pin,
             #[cfg(feature = "panic-test")]
             panic_at: self.panic_at,
         })
+    }
+}
+
+/// A truth value, in all of nbdkit's spellings.
+fn parse_bool(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "t" | "yes" | "y" | "on" => Some(true),
+        "0" | "false" | "f" | "no" | "n" | "off" => Some(false),
+        _ => None,
     }
 }
 

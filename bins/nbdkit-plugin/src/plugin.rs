@@ -149,7 +149,8 @@ pub(crate) fn open() -> Result<Connection, Fault> {
     // Better than an export whose requests all fail.
     let lane = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
     plugin.tell()?;
-    Ok(Connection { plugin, lane, home: Affinity::new() })
+    let home = plugin.choice.pin.then(Affinity::new);
+    Ok(Connection { plugin, lane, home })
 }
 
 /// Closes the device after the last connection, within the time-out of a request.
@@ -211,7 +212,8 @@ impl Plugin {
 pub(crate) struct Connection {
     plugin: Arc<Plugin>,
     lane: usize,
-    home: Affinity,
+    /// `None`: its threads run where they like.
+    home: Option<Affinity>,
 }
 
 impl Connection {
@@ -228,23 +230,23 @@ impl Connection {
     }
 
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        let _request = self.home.enter();
+        let _request = self.home.as_ref().map(Affinity::enter);
         self.plugin.pool.read(self.lane, at, bytes)
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
-        let _request = self.home.enter();
+        let _request = self.home.as_ref().map(Affinity::enter);
         self.plugin.pool.write(self.lane, at, bytes, fua)
     }
 
     /// Runs a request without payload.
     pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
-        let _request = self.home.enter();
+        let _request = self.home.as_ref().map(Affinity::enter);
         self.plugin.pool.run(self.lane, io)
     }
 
     pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
-        let _request = self.home.enter();
+        let _request = self.home.as_ref().map(Affinity::enter);
         self.plugin.pool.status(self.lane, at, len)
     }
 

@@ -70,7 +70,7 @@ pub(crate) const SERVERS: &[Server] = &[
     server("nbdkit-memory", "memory", Program::Nbdkit, "memory 1G"),
     server("floor-file", "file", Program::Floor, "IMAGE"),
     server("nbdblk-file", "file", Program::Nbdblk, "io_uring=IMAGE"),
-    server("plugin-file", "file", Program::Plugin, "io_uring path=IMAGE"),
+    server("plugin-file", "file", Program::Plugin, "io_uring path=IMAGE pin-threads=true"),
     server("nbdkit-file", "file", Program::Nbdkit, "file IMAGE"),
     server("nbdkit-blkio-file", "file", Program::Nbdkit, "blkio io_uring path=IMAGE"),
     server("qemu-nbd-file", "file", Program::QemuNbd, "-f raw --aio=io_uring IMAGE"),
@@ -83,7 +83,7 @@ pub(crate) const SERVERS: &[Server] = &[
     ),
     server("nbdblk-vu", "vu", Program::Nbdblk, "vhost-user=VHOST"),
     server("nbdblk-vu-nopoll", "vu", Program::Nbdblk, "--poll=0 vhost-user=VHOST"),
-    server("plugin-vu", "vu", Program::Plugin, "virtio-blk-vhost-user path=VHOST"),
+    server("plugin-vu", "vu", Program::Plugin, "virtio-blk-vhost-user path=VHOST pin-threads=true"),
     server("nbdkit-blkio-vu", "vu", Program::Nbdkit, "blkio virtio-blk-vhost-user path=VHOST"),
     server(
         "qemu-nbd-blkio-vu",
