@@ -85,7 +85,7 @@ pub(crate) struct Serve {
     pub(crate) socket_group: Option<u32>,
 
     /// Listen on a TCP port; 0: a free port [default: 10809, without -U]
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = port)]
     pub(crate) port: Option<u16>,
 
     /// Address or host name to listen on: "::" for all. May be repeated [default: 127.0.0.1 and ::1]
@@ -227,10 +227,9 @@ impl Serve {
 /// Prints the changes. If the file has an error, or a device cannot be opened, prints the reason and exits with status 1; the
 /// server changes nothing.
 #[derive(Args, Debug)]
-#[group(required = true, args = ["file", "control"])]
 pub(crate) struct Reload {
     /// The file of "nbdblk serve --config", which names the control socket
-    #[arg(value_name = "FILE")]
+    #[arg(value_name = "FILE", required_unless_present = "control")]
     pub(crate) file: Option<PathBuf>,
 
     /// The control socket
@@ -328,6 +327,10 @@ fn user(text: &str) -> Result<u32, String> {
     id(text, "user", named)
 }
 
+fn port(text: &str) -> Result<u16, &'static str> {
+    text.parse().map_err(|_| "it must be a number from 0 to 65535")
+}
+
 fn group(text: &str) -> Result<u32, String> {
     let named = || Group::from_name(text).map(|group| group.map(|group| group.gid.as_raw()));
     id(text, "group", named)
@@ -376,34 +379,44 @@ Examples:
 
 const SERVE_EXAMPLES: &str = "\
 Signals:
-  SIGTERM, SIGINT and SIGQUIT stop the server, which exits with status 0; a second one ends it at once. Before the server
-  is ready, the status is 128 plus the signal number.
-  SIGHUP stops it as well, unless nohup started it. With --config, SIGHUP makes the server read the file again and log the
-  result. SIGXCPU stops the server.
-  The server ignores SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT and real-time signals.
-  It ignores SIGXFSZ too: a write beyond the file size limit fails with ENOSPC. SIGABRT and faults still kill it.
+  SIGTERM, SIGINT and SIGQUIT stop the server, which exits with status 0; a
+  second one ends it at once. Before the server is ready, the status is 128
+  plus the signal number.
+  With --config, SIGHUP makes the server read the file again and log the
+  result. Otherwise it stops the server, unless nohup started it.
+  SIGXCPU stops the server.
+  The server ignores SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF,
+  SIGIO, SIGPWR, SIGSTKFLT and real-time signals. It ignores SIGXFSZ too: a
+  write beyond the file size limit fails with ENOSPC. SIGABRT and faults still
+  kill it.
 
 Examples:
   Serve two exports on a Unix domain socket, and list them:
-    nbdblk serve disk:io_uring=disk.img,direct=true scratch:memory=1G -U /tmp/nbd.sock
+    nbdblk serve disk:io_uring=disk.img,direct=true scratch:memory=1G \\
+      -U /tmp/nbd.sock
     nbdinfo --list 'nbd+unix://?socket=/tmp/nbd.sock'
 
   Open a device behind qemu-storage-daemon or SPDK in a shell:
-    nbdblk serve vhost-user=/run/vhost.sock,num-queues=2 --run 'nbdsh -u \"$uri\"'
+    nbdblk serve vhost-user=/run/vhost.sock,num-queues=2 \\
+      --run 'nbdsh -u \"$uri\"'
 
   Serve a disk to user 1000 only, and read-only under another name to a network:
-    nbdblk serve disk:io_uring=disk.img copy:io_uring=disk.img,read-only=true -U /run/nbd.sock -i 192.0.2.1 \\
+    nbdblk serve disk:io_uring=disk.img copy:io_uring=disk.img,read-only=true \\
+      -U /run/nbd.sock -i 192.0.2.1 \\
       --allow disk:uid=1000 --allow copy:ip=192.0.2.0/24
 
   Copy a device into a file:
-    nbdblk serve -r vhost-user=/run/vhost.sock --run 'nbdcopy \"$uri\" copy.img'
+    nbdblk serve -r vhost-user=/run/vhost.sock \\
+      --run 'nbdcopy \"$uri\" copy.img'
 
   Attach a device to a virtual machine:
     nbdblk serve io_uring=/dev/nvme0n1 -U /run/nbd.sock
-    qemu-system-x86_64 -drive 'file=nbd+unix://?socket=/run/nbd.sock,format=raw,if=virtio' ...
+    qemu-system-x86_64 \\
+      -drive 'file=nbd+unix://?socket=/run/nbd.sock,format=raw,if=virtio' ...
 
   Serve on the network, for clients with a certificate signed by our CA:
-    nbdblk serve io_uring=disk.img -i :: --tls require --tls-certificates /etc/pki/nbd --tls-verify-peer
+    nbdblk serve io_uring=disk.img -i :: --tls require \\
+      --tls-certificates /etc/pki/nbd --tls-verify-peer
 
   Listen on a free TCP port, for a script:
     nbdblk serve io_uring=disk.img -p 0 --print-uri";
@@ -417,5 +430,25 @@ mod tests {
     #[test]
     fn the_arguments_are_sound() {
         Cli::command().debug_assert();
+    }
+
+    /// clap would break longer lines, and with them the commands.
+    #[test]
+    fn examples_fit_a_terminal() {
+        for text in [EXAMPLES, SERVE_EXAMPLES] {
+            let long: Vec<_> = text.lines().filter(|line| line.len() > 80).collect();
+            assert!(long.is_empty(), "{long:#?}");
+        }
+    }
+
+    #[test]
+    fn reload_needs_a_file_or_a_socket() {
+        let parse = |args: &str| Cli::try_parse_from(args.split(' ')).map(drop).map_err(|error| error.to_string());
+        for good in ["nbdblk reload a.toml", "nbdblk reload --control s", "nbdblk reload a.toml --timeout 5s"] {
+            assert_eq!(parse(good), Ok(()));
+        }
+        for bad in ["nbdblk reload", "nbdblk reload --timeout 5s", "nbdblk reload a.toml --control s"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 }

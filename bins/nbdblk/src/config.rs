@@ -69,7 +69,8 @@ impl Source {
         let start = before.rfind('\n').map_or(0, |end| end + 1);
         let (line, column) = (before.matches('\n').count() + 1, before[start..].chars().count() + 1);
         let text = self.text[start..].lines().next().unwrap_or_default().trim();
-        anyhow!("{}:{line}:{column}: {what}, in: {text:.120}", self.path.display())
+        let place = format!("{}:{line}:{column}", self.path.display());
+        if text.is_empty() { anyhow!("{place}: {what}") } else { anyhow!("{place}: {what} (in \"{text:.120}\")") }
     }
 }
 
@@ -331,7 +332,7 @@ mod tests {
         assert!(error.starts_with(&format!("f.toml:{place}: ")) && error.contains(words), "{text}\n=> {error}");
         let line: usize = place.split(':').next().expect("a line").parse().expect("a number");
         let line = text.lines().nth(line - 1).unwrap_or_default().trim();
-        assert!(error.ends_with(&format!(", in: {line:.120}")), "{error}");
+        assert!(line.is_empty() || error.ends_with(&format!(" (in \"{line:.120}\")")), "{error}");
     }
 
     #[test]
@@ -446,7 +447,7 @@ mod tests {
         refuse(&format!("{EXPORT}{EXPORT}"), "5:1", "needs a name");
         refuse(&format!("{EXPORT}name = \"a\"{EXPORT}name = \"a\""), "7:8", "two exports with the name \"a\"");
         let error = parse(&format!("port = 1{EXPORT}"), &["--port", "2"]).expect_err("twice").to_string();
-        assert_eq!(error, "f.toml:1:1: --port is given on the command line as well, in: port = 1");
+        assert_eq!(error, "f.toml:1:1: --port is given on the command line as well (in \"port = 1\")");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use nbd_server_core::Listener;
 use nix::{
+    errno::Errno,
     libc::{VMADDR_CID_ANY, VMADDR_PORT_ANY},
     sys::{
         socket::{
@@ -196,7 +197,12 @@ impl Sockets {
             match bind_all(hosts, port, v6_only, &self.bound) {
                 Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
                 Err((host, error)) => {
-                    return Err(error).with_context(|| format!("listening on {host}, port {port}"));
+                    let remedy = match error.kind() {
+                        io::ErrorKind::AddrInUse => ": another program listens there; choose another port with --port",
+                        io::ErrorKind::PermissionDenied => ": ports below 1024 need CAP_NET_BIND_SERVICE",
+                        _ => "",
+                    };
+                    bail!("listening on {host}, port {port}: {error}{remedy}");
                 }
                 Ok((bound, port)) => {
                     for (address, socket) in bound {
@@ -289,7 +295,15 @@ pub(crate) fn bind_unix(path: &Path, access: &Access) -> anyhow::Result<(UnixLis
         // The file gets these permissions without the bits of the umask.
         fchmod(&socket, Mode::from_bits_truncate(mode))?;
     }
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| {
+        let dir = full.parent().unwrap_or(&full).display();
+        match errno {
+            Errno::ENOENT => anyhow!("the directory {dir} does not exist"),
+            Errno::EACCES | Errno::EPERM => anyhow!("no permission to create a socket in {dir}"),
+            Errno::EROFS => anyhow!("{dir} is on a read-only file system"),
+            _ => anyhow!(io::Error::from(errno)),
+        }
+    })?;
     let file = OwnFile::new(&full)?;
     if access.owner.is_some() || access.group.is_some() {
         chown(&full, access.owner, access.group).context("changing its owner or group")?;

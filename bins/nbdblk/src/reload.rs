@@ -47,13 +47,16 @@ pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
     let path = match (&args.control, &args.file) {
         (Some(path), _) => path.clone(),
         (None, Some(file)) => named_in(file)?,
-        (None, None) => unreachable!("one of them is required"),
+        (None, None) => bail!("neither a file nor --control was given"),
     };
     let limit = args.timeout.unwrap_or(TIMEOUT);
     let answer = ask(&path, limit).map_err(|error| match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => {
             let (path, limit) = (path.display(), Value::Time(limit));
             anyhow!("the server at {path} has not answered within {limit}; it may still reload: see its log")
+        }
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+            anyhow!("cannot reach the server at {}: {error}; is it running?", path.display())
         }
         _ => anyhow!(error).context(format!("cannot reach the server at {}", path.display())),
     })?;

@@ -5,6 +5,7 @@ use std::{ffi::OsStr, os::unix::ffi::OsStrExt, str::FromStr};
 use crate::{
     drivers::{find, meant},
     error::Error,
+    property::Access,
     settings::Settings,
 };
 
@@ -62,8 +63,10 @@ impl Spec {
                 (name, Some(value)) => {
                     let name = utf8(name)?;
                     settings.set_os(&name, value).map_err(|error| match settings.property(&name) {
-                        Err(_) if !error.to_string().contains("did you mean") => error.with(&comma(&before, &word)),
-                        _ => error,
+                        Err(_) if error.to_string().contains("did you mean") => error,
+                        Err(_) if is_name(&name) => error.with(&known(&settings)),
+                        Err(_) => error.with(&comma(&before, &word)),
+                        Ok(_) => error,
                     })?;
                 }
                 (b"", None) => {
@@ -89,6 +92,18 @@ impl FromStr for Spec {
     fn from_str(text: &str) -> Result<Self, Error> {
         Self::parse(OsStr::new(text))
     }
+}
+
+/// Whether it looks like the name of a property, and not like a part of a path.
+fn is_name(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
+
+/// The properties that can be set.
+fn known(settings: &Settings) -> String {
+    let properties = settings.driver().properties().filter(|property| property.access != Access::ReadOnly);
+    let names: Vec<&str> = properties.map(|property| property.name).collect();
+    format!("; it has {} (a comma in a value is written \",,\")", names.join(", "))
 }
 
 /// The corrected argument, if two arguments were meant as one.
@@ -219,7 +234,7 @@ mod tests {
         refuse(
             "io_uring=a,colour=red",
             libc::ENOENT,
-            "io_uring has no property \"colour\"; write \",,\" for a comma in a value: io_uring=a,,colour=red",
+            "io_uring has no property \"colour\"; it has path, fd, read-only, direct, force-share, num-queues, num-poll-queues, num-entries (a comma in a value is written \",,\")",
         );
         refuse(
             "io_uring=a,,b,c.img",

@@ -1,13 +1,16 @@
 //! "Did you mean": the known name that is nearest to a wrong one.
 
-/// The candidate that takes the fewest edits to become `word`, if a third of its letters or fewer are wrong.
+/// The candidate that takes the fewest edits to become `word`, if a third of its letters or fewer are wrong. Otherwise the first
+/// one of which `word` is a part between dashes: `queues` of `num-queues`.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .into_iter()
-        .map(|candidate| (distance(word, candidate), candidate))
+    let candidates: Vec<&str> = candidates.into_iter().collect();
+    let near = candidates
+        .iter()
+        .map(|candidate| (distance(word, candidate), *candidate))
         .filter(|(edits, candidate)| *edits <= (candidate.len() / 3).max(1))
         .min_by_key(|(edits, _)| *edits)
-        .map(|(_, candidate)| candidate)
+        .map(|(_, candidate)| candidate);
+    near.or_else(|| candidates.into_iter().find(|candidate| candidate.split('-').any(|part| part == word)))
 }
 
 /// Letters to insert, delete, change or swap with their neighbour until `a` is `b` (optimal string alignment).
