@@ -145,7 +145,11 @@ fn course(wish: Wish, offer: Offer) -> Result<Step, Failure> {
     for _ in 0..20 {
         match course.next(&mut std::mem::take(&mut server.out).as_slice(), &mut out)? {
             Step::More => {}
-            Step::StartTls => server.secure(),
+            Step::StartTls(upgrade) => {
+                assert_eq!(out, [], "nothing is to be sent before TLS");
+                server.secure();
+                course = upgrade.resume(&mut out);
+            }
             done @ Step::Done(_) => return Ok(done),
         }
         server.feed(&std::mem::take(&mut out));
@@ -176,6 +180,25 @@ fn plain_text_after_starttls_is_refused() {
     let ack = hex("0003e889045565a9 00000005 00000001 00000000");
     let outcome = course.next(&mut [ack.as_slice(), b"x"].concat().as_slice(), &mut out);
     assert!(matches!(outcome, Err(Failure::Fatal(Fatal::Server("plain text after the answer to STARTTLS", _)))));
+}
+
+/// What comes after STARTTLS cannot be sent in plain text: the caller does not have it.
+#[test]
+fn nothing_is_asked_between_starttls_and_tls() {
+    let mut course = Negotiation::new(Wish { tls: true, ..Wish::default() });
+    let mut out = Vec::new();
+    course.next(&mut b"NBDMAGICIHAVEOPT\0\x03".as_slice(), &mut out).unwrap();
+    out.clear();
+    let ack = hex("0003e889045565a9 00000005 00000001 00000000");
+    let Ok(Step::StartTls(upgrade)) = course.next(&mut ack.as_slice(), &mut out) else { panic!("TLS begins") };
+    assert_eq!(out, []);
+    for mut said in [b"".as_slice(), b"NBDMAGICIHAVEOPT\0\x03"] {
+        assert!(matches!(course.next(&mut said, &mut out), Err(Failure::NotResumed)));
+        assert_eq!(out, []);
+    }
+    let mut course = upgrade.resume(&mut out);
+    assert_eq!(out, option(7, b"\0\0\0\0\0\x03\0\x01\0\x02\0\x03"));
+    assert!(matches!(course.next(&mut b"".as_slice(), &mut out), Ok(Step::More)));
 }
 
 /// Servers without GO, and without fixed newstyle.

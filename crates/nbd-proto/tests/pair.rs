@@ -61,7 +61,10 @@ fn run(seed: &mut Seed, offer: Offer, wish: Mode, mode: Mode) {
         for mut piece in pieces(seed, &said) {
             match course.next(&mut piece, &mut to_server).unwrap() {
                 Step::More => {}
-                Step::StartTls => server.secure(),
+                Step::StartTls(upgrade) => {
+                    server.secure();
+                    course = upgrade.resume(&mut to_server);
+                }
                 Step::Done(agreed) => break 'shaken agreed,
             }
         }

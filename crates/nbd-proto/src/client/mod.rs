@@ -14,4 +14,4 @@ mod negotiation;
 pub use decoder::{Chunk, Decoder, Event};
 pub use encoder::Encoder;
 pub use handshake::{Answer, Ask, Handshake, Info};
-pub use negotiation::{Agreed, Failure, Negotiation, Step, Wish};
+pub use negotiation::{Agreed, Failure, Negotiation, Step, Upgrade, Wish};

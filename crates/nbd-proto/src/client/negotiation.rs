@@ -35,14 +35,31 @@ pub struct Agreed {
 }
 
 /// Where the course stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Step {
     /// Send `out`, read more.
     More,
-    /// Begin TLS, then go on with the plain text that comes out of it.
-    StartTls,
+    /// The server has agreed to TLS, and `out` is empty. Do the TLS handshake, then go on with [`Upgrade::resume`]:
+    /// everything after it goes through TLS.
+    StartTls(Upgrade),
     /// Send `out`, then the transmission phase begins.
     Done(Box<Agreed>),
+}
+
+/// A negotiation that waits for the TLS handshake. It owns the questions that come next, so none of them can be sent in
+/// plain text by mistake.
+#[derive(Debug)]
+#[must_use = "the negotiation goes on with `resume`"]
+pub struct Upgrade(Box<Negotiation>);
+
+impl Upgrade {
+    /// Goes on after a successful TLS handshake. Appends the next question to `inside`, which must be sent through TLS.
+    #[must_use = "only the returned negotiation goes on"]
+    pub fn resume(self, inside: &mut Vec<u8>) -> Negotiation {
+        let mut negotiation = *self.0;
+        negotiation.go_on(inside);
+        negotiation
+    }
 }
 
 /// Why there will be no transmission phase.
@@ -52,6 +69,8 @@ pub enum Failure {
     Fatal(Fatal),
     /// The server said no to an option that the wish cannot do without.
     Refused(Opt, Refusal),
+    /// The caller called [`Negotiation::next`] after [`Step::StartTls`]. Only [`Upgrade::resume`] goes on from there.
+    NotResumed,
 }
 
 impl From<Fatal> for Failure {
@@ -65,6 +84,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Fatal(fatal) => fatal.fmt(f),
             Self::Refused(opt, Refusal { code, text }) => write!(f, "server refused {opt} with {code}: {text}"),
+            Self::NotResumed => f.write_str("the negotiation waits for TLS: it goes on with Upgrade::resume"),
         }
     }
 }
@@ -94,6 +114,8 @@ enum Question {
     Contexts,
     Go,
     ExportName,
+    /// None: an [`Upgrade`] has what was here.
+    Gone,
 }
 
 impl Negotiation {
@@ -113,7 +135,15 @@ impl Negotiation {
     }
 
     /// Takes what it needs off the front of `input` and appends questions to `out`.
+    ///
+    /// # Errors
+    ///
+    /// Close the connection: the server broke the protocol or refused what the wish needs, or the caller did not go on
+    /// with the [`Upgrade`] after [`Step::StartTls`].
     pub fn next(&mut self, input: &mut &[u8], out: &mut Vec<u8>) -> Result<Step, Failure> {
+        if self.asked == Question::Gone {
+            return Err(Failure::NotResumed);
+        }
         while let Some(answer) = self.handshake.next(input, out)? {
             match answer {
                 Answer::Greeted(flags) if flags.contains(HandshakeFlags::FIXED_NEWSTYLE) => self.go_on(out),
@@ -133,8 +163,8 @@ impl Negotiation {
                         return Err(unexpected("plain text after the answer to STARTTLS"));
                     }
                     Question::Tls => {
-                        self.go_on(out);
-                        return Ok(Step::StartTls);
+                        let gone = Self { asked: Question::Gone, ..Self::new(Wish::default()) };
+                        return Ok(Step::StartTls(Upgrade(std::mem::replace(self, gone).into())));
                     }
                     Question::Extended => {
                         self.mode = Mode::Extended;
@@ -175,7 +205,7 @@ impl Negotiation {
         let name = self.wish.name.as_str();
         let queries: Vec<&str> = self.wish.contexts.iter().map(String::as_str).collect();
         let ask = match question {
-            Question::Nothing => unreachable!("the course begins with a question"),
+            Question::Nothing | Question::Gone => unreachable!("these are no questions"),
             Question::Tls => Ask::StartTls,
             Question::Extended => Ask::ExtendedHeaders,
             Question::Structured => Ask::StructuredReply,
