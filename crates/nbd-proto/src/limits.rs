@@ -50,6 +50,10 @@ pub const fn replies_max(options_max: u32) -> usize {
 /// Most metadata contexts of one export that can be negotiated: one bit each in a [`ContextSet`](crate::ContextSet).
 pub const CONTEXTS_MAX: usize = 64;
 
+/// Most metadata contexts that a client accepts from a server: one query may match several, and each name may have
+/// [`NAME_MAX`] bytes. More than any server offers, 1 MiB in all.
+pub const SELECTED_MAX: usize = 256;
+
 /// Most extents in one status chunk (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS": SHOULD be at most 2²⁰).
 pub const EXTENTS_MAX: usize = 1 << 20;
 

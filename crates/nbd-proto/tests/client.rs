@@ -201,6 +201,29 @@ fn nothing_is_asked_between_starttls_and_tls() {
     assert!(matches!(course.next(&mut b"".as_slice(), &mut out), Ok(Step::More)));
 }
 
+/// A server that selects contexts without end, or one twice, is stopped.
+#[test]
+fn the_number_of_contexts_is_bounded() {
+    for (same, last, what) in [(true, 1, "two contexts with one id"), (false, 256, "too many contexts")] {
+        let contexts = vec!["x-test:".to_owned()];
+        let mut course = Negotiation::new(Wish { mode: Mode::Structured, contexts, ..Wish::default() });
+        let mut out = Vec::new();
+        course.next(&mut b"NBDMAGICIHAVEOPT\0\x03".as_slice(), &mut out).unwrap();
+        let ack = hex("0003e889045565a9 00000008 00000001 00000000");
+        course.next(&mut ack.as_slice(), &mut out).unwrap();
+        for n in 0..=last {
+            let id = if same { 7 } else { n };
+            let context = hex(&format!("0003e889045565a9 0000000a 00000004 00000005 {id:08x} 78"));
+            let outcome = course.next(&mut context.as_slice(), &mut out);
+            if n < last {
+                assert!(matches!(outcome, Ok(Step::More)), "{outcome:?}");
+            } else {
+                assert!(matches!(outcome, Err(Failure::Fatal(Fatal::Server(said, _))) if said == what), "{outcome:?}");
+            }
+        }
+    }
+}
+
 /// Servers without GO, and without fixed newstyle.
 #[test]
 fn older_servers() {

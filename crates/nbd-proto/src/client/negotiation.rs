@@ -4,6 +4,7 @@
 use std::fmt;
 
 use super::handshake::{Answer, Ask, Handshake, Info};
+use crate::limits::SELECTED_MAX;
 use crate::terms::{BlockSizes, ContextSet, Fatal, Refusal, Terms};
 use crate::wire::{HandshakeFlags, InfoKind, Mode, Opt, Rep, TransmissionFlags};
 
@@ -155,7 +156,7 @@ impl Negotiation {
                 Answer::Greeted(_) => self.ask(Question::ExportName, out),
                 Answer::Server { .. } => return Err(unexpected("an export nobody asked for")),
                 Answer::Info(info) => self.learn(info),
-                Answer::Context { id, name } if self.asked == Question::Contexts => self.contexts.push((id, name)),
+                Answer::Context { id, name } if self.asked == Question::Contexts => self.select(id, name)?,
                 Answer::Context { .. } => return Err(unexpected("a context nobody asked for")),
                 Answer::Ack => match self.asked {
                     Question::Go => return self.done(),
@@ -235,6 +236,18 @@ impl Negotiation {
                 Ok(())
             }
         }
+    }
+
+    /// Remembers a context that the server has selected.
+    fn select(&mut self, id: u32, name: String) -> Result<(), Failure> {
+        if self.contexts.iter().any(|(other, _)| *other == id) {
+            return Err(Failure::Fatal(Fatal::Server("two contexts with one id", id.into())));
+        }
+        if self.contexts.len() == SELECTED_MAX {
+            return Err(Failure::Fatal(Fatal::Server("too many contexts", SELECTED_MAX as u64 + 1)));
+        }
+        self.contexts.push((id, name));
+        Ok(())
     }
 
     fn learn(&mut self, info: Info) {
