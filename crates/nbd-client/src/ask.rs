@@ -27,7 +27,7 @@ const ENTRY: usize = 64;
 pub struct Listed {
     /// The name to ask for.
     pub name: String,
-    /// The description for people; may be empty.
+    /// The description for people; may be empty. It is the server's text, control characters included.
     pub description: String,
 }
 

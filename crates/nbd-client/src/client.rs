@@ -1,6 +1,7 @@
 //! [`Client`]: one connection with calls that wait for their reply.
 
 use std::{
+    fmt,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
@@ -33,7 +34,6 @@ const SPARE_MAX: usize = 1 << 20;
 /// client.read(0, &mut sector)?;
 /// # Ok::<(), nbd_client::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct Client {
     engine: Engine,
     limit: Option<Duration>,
@@ -172,7 +172,7 @@ impl Client {
                 Some(done) => return Ok(done),
                 None => progress?,
             }
-            if !self.engine.wait(deadline.left())? {
+            if deadline.is_over() || !self.engine.wait(deadline.left())? {
                 return Err(deadline.passed(what));
             }
         }
@@ -191,7 +191,7 @@ impl Client {
             if self.engine.is_closed() {
                 return Ok(());
             }
-            if !self.engine.wait(deadline.left())? {
+            if deadline.is_over() || !self.engine.wait(deadline.left())? {
                 return Err(deadline.passed("disconnecting"));
             }
         }
@@ -208,6 +208,12 @@ impl From<Engine> for Client {
     /// Calls have no time limit. What was in flight completes unseen.
     fn from(engine: Engine) -> Self {
         Self::new(engine, None)
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("engine", &self.engine).field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 

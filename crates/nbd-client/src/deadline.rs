@@ -39,6 +39,11 @@ impl Deadline {
         self.at.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
+    /// Whether no time is left.
+    pub(crate) fn is_over(self) -> bool {
+        self.left() == Some(Duration::ZERO)
+    }
+
     /// The error for a wait that has reached the deadline.
     pub(crate) fn passed(self, what: impl Into<String>) -> Error {
         Error::Timeout { what: what.into(), limit: self.limit }
@@ -66,7 +71,7 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, interest: Interest, deadline: Deadlin
             i32::try_from(ms).ok().and_then(|ms| ms.try_into().ok()).unwrap_or(PollTimeout::MAX)
         });
         match poll(&mut [PollFd::new(socket, events)], timeout) {
-            Ok(0) if deadline.left() == Some(Duration::ZERO) => return Ok(false),
+            Ok(0) if deadline.is_over() => return Ok(false),
             Ok(0) | Err(Errno::EINTR) => {}
             Ok(_) => return Ok(true),
             Err(error) => return Err(Error::io(what, error.into())),

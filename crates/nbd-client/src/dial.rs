@@ -31,8 +31,9 @@ use crate::{
 pub(crate) fn dial(address: &Address, limit: Option<Duration>) -> Result<OwnedFd, Error> {
     let what = format!("connecting to {address}");
     let deadline = Deadline::after(limit);
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => deadline.passed(&what),
+    // The kernel has a limit of its own, which is reported under its own name.
+    let failed = |error: io::Error| match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::TimedOut, None) => deadline.passed(&what),
         _ => Error::io(&what, error),
     };
     match address {
@@ -74,7 +75,7 @@ fn unix(to: &UnixAddr, deadline: Deadline) -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     loop {
         if let Some(left) = deadline.left() {
-            if left.is_zero() {
+            if deadline.is_over() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
@@ -83,6 +84,7 @@ fn unix(to: &UnixAddr, deadline: Deadline) -> io::Result<OwnedFd> {
         match connect(socket.as_raw_fd(), to) {
             Ok(()) => return Ok(socket),
             Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) if deadline.left().is_some() => {}
             Err(error) => return Err(error.into()),
         }
     }

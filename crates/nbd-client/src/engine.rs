@@ -1,8 +1,8 @@
 //! [`Engine`]: one connection with many requests in flight, for any event loop.
 
 use std::{
-    io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    fmt, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::Arc,
     time::Duration,
 };
@@ -36,16 +36,39 @@ const DIRECT_MIN: usize = 16 << 10;
 /// Why a system call on the connection was made, for errors.
 const WHAT: &str = "connection";
 
-/// One connection, with any number of requests in flight, that never blocks. It is driven by any event loop:
+/// One connection, with any number of requests in flight, that never blocks. Any event loop can drive it:
 ///
 /// 1. [`submit`](Self::submit) requests;
-/// 2. wait until the descriptor ([`AsFd`]) is ready as [`interest`](Self::interest) says. Level and edge triggers both do;
-/// 3. [`progress`](Self::progress) sends and receives as much as it can, and returns what completed.
+/// 2. call [`progress`](Self::progress), which sends and receives as much as it can, and returns what completed;
+/// 3. wait until the descriptor is ready as [`interest`](Self::interest) says, and go on with 2.
 ///
-/// Each request that was submitted completes once, also when the connection ends. The client does not split requests, does
-/// not change their order, and adds no limit to their number: the caller owns their memory. A drop disconnects, in good
-/// order if nothing is left to send.
-#[derive(Debug)]
+/// Level triggers (poll, epoll) and edge triggers (epoll with `EPOLLET`, tokio's `AsyncFd`) both do, since `progress` goes on
+/// until the socket would block. With edge triggers, call it also after `submit`.
+///
+/// Each request that was submitted completes once, also when the connection ends. The engine does not split requests, does
+/// not change their order, and does not limit their number: the caller owns their memory. A drop disconnects, in good order
+/// if nothing is left to send.
+///
+/// ```no_run
+/// use nbd_client::{Engine, Options, Request};
+///
+/// let mut engine = Engine::connect(&"nbd://localhost".parse()?, &Options::default())?;
+/// for n in 0..32 {
+///     engine.submit(Request::read(n << 16, 1 << 16))?;
+/// }
+/// let mut done = Vec::new();
+/// loop {
+///     engine.progress(&mut done)?;
+///     for completion in done.drain(..) {
+///         completion.result?;
+///     }
+///     if engine.in_flight() == 0 {
+///         break;
+///     }
+///     engine.wait(None)?; // or an event loop
+/// }
+/// # Ok::<(), nbd_client::Error>(())
+/// ```
 pub struct Engine {
     stream: Stream,
     encoder: Encoder,
@@ -246,9 +269,26 @@ impl Engine {
     }
 }
 
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("state", &self.state)
+            .field("export", &self.export)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
 impl AsFd for Engine {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+impl AsRawFd for Engine {
+    /// For event loops that take no [`BorrowedFd`].
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_fd().as_raw_fd()
     }
 }
 

@@ -60,7 +60,7 @@ impl Export {
         self.name.as_deref()
     }
 
-    /// The description for people, if the server reported one.
+    /// The description for people, if the server reported one. It is the server's text, control characters included.
     pub fn description(&self) -> Option<&str> {
         self.description.as_deref()
     }

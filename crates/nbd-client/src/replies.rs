@@ -188,7 +188,7 @@ impl Replies {
             }
             Chunk::Status { context, extents } => {
                 let known = self.contexts.iter().find(|(id, _)| *id == context).map(|(_, name)| Arc::clone(name));
-                // Found anew, since the contexts are ours too.
+                // Looked up again, because the contexts belong to `self` too.
                 let flight = self.flights.get(cookie).expect("it was just there");
                 flight.status(known, extents)?;
             }

@@ -10,7 +10,7 @@ use nbd_proto::{
 use crate::{error::Error, export::Export};
 
 /// A request. `at` and `len` are in bytes; both must be multiples of the export's smallest block.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Request {
     /// Reads as many bytes as the buffer has.
     Read {
@@ -221,6 +221,20 @@ impl Request {
             Self::Status { .. } if export.contexts().is_empty() => Some("no metadata context was selected"),
             _ => None,
         }
+    }
+}
+
+impl fmt::Debug for Request {
+    /// Without the data.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, flags) = self.command(Mode::Simple);
+        let (at, len) = self.range();
+        f.debug_struct("Request")
+            .field("kind", &kind)
+            .field("flags", &flags)
+            .field("at", &at)
+            .field("len", &len)
+            .finish()
     }
 }
 

@@ -85,6 +85,10 @@ impl Stream {
     /// The connection has ended, or the server is too slow.
     pub(crate) fn receive_by(&mut self, buf: &mut [u8], deadline: Deadline, what: &str) -> Result<usize, Error> {
         loop {
+            // A server that never stops talking is too slow as well.
+            if deadline.is_over() {
+                return Err(deadline.passed(what));
+            }
             match self.receive(buf) {
                 Ok(0) => return Err(Error::Closed),
                 Ok(n) => return Ok(n),

@@ -7,6 +7,7 @@ use std::{
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     thread,
+    time::Duration,
 };
 
 use common::{MODES, PATIENCE, Seed, options};
@@ -530,6 +531,17 @@ fn listening(name: &str, first: &[u8], for_ever: &[u8]) -> (Uri, thread::JoinHan
         while socket.write_all(&for_ever).is_ok() && !for_ever.is_empty() {}
     });
     (uri, server)
+}
+
+#[test]
+fn a_handshake_without_an_end() {
+    let magic = 0x0003_e889_0455_65a9_u64.to_be_bytes();
+    let description = [&magic[..], b"\0\0\0\x07\0\0\0\x03\0\0\0\x03\0\x02x"].concat();
+    let (uri, server) = listening("endless", b"NBDMAGICIHAVEOPT\0\x03", &description.repeat(1000));
+    let options = options().mode(Mode::Simple).handshake_timeout(Some(Duration::from_millis(50)));
+    let outcome = Client::connect(&uri, &options);
+    assert!(matches!(outcome, Err(Error::Timeout { .. })), "{outcome:?}");
+    server.join().unwrap();
 }
 
 #[test]
