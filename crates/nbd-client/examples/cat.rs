@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     error::Error,
     io::{self, Write},
+    process::ExitCode,
 };
 
 use nbd_client::{Cookie, Engine, Options, Request};
@@ -14,7 +15,17 @@ const DEPTH: usize = 32;
 /// Bytes of each request, unless the server wants less.
 const LEN: u64 = 256 << 10;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match copy() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cat: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn copy() -> Result<(), Box<dyn Error>> {
     let uri = std::env::args().nth(1).ok_or("usage: cat URI")?.parse()?;
     let mut engine = Engine::connect(&uri, &Options::default())?;
     let (size, block) = (engine.export().size(), engine.export().block_sizes());

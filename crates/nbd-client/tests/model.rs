@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use common::{MODES, PATIENCE, Running, Seed, options};
 use nbd_client::{Cookie, Engine, Request};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 const DEPTH: usize = 64;
 
@@ -18,13 +19,28 @@ fn sixty_four_random_requests_in_flight() {
     for (n, mode) in MODES.into_iter().enumerate() {
         for uri in [server.unix(), server.tcp()] {
             let engine = Engine::connect(&uri, &options().mode(mode)).unwrap();
-            run(engine, &mut Seed(n as u64), 4000);
+            let wait = |engine: &Engine| engine.wait(Some(PATIENCE)).unwrap();
+            run(engine, &mut Seed(n as u64), 4000, wait);
         }
     }
 }
 
+/// With edge triggers an event comes once: what was not done then is never done.
+#[test]
+fn edge_triggers_do() {
+    let server = Running::start();
+    for (n, mode) in MODES.into_iter().enumerate() {
+        let engine = Engine::connect(&server.unix(), &options().mode(mode)).unwrap();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+        epoll.add(&engine, EpollEvent::new(flags, 0)).unwrap();
+        let wait = |_: &Engine| epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(60_000_u16)).unwrap() > 0;
+        run(engine, &mut Seed(n as u64 + 10), 4000, wait);
+    }
+}
+
 /// Starts from zeroes.
-fn run(mut engine: Engine, seed: &mut Seed, mut left: u32) {
+fn run(mut engine: Engine, seed: &mut Seed, mut left: u32, wait: impl Fn(&Engine) -> bool) {
     let mut model = vec![0; DEPTH * AREA as usize];
     let mut flying: HashMap<Cookie, (usize, Vec<u8>)> = HashMap::new();
     // What other runs have left is zeroed first.
@@ -33,7 +49,7 @@ fn run(mut engine: Engine, seed: &mut Seed, mut left: u32) {
     engine.submit(zero).unwrap();
     while done.is_empty() {
         engine.progress(&mut done).unwrap();
-        assert!(!done.is_empty() || engine.wait(Some(PATIENCE)).unwrap(), "nothing comes any more");
+        assert!(!done.is_empty() || wait(&engine), "nothing comes any more");
     }
     done.pop().unwrap().result.unwrap();
     for area in 0..DEPTH {
@@ -59,7 +75,9 @@ fn run(mut engine: Engine, seed: &mut Seed, mut left: u32) {
             }
         }
         assert_eq!(engine.in_flight(), flying.len());
-        assert!(flying.is_empty() || engine.wait(Some(PATIENCE)).unwrap(), "nothing comes any more");
+        // What was just submitted is sent before the next wait.
+        engine.progress(&mut done).unwrap();
+        assert!(flying.is_empty() || !done.is_empty() || wait(&engine), "nothing comes any more");
     }
 }
 

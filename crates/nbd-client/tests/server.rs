@@ -2,15 +2,26 @@
 
 mod common;
 
-use std::os::{fd::AsRawFd, unix::net::UnixStream};
+use std::{
+    net::TcpListener,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+    sync::Arc,
+    time::Duration,
+};
 
+use blkdev::memory::Memory;
 use common::{MODES, PATIENCE, Running, SIZE, options};
 use nbd_client::{
     Address, AllocationFlags, BASE_ALLOCATION, Client, Engine, Error, Listed, Mode, Rep, Request, Uri, info, list,
 };
+use nbd_server_core::{Export, Limits, Listener, Server};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, VsockAddr, bind, getsockname, listen, socket},
 };
 
 #[test]
@@ -24,6 +35,54 @@ fn every_call_in_every_mode() {
             every_call(&mut client);
             client.disconnect().unwrap();
         }
+    }
+}
+
+#[test]
+fn every_kind_of_address() {
+    let serve = |listener: Listener| {
+        let export = Export::new("a b", Arc::new(Memory::new(1 << 20)));
+        Server::start(vec![export], vec![listener], None, Limits::default()).unwrap()
+    };
+    let check =
+        |uri: &str| assert_eq!(Client::connect(&uri.parse().unwrap(), &options()).unwrap().size(), 1 << 20, "{uri}");
+
+    let name = format!("nbd-client-abstract-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).unwrap();
+    let server = serve(UnixListener::bind_addr(&address).unwrap().into());
+    check(&format!("nbd+unix:///a%20b?socket=@{name}"));
+    check(&format!("nbd+unix:///?socket=%00{name}"));
+    drop(server);
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = serve(listener.into());
+    check(&format!("nbd://localhost:{port}/a%20b"));
+    drop(server);
+
+    // A machine may have no IPv6, and no vsock.
+    if let Ok(listener) = TcpListener::bind("[::1]:0") {
+        let port = listener.local_addr().unwrap().port();
+        let _server = serve(listener.into());
+        check(&format!("nbd://[::1]:{port}/a%20b"));
+    }
+    let vsock = || -> nix::Result<(OwnedFd, u32)> {
+        let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, u32::MAX))?;
+        listen(&listener, Backlog::new(8)?)?;
+        let port = getsockname::<VsockAddr>(listener.as_raw_fd())?.port();
+        Ok((listener, port))
+    };
+    let Ok((listener, port)) = vsock() else { return };
+    let _server = serve(Listener::inherited(listener).unwrap());
+    let uri = format!("nbd+vsock://1:{port}/a%20b").parse().unwrap();
+    // Not every kernel connects to itself; then it is silent, or says so.
+    match Client::connect(&uri, &options().connect_timeout(Some(Duration::from_millis(200)))) {
+        Ok(client) => assert_eq!(client.size(), 1 << 20),
+        Err(Error::Timeout { what, .. } | Error::Io { what, .. }) => {
+            assert_eq!(what, format!("connecting to vsock 1:{port}"));
+        }
+        Err(other) => panic!("{other:?}"),
     }
 }
 
@@ -139,7 +198,7 @@ fn servers_that_cannot_be_reached() {
     assert!(matches!(error, Error::Io { .. }), "{error:?}");
     assert!(error.to_string().starts_with("connecting to /nonexistent/nbd.sock: "), "{error}");
     // A port that was free a moment ago, and an abstract name.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let refused = Client::connect(&Uri::new(Address::Tcp { host: "127.0.0.1".into(), port }), &options());
     assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
     let name = format!("nbd-client-none-{}", std::process::id()).into_bytes();
@@ -153,7 +212,7 @@ fn servers_that_cannot_be_reached() {
 
 #[test]
 fn silent_servers_time_out() {
-    let soon = Some(std::time::Duration::from_millis(20));
+    let soon = Some(Duration::from_millis(20));
     // One that takes the connection and says nothing.
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let outcome = Client::over(ours.into(), &options().handshake_timeout(soon));
@@ -258,8 +317,7 @@ fn two_connections_share_one_loop() {
         });
         let [a, b] = &engines;
         let busy = left != [0, 0];
-        let mut fds =
-            [PollFd::new(std::os::fd::AsFd::as_fd(a), events[0]), PollFd::new(std::os::fd::AsFd::as_fd(b), events[1])];
+        let mut fds = [PollFd::new(a.as_fd(), events[0]), PollFd::new(b.as_fd(), events[1])];
         assert!(!busy || poll(&mut fds, PollTimeout::from(60_000_u16)).unwrap() > 0, "nothing comes any more");
     }
     let mut client = Client::connect(&server.tcp(), &options()).unwrap();

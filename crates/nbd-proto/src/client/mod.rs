@@ -4,6 +4,7 @@
 //! - [`Handshake`]: question by question. [`Handshake::ask`] puts an option out, [`Handshake::next`] takes its
 //!   answers in.
 //! - [`Negotiation`]: the usual course of questions from a greeting to the transmission phase, by a [`Wish`].
+//!   What comes after STARTTLS is only in its [`Upgrade`], so it cannot be sent in plain text.
 //! - [`Encoder`]: requests. [`Decoder`]: replies.
 
 mod decoder;
