@@ -302,3 +302,102 @@ impl Flight {
 fn broken(request: &Request, what: &str) -> Error {
     Error::Protocol(format!("{request}: {what}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AT: u64 = 4096;
+
+    fn replies(mode: Mode) -> Replies {
+        Replies::new(mode, vec![(3, "base:allocation".into())])
+    }
+
+    /// A structured chunk.
+    fn chunk(cookie: Cookie, flags: u16, kind: u16, body: &[u8]) -> Vec<u8> {
+        let head = [0x668e_33ef_u32.to_be_bytes().as_slice(), &flags.to_be_bytes(), &kind.to_be_bytes()].concat();
+        [&head, &cookie.0.to_be_bytes()[..], &(body.len() as u32).to_be_bytes(), body].concat()
+    }
+
+    /// A READ, a WRITE, a status and a READ that fails, with their replies in another order.
+    fn conversation(replies: &mut Replies) -> Vec<u8> {
+        let read = replies.expect(Request::read(AT, 20), false);
+        let write = replies.expect(Request::write(AT, vec![1]), false);
+        let status = replies.expect(Request::Status { at: AT, len: 20, one: false }, false);
+        let failing = replies.expect(Request::read(0, 5), false);
+        let at = |at: u64, rest: &[u8]| [&at.to_be_bytes()[..], rest].concat();
+        [
+            chunk(read, 0, 1, &at(AT + 12, b"eight by")),
+            chunk(status, 1, 5, b"\0\0\0\x03\0\0\0\x08\0\0\0\0\0\0\0\x0c\0\0\0\x03"),
+            chunk(failing, 0, 0x8002, &[b"\0\0\0\x05\0\x02no".as_slice(), &at(3, b"")].concat()),
+            chunk(read, 0, 2, &at(AT + 4, &8_u32.to_be_bytes())),
+            [&0x6744_6698_u32.to_be_bytes()[..], &[0; 4], &write.0.to_be_bytes()].concat(),
+            chunk(failing, 1, 0, b""),
+            chunk(read, 1, 1, &at(AT, b"four")),
+        ]
+        .concat()
+    }
+
+    /// Takes the bytes piece by piece, data straight into place where that is possible.
+    fn outcome<'a>(pieces: impl Fn(&'a [u8]) -> Vec<&'a [u8]>, bytes: &'a [u8], is_direct: bool) -> Vec<String> {
+        let (mut replies, mut done) = (replies(Mode::Structured), Vec::new());
+        conversation(&mut replies);
+        for mut piece in pieces(bytes) {
+            while let Some(landing) = replies.landing().filter(|_| is_direct && !piece.is_empty()) {
+                let n = landing.len().min(piece.len());
+                landing[..n].copy_from_slice(&piece[..n]);
+                piece = &piece[n..];
+                replies.landed(n, &mut done).unwrap();
+            }
+            replies.feed(piece, &mut done).unwrap();
+        }
+        assert_eq!(replies.len(), 0);
+        let text = |done: &Completion| match &done.request {
+            Request::Read { buffer, .. } => format!("{done:?} {}", buffer.escape_ascii()),
+            _ => format!("{done:?}"),
+        };
+        done.iter().map(text).collect()
+    }
+
+    #[test]
+    fn cuts_change_nothing() {
+        let bytes = conversation(&mut replies(Mode::Structured));
+        let whole = outcome(|bytes| vec![bytes], &bytes, false);
+        assert_eq!(whole.len(), 4);
+        assert!(whole[3].ends_with(r"four\x00\x00\x00\x00\x00\x00\x00\x00eight by"), "{whole:?}");
+        for is_direct in [false, true] {
+            assert_eq!(outcome(|bytes| bytes.chunks(1).collect(), &bytes, is_direct), whole);
+            for cut in 0..=bytes.len() {
+                assert_eq!(outcome(|bytes| vec![&bytes[..cut], &bytes[cut..]], &bytes, is_direct), whole, "{cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_early_reply_waits_for_the_payload() {
+        for (error, is_error) in [(0_u32, false), (28, true)] {
+            let (mut replies, mut done) = (replies(Mode::Simple), Vec::new());
+            let cookie = replies.expect(Request::write(AT, Vec::new()), true);
+            let reply = [&0x6744_6698_u32.to_be_bytes()[..], &error.to_be_bytes(), &cookie.0.to_be_bytes()].concat();
+            replies.feed(&reply, &mut done).unwrap();
+            assert!(done.is_empty() && replies.len() == 1);
+            assert!(replies.feed(&reply, &mut done).is_err(), "a second reply");
+            replies.sent(cookie, b"data".into(), &mut done);
+            assert_eq!(done[0].request, Request::write(AT, b"data".into()));
+            assert_eq!((done.len(), done[0].result.is_err(), replies.len()), (1, is_error, 0));
+        }
+    }
+
+    #[test]
+    fn a_cookie_is_never_used_again() {
+        let mut replies = replies(Mode::Simple);
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..1000 {
+            let (cookie, mut done) = (replies.expect(Request::Flush, false), Vec::new());
+            assert!(seen.insert(cookie));
+            let reply = [&0x6744_6698_u32.to_be_bytes()[..], &[0; 4], &cookie.0.to_be_bytes()].concat();
+            replies.feed(&reply, &mut done).unwrap();
+            assert_eq!(done[0].cookie, cookie);
+        }
+    }
+}

@@ -426,6 +426,22 @@ fn three(mode: Mode, left: usize, change: impl Fn(&mut Vec<u8>) -> bool + Send) 
 }
 
 #[test]
+fn a_drop_says_goodbye() {
+    for mode in MODES {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| drop(client(ours, mode).unwrap()));
+            let mut mouth = Mouth { socket: theirs, left: usize::MAX };
+            mouth.shake().unwrap();
+            let mut last = Vec::new();
+            mouth.socket.read_to_end(&mut last).unwrap();
+            assert_eq!(last.len(), if mode == Mode::Extended { 32 } else { 28 });
+            assert_eq!(last[4..8], [0, 0, 0, 2], "DISC");
+        });
+    }
+}
+
+#[test]
 fn a_server_that_closes_at_any_byte() {
     for mode in MODES {
         let mut left = 0;

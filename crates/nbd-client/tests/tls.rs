@@ -4,13 +4,16 @@
 mod common;
 
 use std::{
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
+    thread,
 };
 
 use common::{MODES, PATIENCE, Running, SIZE, options};
-use nbd_client::{Certificates, Client, Engine, Error, Opt, Rep, Request, Tls, Uri, info, list};
+use nbd_client::{Address, Certificates, Client, Engine, Error, Opt, Rep, Request, Tls, Uri, info, list};
 use nbd_server_core::tls;
 
 /// A directory with an authority, a server's certificate for `localhost` and 127.0.0.1, and a client's.
@@ -147,6 +150,32 @@ fn a_server_without_tls_gets_no_plain_text() {
     ] {
         assert!(matches!(&outcome, Err(Error::Refused { option: Opt::STARTTLS, .. })), "{outcome:?}");
     }
+}
+
+/// What a third party put behind the server's answer, before TLS has begun.
+#[test]
+fn plain_text_between_starttls_and_tls_is_refused() {
+    let pki = Pki::new();
+    let tls = Tls::with_certificates(&Certificates::within(&pki.0)).unwrap();
+    let ack = [&0x0003_e889_0455_65a9_u64.to_be_bytes()[..], b"\0\0\0\x05\0\0\0\x01\0\0\0\0"].concat();
+    let said = [b"NBDMAGICIHAVEOPT\0\x03".as_slice(), &ack, &ack].concat();
+    let refused = |outcome: Result<(), Error>| match outcome {
+        Err(Error::Protocol(text)) => assert!(text.contains("plain text after the answer to STARTTLS"), "{text}"),
+        other => panic!("{other:?}"),
+    };
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(&said).unwrap();
+    refused(Client::over(ours.into(), &options().tls(tls.clone())).map(drop));
+    let path = pki.0.join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut socket, _) = listener.accept().unwrap();
+            socket.write_all(&said).unwrap();
+            let _ = socket.read_to_end(&mut Vec::new());
+        });
+        refused(list(&Uri::new(Address::Unix(path.clone())), &options().tls(tls)).map(drop));
+    });
 }
 
 #[test]

@@ -171,7 +171,7 @@ impl Session {
         !self.0.wants_write()
     }
 
-    /// Tells the server that no more will come.
+    /// Sends `close_notify`: no more will come.
     pub(crate) fn close(&mut self, socket: BorrowedFd<'_>) {
         self.0.send_close_notify();
         let _ = self.flush(socket);
