@@ -60,7 +60,8 @@ impl Options {
         self
     }
 
-    /// How long connecting may take; `None` is no limit but the system's. The resolver of host names has its own.
+    /// How long connecting may take, for all addresses of a host together; `None` is no limit but the system's. The resolver
+    /// of host names has its own.
     #[must_use]
     pub fn connect_timeout(self, limit: Option<Duration>) -> Self {
         Self { connect: limit, ..self }
