@@ -397,7 +397,7 @@ mod tests {
     fn unknown_settings() {
         refuse("\nprot = 1\n", "2:1", "unknown setting \"prot\"; did you mean port?");
         refuse("  exprot = 1", "1:3", "did you mean export?");
-        refuse("colour = 1", "1:1", "unknown setting \"colour\",");
+        refuse("colour = 1", "1:1", "unknown setting \"colour\" (in");
         refuse("run = \"true\"", "1:1", "run is only valid on the command line");
         refuse("config = \"x\"", "1:1", "only valid on the command line");
         refuse("[[export]]\nname = \"ä\"; x = 1", "2:11", "");

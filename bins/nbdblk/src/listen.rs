@@ -409,8 +409,7 @@ fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
 
 /// Whether the machine lacks this address, or its whole family.
 fn is_absent(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::AddrNotAvailable
-        || error.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32)
 }
 
 #[cfg(test)]
