@@ -285,8 +285,8 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
         assert!(!Path::new(&socket).exists());
     };
     let export = "[[export]]\ndevice = \"memory=1M\"\n";
-    refuse(&format!("prot = 1\n{export}"), "1:1", &["unknown setting", "port", "in: prot = 1"]);
-    refuse(&format!("port = 1x\n{export}"), "1:8", &["in: port = 1x"]);
+    refuse(&format!("prot = 1\n{export}"), "1:1", &["unknown setting", "port", "(in \"prot = 1\")"]);
+    refuse(&format!("port = 1x\n{export}"), "1:8", &["(in \"port = 1x\")"]);
     refuse(
         &format!("{export}[[export]]\nname = \"b\"\ndevice = \"io_uring=/nonexistent/disk\""),
         "5:10",
@@ -298,6 +298,7 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
     bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
     bad(&["serve", "memory=1M", "--control", "x"], &["--control needs --config"]);
     bad(&["reload"], &["required"]);
+    bad(&["reload", "--timeout", "5s"], &["required"]);
     bad(&["reload", "--control", "/nonexistent/socket"], &["cannot reach the server at /nonexistent/socket"]);
     fs::write(&file, export).expect("a file can be written");
     bad(&["reload", &file], &["names no control socket"]);

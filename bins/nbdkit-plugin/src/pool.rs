@@ -757,24 +757,20 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_driver_costs_the_lane_and_leaves_no_thread_waiting() {
+    fn a_driver_that_panics_costs_its_device_and_leaves_no_thread_waiting() {
         for calls in 0..12 {
             let device = Fault::new(Broken(Memory::new(16 * MIB as u64), calls * 5), Faults::new(calls.into()));
             let pool = pool(device, 1, 8 * MIB);
-            let panics: usize = thread::scope(|scope| {
-                let pool = &pool;
-                let threads: Vec<_> = (0..8u64)
-                    .map(|n| {
-                        scope.spawn(move || {
-                            let mut bytes = vec![0; 4096];
-                            let ended = (0..10_000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
-                            assert_eq!(ended, Some(Error::Gone));
-                        })
-                    })
-                    .collect();
-                threads.into_iter().map(|thread| usize::from(thread.join().is_err())).sum()
+            thread::scope(|scope| {
+                for n in 0..8 {
+                    let pool = &pool;
+                    scope.spawn(move || {
+                        let mut bytes = vec![0; 4096];
+                        let ended = (0..10_000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
+                        assert_eq!(ended, Some(Error::Gone));
+                    });
+                }
             });
-            assert_eq!(panics, 1, "one thread panics, the others get errors");
             assert_eq!(pool.pick(), None, "a new client is refused");
         }
     }

@@ -129,7 +129,7 @@ fn registers_that_make_no_sense_are_refused() {
     refuse(Spec { vectors: Some(0), ..spec() }, "0 MSI-X vectors");
     refuse(
         Spec { mdts: 1, ..spec() }.block_shift(16),
-        "blocks of 65536 bytes, and the controller transfers at most 8192",
+        "blocks of 65536 bytes, but the controller transfers at most 8192",
     );
 }
 

@@ -1,4 +1,4 @@
-//! Random 4 KiB reads at one queue depth: `cargo run --release --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]`
+//! Random 4 KiB reads at one queue depth: `cargo run --release -p blkdev-vhost-user --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]`
 //!
 //! Prints the time of a request and its CPU cost in this process. With polling: the median of the turns that found a completion
 //! (a turn without one is waiting). With wake-ups: the CPU time of the thread, system calls included. On a busy machine, give

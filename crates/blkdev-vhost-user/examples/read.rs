@@ -1,4 +1,4 @@
-//! Prints the first 512 bytes of a vhost-user-blk device: `cargo run --example read -- /path/to/socket`
+//! Prints the first 512 bytes of a vhost-user-blk device: `cargo run -p blkdev-vhost-user --example read -- /path/to/socket`
 use std::{env, io, process::ExitCode};
 
 use blkdev::{Device, Mapping, Op, Request};

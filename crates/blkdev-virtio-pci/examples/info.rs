@@ -1,4 +1,4 @@
-//! Prints the properties of a virtio-blk PCI device: `cargo run --example info -- 0000:00:07.0`
+//! Prints the properties of a virtio-blk PCI device: `cargo run -p blkdev-virtio-pci --example info -- 0000:00:07.0`
 use std::{env, process::ExitCode};
 
 use blkdev::Device;

@@ -1,4 +1,4 @@
-//! Measures the driver's CPU cost of a request, without system calls and waiting: `cargo run --release --example cost [BATCH]
+//! Measures the driver's CPU cost of a request, without system calls and waiting: `cargo run --release -p blkdev-virtio --example cost [BATCH]
 //! [split|packed] [BATCHES]`
 //!
 //! Drives the model device, which runs in its own thread, with batches of 4 KiB reads, and times only the driver's calls.

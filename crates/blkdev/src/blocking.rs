@@ -25,7 +25,7 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// A device whose requests are served by threads, a pool for each queue. A request that waits holds up one of these threads, and
-/// nothing else.
+/// nothing else. If [`Serve::serve`] panics, its request fails with [`Error::Io`], and the device goes on.
 #[derive(Debug)]
 pub struct Blocking<S> {
     served: Arc<S>,
@@ -34,7 +34,8 @@ pub struct Blocking<S> {
 }
 
 impl<S: Serve> Blocking<S> {
-    /// A device of it. Each of its queues has so many threads (at least one), and thus serves so many requests at a time.
+    /// A device of it. Each of its queues has so many threads (at least one), and thus serves so many requests at a time. As many as
+    /// the back end can use at a time are enough: 8 or 16 for one disk or one connection.
     pub fn new(served: S, threads: usize) -> Self {
         Self { served: Arc::new(served), threads: threads.max(1), open: Arc::default() }
     }

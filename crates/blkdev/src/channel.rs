@@ -48,13 +48,14 @@ impl Plan {
     /// Opens `count` channels, each with its own queue, and with memory that is registered with the device.
     ///
     /// # Errors
-    /// The device has fewer queues, no memory is left, or the device reported an error.
+    /// The device has fewer queues, no memory is left, the device reported an error, or its [`Info`] is invalid.
     pub fn open(&self, device: &Arc<dyn Device>, count: usize) -> io::Result<Vec<Channel>> {
         let info = device.info();
         if count == 0 || count > usize::from(info.queues_max) {
             let text = format!("{}: {count} queues requested, but the device has {}", info.target, info.queues_max);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
+        check(info, catch(|| device.capacity())?)?;
         let too_much = || io::Error::new(io::ErrorKind::OutOfMemory, "the payload memory exceeds the address space");
         // The reserved part ends where a word of the arena's bitmap does. It includes the channel's own buffers.
         let aside =
@@ -70,6 +71,24 @@ impl Plan {
         let open = |(arena, pass)| Channel::open(&registered, arena, aside, pass, depth);
         mapping.arenas(count).into_iter().zip(passes).map(open).collect()
     }
+}
+
+/// Checks what a driver reports of its device.
+///
+/// # Errors
+/// It is not what [`Info`] promises.
+fn check(info: &Info, capacity: u64) -> io::Result<()> {
+    let Info { driver, target, block_size, transfer_max, .. } = info;
+    let fault = if !block_size.is_power_of_two() || *block_size > 1 << 16 {
+        format!("its block size of {block_size} bytes is not a power of two up to 65536")
+    } else if (*transfer_max as usize) < crate::arena::PAGE.max(*block_size as usize) {
+        format!("its longest transfer of {transfer_max} bytes is less than a block or a page")
+    } else if capacity & u64::from(block_size - 1) != 0 {
+        format!("its capacity of {capacity} bytes is not a multiple of its block size, {block_size}")
+    } else {
+        return Ok(());
+    };
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{driver} {target}: the driver is faulty: {fault}")))
 }
 
 /// The reserved part is a multiple of this.
@@ -147,14 +166,6 @@ impl Channel {
     fn open(registered: &Arc<Registered>, mut arena: Arena, aside: usize, pass: Pass, depth: u16) -> io::Result<Self> {
         let info = registered.device().info().clone();
         arena.reserve(aside);
-        assert!(
-            info.block_size.is_power_of_two() && info.block_size <= 1 << 16,
-            "block size is a power of two up to 64 KiB"
-        );
-        assert!(
-            info.transfer_max as usize >= crate::arena::PAGE.max(info.block_size as usize),
-            "the longest transfer is at least a page and a block"
-        );
         let reserved =
             || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
         let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
@@ -301,7 +312,8 @@ impl Channel {
     fn begin_turn(&mut self) {
         self.asked = true;
         if let Some(capacity) = self.driver.capacity() {
-            self.capacity = capacity;
+            // Whole blocks only, should it have changed.
+            self.capacity = capacity & !u64::from(self.info.block_size - 1);
         }
     }
 
@@ -1122,11 +1134,29 @@ mod tests {
     }
 
     #[test]
+    fn what_a_driver_reports_is_checked() {
+        let faulty: [fn(&mut Info); 4] = [
+            |info| info.block_size = 3,
+            |info| info.block_size = 1 << 17,
+            |info| info.transfer_max = 512,
+            |info| (info.block_size, info.transfer_max) = (8192, 4096),
+        ];
+        for change in faulty {
+            let mut info = Info::new("test", "faulty");
+            change(&mut info);
+            assert!(check(&info, 1 << 20).is_err(), "{info:?}");
+        }
+        let mut info = Info::new("test", "sound");
+        info.block_size = 512;
+        assert!(check(&info, 1 << 20).is_ok() && check(&info, (1 << 20) + 1).is_err());
+    }
+
+    #[test]
     fn a_faulty_driver_ends_its_device_and_nothing_else() {
         for seed in 0..500 {
             let mut rng = Rng::new(seed);
             let bug = *rng.pick(&[Bug::Panic, Bug::PanicOfDevice, Bug::WrongTag, Bug::Twice]);
-            let faults = Faults { bug: Some((rng.below(30), bug)), ..Faults::new(seed) };
+            let faults = Faults { bug: Some((1 + rng.below(30), bug)), ..Faults::new(seed) };
             let info = |info: &mut Info| (info.queues_max, info.block_size) = (2, 512);
             let device: Arc<dyn Device> = Arc::new(Fault::new(Memory::new(1 << 20).with(info), faults));
             let mut channels = Plan { memory: 1 << 20, depth: 8, ..Plan::default() }.open(&device, 2).unwrap();

@@ -315,10 +315,13 @@ fn info(bench: &mut Bench) {
     assert!(fits(zero_max, block_size), "longest zero {zero_max}, block size {block_size}");
     assert!(!caps.zero || zero_max > 0, "zeroes of some length");
     assert!(
-        discard_alignment >= block_size && discard_alignment.is_multiple_of(block_size),
+        !caps.discard || (discard_alignment >= block_size && discard_alignment.is_multiple_of(block_size)),
         "discard alignment {discard_alignment}, block size {block_size}"
     );
-    assert!(fits(discard_max, discard_alignment), "longest discard {discard_max}, alignment {discard_alignment}");
+    assert!(
+        !caps.discard || fits(discard_max, discard_alignment),
+        "longest discard {discard_max}, alignment {discard_alignment}"
+    );
     assert!(!caps.discard || discard_max > 0, "discards of some length");
     assert!(timeout.is_none_or(|timeout| !timeout.is_zero()), "time to do anything at all");
     assert!(bench.capacity.is_multiple_of(block_size.into()), "capacity {}", bench.capacity);

@@ -1,5 +1,9 @@
 //! The interface between block devices and their users.
 //!
+//! **For a device of your own** implement [`Serve`], which is one method, and wrap it in [`Blocking`] or [`Inline`]. A driver of
+//! hardware implements [`Device`] and [`Queue`]. **To use a device** open a [`Channel`] on it with [`Plan::open`]; simple programs
+//! call [`Channel::read_at`] and [`Channel::write_at`].
+//!
 //! A driver implements [`Device`] and [`Queue`]. A consumer (an NBD server, an nbdkit plugin, a test) uses only [`Channel`].
 //! Drivers are simple: they move aligned requests within their limits. [`Channel`] does the rest, once for all drivers: range
 //! checks, splitting, read-modify-write, emulated FUA and zeroes, back-pressure and time-outs.

@@ -153,8 +153,8 @@ mod tests {
         watcher.wake().ring();
         assert_eq!(calls.recv(), Ok(true));
         drop(watcher);
-        assert_eq!(calls.recv(), Ok(true));
-        assert!(calls.recv().is_err(), "the thread has ended");
+        // It may have seen the request without a wait.
+        assert!(calls.iter().count() <= 1, "the thread has ended");
     }
 
     #[test]

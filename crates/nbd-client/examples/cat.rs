@@ -1,4 +1,4 @@
-//! Copies an export to standard output, with 32 requests in flight: `cargo run --example cat -- nbd://localhost > disk.raw`.
+//! Copies an export to standard output, with 32 requests in flight: `cargo run -p nbd-client --example cat -- nbd://localhost > disk.raw`.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -1,7 +1,7 @@
 //! Serves a device of your own over NBD:
 //!
 //! ```text
-//! cargo run --example own_device -- nbd.sock
+//! cargo run -p nbd-server-core --example own_device -- nbd.sock
 //! nbdcopy 'nbd+unix:///?socket=nbd.sock' - | head -3
 //! ```
 //!
