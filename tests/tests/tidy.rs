@@ -54,7 +54,7 @@ const PROGRAMS: &[&str] = &["nbdblk", "nbdkit-nbdblk-plugin", "nbdblk-tests", "x
 /// What only programs may use.
 const FOR_PROGRAMS: &[&str] = &["anyhow", "clap"];
 
-/// Runtimes: anything can drive a `Queue`, so nothing here brings one.
+/// Runtimes: anything can drive a `Queue`, so no package brings one. Examples and tests may use them.
 const RUNTIMES: &[&str] = &["async-std", "futures", "mio", "monoio", "smol", "tokio", "tokio-uring"];
 
 /// The files where `unsafe` may stand, and for what.
@@ -147,7 +147,19 @@ fn libraries_use_nothing_made_for_programs() {
 
 #[test]
 fn nothing_brings_a_runtime() {
-    for package in built() {
+    // What the packages of the workspace are built on, directly or not.
+    let mut used: BTreeSet<&str> = ours().map(|package| text(package, "id")).collect();
+    let mut next: Vec<&str> = used.iter().copied().collect();
+    while let Some(id) = next.pop() {
+        let node = list(&metadata()["resolve"], "nodes").iter().find(|node| text(node, "id") == id);
+        for dep in list(node.unwrap_or_else(|| panic!("cargo resolves {id}")), "deps") {
+            let builds = list(dep, "dep_kinds").iter().any(|kind| kind["kind"] != "dev");
+            if builds && used.insert(text(dep, "pkg")) {
+                next.push(text(dep, "pkg"));
+            }
+        }
+    }
+    for package in built().filter(|package| used.contains(text(package, "id"))) {
         assert!(!RUNTIMES.contains(&text(package, "name")), "{} is in the tree", text(package, "name"));
     }
 }

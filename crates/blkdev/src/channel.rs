@@ -376,6 +376,50 @@ impl Channel {
     }
 
     /// Readable when the channel was [armed](Self::arm) and something has ended. `None`: the channel can only be polled.
+    ///
+    /// The descriptor stays the same until the channel is dropped, so an event loop registers it once. It works level- and
+    /// edge-triggered, because [`arm`](Self::arm) returns `false` instead of missing an event. Sleep only after `arm` has returned
+    /// `true`, and call [`reap`](Self::reap) after each wake-up. The descriptor may be readable without need. Never read from it.
+    ///
+    /// A channel is `Send` but not `Sync`. It can move to another thread, the registration included, but only one thread uses it
+    /// at a time. Give each thread or task its own channel.
+    ///
+    /// Under epoll:
+    ///
+    /// ```
+    /// use std::{sync::Arc, time::Instant};
+    ///
+    /// use blkdev::{Device, Io, Plan};
+    /// use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+    ///
+    /// # use blkdev::{fault::{Fault, Faults}, memory::Memory};
+    /// # let device = Fault::new(Memory::new(1 << 20), Faults::new(1));
+    /// # let device: Arc<dyn Device> = Arc::new(device);
+    /// let mut channel = Plan::default().open(&device, 1)?.remove(0);
+    /// let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    /// let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+    /// epoll.add(channel.wake_fd().expect("a device with a descriptor"), EpollEvent::new(flags, 0))?;
+    ///
+    /// channel.submit(1, Io::Flush);
+    /// let mut done = Vec::new();
+    /// while channel.in_flight() > 0 {
+    ///     channel.tick(Instant::now());
+    ///     channel.kick();
+    ///     channel.reap(&mut done);
+    ///     if done.is_empty() && channel.arm() {
+    ///         let due = channel.due().map_or(EpollTimeout::NONE, |due| due.try_into().unwrap_or(EpollTimeout::MAX));
+    ///         epoll.wait(&mut [EpollEvent::empty(); 8], due)?;
+    ///     }
+    ///     for ended in done.drain(..) {
+    ///         ended.result?;
+    ///     }
+    /// }
+    /// # std::io::Result::Ok(())
+    /// ```
+    ///
+    /// Under tokio, make an `AsyncFd` of a duplicate (`try_clone_to_owned`), since one of the borrowed descriptor would keep the
+    /// channel borrowed. When `readable()` returns, call `clear_ready()` first and then `reap`. The example `tokio` of
+    /// `blkdev-io-uring` is a whole program.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.driver.wake_fd()
     }
