@@ -1,4 +1,8 @@
-//! Opens a device and prints its properties: `cargo run -p blkdev-drivers --example open -- io_uring=disk.img`.
+//! Opens a device of any driver, and prints its limits and properties:
+//!
+//! ```text
+//! cargo run -p blkdev-drivers --example open -- io_uring=disk.img
+//! ```
 
 use std::{env, error::Error, process::ExitCode};
 

@@ -1,7 +1,10 @@
 //! Measures a driver with nothing above it but its channel: random reads or writes at a fixed depth.
 //!
-//! `raw DRIVER=VALUE[,PROPERTY=VALUE]... [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]` prints `IOPS MICROSECONDS`, the second
-//! being processor time for each I/O. With `write` it destroys what is on the device.
+//! ```text
+//! cargo run --release -p blkdev-drivers --example raw -- DRIVER=VALUE[,PROPERTY=VALUE]... [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]
+//! ```
+//!
+//! Prints `IOPS MICROSECONDS`; the second number is the CPU time of an I/O. With `write` it overwrites the device.
 
 use std::io;
 use std::sync::Arc;

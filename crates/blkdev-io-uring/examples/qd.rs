@@ -1,7 +1,10 @@
 //! Measures a queue: random reads or writes at a fixed depth, for two seconds.
 //!
-//! `qd PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]` prints the time and the CPU time of an operation. With `write` it
-//! overwrites the file.
+//! ```text
+//! cargo run --release -p blkdev-io-uring --example qd -- PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]
+//! ```
+//!
+//! Prints the time and the CPU time of an operation. With `write` it overwrites the file.
 
 use std::{
     env, io,

@@ -1,4 +1,8 @@
-//! Prints the first 512 bytes of a file or block device, through a single queue: `read PATH`.
+//! Prints the properties and the first 512 bytes of a file or block device, through a single queue:
+//!
+//! ```text
+//! cargo run -p blkdev-io-uring --example read -- disk.img
+//! ```
 
 use std::{env, io};
 

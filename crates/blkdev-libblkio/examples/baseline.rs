@@ -1,7 +1,10 @@
 //! Measures the crate blkio directly, without this crate: the counterpart of `raw` in blkdev-drivers.
 //!
-//! `baseline DRIVER PATH [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]` prints `IOPS MICROSECONDS`; the second number is the CPU
-//! time of an I/O. With `write` it overwrites the device.
+//! ```text
+//! cargo run --release -p blkdev-libblkio --example baseline -- DRIVER PATH [read|write] [BLOCK SIZE] [DEPTH] [SECONDS]
+//! ```
+//!
+//! Prints `IOPS MICROSECONDS`; the second number is the CPU time of an I/O. With `write` it overwrites the device.
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};

@@ -1,5 +1,9 @@
-//! Opens a device with a libblkio driver and prints its properties: `cargo run -p blkdev-libblkio --example info -- io_uring
-//! path=disk.img`
+//! Opens a device with a libblkio driver, and prints its size and properties:
+//!
+//! ```text
+//! cargo run -p blkdev-libblkio --example info -- io_uring path=disk.img
+//! ```
+
 use std::{env, io, process::ExitCode};
 
 use blkdev::Device;

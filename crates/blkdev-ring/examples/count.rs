@@ -1,4 +1,8 @@
-//! Counts the zero bytes of a file, with eight reads in flight: `count PATH`.
+//! Counts the zero bytes of a file, with eight reads in flight:
+//!
+//! ```text
+//! cargo run -p blkdev-ring --example count -- disk.img
+//! ```
 
 use std::{env, fs::File, io, os::fd::AsFd};
 

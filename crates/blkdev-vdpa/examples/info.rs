@@ -1,4 +1,9 @@
-//! Prints the properties of a vhost-vdpa device: `cargo run -p blkdev-vdpa --example info -- /dev/vhost-vdpa-0`
+//! Prints the size and the properties of a vhost-vdpa device:
+//!
+//! ```text
+//! cargo run -p blkdev-vdpa --example info -- /dev/vhost-vdpa-0
+//! ```
+
 use std::{env, process::ExitCode};
 
 use blkdev::Device;

@@ -1,15 +1,29 @@
-//! Prints the ids and the first registers of a PCI device bound to vfio-pci: `registers 0000:01:00.0`.
+//! Prints the ids and the first registers of a PCI device bound to vfio-pci:
+//!
+//! ```text
+//! cargo run -p blkdev-vfio --example registers -- 0000:01:00.0
+//! ```
 
-use std::{env, io};
+use std::{env, io, process::ExitCode};
 
 use blkdev_vfio::{Options, PciDevice, Vfio};
 
-fn main() -> io::Result<()> {
-    let Some(name) = env::args().nth(1) else {
-        println!("usage: registers ADDRESS");
-        return Ok(());
+fn main() -> ExitCode {
+    let Some(address) = env::args().nth(1) else {
+        eprintln!("usage: registers ADDRESS");
+        return ExitCode::from(2);
     };
-    let device = Vfio::open(&name, &Options::default())?;
+    match print(&address) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(address: &str) -> io::Result<()> {
+    let device = Vfio::open(address, &Options::default())?;
     let mut id = [0; 4];
     device.read_config(0, &mut id)?;
     let [vendor, device_id] = [[id[0], id[1]], [id[2], id[3]]].map(u16::from_le_bytes);

@@ -1,8 +1,13 @@
-//! Random 4 KiB reads at one queue depth: `cargo run --release -p blkdev-vhost-user --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]`
+//! Measures random 4 KiB reads at one queue depth:
+//!
+//! ```text
+//! cargo run --release -p blkdev-vhost-user --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]
+//! ```
 //!
 //! Prints the time of a request and its CPU cost in this process. With polling: the median of the turns that found a completion
 //! (a turn without one is waiting). With wake-ups: the CPU time of the thread, system calls included. On a busy machine, give
 //! each side its own core and `chrt -f 1`.
+
 use std::{
     env, io,
     time::{Duration, Instant},

@@ -1,4 +1,9 @@
-//! Prints the first 512 bytes of a vhost-user-blk device: `cargo run -p blkdev-vhost-user --example read -- /path/to/socket`
+//! Prints the first 512 bytes of a vhost-user-blk device:
+//!
+//! ```text
+//! cargo run -p blkdev-vhost-user --example read -- vhost.sock
+//! ```
+
 use std::{env, io, process::ExitCode};
 
 use blkdev::{Device, Mapping, Op, Request};

@@ -1,4 +1,9 @@
-//! Prints the properties of a virtio-blk PCI device: `cargo run -p blkdev-virtio-pci --example info -- 0000:00:07.0`
+//! Prints the size and the properties of a virtio-blk PCI device bound to vfio-pci:
+//!
+//! ```text
+//! cargo run -p blkdev-virtio-pci --example info -- 0000:00:07.0
+//! ```
+
 use std::{env, process::ExitCode};
 
 use blkdev::Device;

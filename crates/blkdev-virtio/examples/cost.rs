@@ -1,8 +1,12 @@
-//! Measures the driver's CPU cost of a request, without system calls and waiting: `cargo run --release -p blkdev-virtio --example cost [BATCH]
-//! [split|packed] [BATCHES]`
+//! Measures the driver's CPU cost of a request, without system calls and waiting:
+//!
+//! ```text
+//! cargo run --release -p blkdev-virtio --example cost -- [BATCH] [split|packed] [BATCHES]
+//! ```
 //!
 //! Drives the model device, which runs in its own thread, with batches of 4 KiB reads, and times only the driver's calls.
 //! `cargo xtask bench --micro` counts their instructions.
+
 use std::{env, io, sync::Arc, thread, time::Instant};
 
 use blkdev::{Completion, Device, Mapping, Op, Queue, Request};

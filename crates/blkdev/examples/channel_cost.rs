@@ -1,6 +1,10 @@
 //! The way of a request through a channel, for callgrind to count instructions in: `cargo xtask bench --micro`.
 //!
-//! `channel_cost BATCHES` sends batches of 64 writes of 4 KiB through a channel on a device that does nothing with them.
+//! ```text
+//! cargo run --release -p blkdev --example channel_cost -- [BATCHES]
+//! ```
+//!
+//! Sends batches of 64 writes of 4 KiB through a channel on a device that does nothing with them. Prints nothing.
 
 use std::hint::black_box;
 use std::{io, sync::Arc};

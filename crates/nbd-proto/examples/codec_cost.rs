@@ -1,6 +1,10 @@
 //! The hot paths of the codec, in isolation, so that callgrind can count their instructions: `cargo xtask bench --micro`.
 //!
-//! `codec_cost BATCHES` parses batches of 64 READs and of 64 WRITEs of 4 KiB, and encodes the structured replies.
+//! ```text
+//! cargo run --release -p nbd-proto --example codec_cost -- [BATCHES]
+//! ```
+//!
+//! Parses batches of 64 READs and of 64 WRITEs of 4 KiB, and encodes the structured replies. Prints nothing.
 
 use std::hint::black_box;
 

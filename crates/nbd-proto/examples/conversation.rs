@@ -1,6 +1,8 @@
-//! A client and a server in memory: the handshake, a WRITE, a READ, a block status, a refused request.
+//! A client and a server in memory: the handshake, a WRITE, a READ, a block status, a refused request. Prints what each side gets.
 //!
-//! `cargo run -p nbd-proto --example conversation`
+//! ```text
+//! cargo run -p nbd-proto --example conversation
+//! ```
 
 use nbd_proto::client::{Chunk, Decoder, Encoder, Event as Reply, Negotiation, Step as ClientStep, Wish};
 use nbd_proto::wire::{AllocationFlags, BASE_ALLOCATION, CommandKind, TransmissionFlags};

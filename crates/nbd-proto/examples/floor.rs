@@ -1,8 +1,12 @@
 //! The floor of the benchmarks: a minimal server, as a yardstick for full servers.
 //!
-//! `floor SOCKET|ADDRESS:PORT [FILE]`: one thread for each connection takes a batch of requests with one `recv` and replies with
-//! one `writev`. Without a file, reads return zeroes and writes are dropped; with a file, they become `pread` and `pwrite`. It
-//! checks nothing: do not use it as a server.
+//! ```text
+//! cargo run --release -p nbd-proto --example floor -- SOCKET|ADDRESS:PORT [FILE]
+//! ```
+//!
+//! The path of a socket contains a slash. One thread for each connection takes a batch of requests with one `recv` and replies
+//! with one `writev`. Without a file, reads return zeroes and writes are dropped; with a file, they become `pread` and `pwrite`.
+//! It checks nothing: do not use it as a server.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};

@@ -1,4 +1,8 @@
-//! Serves a RAM disk of 1 GiB on a unix socket until killed: `cargo run --release -p nbd-server-core --example ram_disk -- /tmp/nbd.sock`.
+//! Serves a RAM disk of 1 GiB on a Unix domain socket until killed, and prints its URI:
+//!
+//! ```text
+//! cargo run --release -p nbd-server-core --example ram_disk -- nbd.sock
+//! ```
 
 use std::{os::unix::net::UnixListener, sync::Arc, thread};
 
