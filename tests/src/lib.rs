@@ -25,7 +25,7 @@ pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};
 pub use nbdkit::{Nbdkit, daemonised, nbdkit, panicking_plugin, plugin};
 pub use pki::{Pki, Version};
-pub use process::{Cmd, Daemon, Output, deadline, eventually, full_pipe, root, tool};
+pub use process::{Cmd, Daemon, Output, cargo, deadline, eventually, full_pipe, root, tool};
 pub use qsd::{Export, Qsd};
 pub use server::{Address, Nbdblk, nbdblk};
 

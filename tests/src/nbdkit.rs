@@ -2,12 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::OnceLock;
 
 use nix::sys::signal::Signal;
 
-use crate::{Cmd, Daemon, Dir, root, tool};
+use crate::{Cmd, Daemon, Dir, cargo, tool};
 
 /// The plugin under test: `$NBDBLK_PLUGIN`, or the release build, which is made once.
 pub fn plugin() -> &'static Path {
@@ -31,11 +31,9 @@ fn plugin_dir() -> PathBuf {
 }
 
 fn build(how: &[&str]) -> PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(cargo)
+    let output = cargo()
         .args(["build", "-p", "nbdkit-nbdblk-plugin", "--message-format=json-render-diagnostics"])
         .args(how)
-        .current_dir(root())
         .output()
         .expect("cargo runs the tests, so it is there");
     assert!(output.status.success(), "building the plugin failed:\n{}", String::from_utf8_lossy(&output.stderr));

@@ -23,6 +23,18 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
 }
 
+/// Cargo, in the root of the workspace, with the environment that it has outside of tests. The variables that cargo sets for a
+/// test, such as CARGO_PKG_NAME, would make it build some dependencies again (ring's build script depends on them).
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let of_test = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(of_test)) {
+        command.env_remove(name);
+    }
+    command.current_dir(root());
+    command
+}
+
 /// A program that setup installs, without arguments yet.
 ///
 /// # Panics

@@ -2,13 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::{Cmd, Daemon, Dir, root};
+use crate::{Cmd, Daemon, Dir, cargo};
 
 /// The program under test: `$NBDBLK_BIN`, or the release binary, which is built once.
 pub fn nbdblk() -> Cmd {
@@ -20,10 +20,8 @@ pub fn nbdblk() -> Cmd {
 }
 
 fn build() -> PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(cargo)
+    let output = cargo()
         .args(["build", "--release", "-p", "nbdblk", "--features=tls-psk", "--message-format=json-render-diagnostics"])
-        .current_dir(root())
         .output()
         .expect("cargo runs the tests, so it is there");
     assert!(output.status.success(), "building nbdblk failed:\n{}", String::from_utf8_lossy(&output.stderr));
