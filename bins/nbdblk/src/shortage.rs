@@ -12,7 +12,7 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
     let text = format!("{error:#}");
     let defaults = nbd_server_core::Limits::default();
     let workers = args.threads.unwrap_or(defaults.workers);
-    let advice = match errno(&error, &text) {
+    let advice = match errno(&error) {
         // The driver's advice is better.
         _ if text.contains("ulimit") => return error,
         Some(Errno::ENOMEM) => {
@@ -45,14 +45,13 @@ pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) ->
     anyhow!("{text}; {advice}")
 }
 
-/// The kernel's error. Errors that name an object have it in their text only.
-fn errno(error: &anyhow::Error, text: &str) -> Option<Errno> {
+/// The kernel's error.
+fn errno(error: &anyhow::Error) -> Option<Errno> {
     let of = |cause: &(dyn std::error::Error + 'static)| {
-        let io = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
+        let io = cause.downcast_ref::<io::Error>().and_then(blkdev::Context::os_error).map(Errno::from_raw);
         io.or_else(|| cause.downcast_ref::<Errno>().copied())
     };
-    let written = || Some(Errno::from_raw(text.rsplit_once("(os error ")?.1.split(')').next()?.parse().ok()?));
-    error.chain().find_map(of).or_else(written)
+    error.chain().find_map(of)
 }
 
 #[cfg(test)]
@@ -76,7 +75,7 @@ mod tests {
         let raw = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
         check(raw(Errno::ENOMEM).into(), &["Cannot allocate memory", "--memory", "6 GiB", "1 GiB", "ulimit -v"]);
         check(anyhow!(Errno::EMFILE).context("opening a signalfd"), &["opening a signalfd", "ulimit -n", "is 3"]);
-        let wrapped = io::Error::other(format!("disk.img: {}", raw(Errno::EMFILE)));
+        let wrapped = blkdev::Context::wrap(format!("disk.img: {}", raw(Errno::EMFILE)), raw(Errno::EMFILE));
         check(wrapped.into(), &["disk.img", "ulimit -n"]);
         let thread: anyhow::Result<()> = Err(raw(Errno::EAGAIN)).context("starting a thread");
         check(thread.unwrap_err(), &["ulimit -u"]);

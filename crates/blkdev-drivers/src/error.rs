@@ -74,6 +74,10 @@ impl error::Error for Error {}
 
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
-        Self::new(Self::from_raw_os_error(error.errno).kind(), error)
+        let kind = match error.errno {
+            libc::ENODEV => io::ErrorKind::NotConnected,
+            errno => Self::from_raw_os_error(errno).kind(),
+        };
+        Self::new(kind, error)
     }
 }

@@ -6,16 +6,19 @@ use std::{
     os::fd::{FromRawFd, OwnedFd, RawFd},
 };
 
+use blkdev::Context;
+
 /// Another descriptor of the same open file. The inherited one stays open: the command line may name it again.
 ///
 /// # Errors
 /// `fd` is not open, or was opened by this process.
 pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
-    let describe = |error: io::Error| io::Error::new(error.kind(), format!("fd={fd}: {error}"));
+    let describe = |error: io::Error| Context::wrap(format!("fd={fd}: {error}"), error);
     // SAFETY: F_GETFD takes any number and touches no memory.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     if flags < 0 {
-        return Err(describe(io::Error::last_os_error()));
+        let error = io::Error::last_os_error();
+        return Err(Context::with_kind(io::ErrorKind::InvalidInput, format!("fd={fd}: {error}"), error));
     }
     // What this process opens is closed on exec, what it has inherited was not: nobody else's descriptor gets through.
     if flags & libc::FD_CLOEXEC != 0 {

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue, Source};
+use blkdev::{Caps, Context, Device, Info, Mapping, PAGE, Queue, Source};
 use blkdev_ring::Ring;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -81,9 +81,20 @@ impl IoUring {
     /// Opens a file or block device.
     ///
     /// # Errors
-    /// It cannot be opened; it is neither a regular file nor a block device; it cannot be written and [`Options::read_only`] is
-    /// not set; it is in use and [`Options::force_share`] is not set; it does not support [`Options::direct`]; or io_uring is
-    /// not available. The text names the reason and the remedy.
+    /// The text names the reason and the remedy.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such file, or no device behind it.
+    /// - [`PermissionDenied`](io::ErrorKind::PermissionDenied): this user may not open it, or io_uring is forbidden.
+    /// - [`ReadOnlyFilesystem`](io::ErrorKind::ReadOnlyFilesystem) or
+    ///   [`ExecutableFileBusy`](io::ErrorKind::ExecutableFileBusy): it cannot be written, and [`Options::read_only`] is not
+    ///   set.
+    /// - [`ResourceBusy`](io::ErrorKind::ResourceBusy): it is in use, and [`Options::force_share`] is not set.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): it is neither a regular file nor a block device; the mode of a
+    ///   descriptor does not fit the options; or the size is not a multiple of the block size.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): it does not support [`Options::direct`], or the kernel has no suitable
+    ///   io_uring.
+    ///
+    /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(options: Options) -> io::Result<Self> {
         let Options { source, direct, read_only, entries, force_share } = options;
         let Opened { file, name, path, direct, kin } = match source {
@@ -95,7 +106,7 @@ impl IoUring {
             lock::acquire(&file, &name, read_only, kin.as_ref())?;
         }
         // Queues need a ring like this. If io_uring is forbidden, fail now.
-        let mut keeper = Ring::new(1, file.as_fd()).map_err(|e| annotate(&e, "cannot open", &name))?;
+        let mut keeper = Ring::new(1, file.as_fd()).map_err(|e| annotate(e, "cannot open", &name))?;
         let discard_command = target.is_disk && target.discard && Flight::probe_discard(&mut keeper);
         if target.is_disk && !discard_command {
             // Only PUNCH_HOLE is left, which needs hardware support for zeroes.
@@ -234,7 +245,7 @@ struct Opened {
 fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = path.display().to_string();
     // Check the type first: opening a tape rewinds it.
-    let meta = fs::metadata(&path).map_err(|e| annotate(&e, "cannot open", &name))?;
+    let meta = fs::metadata(&path).map_err(|e| annotate(e, "cannot open", &name))?;
     file::check_type(&meta, &name)?;
     let kin = if force_share { None } else { lock::kin(meta.dev(), meta.ino()) };
     let is_disk = meta.file_type().is_block_device();
@@ -263,11 +274,16 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
             Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
                 "it is not writable; change its permissions, or use read-only=true"
             }
-            Some(libc::EINVAL) if direct => "it does not support direct access (O_DIRECT); leave out direct=true",
+            Some(libc::EINVAL) if direct => {
+                let text = format!(
+                    "cannot open {name}: {e}: it does not support direct access (O_DIRECT); leave out direct=true"
+                );
+                return Context::with_kind(io::ErrorKind::Unsupported, text, e);
+            }
             Some(libc::ETXTBSY) => "it is a running program; end it, or use read-only=true",
-            _ => return annotate(&e, "cannot open", &name),
+            _ => return annotate(e, "cannot open", &name),
         };
-        io::Error::new(e.kind(), format!("cannot open {name}: {e}: {remedy}"))
+        Context::wrap(format!("cannot open {name}: {e}: {remedy}"), e)
     })?;
     // With O_NONBLOCK io_uring would let requests fail instead of wait.
     let set = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);

@@ -7,6 +7,7 @@ use std::{
     path::PathBuf,
 };
 
+use blkdev::Context;
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
@@ -108,7 +109,7 @@ impl Target {
     }
 
     fn disk(file: &File, meta: &fs::Metadata, name: &str, direct: bool, read_only: bool) -> io::Result<Self> {
-        let context = |e: io::Error| io::Error::new(e.kind(), format!("cannot get the block size of {name}: {e}"));
+        let context = |e: io::Error| Context::wrap(format!("cannot get the block size of {name}: {e}"), e);
         let logical = sys::logical_block_size(file).map_err(context)?;
         let physical = sys::physical_block_size(file).map_err(context)?;
         // Through the page cache only fallocate needs alignment. But the block size of a device must hold for all requests.

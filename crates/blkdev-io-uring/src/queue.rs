@@ -145,7 +145,7 @@ impl FileQueue {
         let claim = |open: u16| (open < max).then_some(open + 1);
         if shared.queues.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim).is_err() {
             let text = format!("{}: all {max} queues are open; close one first", shared.info.target);
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
         let depth = depth.clamp(1, shared.info.depth_max);
         let ring = shared.handle.open().and_then(|file| Ring::new(depth, file.as_fd())).inspect_err(|_| {

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blkdev::{Info, Mapping};
+use blkdev::{Context, Info, Mapping};
 
 use crate::{
     failures::Failures,
@@ -46,7 +46,7 @@ impl Shared {
         let size = self
             .handle
             .size(self.target.is_disk)
-            .map_err(|e| annotate(&e, "cannot get the size of", &self.info.target))?;
+            .map_err(|e| annotate(e, "cannot get the size of", &self.info.target))?;
         let block = u64::from(self.info.block_size);
         let whole = size / block * block;
         if size == 0 && self.target.is_disk && self.capacity.load(Ordering::Relaxed) > 0 {
@@ -79,6 +79,6 @@ impl Shared {
     }
 }
 
-pub(crate) fn annotate(error: &io::Error, doing: &str, name: &str) -> io::Error {
-    io::Error::new(error.kind(), format!("{doing} {name}: {error}"))
+pub(crate) fn annotate(error: io::Error, doing: &str, name: &str) -> io::Error {
+    Context::wrap(format!("{doing} {name}: {error}"), error)
 }

@@ -16,7 +16,7 @@ use blkdev_vfio::PciDevice;
 use crate::{
     admin::{self, Admin, Failure},
     core::{Core, Place, ask_for_events, ask_for_queues},
-    limits::{Found, Shape, check, invalid, is_nsid, unusable},
+    limits::{Found, Shape, absent, check, invalid, is_nsid, unusable},
     liveness::Liveness,
     options::Options,
     pair::{Addresses, Bells, Layout, Pair, SIZE_MAX},
@@ -49,7 +49,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     pci.read_config(0x09, &mut class)?;
     if class != CLASS {
         let [interface, subclass, class] = class;
-        return Err(unusable(format!(
+        return Err(invalid(format!(
             "PCI class {class:02x}{subclass:02x}{interface:02x} is not that of an NVMe controller (010802)"
         )));
     }
@@ -162,8 +162,8 @@ fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Resu
     let listed = || active.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
     let nsid = match options.nsid {
         Some(nsid) if active.contains(&nsid) => nsid,
-        Some(nsid) => return Err(invalid(format!("there is no namespace {nsid}; active are: {}", listed()))),
-        None => *active.first().ok_or_else(|| invalid("it has no active namespace".to_owned()))?,
+        Some(nsid) => return Err(absent(format!("there is no namespace {nsid}; active are: {}", listed()))),
+        None => *active.first().ok_or_else(|| absent("it has no active namespace".to_owned()))?,
     };
     let namespace = identify_namespace(admin, nsid)?;
     Ok(Found { controller, limits, nsid, namespace })

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Info, Mapping, wake::Wake};
+use blkdev::{Context, Info, Mapping, wake::Wake};
 use blkdev_vfio::PciDevice;
 
 use crate::{
@@ -85,7 +85,7 @@ impl Core {
         if opened.is_err() && !self.life.is_dead() {
             lock(&self.queues)[index] = Place::Free;
         }
-        opened.map_err(|e| io::Error::new(e.kind(), format!("{}: queue {}: {e}", self.info.target, index + 1)))
+        opened.map_err(|e| Context::wrap(format!("{}: queue {}: {e}", self.info.target, index + 1), e))
     }
 
     pub(crate) fn create(&self, id: u16, depth: u16) -> io::Result<(Pair<blkdev::Request>, Arc<Wake>)> {

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use blkdev::{Device, Info, Mapping};
+use blkdev::{Context, Device, Info, Mapping};
 use blkdev_vfio::{PciDevice, Vfio};
 
 use crate::{bring_up::bring_up, options::Options, owner::Owner, queue::IoQueue, target::Target, watch::Watch};
@@ -29,11 +29,21 @@ impl Nvme {
     /// Initialises the controller, and reads the namespace's limits.
     ///
     /// # Errors
-    /// An option is out of range; the device is not an NVMe controller, has failed or does not respond; or the namespace does
-    /// not exist or is not supported.
+    /// The text names the reason.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such namespace.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): the device is not an NVMe controller, an option is out of range, or
+    ///   there are fewer queues than requested.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): the controller lacks a feature that is required, or the format of the
+    ///   namespace is not supported.
+    /// - [`TimedOut`](io::ErrorKind::TimedOut): the controller does not respond.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): the controller has failed or was removed.
+    ///
+    /// If the controller refuses a command, the kind is that of the [`blkdev::Error`] of its status. Any other error of the
+    /// system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
         let name = format!("nvme {}", pci.address());
-        let core = bring_up(pci, options).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+        let core = bring_up(pci, options).map_err(|e| Context::wrap(format!("{name}: {e}"), e))?;
         let core = Arc::new(core);
         let watch = Watch::start(&core)?;
         Ok(Self { owner: Arc::new(Owner { core, watch }) })
@@ -51,7 +61,7 @@ impl Device for Nvme {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         let core = &self.owner.core;
-        core.pci.dma_map(mapping).map_err(|e| io::Error::new(e.kind(), format!("nvme {}: {e}", core.info.target)))?;
+        core.pci.dma_map(mapping).map_err(|e| Context::wrap(format!("nvme {}: {e}", core.info.target), e))?;
         Ok(())
     }
 

@@ -176,7 +176,7 @@ pub(crate) fn is_nsid(nsid: u32) -> bool {
 /// The namespace does not exist, or its format is not supported.
 pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
     if namespace.blocks == 0 {
-        return Err(invalid(format!("there is no namespace {nsid}")));
+        return Err(absent(format!("there is no namespace {nsid}")));
     }
     if namespace.metadata != 0 || namespace.protection != 0 {
         return Err(unusable(format!(
@@ -197,6 +197,11 @@ pub(crate) fn check(namespace: &Namespace, nsid: u32) -> io::Result<()> {
 
 pub(crate) fn invalid(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+/// The controller has no such namespace.
+pub(crate) fn absent(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, why)
 }
 
 pub(crate) fn unusable(why: impl Into<String>) -> io::Error {

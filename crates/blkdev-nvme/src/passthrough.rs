@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Completion, Device, Error, Info, Mapping, Op, PAGE, Queue, Request, Source};
+use blkdev::{Completion, Context, Device, Error, Info, Mapping, Op, PAGE, Queue, Request, Source};
 use blkdev_ring::Ring;
 
 use crate::{
@@ -89,20 +89,31 @@ impl Passthrough {
     /// Opens a namespace's character device.
     ///
     /// # Errors
-    /// The device cannot be opened, is not an NVMe namespace, or has an unsupported format; or io_uring is missing or does not
-    /// support passthrough. The text names the reason and the remedy.
+    /// The text names the reason and the remedy.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such device.
+    /// - [`PermissionDenied`](io::ErrorKind::PermissionDenied): this user may not open it, or may not send commands to it.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): it is not the character device of an NVMe namespace.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): the format of the namespace is not supported, or the controller refuses
+    ///   to identify it.
+    ///
+    /// Whether the kernel supports passthrough shows at [`open_queue`](Device::open_queue). Any other error of the system has
+    /// its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(options: PassthroughOptions) -> io::Result<Self> {
         let PassthroughOptions { source, read_only, entries, polled, timeout } = options;
         let (name, file) = match source {
-            // For writing, which the kernel requires of processes that are not root (Linux 6.2).
             Source::Path(path) => {
-                (path.display().to_string(), OpenOptions::new().read(true).write(!read_only).open(path))
+                let name = path.display().to_string();
+                // Check the type first: opening a pipe waits, and opening a tape rewinds it. Open for writing, which the kernel
+                // requires of processes that are not root (Linux 6.2).
+                let meta = fs::metadata(&path).and_then(|meta| check_type(&meta));
+                (name, meta.and_then(|()| OpenOptions::new().read(true).write(!read_only).open(path)))
             }
             Source::Fd(fd) => (format!("fd {}", fd.as_raw_fd()), Ok(File::from(fd))),
         };
         let wish = Wish { read_only, entries, polled, timeout };
         let shared = file.and_then(|file| open(file, &wish, &name));
-        let shared = shared.map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+        let shared = shared.map_err(|e| Context::wrap(format!("{name}: {e}"), e))?;
         Ok(Self { shared: Arc::new(shared) })
     }
 }
@@ -115,14 +126,20 @@ struct Wish {
     timeout: Option<Duration>,
 }
 
+fn check_type(meta: &fs::Metadata) -> io::Result<()> {
+    if meta.file_type().is_char_device() {
+        return Ok(());
+    }
+    Err(invalid("it is not a character device; NVMe passthrough needs /dev/ngXnY, not /dev/nvmeXnY".to_owned()))
+}
+
 fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let meta = file.metadata()?;
-    if !meta.file_type().is_char_device() {
-        return Err(invalid(
-            "it is not a character device; NVMe passthrough needs /dev/ngXnY, not /dev/nvmeXnY".to_owned(),
-        ));
-    }
-    let nsid = sys::nsid(&file).map_err(|e| invalid(format!("it is not an NVMe namespace: {e}")))?;
+    check_type(&meta)?;
+    let nsid = sys::nsid(&file).map_err(|e| {
+        let text = format!("it is not an NVMe namespace: {e}");
+        Context::with_kind(io::ErrorKind::InvalidInput, text, e)
+    })?;
     let identify = |cns, nsid| {
         sys::identify(&file, cns, nsid).map_err(|e| {
             let remedy = match e.raw_os_error() {
@@ -130,7 +147,7 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
                 Some(libc::EACCES | libc::EPERM) => ": before Linux 6.2 this needs CAP_SYS_ADMIN",
                 _ => "",
             };
-            io::Error::new(e.kind(), format!("Identify: {e}{remedy}"))
+            Context::wrap(format!("Identify: {e}{remedy}"), e)
         })
     };
     let refused = |status: Status| unusable(format!("Identify: {status}"));
@@ -244,7 +261,7 @@ impl Device for Passthrough {
         let claim = |open: u16| (open < max).then_some(open + 1);
         if shared.queues.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim).is_err() {
             let text = format!("{}: all {max} queues are open; close one first", shared.info.target);
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
         // A channel opens its queues after it has registered its memory. So this queue will use the latest mapping.
         let known = shared.mappings.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
@@ -261,7 +278,7 @@ impl Device for Passthrough {
             }
             Err(e) => {
                 shared.queues.fetch_sub(1, Ordering::Relaxed);
-                Err(io::Error::new(e.kind(), format!("{}: {e}", shared.info.target)))
+                Err(Context::wrap(format!("{}: {e}", shared.info.target), e))
             }
         }
     }

@@ -163,7 +163,7 @@ impl Registers {
         // Entries of 64 and 16 bytes, the NVM command set, round robin arbitration.
         self.bar.write32(CC, 4 << 20 | 6 << 16 | (page_shift - 12) << 7 | CC_ENABLE);
         self.wait(self.timeout(), "ready", |status| status & (CSTS_READY | CSTS_FATAL) != 0)?;
-        self.trouble().map_or(Ok(()), |why| Err(io::Error::other(why)))
+        self.trouble().map_or(Ok(()), |why| Err(io::Error::new(io::ErrorKind::NotConnected, why)))
     }
 
     pub(crate) fn shut_down(&self, time: Duration) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Buf, Mapping};
+use blkdev::{Buf, Context, Mapping};
 use io_uring::{Builder, EnterFlags, IoUring, Probe, Submitter, cqueue};
 
 use crate::{files::Files, kind::Kind, memory::Memory, passthrough::Passthrough};
@@ -87,7 +87,7 @@ impl<T: Operation<Passthrough>> Ring<T, Passthrough> {
 impl<T: Operation<K>, K: Kind> Ring<T, K> {
     fn open(depth: u16, file: BorrowedFd<'_>, polled: bool, registered: Option<Arc<Mapping>>) -> io::Result<Self> {
         let depth = depth.clamp(1, 32768);
-        let explain = |e: io::Error| explain(&e, K::TOO_OLD);
+        let explain = |e: io::Error| explain(e, K::TOO_OLD);
         let ring = setup::<K>(depth, polled).map_err(explain)?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
@@ -321,15 +321,18 @@ fn fetch(submitter: &Submitter<'_>) {
     let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, EnterFlags::GETEVENTS.bits(), None) };
 }
 
-fn explain(error: &io::Error, too_old: &str) -> io::Error {
+fn explain(error: io::Error, too_old: &str) -> io::Error {
     let remedy = match error.raw_os_error() {
-        Some(libc::ENOSYS | libc::EINVAL) => too_old,
+        Some(libc::ENOSYS | libc::EINVAL) => {
+            let text = format!("cannot create an io_uring: {error}: {too_old}");
+            return Context::with_kind(io::ErrorKind::Unsupported, text, error);
+        }
         Some(libc::EPERM | libc::EACCES) => {
             "io_uring is forbidden here; see the sysctl kernel.io_uring_disabled and the container's seccomp profile"
         }
         Some(libc::ENOMEM) => "the limit of locked memory is too low; raise RLIMIT_MEMLOCK (ulimit -l)",
         Some(libc::EMFILE | libc::ENFILE) => "too many open files; raise RLIMIT_NOFILE (ulimit -n)",
-        _ => return io::Error::new(error.kind(), format!("cannot create an io_uring: {error}")),
+        _ => return Context::wrap(format!("cannot create an io_uring: {error}"), error),
     };
-    io::Error::new(error.kind(), format!("cannot create an io_uring: {error}: {remedy}"))
+    Context::wrap(format!("cannot create an io_uring: {error}: {remedy}"), error)
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Mapping, wake::Wake};
+use blkdev::{Context, Mapping, wake::Wake};
 use blkdev_virtio::{Doorbell, Format, Liveness, Ring, Transport};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
@@ -54,17 +54,15 @@ impl Control {
     pub(crate) fn open(fd: OwnedFd, target: String) -> io::Result<Self> {
         let vhost = Vhost::new(fd);
         let id = vhost.get_device_id();
-        let id = id
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, format!("it is not a vhost-vdpa device ({e})")))?;
+        let id = id.map_err(|e| {
+            Context::with_kind(io::ErrorKind::InvalidInput, format!("it is not a vhost-vdpa device ({e})"), e)
+        })?;
         if id != DEVICE_BLOCK {
             let why = format!("virtio device {id} is not a block device ({DEVICE_BLOCK})");
-            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         vhost.set_owner().map_err(|e| match e.kind() {
-            io::ErrorKind::ResourceBusy => {
-                let why = format!("{e}; another process uses the same open file");
-                io::Error::new(e.kind(), why)
-            }
+            io::ErrorKind::ResourceBusy => Context::wrap(format!("{e}; another process uses the same open file"), e),
             _ => e,
         })?;
         reset(&vhost)?;
@@ -147,7 +145,7 @@ fn reset(vhost: &Vhost) -> io::Result<()> {
 }
 
 /// Explains a failure to map `len` bytes when `mapped` bytes are mapped already. The kernel returns EFAULT whatever the reason.
-fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
+fn explain(error: io::Error, len: u64, mapped: u64) -> io::Error {
     let what = format!("cannot map {} MiB of memory for the device: {error}", len >> 20);
     let pieces = "; if physical memory is fragmented, this takes more entries than the IOTLB of vhost has: reserve huge \
                   pages (vm.nr_hugepages), raise the parameter max_iotlb_entries of the module vhost, or use less memory";
@@ -160,7 +158,7 @@ fn explain(error: &io::Error, len: u64, mapped: u64) -> io::Error {
         ),
         _ => pieces.to_owned(),
     };
-    io::Error::new(error.kind(), what + &why)
+    Context::wrap(what + &why, error)
 }
 
 impl Transport for Control {
@@ -200,7 +198,8 @@ impl Transport for Control {
     fn read_config(&self, bytes: &mut [u8], needed: usize) -> io::Result<usize> {
         let status = self.vhost.get_status()?;
         if status & NEEDS_RESET != 0 {
-            return Err(io::Error::other("the device failed (status DEVICE_NEEDS_RESET)"));
+            let why = "the device failed (status DEVICE_NEEDS_RESET)";
+            return Err(io::Error::new(io::ErrorKind::NotConnected, why));
         }
         let size = self.vhost.get_config_size().map_or(needed, |size| size as usize);
         let len = size.min(bytes.len()).min(CONFIG_MAX);
@@ -213,7 +212,7 @@ impl Transport for Control {
                 return Ok(len);
             }
         }
-        Err(io::Error::other("the device's configuration keeps changing"))
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the device's configuration keeps changing"))
     }
 
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
@@ -249,7 +248,7 @@ impl Transport for Control {
         // Hardware drivers pin the memory, and vhost's table has room for few pieces.
         mapping.consolidate();
         let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
-        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(&e, len, mapped))?;
+        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(e, len, mapped))?;
         mappings.push(Arc::clone(mapping));
         Ok(())
     }
@@ -277,14 +276,15 @@ impl Transport for Control {
             self.vhost.set_vring_kick(index, kick.as_fd())?;
             self.vhost.enable_vring(index)
         };
-        set_up().map_err(|e: io::Error| io::Error::new(e.kind(), format!("queue {index}: {e}")))?;
+        set_up().map_err(|e: io::Error| Context::wrap(format!("queue {index}: {e}"), e))?;
         Ok(Kick(Arc::new(kick)))
     }
 
     fn run(&self) -> io::Result<()> {
         let status = self.add_status(DRIVER_OK)?;
         if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
-            return Err(io::Error::other(format!("the device did not start (status {status:#x})")));
+            let why = format!("the device did not start (status {status:#x})");
+            return Err(io::Error::new(io::ErrorKind::NotConnected, why));
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ use std::{
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
+        unix::fs::{FileTypeExt, MetadataExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -31,7 +31,7 @@ use std::{
 };
 
 pub use blkdev::Source;
-use blkdev::{Device, Info, Mapping, Queue};
+use blkdev::{Context, Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
@@ -90,14 +90,25 @@ impl Vdpa {
     /// Opens the device, resets it, and reads its limits.
     ///
     /// # Errors
-    /// The device does not exist, is not a virtio-blk device, is open in another process, is not supported, or an option is out
-    /// of range. The text names the reason and the remedy.
+    /// The text names the reason and the remedy.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such device.
+    /// - [`PermissionDenied`](io::ErrorKind::PermissionDenied): this user may not open it for reading and writing.
+    /// - [`ResourceBusy`](io::ErrorKind::ResourceBusy): another process uses it.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): it is not a vhost-vdpa device, or not a block device; an option is
+    ///   out of range; or it has fewer queues than requested.
+    /// - [`InvalidData`](io::ErrorKind::InvalidData): its configuration is invalid.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): it lacks a feature that is required or requested.
+    /// - [`TimedOut`](io::ErrorKind::TimedOut): it does not complete a reset, or does not answer.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): it has failed.
+    ///
+    /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(options: Options) -> io::Result<Self> {
         let target = match &options.source {
             Source::Path(path) => path.display().to_string(),
             Source::Fd(fd) => format!("fd {}", fd.as_raw_fd()),
         };
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("vdpa {target}: {e}"));
+        let named = |e: io::Error| Context::wrap(format!("vdpa {target}: {e}"), e);
         let (fd, name) = match options.source {
             Source::Path(path) => {
                 let file = open(&path).map_err(named)?;
@@ -123,6 +134,12 @@ impl Vdpa {
 }
 
 const EIO: i32 = nix::errno::Errno::EIO as i32;
+const EISDIR: i32 = nix::errno::Errno::EISDIR as i32;
+const ENXIO: i32 = nix::errno::Errno::ENXIO as i32;
+
+fn is_device(file: &Metadata) -> bool {
+    file.file_type().is_char_device()
+}
 
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
@@ -138,9 +155,15 @@ fn open(path: &Path) -> io::Result<File> {
             _ if e.raw_os_error() == Some(EIO) => {
                 "the device cannot be reset; is the process behind it (VDUSE) alive?".to_owned()
             }
+            // A directory or a socket.
+            _ if matches!(e.raw_os_error(), Some(EISDIR | ENXIO))
+                && fs::metadata(path).is_ok_and(|file| !is_device(&file)) =>
+            {
+                return Context::with_kind(io::ErrorKind::InvalidInput, e.to_string(), e);
+            }
             _ => return e,
         };
-        io::Error::new(e.kind(), format!("{e}; {hint}"))
+        Context::wrap(format!("{e}; {hint}"), e)
     })
 }
 

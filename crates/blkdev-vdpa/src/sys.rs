@@ -6,6 +6,8 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
+use blkdev::Context;
+
 /// Backend features: IOTLB messages of version 2, and batches of messages.
 pub(crate) const BACKEND_F_IOTLB_MSG_V2: u64 = 1 << 1;
 pub(crate) const BACKEND_F_IOTLB_BATCH: u64 = 1 << 2;
@@ -248,7 +250,7 @@ fn named(name: &str, result: nix::Result<i32>) -> io::Result<()> {
         Ok(_) => Ok(()),
         Err(errno) => {
             let error = io::Error::from(errno);
-            Err(io::Error::new(error.kind(), format!("{}: {error}", name.to_uppercase())))
+            Err(Context::wrap(format!("{}: {error}", name.to_uppercase()), error))
         }
     }
 }

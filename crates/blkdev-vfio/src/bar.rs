@@ -44,7 +44,7 @@ unsafe impl Sync for Area {}
 impl Region {
     /// Maps the `areas` (first byte and length, within the region) of the region at offset `start` of the device's file.
     pub(crate) fn new(device: &Arc<OwnedFd>, start: u64, len: u64, areas: &[(u64, u64)]) -> io::Result<Self> {
-        let len = usize::try_from(len).map_err(io::Error::other)?;
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidData)?;
         let mut region = Self {
             device: Arc::clone(device),
             file: File::from(device.try_clone()?),

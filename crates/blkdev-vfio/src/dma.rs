@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use blkdev::Mapping;
+use blkdev::{Context, Mapping};
 use vfio_bindings::bindings::vfio::{VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL};
 
 use crate::{
@@ -75,7 +75,7 @@ impl Dma {
                 packet.put64(24, len);
                 sys::exchange(container.as_fd(), Exchange::MAP_DMA, &mut packet).map_err(|e| {
                     let entries = Limits::ask(container).ok().and_then(|limits| limits.entries);
-                    explain(&e, len, locked, entries)
+                    explain(e, len, locked, entries)
                 })?;
             }
             Way::Iommufd { iommu, ioas } => {
@@ -86,7 +86,7 @@ impl Dma {
                 packet.put64(24, len);
                 packet.put64(32, start);
                 sys::exchange(iommu.as_fd(), Exchange::IOAS_MAP, &mut packet)
-                    .map_err(|e| explain(&e, len, locked, None))?;
+                    .map_err(|e| explain(e, len, locked, None))?;
             }
             Way::None { translation, .. } => translation.add(mapping)?,
         }
@@ -192,7 +192,7 @@ fn reachable(ranges: &[(u64, u64)], start: u64, len: u64) -> io::Result<()> {
 }
 
 /// Names the remedy for a failed mapping.
-fn explain(error: &io::Error, len: u64, locked: u64, entries: Option<u32>) -> io::Error {
+fn explain(error: io::Error, len: u64, locked: u64, entries: Option<u32>) -> io::Error {
     let what = format!("cannot map {} MiB of memory for DMA: {error}", len >> 20);
     let remedy = match (error.raw_os_error(), entries, sys::locked_memory_limit()) {
         (Some(libc::ENOSPC), ..) | (_, Some(0), _) => {
@@ -207,7 +207,7 @@ fn explain(error: &io::Error, len: u64, locked: u64, entries: Option<u32>) -> io
         (Some(libc::EEXIST), ..) => ": another mapping uses its address".to_owned(),
         _ => String::new(),
     };
-    io::Error::new(error.kind(), what + &remedy)
+    Context::wrap(what + &remedy, error)
 }
 
 #[cfg(test)]
@@ -250,10 +250,10 @@ mod tests {
     #[test]
     fn what_cannot_be_mapped_is_explained() {
         let errno = io::Error::from_raw_os_error;
-        let full = explain(&errno(libc::ENOSPC), 2 << 20, 0, Some(0)).to_string();
+        let full = explain(errno(libc::ENOSPC), 2 << 20, 0, Some(0)).to_string();
         assert!(full.contains("dma_entry_limit"), "{full}");
         let limit = sys::locked_memory_limit();
-        let locked = explain(&errno(libc::ENOMEM), 64 << 20, 2 << 20, Some(9)).to_string();
+        let locked = explain(errno(libc::ENOMEM), 64 << 20, 2 << 20, Some(9)).to_string();
         assert!(locked.contains("64 MiB") && (limit.is_none() || locked.contains("needs 66 MiB")), "{locked}");
     }
 }

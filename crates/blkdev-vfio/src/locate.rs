@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use blkdev::Context;
+
 /// A PCI device that is bound to `vfio-pci`.
 #[derive(Debug)]
 pub(crate) struct Location {
@@ -30,7 +32,7 @@ impl Location {
             }
         };
         let path = fs::canonicalize(&sysfs)
-            .map_err(|e| io::Error::new(e.kind(), format!("no PCI device at {}: {e}", sysfs.display())))?;
+            .map_err(|e| Context::wrap(format!("no PCI device at {}: {e}", sysfs.display()), e))?;
         let address = path.file_name().and_then(|last| address(last.to_str()?)).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a PCI device", path.display()))
         })?;

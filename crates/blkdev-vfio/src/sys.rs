@@ -63,7 +63,10 @@ pub(crate) fn ask(fd: BorrowedFd<'_>, what: Exchange, len: usize, fill: impl Fn(
     };
     let packet = once(len)?;
     match packet.read32(0).unwrap_or(0) as usize {
-        told if told > ANSWER_MAX => Err(io::Error::other(format!("the kernel's reply of {told} bytes is too long"))),
+        told if told > ANSWER_MAX => {
+            let text = format!("the kernel's reply of {told} bytes is too long");
+            Err(io::Error::new(io::ErrorKind::InvalidData, text))
+        }
         told if told > len => once(told),
         _ => Ok(packet),
     }

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use blkdev::Mapping;
+use blkdev::{Context, Mapping};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_GROUP_FLAGS_VIABLE, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_NOIOMMU_IOMMU, VFIO_PCI_CONFIG_REGION_INDEX,
@@ -57,12 +57,23 @@ impl Vfio {
     /// its interrupts are off.
     ///
     /// # Errors
-    /// The device does not exist, is not bound to `vfio-pci`, is in use by another process, or VFIO is not available to this
-    /// user. The text names the remedy.
+    /// The text names the reason and the remedy.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such PCI device.
+    /// - [`PermissionDenied`](io::ErrorKind::PermissionDenied): VFIO is not available to this user.
+    /// - [`ResourceBusy`](io::ErrorKind::ResourceBusy): another process uses the device, or its IOMMU group has devices with
+    ///   other drivers.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): `name` is not that of a PCI device, or the device is not bound to
+    ///   `vfio-pci`.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): the kernel has no VFIO, or there is no IOMMU and [`Options::no_iommu`]
+    ///   is not set.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): the device does not answer.
+    ///
+    /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(name: &str, options: &Options) -> io::Result<Self> {
         let location = Location::find(name)?;
         Self::open_at(&location, options)
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", location.address)))
+            .map_err(|e| Context::wrap(format!("{}: {e}", location.address), e))
             .inspect(|vfio| log::debug!("{}: opened by {}", vfio.address, vfio.way))
     }
 
@@ -79,8 +90,7 @@ impl Vfio {
         let dma = Dma::new(way)?;
 
         let mut info = Packet::new(24);
-        sys::exchange(device.as_fd(), Exchange::DEVICE_INFO, &mut info)
-            .map_err(|e| said("VFIO_DEVICE_GET_INFO", &e))?;
+        sys::exchange(device.as_fd(), Exchange::DEVICE_INFO, &mut info).map_err(|e| said("VFIO_DEVICE_GET_INFO", e))?;
         let flags = info.read32(4).unwrap_or(0);
         if flags & VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO reports that this is not a PCI device"));
@@ -89,7 +99,7 @@ impl Vfio {
         let mut irqs = Packet::new(16);
         irqs.put32(8, VFIO_PCI_MSIX_IRQ_INDEX);
         sys::exchange(device.as_fd(), Exchange::IRQ_INFO, &mut irqs)
-            .map_err(|e| said("VFIO_DEVICE_GET_IRQ_INFO", &e))?;
+            .map_err(|e| said("VFIO_DEVICE_GET_IRQ_INFO", e))?;
         let vectors = irqs.read32(12).unwrap_or(0).min(2048) as u16;
         let vfio = Self {
             address: location.address.clone(),
@@ -123,7 +133,7 @@ impl Vfio {
         }
         sys::exchange(self.device.as_fd(), Exchange::SET_IRQS, &mut packet)
             .map(drop)
-            .map_err(|e| said("VFIO_DEVICE_SET_IRQS", &e))
+            .map_err(|e| said("VFIO_DEVICE_SET_IRQS", e))
     }
 
     fn disable_irqs(&self, index: u32) -> io::Result<()> {
@@ -132,7 +142,7 @@ impl Vfio {
         packet.put32(8, index);
         sys::exchange(self.device.as_fd(), Exchange::SET_IRQS, &mut packet)
             .map(drop)
-            .map_err(|e| said("VFIO_DEVICE_SET_IRQS", &e))
+            .map_err(|e| said("VFIO_DEVICE_SET_IRQS", e))
     }
 }
 
@@ -143,19 +153,19 @@ impl PciDevice for Vfio {
 
     fn read_config(&self, at: u16, bytes: &mut [u8]) -> io::Result<()> {
         let at = self.config.saturating_add(at.into());
-        self.file.read_exact_at(bytes, at).map_err(|e| said("cannot read configuration space", &e))
+        self.file.read_exact_at(bytes, at).map_err(|e| said("cannot read configuration space", e))
     }
 
     fn write_config(&self, at: u16, bytes: &[u8]) -> io::Result<()> {
         let at = self.config.saturating_add(at.into());
-        self.file.write_all_at(bytes, at).map_err(|e| said("cannot write configuration space", &e))
+        self.file.write_all_at(bytes, at).map_err(|e| said("cannot write configuration space", e))
     }
 
     fn bar(&self, index: u8) -> io::Result<Arc<dyn Bar>> {
-        let what = |e: io::Error| io::Error::new(e.kind(), format!("{}: BAR {index}: {e}", self.address));
+        let what = |e: io::Error| Context::wrap(format!("{}: BAR {index}: {e}", self.address), e);
         let region = region(self.device.as_fd(), index.min(5).into()).map_err(what)?;
         if index > 5 || region.len == 0 {
-            return Err(what(io::Error::new(io::ErrorKind::NotFound, "the device has no such BAR")));
+            return Err(what(io::Error::new(io::ErrorKind::Unsupported, "the device has no such BAR")));
         }
         Ok(Arc::new(Region::new(&self.device, region.start, region.len, &region.areas).map_err(what)?))
     }
@@ -210,7 +220,7 @@ impl PciDevice for Vfio {
             let text = format!("{}: the device does not support a function reset", self.address);
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
-        sys::reset(self.device.as_fd()).map_err(|e| said(&format!("{}: VFIO_DEVICE_RESET", self.address), &e))
+        sys::reset(self.device.as_fd()).map_err(|e| said(&format!("{}: VFIO_DEVICE_RESET", self.address), e))
     }
 }
 
@@ -242,14 +252,14 @@ fn by_cdev(location: &Location) -> Option<io::Result<(OwnedFd, Way)>> {
         let mut bind = Packet::new(16);
         bind.put32(8, iommu.as_raw_fd() as u32);
         sys::exchange(device.as_fd(), Exchange::BIND_IOMMUFD, &mut bind)
-            .map_err(|e| said("VFIO_DEVICE_BIND_IOMMUFD", &e))?;
+            .map_err(|e| said("VFIO_DEVICE_BIND_IOMMUFD", e))?;
         let mut alloc = Packet::new(12);
-        sys::exchange(iommu.as_fd(), Exchange::IOAS_ALLOC, &mut alloc).map_err(|e| said("IOMMU_IOAS_ALLOC", &e))?;
+        sys::exchange(iommu.as_fd(), Exchange::IOAS_ALLOC, &mut alloc).map_err(|e| said("IOMMU_IOAS_ALLOC", e))?;
         let ioas = alloc.read32(8).unwrap_or(0);
         let mut attach = Packet::new(12);
         attach.put32(8, ioas);
         sys::exchange(device.as_fd(), Exchange::ATTACH_IOAS, &mut attach)
-            .map_err(|e| said("VFIO_DEVICE_ATTACH_IOMMUFD_PT", &e))?;
+            .map_err(|e| said("VFIO_DEVICE_ATTACH_IOMMUFD_PT", e))?;
         Ok((device, Way::Iommufd { iommu, ioas }))
     })
 }
@@ -273,13 +283,13 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
         ));
     }
     let container = open(Path::new("/dev/vfio/vfio"))?;
-    let version = sys::api_version(container.as_fd()).map_err(|e| said("VFIO_GET_API_VERSION", &e))?;
+    let version = sys::api_version(container.as_fd()).map_err(|e| said("VFIO_GET_API_VERSION", e))?;
     if version != 0 {
         return Err(io::Error::new(io::ErrorKind::Unsupported, format!("VFIO has API version {version}, not 0")));
     }
     let group = open(Path::new(if no_iommu { &without } else { &with }))?;
     let mut status = Packet::new(8);
-    sys::exchange(group.as_fd(), Exchange::GROUP_STATUS, &mut status).map_err(|e| said("VFIO_GROUP_GET_STATUS", &e))?;
+    sys::exchange(group.as_fd(), Exchange::GROUP_STATUS, &mut status).map_err(|e| said("VFIO_GROUP_GET_STATUS", e))?;
     if status.read32(4).unwrap_or(0) & VFIO_GROUP_FLAGS_VIABLE == 0 {
         let text = format!(
             "IOMMU group {number} has devices bound to other drivers than vfio-pci: {}; unbind them",
@@ -287,15 +297,15 @@ fn by_group(location: &Location, options: &Options) -> io::Result<(OwnedFd, Way,
         );
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
     }
-    sys::set_container(group.as_fd(), container.as_fd()).map_err(|e| said("VFIO_GROUP_SET_CONTAINER", &e))?;
+    sys::set_container(group.as_fd(), container.as_fd()).map_err(|e| said("VFIO_GROUP_SET_CONTAINER", e))?;
     let kind = if no_iommu { VFIO_NOIOMMU_IOMMU } else { VFIO_TYPE1v2_IOMMU };
     if !sys::has_extension(container.as_fd(), kind) {
         let text = format!("VFIO does not support IOMMU type {kind} here: modprobe vfio_iommu_type1");
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
-    sys::set_iommu(container.as_fd(), kind).map_err(|e| said("VFIO_SET_IOMMU", &e))?;
-    let name = CString::new(location.address.as_str()).map_err(io::Error::other)?;
-    let device = sys::device_of_group(group.as_fd(), &name).map_err(|e| said("VFIO_GROUP_GET_DEVICE_FD", &e))?;
+    sys::set_iommu(container.as_fd(), kind).map_err(|e| said("VFIO_SET_IOMMU", e))?;
+    let name = CString::new(location.address.as_str()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let device = sys::device_of_group(group.as_fd(), &name).map_err(|e| said("VFIO_GROUP_GET_DEVICE_FD", e))?;
     Ok(if no_iommu {
         let translation = Arc::default();
         (device, Way::None { _container: container, _group: group, translation }, "group, without IOMMU")
@@ -309,10 +319,14 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
         let remedy = match e.raw_os_error() {
             Some(libc::EBUSY) => ": another process uses the device, or a device of its IOMMU group",
             Some(libc::EACCES | libc::EPERM) => ": run as root, or change the owner of the file (chown)",
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => ": load the module: modprobe vfio-pci",
+            // The device exists, so this is about the kernel.
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                let text = format!("{}: {e}: load the module: modprobe vfio-pci", path.display());
+                return Context::with_kind(io::ErrorKind::Unsupported, text, e);
+            }
             _ => "",
         };
-        io::Error::new(e.kind(), format!("{}: {e}{remedy}", path.display()))
+        Context::wrap(format!("{}: {e}{remedy}", path.display()), e)
     })?;
     Ok(file.into())
 }
@@ -331,7 +345,7 @@ const CAN_MAP: u32 = 1 << 2;
 fn region(device: BorrowedFd<'_>, index: u32) -> io::Result<Place> {
     sys::ask(device, Exchange::REGION_INFO, 32, |packet| packet.put32(8, index))
         .map(|packet| Place::parse(&packet))
-        .map_err(|e| said("VFIO_DEVICE_GET_REGION_INFO", &e))
+        .map_err(|e| said("VFIO_DEVICE_GET_REGION_INFO", e))
 }
 
 impl Place {
@@ -363,8 +377,8 @@ impl Place {
     }
 }
 
-fn said(who: &str, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{who}: {error}"))
+fn said(who: &str, error: io::Error) -> io::Error {
+    Context::wrap(format!("{who}: {error}"), error)
 }
 
 #[cfg(test)]

@@ -73,7 +73,8 @@ pub(crate) fn greet(mut stream: &UnixStream) -> io::Result<()> {
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a vhost-user back end: {what}"));
     let closed = |have: usize| {
         let when = if have == 0 { "without a reply" } else { "in the middle of its first reply" };
-        stranger(&format!("it closed the connection {when}"))
+        let text = format!("not a vhost-user back end: it closed the connection {when}");
+        io::Error::new(io::ErrorKind::ConnectionReset, text)
     };
     let reset = |e: io::Error, have: usize| match e.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => closed(have),

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use blkdev::Mapping;
+use blkdev::{Context, Mapping};
 use blkdev_virtio::{Doorbell, Format, Liveness, Notifier, Ring, Transport};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::{
@@ -116,7 +116,7 @@ impl Control {
             watch,
         };
         control.watch.within(left, || greet(&control.stream)).map_err(|e| match control.watch.was_late() {
-            true => control.explain("cannot negotiate", &e),
+            true => control.explain("cannot negotiate", e),
             false => e,
         })?;
         let (features, protocol, queues, slots) = control.exchange("cannot negotiate", |state| {
@@ -173,9 +173,9 @@ impl Control {
     /// the device ends.
     fn exchange<R>(&self, what: &str, talk: impl FnOnce(&mut State) -> vhost::Result<R>) -> io::Result<R> {
         let mut state = self.state();
-        self.in_step().map_err(|e| self.fatal(what, &e))?;
+        self.in_step().map_err(|e| self.fatal(what, e))?;
         let result = self.watch.within(self.timeout, || talk(&mut state));
-        result.map_err(|e| if is_refusal(&e) { self.explain(what, &e) } else { self.fatal(what, &e) })
+        result.map_err(|e| if is_refusal(&e) { self.explain(what, plain(e)) } else { self.fatal(what, plain(e)) })
     }
 
     /// Checks that no unexpected bytes are pending. They would be taken for the next reply, and every later reply would be off
@@ -190,7 +190,7 @@ impl Control {
     }
 
     /// The error of an exchange that makes further exchanges impossible.
-    fn fatal(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
+    fn fatal(&self, what: &str, error: io::Error) -> io::Error {
         let error = self.explain(what, error);
         match error.kind() {
             io::ErrorKind::TimedOut => self.watch.end(LATE),
@@ -200,19 +200,17 @@ impl Control {
         error
     }
 
-    fn explain(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
+    fn explain(&self, what: &str, error: io::Error) -> io::Error {
         if self.watch.was_late() {
             let busy = if self.features == 0 { "; is the back end busy with another front end?" } else { "" };
             let why = format!("{what}: no reply within {:?}{busy}", self.timeout);
-            return io::Error::new(io::ErrorKind::TimedOut, why);
+            return Context::with_kind(io::ErrorKind::TimedOut, why, error);
         }
         if self.life.is_dead() || self.is_closed() {
-            return io::Error::new(
-                io::ErrorKind::ConnectionReset,
-                format!("{what}: the back end closed the connection ({error})"),
-            );
+            let why = format!("{what}: the back end closed the connection ({error})");
+            return Context::with_kind(io::ErrorKind::ConnectionReset, why, error);
         }
-        io::Error::other(format!("{what}: {error}"))
+        Context::wrap(format!("{what}: {error}"), error)
     }
 
     fn is_closed(&self) -> bool {
@@ -368,13 +366,14 @@ impl Transport for Control {
                 continue;
             }
             let count = self.in_step().and_then(|()| self.watch.within(self.timeout, || self.ask_config(want, bytes)));
-            best = best.max(count.map_err(|e| self.fatal("cannot read the configuration", &e))?);
+            best = best.max(count.map_err(|e| self.fatal("cannot read the configuration", e))?);
             if best >= needed {
                 break;
             }
         }
         if best == 0 {
-            return Err(io::Error::other("the back end refuses to return its configuration"));
+            let why = "the back end refuses to return its configuration";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         Ok(best)
     }
@@ -400,10 +399,11 @@ impl Transport for Control {
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         if !mapping.is_shareable() {
             let len = mapping.len();
-            return Err(io::Error::other(format!(
+            let why = format!(
                 "{len} bytes of memory cannot be shared with the back end: a file of that size exceeds ulimit -f (LimitFSIZE=); \
                  raise that, or use less memory (--memory)"
-            )));
+            );
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
         }
         self.exchange("cannot add memory", |state| {
             let State { frontend, regions, .. } = state;
@@ -411,10 +411,11 @@ impl Transport for Control {
                 return Ok(Ok(()));
             }
             if regions.len() >= self.slots_max {
-                return Ok(Err(io::Error::other(format!(
+                let why = format!(
                     "the back end supports at most {} memory regions; use fewer and larger ones",
                     self.slots_max
-                ))));
+                );
+                return Ok(Err(io::Error::new(io::ErrorKind::QuotaExceeded, why)));
             }
             if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
                 frontend.add_mem_region(&region(mapping))?;
@@ -526,6 +527,27 @@ fn is_refusal(error: &vhost::Error) -> bool {
     use vhost::vhost_user::Error::{BackendInternalError, InactiveFeature, InactiveOperation, InvalidParam};
     let vhost::Error::VhostUserProtocol(error) = error else { return false };
     matches!(error, BackendInternalError | InactiveFeature(_) | InactiveOperation(_) | InvalidParam)
+}
+
+/// The error of an exchange with the kind of its cause.
+fn plain(error: vhost::Error) -> io::Error {
+    use vhost::vhost_user::Error as User;
+    let kind = match &error {
+        vhost::Error::IOError(e) => e.kind(),
+        vhost::Error::VhostUserProtocol(error) => match error {
+            User::SocketError(e) | User::SocketRetry(e) | User::SocketConnect(e) => e.kind(),
+            User::Disconnected | User::SocketBroken(_) => io::ErrorKind::ConnectionReset,
+            User::InvalidMessage | User::PartialMessage | User::OversizedMsg | User::IncorrectFds => {
+                io::ErrorKind::InvalidData
+            }
+            User::InvalidParam => io::ErrorKind::InvalidInput,
+            User::InactiveFeature(_) | User::InactiveOperation(_) | User::FeatureMismatch => io::ErrorKind::Unsupported,
+            // The back end refuses, and the protocol has no reasons.
+            _ => io::ErrorKind::Other,
+        },
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
 }
 
 /// Duplicates the eventfd into the type that `vhost` takes.

@@ -31,7 +31,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Device, Info, Mapping, Queue};
+use blkdev::{Context, Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
@@ -88,12 +88,27 @@ impl VhostUser {
     /// Connects to the back end, negotiates, and reads the device's limits.
     ///
     /// # Errors
-    /// No back end listens at the path, it is busy with another front end, it does not reply within
-    /// [`Options::connect_timeout`], it is not supported, or an option is out of range. The text names the reason.
+    /// The text names the reason and the remedy.
+    ///
+    /// - [`NotFound`](io::ErrorKind::NotFound): there is no such socket.
+    /// - [`PermissionDenied`](io::ErrorKind::PermissionDenied): this user may not connect to it.
+    /// - [`ConnectionRefused`](io::ErrorKind::ConnectionRefused): no process listens on it.
+    /// - [`TimedOut`](io::ErrorKind::TimedOut): the back end does not accept or does not reply within
+    ///   [`Options::connect_timeout`]. Most back ends do this while they serve another front end.
+    /// - [`ConnectionReset`](io::ErrorKind::ConnectionReset): the process behind the socket closed the connection.
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): the path is too long or not a socket, an option is out of range, or
+    ///   the back end has fewer queues than requested.
+    /// - [`InvalidData`](io::ErrorKind::InvalidData): the process behind the socket is not a vhost-user back end, or violates
+    ///   the protocol.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): the back end lacks a feature that is required or requested.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): the device died while it was opened.
+    /// - [`Other`](io::ErrorKind::Other): the back end refuses a message. The protocol has no reasons.
+    ///
+    /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn connect(options: &Options) -> io::Result<Self> {
         let begin = Instant::now();
         let target = options.path.display().to_string();
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("vhost-user {target}: {e}"));
+        let named = |e: io::Error| Context::wrap(format!("vhost-user {target}: {e}"), e);
         let name = connect::Name::new(&options.path);
         let stream = connect::connect(&options.path, options.connect_timeout).map_err(named)?;
         let left = options.connect_timeout.saturating_sub(begin.elapsed());

@@ -411,7 +411,9 @@ fn a_back_end_that_hangs_up_at_any_message() {
     for (message, protocol) in slots.into_iter().chain(rest).map(|message| (message, ALL)).chain(table) {
         let backend = backend(Quirks { hang_up_at: Some(message), protocol, ..Quirks::default() });
         let options = short(&backend);
-        let e = bounded("connecting", move || VhostUser::connect(&options).map(drop)).unwrap_err().to_string();
+        let e = bounded("connecting", move || VhostUser::connect(&options).map(drop)).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ConnectionReset, "at {message}: {e}");
+        let e = e.to_string();
         let first = [1, 3].contains(&message);
         let part = if first { "not a vhost-user back end" } else { "the back end closed the connection" };
         assert!(e.contains(part), "at {message}: {e}");
@@ -457,7 +459,10 @@ fn what_is_no_vhost_user_back_end() {
         });
         let options = Options { connect_timeout: Duration::from_secs(20), ..Options::new(&path) };
         let begin = Instant::now();
-        let e = VhostUser::connect(&options).unwrap_err().to_string();
+        let e = VhostUser::connect(&options).unwrap_err();
+        let is_closed = e.to_string().contains("it closed the connection");
+        assert_eq!(e.kind(), if is_closed { ErrorKind::ConnectionReset } else { ErrorKind::InvalidData }, "{e}");
+        let e = e.to_string();
         assert!(e.contains("not a vhost-user back end") && e.contains(part), "{e}");
         assert!(begin.elapsed() < Duration::from_secs(15), "the error comes before the time-out");
         server.join().unwrap();

@@ -170,7 +170,7 @@ impl Control {
         loop {
             match self.read8(STATUS) {
                 0 => return Ok(()),
-                NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device was removed")),
+                NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotConnected, "the device was removed")),
                 status if Instant::now() >= end => {
                     let why = format!("the device did not complete a reset within {RESET:?} (status {status:#x})");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
@@ -236,9 +236,10 @@ impl Transport for Control {
 
     fn read_config(&self, bytes: &mut [u8], _needed: usize) -> io::Result<usize> {
         match self.read8(STATUS) {
-            NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotFound, "the device was removed")),
+            NOT_THERE => return Err(io::Error::new(io::ErrorKind::NotConnected, "the device was removed")),
             status if status & NEEDS_RESET != 0 => {
-                return Err(io::Error::other("the device failed (status DEVICE_NEEDS_RESET)"));
+                let why = "the device failed (status DEVICE_NEEDS_RESET)";
+                return Err(io::Error::new(io::ErrorKind::NotConnected, why));
             }
             _ => {}
         }
@@ -254,7 +255,7 @@ impl Transport for Control {
                 return Ok(len);
             }
         }
-        Err(io::Error::other("the device's configuration keeps changing"))
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the device's configuration keeps changing"))
     }
 
     fn write_config(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
@@ -291,7 +292,7 @@ impl Transport for Control {
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Bell> {
-        let fail = |why: &str| Err(io::Error::other(format!("queue {index}: {why}")));
+        let fail = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidData, format!("queue {index}: {why}")));
         let _one = self.select.lock().unwrap_or_else(PoisonError::into_inner);
         self.write16(QUEUE_SELECT, index);
         let size = self.read16(QUEUE_SIZE);
@@ -308,7 +309,8 @@ impl Transport for Control {
         self.write16(QUEUE_SIZE, ring.size);
         self.write16(QUEUE_VECTOR, vector);
         if self.read16(QUEUE_VECTOR) == NO_VECTOR {
-            return fail("the device could not allocate an interrupt vector");
+            let why = format!("queue {index}: the device could not allocate an interrupt vector");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         self.write64(QUEUE_DESCRIPTORS, ring.descriptors.get());
         self.write64(QUEUE_DRIVER, ring.driver.get());
@@ -325,7 +327,8 @@ impl Transport for Control {
     fn run(&self) -> io::Result<()> {
         let status = self.add_status(DRIVER_OK);
         if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
-            return Err(io::Error::other(format!("the device did not start (status {status:#x})")));
+            let why = format!("the device did not start (status {status:#x})");
+            return Err(io::Error::new(io::ErrorKind::NotConnected, why));
         }
         Ok(())
     }

@@ -47,7 +47,8 @@ impl Layout {
         let unsupported = |why: String| io::Error::new(io::ErrorKind::Unsupported, why);
         let (vendor, device) = (read16(pci, VENDOR)?, read16(pci, VENDOR + 2)?);
         if vendor != RED_HAT || ![BLOCK, BLOCK_TRANSITIONAL].contains(&device) {
-            return Err(unsupported(format!("PCI device {vendor:04x}:{device:04x} is not a virtio block device")));
+            let why = format!("PCI device {vendor:04x}:{device:04x} is not a virtio block device");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         let (mut common, mut notify, mut multiplier, mut device) = (None, None, 0, None);
         let mut next = 0;

@@ -21,7 +21,7 @@ mod watch;
 
 use std::{io, sync::Arc, time::Duration};
 
-use blkdev::{Device, Info, Mapping, Queue};
+use blkdev::{Context, Device, Info, Mapping, Queue};
 use blkdev_vfio::{PciDevice, Vfio};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
@@ -75,20 +75,26 @@ impl VirtioPci {
     /// Opens the device through VFIO, resets it, and reads its limits.
     ///
     /// # Errors
-    /// The device does not exist, is not bound to `vfio-pci`, is in use by another process, is not a supported virtio-blk
-    /// device, or an option is out of range. The text names the reason and the remedy.
+    /// Those of [`Vfio::open`] and [`drive`](Self::drive). The text names the reason and the remedy.
     pub fn open(options: &Options) -> io::Result<Self> {
         let pci = Vfio::open(&options.address, &blkdev_vfio::Options::default());
-        let pci = pci.map_err(|e| named(&options.address, &e))?;
+        let pci = pci.map_err(|e| named(&options.address, e))?;
         Self::drive(Arc::new(pci), options)
     }
 
     /// As [`open`](Self::open), for any implementation of [`PciDevice`].
     ///
     /// # Errors
-    /// As for [`open`](Self::open).
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): it is not a virtio block device, an option is out of range, or it has
+    ///   fewer queues than requested.
+    /// - [`InvalidData`](io::ErrorKind::InvalidData): its registers or its configuration are invalid.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): it lacks a feature that is required or requested, or there is no IOMMU.
+    /// - [`TimedOut`](io::ErrorKind::TimedOut): it does not complete a reset, or does not answer.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): it has failed or was removed.
+    ///
+    /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn drive(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
-        let control = Control::open(pci, options.vectors).map_err(|e| named(&options.address, &e))?;
+        let control = Control::open(pci, options.vectors).map_err(|e| named(&options.address, e))?;
         let device = VirtioBlk::open(
             control,
             &blkdev_virtio::Options {
@@ -104,8 +110,8 @@ impl VirtioPci {
     }
 }
 
-fn named(address: &str, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("virtio-pci {address}: {error}"))
+fn named(address: &str, error: io::Error) -> io::Error {
+    Context::wrap(format!("virtio-pci {address}: {error}"), error)
 }
 
 impl Device for VirtioPci {

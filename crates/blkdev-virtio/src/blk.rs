@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blkdev::{Caps, Device, Info, Mapping, Request};
+use blkdev::{Caps, Context, Device, Info, Mapping, Request};
 use virtio_bindings::{
     virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
     virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
@@ -45,11 +45,20 @@ impl<T: Transport> VirtioBlk<T> {
     /// Negotiates with the device, and reads its serial number and its first block.
     ///
     /// # Errors
-    /// An option is out of range, the device lacks a required feature or has an invalid configuration, or it does not answer.
-    /// The text names the driver and the target.
+    /// The text names the driver, the target and the reason.
+    ///
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput): an option is out of range, or the device has fewer queues than
+    ///   requested.
+    /// - [`InvalidData`](io::ErrorKind::InvalidData): the configuration of the device is invalid, or it violates the
+    ///   protocol.
+    /// - [`Unsupported`](io::ErrorKind::Unsupported): the device lacks a feature that is required or requested.
+    /// - [`TimedOut`](io::ErrorKind::TimedOut): the device does not answer.
+    /// - [`NotConnected`](io::ErrorKind::NotConnected): the device is dead.
+    ///
+    /// An error of the transport has its own kind.
     pub fn open(transport: T, options: &Options) -> io::Result<Self> {
         let name = format!("{} {}", transport.driver(), transport.target());
-        Self::negotiate(transport, options).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
+        Self::negotiate(transport, options).map_err(|e| Context::wrap(format!("{name}: {e}"), e))
     }
 
     fn negotiate(transport: T, options: &Options) -> io::Result<Self> {

@@ -214,7 +214,7 @@ impl<T: Transport> Core<T> {
         let len = self.transport.read_config(&mut bytes, WRITEBACK + 1)?;
         if len <= WRITEBACK || bytes[WRITEBACK] != wanted {
             let why = format!("the device did not switch its write cache to {mode:?} as requested");
-            return Err(io::Error::other(why.to_lowercase()));
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why.to_lowercase()));
         }
         Ok(())
     }

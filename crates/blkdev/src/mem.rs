@@ -90,7 +90,7 @@ impl Mapping {
             }
             OwnedFd::from_raw_fd(fd)
         };
-        let size = libc::off_t::try_from(len).map_err(io::Error::other)?;
+        let size = libc::off_t::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         // SAFETY: plain system call on a descriptor that we own.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
             return Err(io::Error::last_os_error());
@@ -239,7 +239,7 @@ unsafe fn mmap(hint: usize, len: usize, flags: libc::c_int, fd: libc::c_int) -> 
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))
+    NonNull::new(at.cast()).ok_or_else(|| io::Error::new(io::ErrorKind::OutOfMemory, "mmap returned address 0"))
 }
 
 impl Drop for Mapping {

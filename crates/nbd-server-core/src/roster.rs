@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use blkdev::{Channel, Device, Plan};
+use blkdev::{Channel, Context, Device, Plan};
 
 use crate::{
     export::{Export, Exports},
@@ -201,7 +201,7 @@ impl Roster {
                 Some(n) => old.swap_remove(n).1,
                 None => {
                     let name = &new.name;
-                    let of = |error: io::Error| io::Error::new(error.kind(), format!("export {name:?}: {error}"));
+                    let of = |error: io::Error| Context::wrap(format!("export {name:?}: {error}"), error);
                     let new = self.open(state, &new.device).map_err(of)?;
                     let seat = Arc::clone(&new.seat);
                     opened.push(new);

@@ -9,6 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use blkdev::Context;
 use openssl::{
     error::ErrorStack,
     ex_data::Index,
@@ -38,8 +39,7 @@ struct Told {
 
 impl Offer {
     pub(super) fn new(file: &Path) -> io::Result<Self> {
-        let text =
-            fs::read_to_string(file).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+        let text = fs::read_to_string(file).map_err(|e| Context::wrap(format!("{}: {e}", file.display()), e))?;
         let keys = keys(&text)
             .map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, format!("{}: {what}", file.display())))?;
         Ok(Self::of(keys)?)
