@@ -8,10 +8,11 @@
 
 use std::{
     env, io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use blkdev::{Device, Mapping, Op, Request};
+use blkdev::{Device, Mapping, Op, Registration, Request};
 use blkdev_io_uring::{IoUring, Options};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -30,11 +31,12 @@ fn main() -> io::Result<()> {
     let depth: u16 = args.next().map_or(64, |n| n.parse().expect("a depth"));
     let direct = args.next().as_deref() == Some("direct");
 
-    let device = IoUring::open(Options { direct, read_only: !write, ..Options::path(path) })?;
+    let options = Options { direct, read_only: !write, ..Options::path(path) };
+    let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
     let blocks = device.capacity() / size as u64;
     let mapping = Mapping::new(usize::from(depth) * size.next_multiple_of(4096))?;
-    device.register(&mapping)?;
-    let mut arena = mapping.arenas(1).remove(0);
+    let memory = Registration::new(&device, &mapping)?;
+    let mut arena = memory.mapping().arenas(1).remove(0);
     let mut queue = device.open_queue(depth)?;
 
     let mut seed = 1u64;

@@ -4,21 +4,21 @@
 //! cargo run -p blkdev-io-uring --example read -- disk.img
 //! ```
 
-use std::{env, io};
+use std::{env, io, sync::Arc};
 
-use blkdev::{Device, Mapping, Op, Request};
+use blkdev::{Device, Mapping, Op, Registration, Request};
 use blkdev_io_uring::{IoUring, Options};
 
 fn main() -> io::Result<()> {
     let path = env::args().nth(1).ok_or_else(|| io::Error::other("usage: read PATH"))?;
-    let device = IoUring::open(Options { read_only: true, ..Options::path(path) })?;
+    let options = Options { read_only: true, ..Options::path(path) };
+    let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
     println!("{:#?}", device.info());
     println!("{} bytes", device.capacity());
 
     // Memory registered with the device once, and a buffer in it.
-    let mapping = Mapping::new(1 << 20)?;
-    device.register(&mapping)?;
-    let mut arena = mapping.arenas(1).remove(0);
+    let memory = Registration::new(&device, &Mapping::new(1 << 20)?)?;
+    let mut arena = memory.mapping().arenas(1).remove(0);
     let len = device.capacity().min(512.max(device.info().block_size.into())) as usize;
     let buf = arena.alloc(len).ok_or(io::ErrorKind::OutOfMemory)?;
     if len == 0 {

@@ -10,10 +10,11 @@
 
 use std::{
     env, io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use blkdev::{Completion, Device, Mapping, Op, Queue, Request};
+use blkdev::{Completion, Device, Mapping, Op, Queue, Registration, Request};
 use blkdev_vhost_user::{Options, VhostUser};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -27,10 +28,9 @@ fn main() -> io::Result<()> {
     let sleep = args.next().is_some_and(|a| a == "wake");
     let seconds: f64 = args.next().map_or(Ok(2.0), |a| a.parse()).map_err(io::Error::other)?;
 
-    let device = VhostUser::connect(&Options::new(path))?;
-    let memory = Mapping::new(usize::from(depth) * 4096)?;
-    device.register(&memory)?;
-    let mut arena = memory.arenas(1).remove(0);
+    let device: Arc<dyn Device> = Arc::new(VhostUser::connect(&Options::new(path))?);
+    let memory = Registration::new(&device, &Mapping::new(usize::from(depth) * 4096)?)?;
+    let mut arena = memory.mapping().arenas(1).remove(0);
     let mut queue = device.open_queue(depth)?;
     let mut load = Load { random: 1, blocks: device.capacity() / 4096 };
     for tag in 0..u64::from(depth) {

@@ -4,9 +4,9 @@
 //! cargo run -p blkdev-vhost-user --example read -- vhost.sock
 //! ```
 
-use std::{env, io, process::ExitCode};
+use std::{env, io, process::ExitCode, sync::Arc};
 
-use blkdev::{Device, Mapping, Op, Request};
+use blkdev::{Device, Mapping, Op, Registration, Request};
 use blkdev_vhost_user::{Options, VhostUser};
 
 fn main() -> ExitCode {
@@ -30,10 +30,9 @@ fn main() -> ExitCode {
 }
 
 fn first_block(options: &Options) -> io::Result<Vec<u8>> {
-    let device = VhostUser::connect(options)?;
-    let memory = Mapping::new(1 << 20)?;
-    device.register(&memory)?;
-    let mut arena = memory.arenas(1).remove(0);
+    let device: Arc<dyn Device> = Arc::new(VhostUser::connect(options)?);
+    let memory = Registration::new(&device, &Mapping::new(1 << 20)?)?;
+    let mut arena = memory.mapping().arenas(1).remove(0);
     let mut queue = device.open_queue(1)?;
 
     let buf = arena.alloc(device.info().block_size as usize).ok_or(io::ErrorKind::OutOfMemory)?;

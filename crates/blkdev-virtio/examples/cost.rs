@@ -9,7 +9,7 @@
 
 use std::{env, io, sync::Arc, thread, time::Instant};
 
-use blkdev::{Completion, Device, Mapping, Op, Queue, Request};
+use blkdev::{Completion, Device, Mapping, Op, Queue, Registration, Request};
 use blkdev_virtio::{
     Options, VirtioBlk,
     model::{Local, Model, Spec},
@@ -22,9 +22,8 @@ fn main() -> io::Result<()> {
     let spec = Spec::new(32 << 20);
     let model = Model::new(if packed { spec.packed() } else { spec });
     let device: Arc<dyn Device> = Arc::new(VirtioBlk::open(Local::new(&model), &Options::default())?);
-    let memory = Mapping::new(batch as usize * 4096)?;
-    device.register(&memory)?;
-    let mut arena = memory.arenas(1).remove(0);
+    let memory = Registration::new(&device, &Mapping::new(batch as usize * 4096)?)?;
+    let mut arena = memory.mapping().arenas(1).remove(0);
     let mut queue = device.open_queue(batch as u16)?;
     let mut ready: Vec<_> = (0..batch)
         .map(|tag| Request {

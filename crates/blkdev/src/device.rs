@@ -13,7 +13,8 @@ pub trait Device: Send + Sync {
     fn capacity(&self) -> u64;
 
     /// Registers memory with the device: a DMA mapping, a memory slot, an IOTLB entry, or nothing at all. Every `Buf` that is
-    /// pushed to a queue of this device lies in a registered mapping. The device keeps the mapping alive.
+    /// pushed to a queue of this device lies in a registered mapping. The device keeps the mapping alive. A
+    /// [`Registration`](crate::Registration) unregisters it when dropped.
     ///
     /// # Errors
     /// The kernel or the peer refused; the text names the reason and the remedy.

@@ -14,13 +14,15 @@ use std::{
 use crate::{
     device::{Completion, Device, Info, Queue, Request},
     mem::Mapping,
+    registration::Registration,
 };
 
 /// A device, and memory that it knows until the last channel that uses it is closed.
 #[derive(Debug)]
 pub(crate) struct Registered {
     device: Arc<dyn Device>,
-    mapping: Arc<Mapping>,
+    /// Present until drop.
+    registration: Option<Registration>,
     /// The driver is faulty. Each channel finds out at its next `reap`.
     failed: AtomicBool,
 }
@@ -31,9 +33,8 @@ impl Registered {
     /// # Errors
     /// What the device returned, or that the driver panicked.
     pub(crate) fn new(device: &Arc<dyn Device>, mapping: &Arc<Mapping>) -> io::Result<Arc<Self>> {
-        catch(|| device.register(mapping))??;
-        let (device, mapping) = (Arc::clone(device), Arc::clone(mapping));
-        Ok(Arc::new(Self { device, mapping, failed: AtomicBool::new(false) }))
+        let registration = Some(catch(|| Registration::new(device, mapping))??);
+        Ok(Arc::new(Self { device: Arc::clone(device), registration, failed: AtomicBool::new(false) }))
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn Device> {
@@ -64,7 +65,8 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.call(|| self.device.unregister(&self.mapping));
+        let registration = self.registration.take();
+        self.call(|| drop(registration));
     }
 }
 

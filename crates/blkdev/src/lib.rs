@@ -19,7 +19,8 @@
 //! # Memory model
 //!
 //! Payload memory is a [`Mapping`]: shared memory, mapped once, at an address that is also its I/O address ([`Mapping::iova`]).
-//! The consumer's channel registers the mapping with the device ([`Device::register`]). An [`Arena`] hands out runs of its pages
+//! The consumer's channel registers the mapping with the device ([`Device::register`]); direct users of a device hold a
+//! [`Registration`]. An [`Arena`] hands out runs of its pages
 //! as [`Buf`]s.
 //!
 //! - **A `Buf` has one owner.** It moves into the request, belongs to the queue while the device works, and comes back in the
@@ -48,6 +49,7 @@ mod inline;
 mod io;
 mod job;
 mod mem;
+mod registration;
 mod serve;
 mod simple;
 mod slots;
@@ -71,6 +73,7 @@ pub use extent::{Extent, ExtentKind};
 pub use inline::Inline;
 pub use io::{Done, Io};
 pub use mem::{Iova, Mapping};
+pub use registration::Registration;
 pub use serve::Serve;
 pub use source::Source;
 
