@@ -90,7 +90,7 @@ fn json(device: &dyn Device, settings: &Settings) -> String {
 }
 
 fn caps(caps: Caps) -> [(&'static str, bool); 8] {
-    let Caps { read_only, rotational, flush, fua, zero, discard, status, prefetch } = caps;
+    let Caps { read_only, rotational, flush, fua, zero, discard, status, prefetch, .. } = caps;
     [
         ("read_only", read_only),
         ("rotational", rotational),

@@ -64,7 +64,7 @@ impl Pool {
     /// An error of the device, or no memory.
     pub(crate) fn open(device: Arc<dyn Device>, count: usize, memory: usize) -> io::Result<Self> {
         let info = device.info().clone();
-        let channels = Plan { memory, ..Plan::default() }.open(&device, count)?;
+        let channels = Plan::new(memory).open(&device, count)?;
         let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<_>>()?;
         Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4), connections: AtomicUsize::new(0) })
     }

@@ -26,7 +26,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let device: Arc<dyn Device> = spec.settings.open()?;
     let blocks = device.capacity() / size as u64;
-    let mut channel = Plan { depth, ..Plan::default() }.open(&device, 1)?.remove(0);
+    let mut plan = Plan::default();
+    plan.depth = depth;
+    let mut channel = plan.open(&device, 1)?.remove(0);
     let mut seed = 1u64;
     let mut next = || {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

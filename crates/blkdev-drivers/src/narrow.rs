@@ -16,7 +16,8 @@ pub(crate) fn narrow(device: Arc<dyn Device>, queues: Option<u16>) -> io::Result
     if queues_max > has {
         return Err(Error::invalid(format!("{driver}: num-queues={queues_max}: the device has {has}")).into());
     }
-    let info = Info { queues_max, ..device.info().clone() };
+    let mut info = device.info().clone();
+    info.queues_max = queues_max;
     Ok(Arc::new(Narrow { device, info }))
 }
 

@@ -31,7 +31,8 @@ fn main() -> io::Result<()> {
     let depth: u16 = args.next().map_or(64, |n| n.parse().expect("a depth"));
     let direct = args.next().as_deref() == Some("direct");
 
-    let options = Options { direct, read_only: !write, ..Options::path(path) };
+    let mut options = Options::path(path);
+    (options.direct, options.read_only) = (direct, !write);
     let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
     let blocks = device.capacity() / size as u64;
     let mapping = Mapping::new(usize::from(depth) * size.next_multiple_of(4096))?;

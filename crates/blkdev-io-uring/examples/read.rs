@@ -11,7 +11,8 @@ use blkdev_io_uring::{IoUring, Options};
 
 fn main() -> io::Result<()> {
     let path = env::args().nth(1).ok_or_else(|| io::Error::other("usage: read PATH"))?;
-    let options = Options { read_only: true, ..Options::path(path) };
+    let mut options = Options::path(path);
+    options.read_only = true;
     let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
     println!("{:#?}", device.info());
     println!("{} bytes", device.capacity());

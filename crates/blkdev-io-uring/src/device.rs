@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use blkdev::{Caps, Context, Device, Info, Mapping, PAGE, Queue, Source};
+use blkdev::{Context, Device, Info, Mapping, PAGE, Queue, Source};
 use blkdev_ring::Ring;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -29,8 +29,9 @@ use crate::{
     status::Helper,
 };
 
-/// Which file or block device to open, and its settings.
+/// Which file or block device to open, and its settings. There may be more fields later.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// The file, opened for reading and writing unless [`read_only`](Self::read_only). For an open descriptor its mode counts:
     /// a read-only one needs `read_only`, and one with `O_DIRECT` is direct. Its file offset is not used, but changes.
@@ -124,30 +125,22 @@ impl IoUring {
             // The process that passed the descriptor holds it, too.
             None => Handle::shared(file),
         };
-        let info = Info {
-            driver: "io_uring",
-            target: name,
-            serial: target.serial.clone(),
-            queues_max: QUEUES_MAX,
-            depth_max: entries.clamp(1, 32768),
-            block_size: target.block_size,
-            preferred_block_size: target.preferred_block_size,
-            transfer_max: TRANSFER_MAX,
-            zero_max: u64::MAX,
-            discard_max: u64::MAX,
-            discard_alignment: target.discard_alignment,
-            timeout: None,
-            caps: Caps {
-                read_only,
-                rotational: target.rotational,
-                flush: !target.write_through,
-                fua: true,
-                zero: target.zero,
-                discard: target.discard,
-                status: target.status,
-                prefetch: !direct,
-            },
-        };
+        let mut info = Info::new("io_uring", name);
+        info.serial = target.serial.clone();
+        info.queues_max = QUEUES_MAX;
+        info.depth_max = entries.clamp(1, 32768);
+        info.block_size = target.block_size;
+        info.preferred_block_size = target.preferred_block_size;
+        info.transfer_max = TRANSFER_MAX;
+        info.discard_alignment = target.discard_alignment;
+        info.caps.read_only = read_only;
+        info.caps.rotational = target.rotational;
+        info.caps.flush = !target.write_through;
+        info.caps.fua = true;
+        info.caps.zero = target.zero;
+        info.caps.discard = target.discard;
+        info.caps.status = target.status;
+        info.caps.prefetch = !direct;
         let shared = Shared {
             handle,
             info,

@@ -8,7 +8,9 @@
 //! use blkdev::{Device, Plan};
 //! use blkdev_io_uring::{IoUring, Options};
 //!
-//! let disk = IoUring::open(Options { direct: true, ..Options::path("/var/lib/images/disk.img") })?;
+//! let mut options = Options::path("/var/lib/images/disk.img");
+//! options.direct = true;
+//! let disk = IoUring::open(options)?;
 //! let disk: Arc<dyn Device> = Arc::new(disk);
 //! let channels = Plan::default().open(&disk, 2)?; // one for each thread that works with it
 //! # std::io::Result::Ok(())

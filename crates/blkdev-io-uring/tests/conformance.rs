@@ -10,6 +10,12 @@ use common::{Loop, Scratch};
 
 const SIZE: u64 = 64 << 20;
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 fn open(options: Options) -> Arc<dyn Device> {
     Arc::new(IoUring::open(options).unwrap())
 }
@@ -23,7 +29,7 @@ fn a_file_through_the_page_cache() {
 #[test]
 fn a_file_past_the_page_cache() {
     let file = Scratch::on_disk(SIZE);
-    conformance::check(&open(Options { direct: true, ..Options::path(file.path()) }));
+    conformance::check(&open(with(Options::path(file.path()), |o| o.direct = true)));
 }
 
 #[test]
@@ -41,7 +47,7 @@ fn a_file_in_memory() {
 #[test]
 fn a_read_only_file() {
     let file = Scratch::on_disk(SIZE);
-    conformance::check_read_only(&open(Options { read_only: true, ..Options::path(file.path()) }));
+    conformance::check_read_only(&open(with(Options::path(file.path()), |o| o.read_only = true)));
 }
 
 #[test]
@@ -53,7 +59,7 @@ fn a_descriptor() {
 #[test]
 fn a_device_that_is_given_up() {
     let file = Scratch::on_disk(SIZE);
-    conformance::check_give_up(&open(Options { direct: true, ..Options::path(file.path()) }));
+    conformance::check_give_up(&open(with(Options::path(file.path()), |o| o.direct = true)));
 }
 
 #[test]
@@ -65,11 +71,11 @@ fn a_block_device_through_the_page_cache() {
 #[test]
 fn a_block_device_past_the_page_cache() {
     let Some(disk) = Loop::new(SIZE, 512) else { return };
-    conformance::check(&open(Options { direct: true, ..Options::path(disk.path()) }));
+    conformance::check(&open(with(Options::path(disk.path()), |o| o.direct = true)));
 }
 
 #[test]
 fn a_block_device_with_blocks_of_4096() {
     let Some(disk) = Loop::new(SIZE, 4096) else { return };
-    conformance::check(&open(Options { direct: true, ..Options::path(disk.path()) }));
+    conformance::check(&open(with(Options::path(disk.path()), |o| o.direct = true)));
 }

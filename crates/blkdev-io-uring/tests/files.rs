@@ -23,6 +23,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 /// A device with a queue and memory, for one request at a time.
 struct Rig {
     device: IoUring,
@@ -194,7 +200,7 @@ fn a_file_that_shrank_fails_reads_and_goes_on() {
     for direct in [false, true] {
         let file = Scratch::on_disk(MIB);
         fill(file.path(), 0, MIB);
-        let mut rig = Rig::new(Options { direct, ..Options::path(file.path()) });
+        let mut rig = Rig::new(with(Options::path(file.path()), |o| o.direct = direct));
         file.open().set_len(MIB / 2 + 100).unwrap();
         assert_eq!(rig.read(0, MIB as usize), Err(Error::Io));
         assert_eq!(rig.read(MIB - 4096, 4096), Err(Error::Io));
@@ -211,7 +217,7 @@ fn a_smaller_size_is_seen_when_asked() {
     assert_eq!(rig.device.capacity(), MIB + 7);
     // With block sizes above 1, only whole blocks count.
     let file = Scratch::on_disk(2 * MIB);
-    let rig = Rig::new(Options { direct: true, ..Options::path(file.path()) });
+    let rig = Rig::new(with(Options::path(file.path()), |o| o.direct = true));
     file.open().set_len(MIB + 7).unwrap();
     rig.device.refresh();
     assert_eq!(rig.device.capacity(), MIB);
@@ -245,7 +251,7 @@ fn another_file_of_the_same_name_is_noticed() {
 #[test]
 fn direct_access_refuses_an_end_that_it_cannot_reach() {
     let file = Scratch::on_disk(MIB + 100);
-    let direct = || Options { direct: true, ..Options::path(file.path()) };
+    let direct = || with(Options::path(file.path()), |o| o.direct = true);
     refused(
         direct(),
         &[&file.path().display().to_string(), "1048676 bytes", "leave out direct=true", "truncate --size=%"],
@@ -411,7 +417,7 @@ fn reads_outlive_the_thread_that_submitted_them() {
     let file = Scratch::on_disk(32 * MIB);
     fill(file.path(), 0, 32 * MIB);
     for direct in [false, true] {
-        let Rig { mut queue, mut arena, .. } = Rig::new(Options { direct, ..Options::path(file.path()) });
+        let Rig { mut queue, mut arena, .. } = Rig::new(with(Options::path(file.path()), |o| o.direct = direct));
         for _ in 0..10 {
             posix_fadvise(file.open(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
             queue = thread::scope(|scope| {
@@ -438,7 +444,7 @@ fn reads_outlive_the_thread_that_submitted_them() {
 #[test]
 fn a_full_queue_gives_the_request_back() {
     let file = Scratch::in_memory(MIB);
-    let Rig { device, queue, mut arena } = Rig::new(Options { entries: 3, ..Options::path(file.path()) });
+    let Rig { device, queue, mut arena } = Rig::new(with(Options::path(file.path()), |o| o.entries = 3));
     assert_eq!(device.info().depth_max, 3);
     drop(queue);
     let mut queue = device.open_queue(1000).unwrap();
@@ -473,7 +479,7 @@ fn a_loop_device_discards_into_its_file() {
     let Some(disk) = Loop::new(16 * MIB, 512) else { return };
     for direct in [false, true] {
         fill(disk.path(), 0, 16 * MIB);
-        let mut rig = Rig::new(Options { direct, ..Options::path(disk.path()) });
+        let mut rig = Rig::new(with(Options::path(disk.path()), |o| o.direct = direct));
         let info = rig.device.info();
         assert!(info.caps.discard && info.caps.zero && !info.caps.status, "{:?}", info.caps);
         assert_eq!((info.block_size, rig.device.capacity()), (512, 16 * MIB));
@@ -493,7 +499,7 @@ fn a_loop_device_discards_into_its_file() {
 fn read_only_takes_no_more_than_read_permission() {
     let file = Scratch::on_disk(MIB);
     fs::set_permissions(file.path(), fs::Permissions::from_mode(0o400)).unwrap();
-    let mut rig = Rig::new(Options { read_only: true, ..Options::path(file.path()) });
+    let mut rig = Rig::new(with(Options::path(file.path()), |o| o.read_only = true));
     let caps = rig.device.info().caps;
     assert!(caps.read_only && caps.status && !caps.zero && !caps.discard);
     assert_eq!(rig.read(0, 512).unwrap(), [0; 512]);
@@ -513,7 +519,7 @@ fn what_cannot_be_opened_says_what_to_do() {
     refused(Options::fd(open(OpenOptions::new().write(true))), &[&path, "writing only"]);
     refused(Options::fd(open(OpenOptions::new().read(true).append(true))), &[&path, "O_APPEND"]);
     refused(
-        Options { direct: true, ..Options::fd(open(OpenOptions::new().read(true).write(true))) },
+        with(Options::fd(open(OpenOptions::new().read(true).write(true))), |o| o.direct = true),
         &[&path, "O_DIRECT", "direct=true"],
     );
     let direct = open(OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT));
@@ -524,7 +530,7 @@ fn what_cannot_be_opened_says_what_to_do() {
 fn a_read_only_loop_device_names_the_remedy() {
     let Some(disk) = Loop::with(MIB, &["--read-only"]) else { return };
     refused(Options::path(disk.path()), &["read-only=true"]);
-    let device = IoUring::open(Options { read_only: true, ..Options::path(disk.path()) }).unwrap();
+    let device = IoUring::open(with(Options::path(disk.path()), |o| o.read_only = true)).unwrap();
     assert_eq!(device.capacity(), MIB);
 }
 
@@ -532,7 +538,7 @@ fn a_read_only_loop_device_names_the_remedy() {
 fn a_durable_write_is_one_request() {
     for direct in [false, true] {
         let file = Scratch::on_disk(MIB);
-        let mut rig = Rig::new(Options { direct, ..Options::path(file.path()) });
+        let mut rig = Rig::new(with(Options::path(file.path()), |o| o.direct = direct));
         assert!(rig.device.info().caps.fua && rig.device.info().caps.flush);
         let mut buf = rig.arena.alloc(4096).unwrap();
         buf.copy_from(0, &[9; 4096]);

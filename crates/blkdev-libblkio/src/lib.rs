@@ -35,7 +35,7 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Caps, Device, Info, Mapping, PAGE, Queue};
+use blkdev::{Device, Info, Mapping, PAGE, Queue};
 use blkio::{Blkio, Blkioq, Errno, MemoryRegion};
 
 use queue::Home;
@@ -189,31 +189,22 @@ fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Res
     // Back ends may report that they need no flush although they do (qemu-storage-daemon). If none is needed, libblkio's flush
     // is free.
     let flush = is_virtio || flag("flush-needed")?;
-    let info = Info {
-        driver: "libblkio",
-        target: format!("{driver} {target}"),
-        serial: String::new(),
-        queues_max: u16::try_from(queues.len()).unwrap_or(u16::MAX),
-        depth_max: depth_max.max(1),
-        block_size: small(block)?,
-        preferred_block_size: small(preferred)?,
-        transfer_max: small(transfer_max)?,
-        zero_max: if zero_max == 0 { u64::MAX } else { down(zero_max, block) },
-        discard_max: down(discard_max, unit),
-        discard_alignment: small(unit)?,
-        timeout: is_virtio.then_some(Duration::from_secs(60)),
-        caps: Caps {
-            read_only: flag("read-only")?,
-            rotational: false,
-            flush,
-            // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, as `Channel` does.
-            fua: is_io_uring || flag("supports-fua-natively")?,
-            zero: is_io_uring || down(zero_max, block) > 0,
-            discard: !is_io_uring && down(discard_max, unit) > 0,
-            status: false,
-            prefetch: false,
-        },
-    };
+    let mut info = Info::new("libblkio", format!("{driver} {target}"));
+    info.queues_max = u16::try_from(queues.len()).unwrap_or(u16::MAX);
+    info.depth_max = depth_max.max(1);
+    info.block_size = small(block)?;
+    info.preferred_block_size = small(preferred)?;
+    info.transfer_max = small(transfer_max)?;
+    info.zero_max = if zero_max == 0 { u64::MAX } else { down(zero_max, block) };
+    info.discard_max = down(discard_max, unit);
+    info.discard_alignment = small(unit)?;
+    info.timeout = is_virtio.then_some(Duration::from_secs(60));
+    info.caps.read_only = flag("read-only")?;
+    info.caps.flush = flush;
+    // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, as `Channel` does.
+    info.caps.fua = is_io_uring || flag("supports-fua-natively")?;
+    info.caps.zero = is_io_uring || down(zero_max, block) > 0;
+    info.caps.discard = !is_io_uring && down(discard_max, unit) > 0;
     let capacity = number("capacity")?;
     Ok((info, down(capacity, block)))
 }

@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use blkdev::{Caps, Error, Info, Op};
+use blkdev::{Error, Info, Op};
 
 use crate::spec::{self, BLOCKS_MAX, Command, Controller, Limits, Namespace, RANGES_MAX, Status};
 
@@ -85,29 +85,23 @@ impl Found {
 
         let preferred = namespace.npwg.map_or(block, |blocks| u64::from(blocks) * block);
         let read_only = shape.read_only || namespace.write_protected;
-        let info = Info {
-            driver: shape.driver,
-            target: shape.target,
-            serial: controller.serial.clone(),
-            queues_max: shape.queues,
-            depth_max: shape.depth,
-            block_size: block as u32,
-            // The preferred size, rounded down to a power of two.
-            preferred_block_size: 1 << preferred.clamp(block, 1 << 30).ilog2(),
-            transfer_max: shape.transfer_max,
-            zero_max,
-            discard_max: discard_max.max(unit),
-            discard_alignment: unit as u32,
-            timeout: shape.timeout,
-            caps: Caps {
-                read_only,
-                flush: controller.vwc & 1 != 0,
-                fua: true,
-                zero: controller.oncs & 1 << 3 != 0 && !read_only,
-                discard: controller.oncs & 1 << 2 != 0 && !read_only && discard_max > 0,
-                ..Caps::default()
-            },
-        };
+        let mut info = Info::new(shape.driver, shape.target);
+        info.serial = controller.serial.clone();
+        info.queues_max = shape.queues;
+        info.depth_max = shape.depth;
+        info.block_size = block as u32;
+        // The preferred size, rounded down to a power of two.
+        info.preferred_block_size = 1 << preferred.clamp(block, 1 << 30).ilog2();
+        info.transfer_max = shape.transfer_max;
+        info.zero_max = zero_max;
+        info.discard_max = discard_max.max(unit);
+        info.discard_alignment = unit as u32;
+        info.timeout = shape.timeout;
+        info.caps.read_only = read_only;
+        info.caps.flush = controller.vwc & 1 != 0;
+        info.caps.fua = true;
+        info.caps.zero = controller.oncs & 1 << 3 != 0 && !read_only;
+        info.caps.discard = controller.oncs & 1 << 2 != 0 && !read_only && discard_max > 0;
         let disk = Disk {
             nsid: *nsid,
             block_shift: namespace.block_shift,

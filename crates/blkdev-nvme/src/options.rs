@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-/// User settings of an NVMe controller.
+/// User settings of an NVMe controller. There may be more fields later.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// Namespace identifier; `None`: the first active namespace.
     pub nsid: Option<u32>,

@@ -25,8 +25,9 @@ use crate::{
     sys,
 };
 
-/// Settings for opening a namespace's character device.
+/// Settings for opening a namespace's character device. There may be more fields later.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct PassthroughOptions {
     /// The device's path or descriptor.
     pub source: Source,
@@ -49,13 +50,13 @@ pub struct PassthroughOptions {
 impl PassthroughOptions {
     /// The default options for the device at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            source: Source::Path(path.into()),
-            read_only: false,
-            entries: 128,
-            polled: false,
-            timeout: Some(Duration::from_secs(30)),
-        }
+        Self::from(Source::Path(path.into()))
+    }
+}
+
+impl From<Source> for PassthroughOptions {
+    fn from(source: Source) -> Self {
+        Self { source, read_only: false, entries: 128, polled: false, timeout: Some(Duration::from_secs(30)) }
     }
 }
 

@@ -16,6 +16,12 @@ use blkdev_vfio::{PciDevice, Vfio};
 /// Serialises the tests: a controller has one user at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
+/// The options with a change.
+fn with<T>(mut options: T, change: impl FnOnce(&mut T)) -> T {
+    change(&mut options);
+    options
+}
+
 fn controller() -> Option<(String, MutexGuard<'static, ()>)> {
     match env::var("NBDBLK_NVME") {
         Ok(address) => Some((address, ONE.lock().unwrap_or_else(PoisonError::into_inner))),
@@ -36,7 +42,7 @@ fn open(address: &str, nsid: Option<u32>, options: &Options) -> Arc<dyn Device> 
 
 /// Set `NBDBLK_NO_IOMMU` on a machine without an IOMMU.
 fn how() -> VfioOptions {
-    VfioOptions { no_iommu: env::var_os("NBDBLK_NO_IOMMU").is_some() }
+    with(VfioOptions::default(), |o| o.no_iommu = env::var_os("NBDBLK_NO_IOMMU").is_some())
 }
 
 /// The active namespaces, parsed from the error for a missing one.
@@ -69,14 +75,14 @@ fn every_namespace_conforms() {
 #[test]
 fn small_queues_conform() {
     let Some((address, _one)) = controller() else { return };
-    let options = Options { queues: Some(1), queue_size: 4, ..Options::default() };
+    let options = with(Options::default(), |o| (o.queues, o.queue_size) = (Some(1), 4));
     conformance::check(&open(&address, None, &options));
 }
 
 #[test]
 fn read_only_conforms() {
     let Some((address, _one)) = controller() else { return };
-    conformance::check_read_only(&open(&address, None, &Options { read_only: true, ..Options::default() }));
+    conformance::check_read_only(&open(&address, None, &with(Options::default(), |o| o.read_only = true)));
 }
 
 #[test]
@@ -218,7 +224,7 @@ fn passthrough_conforms() {
         let started = Instant::now();
         conformance::check(&device);
         println!("{path}: {} bytes, {:?}: conforms, in {:?}", device.capacity(), device.info(), started.elapsed());
-        let read_only = PassthroughOptions { read_only: true, ..PassthroughOptions::new(&path) };
+        let read_only = with(PassthroughOptions::new(&path), |o| o.read_only = true);
         conformance::check_read_only(&(Arc::new(Passthrough::open(read_only).unwrap()) as _));
         conformance::check_give_up(&device);
     }
@@ -232,7 +238,7 @@ fn passthrough_conforms_polled() {
         return;
     }
     for path in namespaces_of_the_kernel() {
-        let polled = PassthroughOptions { polled: true, ..PassthroughOptions::new(&path) };
+        let polled = with(PassthroughOptions::new(&path), |o| o.polled = true);
         conformance::check(&(Arc::new(Passthrough::open(polled).unwrap()) as _));
         println!("{path}: conforms with polled queues");
     }
@@ -256,8 +262,8 @@ fn what_cannot_be_opened_is_explained() {
         let e = Nvme::open_vfio(&target, &how(), &options).unwrap_err().to_string();
         assert!(e.contains(part), "{e}");
     };
-    refuse(Options { queues: Some(1000), ..Options::default() }, "1000 queues requested, but the device has");
-    refuse(Options { queue_size: 1, ..Options::default() }, "queue size 1");
+    refuse(with(Options::default(), |o| o.queues = Some(1000)), "1000 queues requested, but the device has");
+    refuse(with(Options::default(), |o| o.queue_size = 1), "queue size 1");
     let _first = open(&address, None, &Options::default());
     refuse(Options::default(), "another process uses the device");
 }

@@ -19,6 +19,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const MIB: u64 = 1 << 20;
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
     let model = Model::new(spec);
     let device = Nvme::open(Arc::clone(&model) as _, options).unwrap();
@@ -50,7 +56,7 @@ fn conforms_with_long_lists_and_short_ranges() {
 
 #[test]
 fn conforms_with_large_pages_and_one_small_queue() {
-    let options = Options { queue_size: 3, ..Options::default() };
+    let options = with(Options::default(), |o| o.queue_size = 3);
     conforms(Spec { page_shift: 16, mdts: 1, queues: 1, ..Spec::new(32 * MIB).block_shift(16) }, &options);
 }
 
@@ -70,14 +76,14 @@ fn conforms_with_a_reset_in_between() {
 fn conforms_read_only() {
     let (_, device) = open(Spec { write_protected: true, ..Spec::new(32 * MIB) }, &Options::default());
     conformance::check_read_only(&device);
-    let (_, device) = open(Spec::new(32 * MIB), &Options { read_only: true, ..Options::default() });
+    let (_, device) = open(Spec::new(32 * MIB), &with(Options::default(), |o| o.read_only = true));
     conformance::check_read_only(&device);
 }
 
 #[test]
 fn info_tells_what_the_controller_told() {
     let spec = Spec { nsid: 7, range_max: 1000, ..Spec::new(MIB) };
-    let (_, device) = open(spec, &Options { queue_size: 64, ..Options::default() });
+    let (_, device) = open(spec, &with(Options::default(), |o| o.queue_size = 64));
     let info = device.info();
     assert_eq!((info.serial.as_str(), info.target.as_str()), (SERIAL, "model/7"));
     assert_eq!((info.queues_max, info.depth_max), (4, 63));
@@ -98,11 +104,11 @@ fn what_cannot_be_driven_is_refused() {
     let options = Options::default;
     refuse(Spec { metadata: 8, ..Spec::new(MIB) }, options(), "8 bytes of metadata");
     refuse(Spec::new(0), options(), "no namespace 1");
-    refuse(Spec::new(MIB), Options { nsid: Some(2), ..options() }, "no namespace 2; active are: 1");
+    refuse(Spec::new(MIB), with(options(), |o| o.nsid = Some(2)), "no namespace 2; active are: 1");
     refuse(Spec::new(MIB).block_shift(8), options(), "blocks of 2^8");
-    refuse(Spec::new(MIB), Options { queue_size: 1025, ..options() }, "queue size 1025");
-    refuse(Spec::new(MIB), Options { queues: Some(5), ..options() }, "the device has 4");
-    refuse(Spec::new(MIB), Options { queues: Some(0), ..options() }, "0 queues");
+    refuse(Spec::new(MIB), with(options(), |o| o.queue_size = 1025), "queue size 1025");
+    refuse(Spec::new(MIB), with(options(), |o| o.queues = Some(5)), "the device has 4");
+    refuse(Spec::new(MIB), with(options(), |o| o.queues = Some(0)), "0 queues");
     refuse(Spec { queues: 0, ..Spec::new(MIB) }, options(), "1 MSI-X vectors");
 }
 
@@ -144,11 +150,13 @@ fn doorbells_far_apart_are_found() {
 fn survives(spec: &Spec, seed: u64) -> bool {
     let started = Instant::now();
     let model = Model::new(Spec { noise: Some(seed), ..spec.clone() });
-    let options = Options { timeout: Some(Duration::from_millis(40)), ..Options::default() };
+    let options = with(Options::default(), |o| o.timeout = Some(Duration::from_millis(40)));
     let opened = match Nvme::open(Arc::clone(&model) as _, &options) {
         Ok(device) => {
             let device: Arc<dyn Device> = Arc::new(device);
-            if let Ok(mut channels) = (Plan { memory: MIB as usize, depth: 32, ..Plan::default() }).open(&device, 1) {
+            let mut plan = Plan::new(MIB as usize);
+            plan.depth = 32;
+            if let Ok(mut channels) = plan.open(&device, 1) {
                 let (mut channel, mut rng, mut done) = (channels.remove(0), Rng::new(seed), Vec::new());
                 for tag in 0..24 {
                     let len = 1 + rng.below(256 << 10).min(device.capacity() - 1);
@@ -344,7 +352,7 @@ impl Rig {
 }
 
 fn quick() -> Options {
-    Options { timeout: Some(Duration::from_millis(800)), ..Options::default() }
+    with(Options::default(), |o| o.timeout = Some(Duration::from_millis(800)))
 }
 
 #[test]
@@ -596,7 +604,7 @@ impl Stall {
 #[test]
 fn a_slow_controller_that_completes_something_is_left_alone() {
     let pace = Duration::from_millis(100);
-    let options = Options { timeout: Some(Duration::from_secs(2)), ..Options::default() };
+    let options = with(Options::default(), |o| o.timeout = Some(Duration::from_secs(2)));
     let mut rig = rig(Spec::new(MIB).fault(Fault::Slow(pace), 0), &options);
     rig.writes();
     let started = Instant::now();
@@ -618,7 +626,7 @@ fn a_slow_controller_that_completes_something_is_left_alone() {
 
 #[test]
 fn a_queue_of_a_slow_controller_is_dropped_without_an_end_of_the_device() {
-    let options = Options { timeout: Some(Duration::from_secs(2)), ..Options::default() };
+    let options = with(Options::default(), |o| o.timeout = Some(Duration::from_secs(2)));
     let mut rig = rig(Spec::new(MIB).fault(Fault::Slow(Duration::from_millis(100)), 0), &options);
     let before = rig.model.mappings();
     rig.writes();
@@ -630,7 +638,7 @@ fn a_queue_of_a_slow_controller_is_dropped_without_an_end_of_the_device() {
 #[test]
 fn a_command_that_is_lost_while_others_complete_is_aborted_alone_and_late() {
     let timeout = Duration::from_millis(800);
-    let options = Options { timeout: Some(timeout), ..Options::default() };
+    let options = with(Options::default(), |o| o.timeout = Some(timeout));
     let mut rig = rig(Spec::new(MIB).fault(Fault::SlowLost(Duration::from_millis(5)), 0), &options);
     let started = Instant::now();
     let (mut failed, mut sent, mut done, mut stall) = (Vec::new(), 0, Vec::new(), Stall::new());

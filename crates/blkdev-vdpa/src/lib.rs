@@ -37,8 +37,9 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// Which device to open, and its settings.
+/// Which device to open, and its settings. There may be more fields later.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// The character device, `/dev/vhost-vdpa-0`, or a descriptor that was opened for reading and writing.
     pub source: Source,
@@ -118,17 +119,14 @@ impl Vdpa {
             Source::Fd(fd) => (fd, None),
         };
         let control = Control::open(fd, target.clone()).map_err(named)?;
-        let device = VirtioBlk::open(
-            control,
-            &blkdev_virtio::Options {
-                queues: options.num_queues,
-                queue_size: options.queue_size,
-                ring: options.ring,
-                write_cache: options.write_cache,
-                read_only: options.read_only,
-                timeout: Some(options.request_timeout),
-            },
-        )?;
+        let mut virtio = blkdev_virtio::Options::default();
+        virtio.queues = options.num_queues;
+        virtio.queue_size = options.queue_size;
+        virtio.ring = options.ring;
+        virtio.write_cache = options.write_cache;
+        virtio.read_only = options.read_only;
+        virtio.timeout = Some(options.request_timeout);
+        let device = VirtioBlk::open(control, &virtio)?;
         Ok(Self { device, name })
     }
 }

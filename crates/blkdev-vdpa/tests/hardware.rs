@@ -9,6 +9,12 @@ use blkdev_vdpa::{Format, Options, Source, Vdpa};
 /// Serialises the tests: a device has one user at a time.
 static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 fn each(test: &str, check: impl Fn(&Path)) {
     let _one = ONE.lock();
     for name in ["NBDBLK_VDPA", "NBDBLK_VDPA_PCI"] {
@@ -30,12 +36,9 @@ fn conforms_with_all_queues_and_again_with_one() {
     each("conformance", |path| {
         conforms(Options::new(Source::Path(path.into())));
         let fd = OpenOptions::new().read(true).write(true).open(path).unwrap();
-        conforms(Options {
-            num_queues: Some(1),
-            queue_size: 64,
-            ring: Some(Format::Split),
-            ..Options::new(Source::Fd(fd.into()))
-        });
+        conforms(with(Options::new(Source::Fd(fd.into())), |o| {
+            (o.num_queues, o.queue_size, o.ring) = (Some(1), 64, Some(Format::Split));
+        }));
     });
 }
 

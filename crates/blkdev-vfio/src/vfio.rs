@@ -29,8 +29,9 @@ use crate::{
     translation::Translation,
 };
 
-/// Settings for opening a device.
+/// Settings for opening a device. There may be more fields later.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct Options {
     /// Use a device without an IOMMU. Such a device can write to all of the machine's memory, so this must be requested
     /// explicitly. It needs root, huge pages, and the kernel's permission (`vfio.enable_unsafe_noiommu_mode`). Default: no.

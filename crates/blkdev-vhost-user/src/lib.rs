@@ -37,8 +37,9 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// Which back end to connect to, and its settings.
+/// Which back end to connect to, and its settings. There may be more fields later.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// Path of the back end's socket, at most 107 bytes.
     pub path: PathBuf,
@@ -115,17 +116,14 @@ impl VhostUser {
         let (timeout, huge_pages) = (options.connect_timeout, options.huge_pages);
         let control = Control::negotiate(stream, target.clone(), name, left, timeout, huge_pages);
         let control = control.map_err(named)?;
-        let device = VirtioBlk::open(
-            control,
-            &blkdev_virtio::Options {
-                queues: options.num_queues,
-                queue_size: options.queue_size,
-                ring: options.ring,
-                write_cache: options.write_cache,
-                read_only: options.read_only,
-                timeout: Some(options.request_timeout),
-            },
-        )?;
+        let mut virtio = blkdev_virtio::Options::default();
+        virtio.queues = options.num_queues;
+        virtio.queue_size = options.queue_size;
+        virtio.ring = options.ring;
+        virtio.write_cache = options.write_cache;
+        virtio.read_only = options.read_only;
+        virtio.timeout = Some(options.request_timeout);
+        let device = VirtioBlk::open(control, &virtio)?;
         device.transport().established()?;
         Ok(Self { device })
     }

@@ -41,13 +41,21 @@ const GET_CONFIG: u32 = 24;
 const ADD_MEM_REG: u32 = 37;
 const REM_MEM_REG: u32 = 38;
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 fn backend(quirks: Quirks) -> Backend {
     Backend::new(Model::new(Spec::new(MIB)), quirks)
 }
 
 fn short(backend: &Backend) -> Options {
     let connect_timeout = Duration::from_secs(3);
-    Options { connect_timeout, request_timeout: Duration::from_secs(2), ..Options::new(&backend.socket) }
+    with(Options::new(&backend.socket), |o| {
+        (o.connect_timeout, o.request_timeout) = (connect_timeout, Duration::from_secs(2));
+    })
 }
 
 /// Runs `act` in its own thread, and panics if it does not return: a blocked thread cannot fail a test.
@@ -457,7 +465,7 @@ fn what_is_no_vhost_user_back_end() {
                 let _ = stream.read_to_end(&mut Vec::new());
             }
         });
-        let options = Options { connect_timeout: Duration::from_secs(20), ..Options::new(&path) };
+        let options = with(Options::new(&path), |o| o.connect_timeout = Duration::from_secs(20));
         let begin = Instant::now();
         let e = VhostUser::connect(&options).unwrap_err();
         let is_closed = e.to_string().contains("it closed the connection");

@@ -28,8 +28,9 @@ pub use blkdev_virtio::{Format, WriteCache};
 
 use control::Control;
 
-/// Which device to open, and its settings.
+/// Which device to open, and its settings. There may be more fields later.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// The device's PCI address (`0000:00:07.0`) or its path in sysfs.
     pub address: String,
@@ -95,17 +96,14 @@ impl VirtioPci {
     /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn drive(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
         let control = Control::open(pci, options.vectors).map_err(|e| named(&options.address, e))?;
-        let device = VirtioBlk::open(
-            control,
-            &blkdev_virtio::Options {
-                queues: options.num_queues,
-                queue_size: options.queue_size,
-                ring: options.ring,
-                write_cache: options.write_cache,
-                read_only: options.read_only,
-                timeout: Some(options.request_timeout),
-            },
-        )?;
+        let mut virtio = blkdev_virtio::Options::default();
+        virtio.queues = options.num_queues;
+        virtio.queue_size = options.queue_size;
+        virtio.ring = options.ring;
+        virtio.write_cache = options.write_cache;
+        virtio.read_only = options.read_only;
+        virtio.timeout = Some(options.request_timeout);
+        let device = VirtioBlk::open(control, &virtio)?;
         Ok(Self { device })
     }
 }

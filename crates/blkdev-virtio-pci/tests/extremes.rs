@@ -186,7 +186,8 @@ fn device(random: &mut Random, odd: bool) -> Odd {
 }
 
 fn open(device: Odd) -> String {
-    let options = Options { request_timeout: Duration::from_millis(1), ..Options::new("0000:00:00.0") };
+    let mut options = Options::new("0000:00:00.0");
+    options.request_timeout = Duration::from_millis(1);
     match VirtioPci::drive(Arc::new(device), &options) {
         Ok(device) => format!("{} bytes", device.capacity()),
         Err(e) => e.to_string(),

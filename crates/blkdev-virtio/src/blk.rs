@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blkdev::{Caps, Context, Device, Info, Mapping, Request};
+use blkdev::{Context, Device, Info, Mapping, Request};
 use virtio_bindings::{
     virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
     virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
@@ -114,27 +114,20 @@ impl<T: Transport> VirtioBlk<T> {
         transport.register(&rings)?;
 
         let read_only = options.read_only || config.read_only;
-        let info = Info {
-            driver: transport.driver(),
-            target: transport.target().to_owned(),
-            serial: String::new(),
-            queues_max: queues,
-            depth_max: layout.slots(),
-            block_size: config.block_size,
-            preferred_block_size: config.preferred_block_size,
-            transfer_max: config.transfer_max,
-            zero_max: config.zero_max.unwrap_or(u64::from(config.block_size)),
-            discard_max: config.discard_max.unwrap_or(u64::from(config.discard_alignment)),
-            discard_alignment: config.discard_alignment,
-            timeout: options.timeout,
-            caps: Caps {
-                read_only,
-                flush: config.flush,
-                zero: config.zero_max.is_some() && !read_only,
-                discard: config.discard_max.is_some() && !read_only,
-                ..Caps::default()
-            },
-        };
+        let mut info = Info::new(transport.driver(), transport.target().to_owned());
+        info.queues_max = queues;
+        info.depth_max = layout.slots();
+        info.block_size = config.block_size;
+        info.preferred_block_size = config.preferred_block_size;
+        info.transfer_max = config.transfer_max;
+        info.zero_max = config.zero_max.unwrap_or(u64::from(config.block_size));
+        info.discard_max = config.discard_max.unwrap_or(u64::from(config.discard_alignment));
+        info.discard_alignment = config.discard_alignment;
+        info.timeout = options.timeout;
+        info.caps.read_only = read_only;
+        info.caps.flush = config.flush;
+        info.caps.zero = config.zero_max.is_some() && !read_only;
+        info.caps.discard = config.discard_max.is_some() && !read_only;
         let life = Arc::clone(transport.life());
         let mut core = Core {
             transport,

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use crate::transport::Format;
 
-/// User settings of a virtio-blk device.
+/// User settings of a virtio-blk device. There may be more fields later.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
     pub queues: Option<u16>,

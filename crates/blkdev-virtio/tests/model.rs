@@ -22,6 +22,12 @@ const VERSION_1: u32 = 32;
 const MULTIQUEUE: u32 = 12;
 const CONFIG_WCE: u32 = 11;
 
+/// The options with a change.
+fn with(mut options: Options, change: impl FnOnce(&mut Options)) -> Options {
+    change(&mut options);
+    options
+}
+
 fn open(spec: Spec, options: &Options) -> (Arc<Model>, Arc<dyn Device>) {
     let model = Model::new(spec);
     let device = VirtioBlk::open(Local::new(&model), options).unwrap();
@@ -78,7 +84,7 @@ fn conforms_without_event_index() {
 
 #[test]
 fn conforms_with_a_plain_ring_of_eight() {
-    let options = Options { queue_size: 8, ..Options::default() };
+    let options = with(Options::default(), |o| o.queue_size = 8);
     conforms(Spec::new(32 * MIB).without(INDIRECT).without(EVENT_IDX), &options);
 }
 
@@ -94,9 +100,9 @@ fn conforms_with_queues_that_run_for_good() {
 
 #[test]
 fn a_format_can_be_chosen() {
-    let (_, device) = open(Spec::new(32 * MIB).packed(), &Options { ring: Some(Format::Split), ..Options::default() });
+    let (_, device) = open(Spec::new(32 * MIB).packed(), &with(Options::default(), |o| o.ring = Some(Format::Split)));
     conformance::check(&device);
-    let options = Options { ring: Some(Format::Packed), ..Options::default() };
+    let options = with(Options::default(), |o| o.ring = Some(Format::Packed));
     open(Spec::new(MIB).packed(), &options);
     let e = VirtioBlk::open(Local::new(&Model::new(Spec::new(MIB))), &options).unwrap_err().to_string();
     assert!(e.contains("VIRTIO_F_RING_PACKED"), "{e}");
@@ -169,7 +175,7 @@ fn memory_is_forgotten_when_it_is_unregistered() {
 #[test]
 fn the_write_cache_can_be_switched() {
     let mode = |model: &Model| model.config()[32];
-    let with = |write_cache| Options { write_cache, ..Options::default() };
+    let with = |write_cache| with(Options::default(), |o| o.write_cache = write_cache);
     let (model, _) = open(Spec::new(MIB), &with(None));
     assert_eq!(mode(&model), 1, "left alone");
     for (cache, byte) in [(WriteCache::Writethrough, 0), (WriteCache::Writeback, 1)] {
@@ -234,13 +240,13 @@ fn conforms_without_used_lengths() {
 fn conforms_read_only() {
     let (_, device) = open(Spec::new(32 * MIB).read_only(), &Options::default());
     conformance::check_read_only(&device);
-    let (_, device) = open(Spec::new(32 * MIB), &Options { read_only: true, ..Options::default() });
+    let (_, device) = open(Spec::new(32 * MIB), &with(Options::default(), |o| o.read_only = true));
     conformance::check_read_only(&device);
 }
 
 #[test]
 fn info_tells_the_limits() {
-    let (_, device) = open(Spec::new(MIB).segments(4096, 100), &Options { queue_size: 64, ..Options::default() });
+    let (_, device) = open(Spec::new(MIB).segments(4096, 100), &with(Options::default(), |o| o.queue_size = 64));
     let info = device.info();
     assert_eq!((info.serial.as_str(), info.queues_max, info.depth_max), (SERIAL, 4, 64));
     assert_eq!((info.transfer_max, info.zero_max, info.discard_max), (62 * 4096, 4096 * 512, 8192 * 512));
@@ -258,16 +264,16 @@ fn what_cannot_be_driven_is_refused() {
     refuse(Spec::new(MIB).without(VERSION_1), options(), "older than virtio 1.0");
     refuse(Spec::new(MIB).field(20, 100), options(), "block size 100");
     refuse(Spec::new(MIB).segments(1, 1), options(), "too little");
-    refuse(Spec::new(MIB), Options { queue_size: 100, ..options() }, "queue size 100");
-    refuse(Spec::new(MIB), Options { queues: Some(5), ..options() }, "the device has 4");
-    refuse(Spec::new(MIB), Options { queues: Some(0), ..options() }, "0 queues");
+    refuse(Spec::new(MIB), with(options(), |o| o.queue_size = 100), "queue size 100");
+    refuse(Spec::new(MIB), with(options(), |o| o.queues = Some(5)), "the device has 4");
+    refuse(Spec::new(MIB), with(options(), |o| o.queues = Some(0)), "0 queues");
     let timeout = Some(Duration::from_millis(200));
-    refuse(Spec::new(MIB).fault(Fault::Silent, 0), Options { timeout, ..options() }, "does not answer");
+    refuse(Spec::new(MIB).fault(Fault::Silent, 0), with(options(), |o| o.timeout = timeout), "does not answer");
     for fault in [Fault::WrongId, Fault::SameIdTwice, Fault::IndexJump, Fault::LengthTooLong] {
-        refuse(Spec::new(MIB).fault(fault, 0), Options { timeout, ..options() }, "used");
+        refuse(Spec::new(MIB).fault(fault, 0), with(options(), |o| o.timeout = timeout), "used");
     }
     for fault in [Fault::WrongId, Fault::LengthTooLong] {
-        refuse(Spec::new(MIB).packed().fault(fault, 0), Options { timeout, ..options() }, "used");
+        refuse(Spec::new(MIB).packed().fault(fault, 0), with(options(), |o| o.timeout = timeout), "used");
     }
 }
 
@@ -414,7 +420,7 @@ fn a_full_queue_gives_the_request_back() {
 
 #[test]
 fn queues_are_counted_and_reused() {
-    let options = Options { queues: Some(2), ..Options::default() };
+    let options = with(Options::default(), |o| o.queues = Some(2));
     let (split, packed) = (Spec::new(MIB), Spec::new(MIB).packed());
     for device in [
         open(split.clone(), &options).1,

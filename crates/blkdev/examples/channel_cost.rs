@@ -17,7 +17,9 @@ const LEN: u64 = 4096;
 fn main() -> io::Result<()> {
     let batches: u64 = std::env::args().nth(1).and_then(|word| word.parse().ok()).unwrap_or(1000);
     let device: Arc<dyn Device> = Arc::new(Null::new(1 << 30));
-    let mut channel = Plan { memory: 1 << 20, depth: 64, ..Plan::default() }.open(&device, 1)?.remove(0);
+    let mut plan = Plan::new(1 << 20);
+    plan.depth = 64;
+    let mut channel = plan.open(&device, 1)?.remove(0);
     let mut done = Vec::with_capacity(64);
     for _ in 0..batches {
         count_submit(&mut channel);

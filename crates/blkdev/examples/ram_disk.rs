@@ -12,7 +12,9 @@ fn main() -> io::Result<()> {
     // Blocks of 512 bytes, as most disks have; the channel takes care of what is shorter.
     let disk = Memory::new(1 << 30).with(|info| info.block_size = 512);
     let device: Arc<dyn Device> = Arc::new(disk);
-    let mut channel = Plan { memory: 1 << 20, depth: 64, ..Plan::default() }.open(&device, 1)?.remove(0);
+    let mut plan = Plan::new(1 << 20);
+    plan.depth = 64;
+    let mut channel = plan.open(&device, 1)?.remove(0);
 
     let (at, text) = (1000, b"what goes in comes out");
     let mut buf = channel.alloc(at, text.len()).ok_or(io::ErrorKind::OutOfMemory)?;

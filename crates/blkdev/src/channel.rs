@@ -26,8 +26,9 @@ use crate::{
     slots::{Kind, Overdue, Slot, Slots},
 };
 
-/// Parameters for opening channels.
+/// Parameters for opening channels. There may be more fields later.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Plan {
     /// Payload memory of each channel, in bytes: the most that its requests can hold at a time. The channel maps some 128 KiB and
     /// two blocks in addition for its own use.
@@ -45,6 +46,11 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// The default plan with `memory` bytes of payload memory for each channel.
+    pub fn new(memory: usize) -> Self {
+        Self { memory, ..Self::default() }
+    }
+
     /// Opens `count` channels, each with its own queue, and with memory that is registered with the device.
     ///
     /// # Errors

@@ -185,8 +185,9 @@ impl Op {
     }
 }
 
-/// Limits and capabilities of a device.
+/// Limits and capabilities of a device. A driver starts with [`Info::new`]. There may be more fields later.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Info {
     /// The driver's short name, `"vhost-user"`.
     pub driver: &'static str,
@@ -238,8 +239,10 @@ impl Info {
     }
 }
 
-/// Capabilities of a device. [`Channel`](crate::Channel) emulates the others where possible.
+/// Capabilities of a device. [`Channel`](crate::Channel) emulates the others where possible. There may be more
+/// fields later.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Caps {
     /// Nothing can be written.
     pub read_only: bool,

@@ -75,7 +75,8 @@ impl Server {
             }
         }
         let workers: Arc<[Handle]> = workers.into();
-        let plan = Plan { memory: limits.memory, reserve: limits.memory / RESERVE, depth: limits.depth };
+        let mut plan = Plan::new(limits.memory);
+        (plan.reserve, plan.depth) = (limits.memory / RESERVE, limits.depth);
         let roster = Roster::new(
             Arc::clone(&workers),
             plan,

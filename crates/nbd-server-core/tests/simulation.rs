@@ -24,6 +24,12 @@ use nbd_proto::{
 };
 use nbd_server_core::{Connections, Export, Exports, Fed, Grant, Peer, Progress, Session, Turns};
 
+fn plan(memory: usize, reserve: usize, depth: u16) -> Plan {
+    let mut plan = Plan::new(memory);
+    (plan.reserve, plan.depth) = (reserve, depth);
+    plan
+}
+
 #[test]
 fn orderly_devices() {
     run_seeds(0..3000, |_, _| {});
@@ -106,7 +112,7 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
         let mut world = World::new(seed, |_, _| {});
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
         let depth = world.rng.range(1, 32) as u16;
-        world.floor.channels = Plan { memory: 1 << 20, reserve: 128 << 10, depth }.open(&device, 1).unwrap();
+        world.floor.channels = plan(1 << 20, 128 << 10, depth).open(&device, 1).unwrap();
         let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         let count = world.rng.range(1, 60) as usize;
         world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
@@ -297,11 +303,7 @@ impl World {
         }
         let device = Arc::new(Fault::new(memory, faults));
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
-        let plan = Plan {
-            memory: *rng.pick(&[64 << 10, 256 << 10]),
-            reserve: *rng.pick(&[0, 8 << 10]),
-            depth: rng.range(1, 32) as u16,
-        };
+        let plan = plan(*rng.pick(&[64 << 10, 256 << 10]), *rng.pick(&[0, 8 << 10]), rng.range(1, 32) as u16);
         let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
         let export = export(dynamic, rng.chance(0.1));
         let exports = Exports::new(vec![export], 1 << 20).unwrap();
@@ -322,7 +324,7 @@ impl World {
     fn crowd(seed: u64, count: usize) -> Self {
         let mut world = Self::new(seed, |_, _| {});
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
-        let plan = Plan { memory: 1 << 20, reserve: 128 << 10, depth: 32 };
+        let plan = plan(1 << 20, 128 << 10, 32);
         world.floor.channels = plan.open(&device, 1).unwrap();
         let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();

@@ -42,13 +42,11 @@ pub(crate) const DRIVER: Driver = Driver {
     open: |settings| {
         let source = source(settings)?;
         format::warn(&source);
-        let options = blkdev_io_uring::Options {
-            source,
-            direct: settings.bool("direct"),
-            read_only: settings.bool("read-only"),
-            entries: u16_of(settings, "num-entries").expect("num-entries has a default"),
-            force_share: settings.bool("force-share"),
-        };
+        let mut options = blkdev_io_uring::Options::from(source);
+        options.direct = settings.bool("direct");
+        options.read_only = settings.bool("read-only");
+        options.entries = u16_of(settings, "num-entries").expect("num-entries has a default");
+        options.force_share = settings.bool("force-share");
         narrow(Arc::new(blkdev_io_uring::IoUring::open(options)?), u16_of(settings, "num-queues"))
     },
 };

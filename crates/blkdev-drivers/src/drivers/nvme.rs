@@ -49,14 +49,13 @@ pub(crate) const DRIVER: Driver = Driver {
     ],
     open: |settings| {
         let target = settings.needed("path")?.parse()?;
-        let how = blkdev_nvme::VfioOptions { no_iommu: settings.bool("no-iommu") };
-        let options = blkdev_nvme::Options {
-            nsid: None,
-            read_only: settings.bool("read-only"),
-            queues: u16_of(settings, "num-queues"),
-            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
-            timeout: Some(settings.time("request-timeout")),
-        };
+        let mut how = blkdev_nvme::VfioOptions::default();
+        how.no_iommu = settings.bool("no-iommu");
+        let mut options = blkdev_nvme::Options::default();
+        options.read_only = settings.bool("read-only");
+        options.queues = u16_of(settings, "num-queues");
+        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
+        options.timeout = Some(settings.time("request-timeout"));
         Ok(Arc::new(blkdev_nvme::Nvme::open_vfio(&target, &how, &options)?))
     },
 };

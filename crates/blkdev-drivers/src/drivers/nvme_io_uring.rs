@@ -40,13 +40,11 @@ pub(crate) const DRIVER: Driver = Driver {
     ],
     open: |settings| {
         let source = source(settings)?;
-        let options = blkdev_nvme::PassthroughOptions {
-            source,
-            read_only: settings.bool("read-only"),
-            entries: u16_of(settings, "num-entries").expect("num-entries has a default"),
-            polled: settings.bool("polled"),
-            timeout: Some(settings.time("request-timeout")),
-        };
+        let mut options = blkdev_nvme::PassthroughOptions::from(source);
+        options.read_only = settings.bool("read-only");
+        options.entries = u16_of(settings, "num-entries").expect("num-entries has a default");
+        options.polled = settings.bool("polled");
+        options.timeout = Some(settings.time("request-timeout"));
         narrow(Arc::new(blkdev_nvme::Passthrough::open(options)?), u16_of(settings, "num-queues"))
     },
 };

@@ -36,15 +36,13 @@ pub(crate) const DRIVER: Driver = Driver {
     ],
     open: |settings| {
         let source = source(settings)?;
-        let options = blkdev_vdpa::Options {
-            source,
-            read_only: settings.bool("read-only"),
-            num_queues: u16_of(settings, "num-queues"),
-            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
-            ring: ring(settings),
-            write_cache: write_cache(settings),
-            request_timeout: settings.time("request-timeout"),
-        };
+        let mut options = blkdev_vdpa::Options::new(source);
+        options.read_only = settings.bool("read-only");
+        options.num_queues = u16_of(settings, "num-queues");
+        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
+        options.ring = ring(settings);
+        options.write_cache = write_cache(settings);
+        options.request_timeout = settings.time("request-timeout");
         Ok(Arc::new(blkdev_vdpa::Vdpa::open(options)?))
     },
 };

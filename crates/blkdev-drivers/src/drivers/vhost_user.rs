@@ -47,17 +47,16 @@ pub(crate) const DRIVER: Driver = Driver {
         may_pin_mem_regions("true"),
     ],
     open: |settings| {
-        let options = blkdev_vhost_user::Options {
-            path: settings.path("path").ok_or_else(|| settings.missing("path"))?,
-            read_only: settings.bool("read-only"),
-            num_queues: u16_of(settings, "num-queues"),
-            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
-            connect_timeout: settings.time("connect-timeout"),
-            request_timeout: settings.time("request-timeout"),
-            ring: ring(settings),
-            write_cache: write_cache(settings),
-            huge_pages: settings.bool("huge-pages"),
-        };
+        let mut options =
+            blkdev_vhost_user::Options::new(settings.path("path").ok_or_else(|| settings.missing("path"))?);
+        options.read_only = settings.bool("read-only");
+        options.num_queues = u16_of(settings, "num-queues");
+        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
+        options.connect_timeout = settings.time("connect-timeout");
+        options.request_timeout = settings.time("request-timeout");
+        options.ring = ring(settings);
+        options.write_cache = write_cache(settings);
+        options.huge_pages = settings.bool("huge-pages");
         Ok(Arc::new(blkdev_vhost_user::VhostUser::connect(&options)?))
     },
 };

@@ -41,16 +41,14 @@ pub(crate) const DRIVER: Driver = Driver {
         may_pin_mem_regions("true"),
     ],
     open: |settings| {
-        let options = blkdev_virtio_pci::Options {
-            address: settings.needed("path")?,
-            read_only: settings.bool("read-only"),
-            num_queues: u16_of(settings, "num-queues"),
-            queue_size: u16_of(settings, "queue-size").expect("queue-size has a default"),
-            ring: ring(settings),
-            write_cache: write_cache(settings),
-            vectors: u16_of(settings, "num-vectors").expect("num-vectors has a default"),
-            request_timeout: settings.time("request-timeout"),
-        };
+        let mut options = blkdev_virtio_pci::Options::new(settings.needed("path")?);
+        options.read_only = settings.bool("read-only");
+        options.num_queues = u16_of(settings, "num-queues");
+        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
+        options.ring = ring(settings);
+        options.write_cache = write_cache(settings);
+        options.vectors = u16_of(settings, "num-vectors").expect("num-vectors has a default");
+        options.request_timeout = settings.time("request-timeout");
         Ok(Arc::new(blkdev_virtio_pci::VirtioPci::open(&options)?))
     },
 };

@@ -90,7 +90,8 @@ fn a_read_only_export_is_opened_read_only() {
 /// A file for our driver and one for libblkio's; `direct` bypasses the page cache.
 fn io_uring_sides(scratch: &Scratch, direct: bool) -> [(String, Side); 2] {
     let (ours, theirs) = (scratch.file("ours", SIZE), scratch.file("theirs", SIZE));
-    let options = blkdev_io_uring::Options { direct, ..blkdev_io_uring::Options::path(&ours) };
+    let mut options = blkdev_io_uring::Options::path(&ours);
+    options.direct = direct;
     let own = Side::open(&(Arc::new(IoUring::open(options).unwrap()) as Arc<dyn Device>));
     let text = direct.to_string();
     let other = Side::open(&shared(open("io_uring", &[("path", &theirs), ("direct", &text)])));
@@ -135,8 +136,9 @@ fn requests_to_a_dead_back_end_end() {
     let scratch = Scratch::new();
     let export = Export::start(&scratch, &scratch.file("disk", SIZE), 1, true);
     let device = open("virtio-blk-vhost-user", &[("path", export.socket())]).timeout(Some(Duration::from_millis(800)));
-    let mut channel =
-        Plan { memory: 1 << 20, depth: 16, ..Plan::default() }.open(&shared(device), 1).unwrap().remove(0);
+    let mut plan = Plan::new(1 << 20);
+    plan.depth = 16;
+    let mut channel = plan.open(&shared(device), 1).unwrap().remove(0);
     drop(export);
     let before = channel.memory_free();
     for tag in 0..4 {

@@ -13,7 +13,9 @@ pub(crate) struct Side {
 impl Side {
     pub(crate) fn open(device: &Arc<dyn Device>) -> Self {
         let name = format!("{} ({})", device.info().driver, device.info().target);
-        let channel = Plan { memory: 24 << 20, depth: 32, ..Plan::default() }.open(device, 1).unwrap().remove(0);
+        let mut plan = Plan::new(24 << 20);
+        plan.depth = 32;
+        let channel = plan.open(device, 1).unwrap().remove(0);
         Self { name, channel }
     }
 
