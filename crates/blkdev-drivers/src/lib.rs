@@ -82,6 +82,7 @@ mod units;
 #[cfg(any(feature = "vhost-user", feature = "vdpa", feature = "virtio-pci"))]
 mod virtio;
 
+pub use blkdev;
 pub use driver::Driver;
 pub use drivers::{drivers, find};
 pub use error::Error;

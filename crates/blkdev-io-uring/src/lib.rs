@@ -62,6 +62,7 @@ mod shared;
 mod status;
 mod sys;
 
+pub use blkdev;
 pub use blkdev::Source;
 pub use device::{IoUring, Options};
 

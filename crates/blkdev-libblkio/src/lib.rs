@@ -35,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+pub use blkdev;
 use blkdev::{Device, Info, Mapping, PAGE, Queue};
 use blkio::{Blkio, Blkioq, Errno, MemoryRegion};
 

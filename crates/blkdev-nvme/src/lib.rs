@@ -50,7 +50,9 @@ mod target;
 mod watch;
 mod window;
 
+pub use blkdev;
 pub use blkdev::Source;
+pub use blkdev_vfio;
 pub use blkdev_vfio::Options as VfioOptions;
 pub use device::Nvme;
 pub use options::Options;

@@ -30,6 +30,7 @@ mod memory;
 mod passthrough;
 mod ring;
 
+pub use blkdev;
 pub use files::{Command, Files};
 pub use kind::Kind;
 pub use passthrough::{Data, NvmeCommand, PASSTHRU_LEN, Passthrough, passthru};

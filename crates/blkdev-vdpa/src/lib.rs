@@ -30,6 +30,7 @@ use std::{
     time::Duration,
 };
 
+pub use blkdev;
 pub use blkdev::Source;
 use blkdev::{Context, Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;

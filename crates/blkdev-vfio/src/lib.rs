@@ -33,6 +33,7 @@ mod sys;
 mod translation;
 mod vfio;
 
+pub use blkdev;
 pub use pci::{Bar, PciDevice};
 pub use translation::Translation;
 pub use vfio::{Options, Vfio};

@@ -31,6 +31,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use blkdev;
 use blkdev::{Context, Device, Info, Mapping, Queue};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};

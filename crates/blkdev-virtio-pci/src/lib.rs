@@ -21,7 +21,9 @@ mod watch;
 
 use std::{io, sync::Arc, time::Duration};
 
+pub use blkdev;
 use blkdev::{Context, Device, Info, Mapping, Queue};
+pub use blkdev_vfio;
 use blkdev_vfio::{PciDevice, Vfio};
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};

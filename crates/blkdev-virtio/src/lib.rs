@@ -28,6 +28,7 @@ mod transport;
 mod watch;
 
 pub use blk::VirtioBlk;
+pub use blkdev;
 pub use liveness::Liveness;
 pub use notifier::Notifier;
 pub use options::{Options, WriteCache};

@@ -61,6 +61,9 @@ pub mod tls;
 mod turns;
 mod worker;
 
+pub use blkdev;
+pub use nbd_proto;
+
 pub use access::{Access, Rule};
 pub use end::End;
 pub use export::{Export, Exports, Seen};
