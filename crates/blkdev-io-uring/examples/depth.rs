@@ -28,8 +28,11 @@ fn main() -> ExitCode {
 }
 
 fn sum(path: PathBuf) -> io::Result<()> {
-    let device: Arc<dyn Device> = Arc::new(IoUring::open(Options { read_only: true, ..Options::path(path) })?);
-    let plan = Plan { memory: usize::from(DEPTH) * CHUNK, depth: DEPTH, ..Plan::default() };
+    let mut options = Options::path(path);
+    options.read_only = true;
+    let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
+    let mut plan = Plan::new(usize::from(DEPTH) * CHUNK);
+    plan.depth = DEPTH;
     let mut channel = plan.open(&device, 1)?.remove(0);
 
     let (started, size) = (Instant::now(), device.capacity());

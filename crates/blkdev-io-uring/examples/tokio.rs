@@ -45,8 +45,11 @@ async fn sums(paths: &[String]) -> io::Result<()> {
 }
 
 async fn sum(path: String) -> io::Result<(u64, u64)> {
-    let device: Arc<dyn Device> = Arc::new(IoUring::open(Options { read_only: true, ..Options::path(path) })?);
-    let plan = Plan { memory: usize::from(DEPTH) * CHUNK, depth: DEPTH, ..Plan::default() };
+    let mut options = Options::path(path);
+    options.read_only = true;
+    let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);
+    let mut plan = Plan::new(usize::from(DEPTH) * CHUNK);
+    plan.depth = DEPTH;
     let mut channel = plan.open(&device, 1)?.remove(0);
     // Registered once: the descriptor stays the same. tokio gets a duplicate, because the channel is used meanwhile.
     let wake = channel.wake_fd().ok_or(io::ErrorKind::Unsupported)?.try_clone_to_owned()?;

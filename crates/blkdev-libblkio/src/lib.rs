@@ -14,7 +14,7 @@
 //!
 //! Drivers, properties and their values are those of libblkio. This crate works around known defects of libblkio 1.5 (blkio
 //! 0.5.1):
-//! - **io_uring never discards**: every kernel refuses the flags that libblkio uses. [`Caps::discard`] is false there.
+//! - **io_uring never discards**: every kernel refuses the flags that libblkio uses. [`Caps::discard`](blkdev::Caps::discard) is false there.
 //! - **A request that does not fit in the ring blocks its virtio queue permanently.** Requests have one segment and are no
 //!   longer than the device's limit. No more are in flight than the ring has descriptors for: three each, so 85 on a queue of
 //!   256.
