@@ -4,13 +4,26 @@
 //! cargo run -p blkdev-io-uring --example read -- disk.img
 //! ```
 
-use std::{env, io, sync::Arc};
+use std::{env, io, path::PathBuf, process::ExitCode, sync::Arc};
 
 use blkdev::{Device, Mapping, Op, Registration, Request};
 use blkdev_io_uring::{IoUring, Options};
 
-fn main() -> io::Result<()> {
-    let path = env::args().nth(1).ok_or_else(|| io::Error::other("usage: read PATH"))?;
+fn main() -> ExitCode {
+    let Some(path) = env::args_os().nth(1) else {
+        eprintln!("usage: read PATH");
+        return ExitCode::from(2);
+    };
+    match print(path.into()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(path: PathBuf) -> io::Result<()> {
     let mut options = Options::path(path);
     options.read_only = true;
     let device: Arc<dyn Device> = Arc::new(IoUring::open(options)?);

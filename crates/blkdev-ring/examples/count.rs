@@ -4,7 +4,7 @@
 //! cargo run -p blkdev-ring --example count -- disk.img
 //! ```
 
-use std::{env, fs::File, io, os::fd::AsFd};
+use std::{env, fs::File, io, os::fd::AsFd, path::Path, process::ExitCode};
 
 use blkdev::{Buf, Mapping};
 use blkdev_ring::{Command, Operation, Ring};
@@ -27,8 +27,21 @@ impl Operation for Read {
 
 const CHUNK: usize = 64 << 10;
 
-fn main() -> io::Result<()> {
-    let path = env::args().nth(1).ok_or_else(|| io::Error::other("usage: count PATH"))?;
+fn main() -> ExitCode {
+    let Some(path) = env::args_os().nth(1) else {
+        eprintln!("usage: count PATH");
+        return ExitCode::from(2);
+    };
+    match count(Path::new(&path)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn count(path: &Path) -> io::Result<()> {
     let file = File::open(path)?;
     let size = file.metadata()?.len();
     let mut arena = Mapping::new(8 * CHUNK)?.arenas(1).remove(0);
