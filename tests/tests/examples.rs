@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use nbdblk_tests::{Cmd, Daemon, Dir, Export, Output, Pki, Qsd, assert_equal, cargo, eventually, nbdsh, tool};
+use nbdblk_tests::{Cmd, Daemon, Dir, Export, Nbdblk, Output, Pki, Qsd, assert_equal, cargo, eventually, nbdsh, tool};
 use serde_json::Value;
 
 /// An example of a library, and what it must do.
@@ -74,6 +74,7 @@ const EXAMPLES: &[Row] = &[
     row("blkdev-vhost-user", "read", PrintBehindQsd(&["vhost.sock"], &["0000: 00 01 02 03 ", "\n01f0: f5 f6 "])),
     row("blkdev-virtio", "cost", Print(&["4", "packed", "10"], &["push: # ns a request", "reap: # ns a request"])),
     row("blkdev-virtio-pci", "info", Fail(&[NO_PCI], NO_PCI)),
+    row("nbd-client", "cat", Serve(cat)),
     row("nbd-proto", "codec_cost", Print(&["10"], &[])),
     row(
         "nbd-proto",
@@ -248,6 +249,13 @@ fn ram_disk(dir: &Dir, cmd: Cmd) {
     let (_server, uri) = serving(dir, cmd.args([dir.at("nbd.sock")]));
     assert_eq!(size(dir, &uri), Some(1 << 30));
     nbdsh(&uri, "h.pwrite(b'x' * 1000, 77); assert h.pread(1002, 76) == b'\\0' + b'x' * 1000 + b'\\0'");
+}
+
+fn cat(dir: &Dir, cmd: Cmd) {
+    let server = Nbdblk::unix(dir, &["disk:io_uring=disk.img"]);
+    let copy = dir.at("copy.img");
+    cmd.args([server.uri_of("disk")]).stdout(fs::File::create(&copy).expect("a new file")).ok();
+    assert_equal(&dir.at("disk.img"), &copy);
 }
 
 fn own_device(dir: &Dir, cmd: Cmd) {
