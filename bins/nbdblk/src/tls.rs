@@ -2,17 +2,17 @@
 
 use std::{
     ffi::OsString,
+    io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf, absolute},
 };
 
 use anyhow::{Context, bail, ensure};
-use nbd_server_core::tls::Tls;
+use nbd_server_core::tls::{Certificates, Tls};
 
-#[cfg(feature = "tls")]
-use crate::files::open_regular;
 use crate::{
     cli::{self, TlsMode},
+    files::open_regular,
     uri::quote,
 };
 
@@ -74,43 +74,33 @@ impl Security {
     }
 }
 
-#[cfg(feature = "tls")]
 fn with_certificates(dir: &Path, verify_peer: bool) -> anyhow::Result<Tls> {
-    let files = nbd_server_core::tls::Certificates::within(dir, verify_peer);
+    let files = Certificates::within(dir, verify_peer);
     let all = [Some(&files.certificate), Some(&files.key), files.client_ca.as_ref(), files.client_crl.as_ref()];
     all.into_iter().flatten().try_for_each(|file| check_regular(file))?;
-    Ok(Tls::with_certificates(&files)?)
+    built(Tls::with_certificates(&files), "TLS", "tls")
 }
 
-#[cfg(not(feature = "tls"))]
-fn with_certificates(_: &Path, _: bool) -> anyhow::Result<Tls> {
-    bail!("this nbdblk was built without TLS; {}", how_to_build("tls"))
-}
-
-#[cfg(feature = "tls-psk")]
 fn with_keys(file: &Path) -> anyhow::Result<Tls> {
     check_regular(file)?;
-    Ok(Tls::with_keys(file)?)
+    built(Tls::with_keys(file), "pre-shared keys", "tls-psk")
 }
 
-#[cfg(not(feature = "tls-psk"))]
-fn with_keys(_: &Path) -> anyhow::Result<Tls> {
-    bail!("this nbdblk was built without pre-shared keys; {}", how_to_build("tls-psk"))
-}
-
-#[cfg(not(feature = "tls-psk"))]
-fn how_to_build(feature: &str) -> String {
-    format!(
-        "take it from a package (\"cargo xtask dist\" makes one with every feature), or build it with \"cargo build --release \
-         -p nbdblk --features {feature}\"",
-    )
+/// Explains how to get a build with `feature`, if this one lacks it.
+fn built(tls: io::Result<Tls>, what: &str, feature: &str) -> anyhow::Result<Tls> {
+    match tls {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => bail!(
+            "this nbdblk was built without {what}; take it from a package (\"cargo xtask dist\" makes one with every feature), \
+             or build it with \"cargo build --release -p nbdblk --features {feature}\""
+        ),
+        tls => Ok(tls?),
+    }
 }
 
 /// A missing file gets a better error elsewhere. Reading from a FIFO could block forever.
-#[cfg(feature = "tls")]
 fn check_regular(file: &Path) -> anyhow::Result<()> {
     match open_regular(file) {
-        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
             Err(error).with_context(|| file.display().to_string())
         }
         _ => Ok(()),

@@ -1,26 +1,50 @@
-//! Stand-ins for TLS in a build without the feature `tls`: types without values, so the compiler removes the code that uses them.
+//! TLS in a build without the feature `tls`. The public types and functions are the same, but each attempt to create a [`Tls`] is an
+//! error. The other types have no values, so the compiler removes the code that uses them.
 
-use std::{io, os::fd::BorrowedFd};
+mod files;
+
+use std::{io, os::fd::BorrowedFd, path::Path};
 
 use crate::{peer::Identity, received::Received};
+pub use files::Certificates;
 
 /// The TLS configuration of a server. Without the feature `tls`, none can be created.
 #[derive(Clone, Debug)]
-pub enum Tls {}
+pub struct Tls(Never);
+
+/// Private, so the compiler does not warn callers about code that this build cannot reach.
+#[derive(Clone, Debug)]
+enum Never {}
 
 impl Tls {
-    /// Whether clients must use TLS.
+    /// TLS 1.2 and 1.3 with certificates.
+    ///
+    /// # Errors
+    /// Always [`Unsupported`](io::ErrorKind::Unsupported): this build has no feature `tls`.
+    pub fn with_certificates(files: &Certificates) -> io::Result<Self> {
+        Err(files::unsupported(&files.certificate, "tls"))
+    }
+
+    /// TLS 1.2 and 1.3 with pre-shared keys.
+    ///
+    /// # Errors
+    /// Always [`Unsupported`](io::ErrorKind::Unsupported): this build has no feature `tls-psk`.
+    pub fn with_keys(file: &Path) -> io::Result<Self> {
+        Err(files::unsupported(file, "tls-psk"))
+    }
+
+    /// Whether TLS is required for all exports, or only for those with [`Export::tls_only`](crate::Export::tls_only).
     #[must_use]
     pub fn required(self, _: bool) -> Self {
-        match self {}
+        match self.0 {}
     }
 
     pub(crate) fn policy(&self) -> nbd_proto::Tls {
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) fn begin(&self) -> io::Result<Shaking> {
-        match *self {}
+        match self.0 {}
     }
 }
 

@@ -4,6 +4,7 @@
 //! support (feature `tls-psk`). The handshake yields secrets; this module, or the kernel, then handles the records.
 
 mod certificate;
+mod files;
 mod kernel;
 #[cfg(feature = "tls-psk")]
 mod psk;
@@ -11,16 +12,12 @@ mod records;
 mod secure;
 mod x509;
 
-use std::{
-    fmt, io,
-    os::fd::BorrowedFd,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, io, os::fd::BorrowedFd, path::Path, sync::Arc};
 
 use blkdev::socket;
 
 use crate::{peer::Identity, received::push};
+pub use files::Certificates;
 use records::Records;
 pub(crate) use secure::Secure;
 
@@ -38,37 +35,12 @@ enum Credentials {
     Keys(psk::Offer),
 }
 
-/// The files of a server with certificates, in PEM format.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Certificates {
-    /// The server's certificate, followed by intermediate certificates.
-    pub certificate: PathBuf,
-    /// The server's private key.
-    pub key: PathBuf,
-    /// Certificate authorities for client certificates. If present, clients without a certificate are refused.
-    pub client_ca: Option<PathBuf>,
-    /// Revocation list for client certificates.
-    pub client_crl: Option<PathBuf>,
-}
-
-impl Certificates {
-    /// The files of a directory, with the names that nbdkit, libvirt and QEMU use. `verify_peer`: clients need a certificate.
-    pub fn within(dir: &Path, verify_peer: bool) -> Self {
-        let crl = dir.join("ca-crl.pem");
-        Self {
-            certificate: dir.join("server-cert.pem"),
-            key: dir.join("server-key.pem"),
-            client_ca: verify_peer.then(|| dir.join("ca-cert.pem")),
-            client_crl: (verify_peer && crl.exists()).then_some(crl),
-        }
-    }
-}
-
 impl Tls {
     /// TLS 1.2 and 1.3 with certificates. The files are read once, now.
     ///
     /// # Errors
-    /// A file cannot be used; the text names the file and the reason.
+    /// A file cannot be used; the text names the file and the reason. Without the feature `tls`:
+    /// [`Unsupported`](io::ErrorKind::Unsupported).
     pub fn with_certificates(files: &Certificates) -> io::Result<Self> {
         Ok(Self { credentials: Credentials::Certificates(x509::config(files)?), required: false })
     }
@@ -77,10 +49,13 @@ impl Tls {
     /// them. The file is read once, now.
     ///
     /// # Errors
-    /// The file cannot be read, or a line is invalid; the text names the line.
-    #[cfg(feature = "tls-psk")]
+    /// The file cannot be read, or a line is invalid; the text names the line. Without the feature `tls-psk`:
+    /// [`Unsupported`](io::ErrorKind::Unsupported).
     pub fn with_keys(file: &Path) -> io::Result<Self> {
-        Ok(Self { credentials: Credentials::Keys(psk::Offer::new(file)?), required: false })
+        #[cfg(feature = "tls-psk")]
+        return Ok(Self { credentials: Credentials::Keys(psk::Offer::new(file)?), required: false });
+        #[cfg(not(feature = "tls-psk"))]
+        return Err(files::unsupported(file, "tls-psk"));
     }
 
     /// Whether TLS is required for all exports, or only for those with [`Export::tls_only`](crate::Export::tls_only).
