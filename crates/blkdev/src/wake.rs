@@ -153,8 +153,8 @@ mod tests {
         watcher.wake().ring();
         assert_eq!(calls.recv(), Ok(true));
         drop(watcher);
-        // It may have seen the request without a wait.
-        assert!(calls.iter().count() <= 1, "the thread has ended");
+        // The thread may see the request to stop before it waits again. The iteration ends with the thread.
+        assert!(calls.iter().all(|rung| rung));
     }
 
     #[test]
