@@ -19,7 +19,7 @@ use crate::{
     config::{self, Config, has},
     core::{Core, PROBE, Station},
     layout::Layout,
-    options::Options,
+    options::{Options, WriteCache},
     packed::Packed,
     queue::Queue,
     split::Split,
@@ -61,78 +61,22 @@ impl<T: Transport> VirtioBlk<T> {
         Self::negotiate(transport, options).map_err(|e| Context::wrap(format!("{name}: {e}"), e))
     }
 
+    /// Agrees with the device on features, gives it memory for the rings, and starts it.
     fn negotiate(transport: T, options: &Options) -> io::Result<Self> {
-        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
-        if !options.queue_size.is_power_of_two() || !(4..=RING_MAX).contains(&options.queue_size) {
-            return Err(invalid(format!(
-                "queue size {} is not a power of two from 4 to {RING_MAX}",
-                options.queue_size
-            )));
-        }
-        let all = 0..transport.queues_max().clamp(1, QUEUES_MAX);
-        let ring_max = all.map(|index| transport.ring_max(index)).min().unwrap_or(0).max(1);
-        let queue_size = options.queue_size.min(1 << ring_max.ilog2());
-
-        let offered = transport.features();
-        let unsupported = |why: &str| Err(io::Error::new(io::ErrorKind::Unsupported, why));
-        if !has(offered, VIRTIO_F_VERSION_1) {
-            return unsupported("the device is older than virtio 1.0: it does not offer VIRTIO_F_VERSION_1");
-        }
-        let mut bytes = [0; config::LEN];
-        let len = transport.read_config(&mut bytes, config::needed(offered))?;
-        let format = match options.ring {
-            Some(Format::Packed) if !has(offered, VIRTIO_F_RING_PACKED) => {
-                return unsupported("the device has no packed rings: it does not offer VIRTIO_F_RING_PACKED");
-            }
-            Some(format) => format,
-            None if has(offered, VIRTIO_F_RING_PACKED) => Format::Packed,
-            None => Format::Split,
-        };
-        let mut ring_bits = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        if format == Format::Packed {
-            ring_bits |= 1 << VIRTIO_F_RING_PACKED;
-        }
-        let features = config::usable(offered, len) | offered & ring_bits;
-        if options.write_cache.is_some() && !has(features, VIRTIO_BLK_F_CONFIG_WCE) {
-            return unsupported("cannot switch the device's write cache: it does not offer VIRTIO_BLK_F_CONFIG_WCE");
-        }
-        let mut config = Config::parse(&bytes[..len], features, queue_size)?;
-        config.limit(T::TRANSFER_MAX);
-        let (indirect, event_idx) =
-            (has(features, VIRTIO_RING_F_INDIRECT_DESC), has(features, VIRTIO_RING_F_EVENT_IDX));
-
-        let queues_max = config.queues.min(transport.queues_max()).min(QUEUES_MAX);
-        let queues = options.queues.unwrap_or(queues_max);
-        if queues == 0 || queues > queues_max {
-            return Err(invalid(format!("{queues} queues requested, but the device has {queues_max}")));
-        }
+        let Agreement { features, format, queue_size, queues, config } = Agreement::new(&transport, options)?;
         transport.accept(features)?;
 
+        let (indirect, event_idx) =
+            (has(features, VIRTIO_RING_F_INDIRECT_DESC), has(features, VIRTIO_RING_F_EVENT_IDX));
         let layout = Layout::new(format, queue_size, config.segments, indirect);
         let len = PROBE + usize::from(queues) * layout.len();
         let rings = if transport.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
         transport.register(&rings)?;
 
-        let read_only = options.read_only || config.read_only;
-        let mut info = Info::new(transport.driver(), transport.target().to_owned());
-        info.queues_max = queues;
-        info.depth_max = layout.slots();
-        info.block_size = config.block_size;
-        info.preferred_block_size = config.preferred_block_size;
-        info.transfer_max = config.transfer_max;
-        info.zero_max = config.zero_max.unwrap_or(u64::from(config.block_size));
-        info.discard_max = config.discard_max.unwrap_or(u64::from(config.discard_alignment));
-        info.discard_alignment = config.discard_alignment;
-        info.timeout = options.timeout;
-        info.caps.read_only = read_only;
-        info.caps.flush = config.flush;
-        info.caps.zero = config.zero_max.is_some() && !read_only;
-        info.caps.discard = config.discard_max.is_some() && !read_only;
-        let life = Arc::clone(transport.life());
         let mut core = Core {
+            life: Arc::clone(transport.life()),
+            info: info(&transport, &config, options, queues, layout.slots()),
             transport,
-            life,
-            info,
             capacity: AtomicU64::new(config.capacity),
             block_size: AtomicU32::new(config.block_size),
             config,
@@ -144,28 +88,7 @@ impl<T: Transport> VirtioBlk<T> {
             rings,
             stations: Mutex::new((0..queues).map(|_| Station { open: false, fixed: None }).collect()),
         };
-        if !T::RESTARTS {
-            for index in 0..queues {
-                core.fix(index)?;
-            }
-        }
-        core.transport.run()?;
-        if let Some(mode) = options.write_cache {
-            core.switch_cache(mode)?;
-        }
-        let probe = match format {
-            Format::Split => core.probe::<Split<Request>>()?,
-            Format::Packed => core.probe::<Packed<Request>>()?,
-        };
-        core.info.serial = probe.serial;
-        core.clear_reads = !probe.tells_len;
-        if core.clear_reads {
-            log::warn!(
-                "{} {}: the device does not report read lengths: each read buffer is cleared first",
-                core.info.driver,
-                core.info.target
-            );
-        }
+        start(&mut core, options.write_cache)?;
         let core = Arc::new(core);
         let watch = Watch::new(&core)?;
         Ok(Self { core, watch })
@@ -175,6 +98,131 @@ impl<T: Transport> VirtioBlk<T> {
     pub fn transport(&self) -> &T {
         &self.core.transport
     }
+}
+
+/// The features, limits and numbers that driver and device agree on.
+struct Agreement {
+    features: u64,
+    format: Format,
+    queue_size: u16,
+    queues: u16,
+    config: Config,
+}
+
+impl Agreement {
+    /// Chooses among the offered features, and reads the configuration. Changes nothing in the device.
+    fn new<T: Transport>(transport: &T, options: &Options) -> io::Result<Self> {
+        let queue_size = queue_size(transport, options.queue_size)?;
+        let offered = transport.features();
+        if !has(offered, VIRTIO_F_VERSION_1) {
+            return unsupported("the device is older than virtio 1.0: it does not offer VIRTIO_F_VERSION_1");
+        }
+        let mut bytes = [0; config::LEN];
+        let len = transport.read_config(&mut bytes, config::needed(offered))?;
+        let format = ring_format(offered, options.ring)?;
+        let features = config::usable(offered, len) | offered & ring_features(format);
+        if options.write_cache.is_some() && !has(features, VIRTIO_BLK_F_CONFIG_WCE) {
+            return unsupported("cannot switch the device's write cache: it does not offer VIRTIO_BLK_F_CONFIG_WCE");
+        }
+        let mut config = Config::parse(&bytes[..len], features, queue_size)?;
+        config.limit(T::TRANSFER_MAX);
+
+        let queues_max = config.queues.min(transport.queues_max()).min(QUEUES_MAX);
+        let queues = options.queues.unwrap_or(queues_max);
+        if queues == 0 || queues > queues_max {
+            return Err(invalid(format!("{queues} queues requested, but the device has {queues_max}")));
+        }
+        Ok(Self { features, format, queue_size, queues, config })
+    }
+}
+
+/// The ring size in elements: the requested one, or less if a queue of the device is smaller.
+fn queue_size<T: Transport>(transport: &T, requested: u16) -> io::Result<u16> {
+    if !requested.is_power_of_two() || !(4..=RING_MAX).contains(&requested) {
+        return Err(invalid(format!("queue size {requested} is not a power of two from 4 to {RING_MAX}")));
+    }
+    let all = 0..transport.queues_max().clamp(1, QUEUES_MAX);
+    let ring_max = all.map(|index| transport.ring_max(index)).min().unwrap_or(0).max(1);
+    Ok(requested.min(1 << ring_max.ilog2()))
+}
+
+/// The requested ring format, which the device must offer. By default packed, if the device offers it.
+fn ring_format(offered: u64, requested: Option<Format>) -> io::Result<Format> {
+    let packed = has(offered, VIRTIO_F_RING_PACKED);
+    match requested {
+        Some(Format::Packed) if !packed => {
+            unsupported("the device has no packed rings: it does not offer VIRTIO_F_RING_PACKED")
+        }
+        Some(format) => Ok(format),
+        None if packed => Ok(Format::Packed),
+        None => Ok(Format::Split),
+    }
+}
+
+/// The features of the rings that this driver uses, if the device offers them.
+fn ring_features(format: Format) -> u64 {
+    let common = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+    match format {
+        Format::Split => common,
+        Format::Packed => common | 1 << VIRTIO_F_RING_PACKED,
+    }
+}
+
+/// The device's limits and capabilities, without its serial number, which only a running device reports.
+fn info<T: Transport>(transport: &T, config: &Config, options: &Options, queues: u16, depth: u16) -> Info {
+    let read_only = options.read_only || config.read_only;
+    let mut info = Info::new(transport.driver(), transport.target().to_owned());
+    info.queues_max = queues;
+    info.depth_max = depth;
+    info.block_size = config.block_size;
+    info.preferred_block_size = config.preferred_block_size;
+    info.transfer_max = config.transfer_max;
+    info.zero_max = config.zero_max.unwrap_or(u64::from(config.block_size));
+    info.discard_max = config.discard_max.unwrap_or(u64::from(config.discard_alignment));
+    info.discard_alignment = config.discard_alignment;
+    info.timeout = options.timeout;
+    info.caps.read_only = read_only;
+    info.caps.flush = config.flush;
+    info.caps.zero = config.zero_max.is_some() && !read_only;
+    info.caps.discard = config.discard_max.is_some() && !read_only;
+    info
+}
+
+/// Starts the device, switches its write cache, and sends the first requests.
+fn start<T: Transport>(core: &mut Core<T>, write_cache: Option<WriteCache>) -> io::Result<()> {
+    if !T::RESTARTS {
+        for index in 0..core.info.queues_max {
+            core.fix(index)?;
+        }
+    }
+    core.transport.run()?;
+    if let Some(mode) = write_cache {
+        core.switch_cache(mode)?;
+    }
+    let probe = match core.format {
+        Format::Split => core.probe::<Split<Request>>()?,
+        Format::Packed => core.probe::<Packed<Request>>()?,
+    };
+    core.info.serial = probe.serial;
+    core.clear_reads = !probe.tells_len;
+    if core.clear_reads {
+        log::warn!(
+            "{} {}: the device does not report read lengths: each read buffer is cleared first",
+            core.info.driver,
+            core.info.target
+        );
+    }
+    Ok(())
+}
+
+/// The error of an option that the driver or the device cannot satisfy.
+fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+/// The error of a required feature that the device lacks.
+fn unsupported<R>(why: &str) -> io::Result<R> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, why))
 }
 
 impl<T: Transport> Device for VirtioBlk<T> {
