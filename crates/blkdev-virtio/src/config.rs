@@ -85,61 +85,22 @@ impl Config {
     /// included.
     pub(crate) fn parse(bytes: &[u8], features: u64, chain_max: u16) -> io::Result<Self> {
         let has = |bit| has(features, bit);
-        let u32_at = |at| number(bytes, at, 4) as u32;
-        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
-        let block_size = if has(VIRTIO_BLK_F_BLK_SIZE) { u32_at(20) } else { SECTOR as u32 };
+        let block_size = if has(VIRTIO_BLK_F_BLK_SIZE) { number(bytes, 20, 4) as u32 } else { SECTOR as u32 };
         if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
             return Err(invalid(format!("block size {block_size} is not a power of two from 512 to 65536")));
         }
-        let block = u64::from(block_size);
         let capacity = capacity(bytes, block_size)?;
-
-        // A segment limit of 0 would forbid all data. Devices with that value mean no limit.
-        let size_max = if has(VIRTIO_BLK_F_SIZE_MAX) { u64::from(u32_at(8)) } else { 0 };
-        let size_max = if size_max == 0 { TRANSFER_MAX } else { size_max.min(TRANSFER_MAX) };
-        let segment_max = if size_max >= block { size_max / block * block } else { size_max };
-        let seg_max = if has(VIRTIO_BLK_F_SEG_MAX) { u64::from(u32_at(12)).max(1) } else { 1 };
-        let seg_max = seg_max.min(u64::from(chain_max.saturating_sub(2)));
-        let transfer_max = (segment_max * seg_max).min(TRANSFER_MAX) / block * block;
-        if transfer_max < block.max(PAGE as u64) {
-            return Err(invalid(format!(
-                "{seg_max} segments of {size_max} bytes, in chains of at most {chain_max} descriptors, are too little \
-                 for {} bytes",
-                block.max(PAGE as u64)
-            )));
-        }
-        let segments = transfer_max.div_ceil(segment_max) as u16;
-
-        // 0 means no limit here, as in Linux's driver.
-        let range_max = |at| {
-            let sectors = if u32_at(at) == 0 { u64::from(u32::MAX) } else { u64::from(u32_at(at)) };
-            sectors * SECTOR / block * block
-        };
-        let zero_max = Some(range_max(48)).filter(|max| has(VIRTIO_BLK_F_WRITE_ZEROES) && *max > 0);
-        let discard_alignment = u32_at(44)
-            .checked_mul(SECTOR as u32)
-            .filter(|a| has(VIRTIO_BLK_F_DISCARD) && *a > 0 && a.is_multiple_of(block_size))
-            .unwrap_or(block_size);
-        let alignment = u64::from(discard_alignment);
-        let discard_max =
-            Some(range_max(36) / alignment * alignment).filter(|max| has(VIRTIO_BLK_F_DISCARD) && *max > 0);
-
-        let preferred_block_size = if has(VIRTIO_BLK_F_TOPOLOGY) {
-            let physical = block.checked_shl(u32::from(bytes[24])).unwrap_or(0);
-            let least = number(bytes, 26, 2) * block;
-            [physical, least].into_iter().filter(|b| b.is_power_of_two() && *b <= 1 << 20).fold(block, u64::max) as u32
-        } else {
-            block_size
-        };
+        let (segment_max, transfer_max) = transfers(bytes, features, block_size, chain_max)?;
+        let zero_max = Some(range_max(bytes, 48, block_size)).filter(|max| has(VIRTIO_BLK_F_WRITE_ZEROES) && *max > 0);
+        let (discard_max, discard_alignment) = discards(bytes, features, block_size);
         Ok(Self {
             capacity,
             block_size,
             tells_block_size: has(VIRTIO_BLK_F_BLK_SIZE),
-            // No device is faster below a page, and most back ends have a page cache.
-            preferred_block_size: preferred_block_size.max(PAGE as u32),
-            segment_max: segment_max as u32,
-            segments,
-            transfer_max: transfer_max as u32,
+            preferred_block_size: preferred_block_size(bytes, features, block_size),
+            segment_max,
+            segments: transfer_max.div_ceil(segment_max) as u16,
+            transfer_max,
             zero_max,
             zero_may_unmap: zero_max.is_some() && bytes[56] != 0,
             discard_max,
@@ -153,9 +114,70 @@ impl Config {
     }
 }
 
+/// The longest segment and the longest transfer, in bytes.
+fn transfers(bytes: &[u8], features: u64, block_size: u32, chain_max: u16) -> io::Result<(u32, u32)> {
+    let block = u64::from(block_size);
+    // A segment limit of 0 would forbid all data. Devices with that value mean no limit.
+    let size_max = if has(features, VIRTIO_BLK_F_SIZE_MAX) { number(bytes, 8, 4) } else { 0 };
+    let size_max = if size_max == 0 { TRANSFER_MAX } else { size_max.min(TRANSFER_MAX) };
+    let segment_max = if size_max >= block { size_max / block * block } else { size_max };
+    let seg_max = if has(features, VIRTIO_BLK_F_SEG_MAX) { number(bytes, 12, 4).max(1) } else { 1 };
+    let seg_max = seg_max.min(u64::from(chain_max.saturating_sub(2)));
+    let transfer_max = (segment_max * seg_max).min(TRANSFER_MAX) / block * block;
+    let needed = block.max(PAGE as u64);
+    if transfer_max < needed {
+        return Err(invalid(format!(
+            "{seg_max} segments of {size_max} bytes, in chains of at most {chain_max} descriptors, are too little for \
+             {needed} bytes"
+        )));
+    }
+    Ok((segment_max as u32, transfer_max as u32))
+}
+
+/// The limit in the four bytes from `at` on, of a request without data: in bytes, in whole blocks.
+fn range_max(bytes: &[u8], at: usize, block_size: u32) -> u64 {
+    // 0 means no limit here, as in Linux's driver.
+    let sectors = match number(bytes, at, 4) {
+        0 => u64::from(u32::MAX),
+        sectors => sectors,
+    };
+    let block = u64::from(block_size);
+    sectors * SECTOR / block * block
+}
+
+/// The longest discard, if the device supports discards, and their alignment, in bytes.
+fn discards(bytes: &[u8], features: u64, block_size: u32) -> (Option<u64>, u32) {
+    let supported = has(features, VIRTIO_BLK_F_DISCARD);
+    let alignment = (number(bytes, 44, 4) as u32)
+        .checked_mul(SECTOR as u32)
+        .filter(|a| supported && *a > 0 && a.is_multiple_of(block_size))
+        .unwrap_or(block_size);
+    let unit = u64::from(alignment);
+    let max = Some(range_max(bytes, 36, block_size) / unit * unit).filter(|max| supported && *max > 0);
+    (max, alignment)
+}
+
+/// The best block size in bytes: that of the topology, if it is plausible, but at least a page.
+fn preferred_block_size(bytes: &[u8], features: u64, block_size: u32) -> u32 {
+    let block = u64::from(block_size);
+    let size = if has(features, VIRTIO_BLK_F_TOPOLOGY) {
+        let physical = block.checked_shl(u32::from(bytes[24])).unwrap_or(0);
+        let least = number(bytes, 26, 2) * block;
+        [physical, least].into_iter().filter(|b| b.is_power_of_two() && *b <= 1 << 20).fold(block, u64::max) as u32
+    } else {
+        block_size
+    };
+    // No device is faster below a page, and most back ends have a page cache.
+    size.max(PAGE as u32)
+}
+
+/// The error of an invalid configuration.
+fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
 /// The capacity in bytes, rounded down to whole blocks.
 pub(crate) fn capacity(bytes: &[u8], block_size: u32) -> io::Result<u64> {
-    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
     if bytes.len() < 8 {
         return Err(invalid(format!("the configuration space has only {} bytes, too few for a capacity", bytes.len())));
     }
