@@ -14,7 +14,7 @@ use blkdev::{Mapping, wake::Wake};
 use blkdev_vfio::PciDevice;
 
 use crate::{
-    admin::{self, Admin, Failure},
+    admin::{self, Admin, Asked, Failure},
     core::{Core, Place, ask_for_events, ask_for_queues},
     limits::{Found, Shape, absent, check, invalid, is_nsid, unusable},
     liveness::Liveness,
@@ -40,11 +40,65 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 /// Class code of an NVMe controller (PCI code and ID assignment, 1.9): mass storage, non-volatile memory, NVMe.
 const CLASS: [u8; 3] = [0x02, 0x08, 0x01];
 
-/// If any step fails, the drop of `pci` stops the device before memory is unmapped.
+/// Initialises the controller. If any step fails, the drop of `pci` stops the device before memory is unmapped.
 pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Core> {
     if !(2..=SIZE_MAX).contains(&options.queue_size) {
         return Err(invalid(format!("queue size {} is not from 2 to {SIZE_MAX}", options.queue_size)));
     }
+    check_class(&*pci)?;
+    let registers = Registers::new(pci.bar(0)?)?;
+    // The controller may still run for an earlier user, or may have failed.
+    stop(&*pci, &registers)?;
+
+    let wanted = queues_to_request(&*pci, &registers, options.queues)?;
+    let mut wakes = (0..=wanted).map(|_| Wake::new().map(Arc::new)).collect::<io::Result<Vec<_>>>()?;
+    // Before the controller is enabled: some controllers read their vectors only then.
+    pci.enable_vectors(&wakes.iter().map(|wake| wake.as_fd()).collect::<Vec<_>>())?;
+
+    let addresses = Addresses(pci.translation());
+    let clock = Arc::new(AtomicU32::new(1));
+    let pair = enable(&*pci, &registers, &addresses, &clock)?;
+    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
+    let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), options.timeout.unwrap_or(ADMIN));
+    let found = find(&mut admin, &registers, options)?;
+
+    let granted = ask_for_queues(&mut admin, wanted)?;
+    if options.queues.is_some_and(|queues| queues > granted) {
+        return Err(invalid(format!("{wanted} queues requested, but the device has {granted}")));
+    }
+    let queues = wanted.min(granted);
+    wakes.truncate(usize::from(queues) + 1);
+
+    let transfer_max = found.transfer_max(1 << registers.page_shift(), TRANSFER_MAX)?;
+    let queue_layout = queue_layout(&registers, options.queue_size, transfer_max);
+    let target = format!("{}/{}", pci.address(), found.nsid);
+    let (info, disk) = found.describe(shape(options, target, queues, queue_layout, transfer_max));
+    let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
+    let tells = found.controller.oaes & 1 << 8 != 0;
+    ask_for_events(&mut admin, tells);
+    let told = Duration::from_micros(found.controller.shutdown_us.into());
+    Ok(Core {
+        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
+        life,
+        admin: Mutex::new(admin),
+        queue_layout,
+        wakes,
+        queues: Mutex::new(vec![Place::Free; queues.into()]),
+        shutdown: told.clamp(SHUTDOWN, 4 * SHUTDOWN),
+        page_shift: registers.page_shift(),
+        pci,
+        registers,
+        info,
+        disk,
+        sgl,
+        tells,
+        addresses,
+        clock,
+    })
+}
+
+/// Checks that the PCI device is an NVMe controller.
+fn check_class(pci: &dyn PciDevice) -> io::Result<()> {
     let mut class = [0; 3];
     pci.read_config(0x09, &mut class)?;
     if class != CLASS {
@@ -53,10 +107,11 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
             "PCI class {class:02x}{subclass:02x}{interface:02x} is not that of an NVMe controller (010802)"
         )));
     }
-    let registers = Registers::new(pci.bar(0)?)?;
-    // The controller may still run for an earlier user, or may have failed.
-    stop(&*pci, &registers)?;
+    Ok(())
+}
 
+/// Number of I/O queue pairs to request: limited by interrupt vectors and doorbells.
+fn queues_to_request(pci: &dyn PciDevice, registers: &Registers, wanted: Option<u16>) -> io::Result<u16> {
     let vectors = pci.vectors();
     if vectors < 2 {
         return Err(unusable(format!("it has {vectors} MSI-X vectors, but needs at least 2")));
@@ -70,80 +125,58 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
         )));
     }
     let queues_max = (vectors - 1).min(pairs);
-    let wanted = options.queues.unwrap_or(QUEUES.min(queues_max));
+    let wanted = wanted.unwrap_or(QUEUES.min(queues_max));
     if wanted == 0 || wanted > queues_max {
         return Err(invalid(format!("{wanted} queues requested, but the device has {queues_max}")));
     }
-    let mut wakes = (0..=wanted).map(|_| Wake::new().map(Arc::new)).collect::<io::Result<Vec<_>>>()?;
-    // Before the controller is enabled: some controllers read their vectors only then.
-    pci.enable_vectors(&wakes.iter().map(|wake| wake.as_fd()).collect::<Vec<_>>())?;
+    Ok(wanted)
+}
 
+/// Enables the controller with a new admin queue pair.
+fn enable(
+    pci: &dyn PciDevice,
+    registers: &Registers,
+    addresses: &Addresses,
+    clock: &Arc<AtomicU32>,
+) -> io::Result<Pair<Asked>> {
     let page_shift = registers.page_shift();
     let page = 1 << page_shift;
-    let addresses = Addresses(pci.translation());
     let layout = Layout { size: admin::SIZE, list_len: page.max(spec::IDENTIFY_LEN), page };
     let memory = Mapping::new(layout.len())?;
     pci.dma_map(&memory)?;
-    let clock = Arc::new(AtomicU32::new(1));
     let bells = Bells::new(&registers.bar, 0, registers.stride());
-    let pair = Pair::new(0, layout, &memory, &addresses, bells, &clock);
+    let pair = Pair::new(0, layout, &memory, addresses, bells, clock);
     let (submission, completion) = pair.addresses();
     pci.set_bus_master(true)?;
     registers.enable(page_shift, admin::SIZE, submission, completion)?;
-
-    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
-    let timeout = options.timeout.unwrap_or(ADMIN);
-    let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), timeout);
-    let found = find(&mut admin, &registers, options)?;
-
-    let granted = ask_for_queues(&mut admin, wanted)?;
-    if options.queues.is_some_and(|queues| queues > granted) {
-        return Err(invalid(format!("{wanted} queues requested, but the device has {granted}")));
-    }
-    let queues = wanted.min(granted);
-    wakes.truncate(usize::from(queues) + 1);
-
-    let size = u32::from(options.queue_size).min(registers.queue_size()) as u16;
-    let target = format!("{}/{}", pci.address(), found.nsid);
-    let transfer_max = found.transfer_max(page as u64, TRANSFER_MAX)?;
-    // One entry for each page: an unaligned start adds a page, but the first page needs no entry.
-    let list_len = (transfer_max as usize).div_ceil(page).saturating_mul(8).next_power_of_two().clamp(256, page);
-    let shape = Shape {
-        driver: "nvme",
-        target,
-        page: page as u64,
-        transfer_max,
-        ranges: list_len / RANGE_LEN,
-        queues,
-        depth: size - 1,
-        read_only: options.read_only,
-        timeout: options.timeout,
-    };
-    let (info, disk) = found.describe(shape);
-    let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
-    let tells = found.controller.oaes & 1 << 8 != 0;
-    ask_for_events(&mut admin, tells);
-    let told = Duration::from_micros(found.controller.shutdown_us.into());
-    Ok(Core {
-        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
-        life,
-        admin: Mutex::new(admin),
-        queue_layout: Layout { size, list_len, page },
-        wakes,
-        queues: Mutex::new(vec![Place::Free; queues.into()]),
-        shutdown: told.clamp(SHUTDOWN, 4 * SHUTDOWN),
-        pci,
-        registers,
-        info,
-        disk,
-        sgl,
-        tells,
-        page_shift,
-        addresses,
-        clock,
-    })
+    Ok(pair)
 }
 
+/// The limits of the driver and of the granted queues, for [`Found::describe`].
+fn shape(options: &Options, target: String, queues: u16, layout: Layout, transfer_max: u32) -> Shape {
+    Shape {
+        driver: "nvme",
+        target,
+        page: layout.page as u64,
+        transfer_max,
+        ranges: layout.list_len / RANGE_LEN,
+        queues,
+        depth: layout.slots(),
+        read_only: options.read_only,
+        timeout: options.timeout,
+    }
+}
+
+/// Layout of the largest I/O queue pair.
+fn queue_layout(registers: &Registers, queue_size: u16, transfer_max: u32) -> Layout {
+    let page = 1 << registers.page_shift();
+    let size = u32::from(queue_size).min(registers.queue_size()) as u16;
+    // One entry for each page: an unaligned start adds a page, but the first page needs no entry.
+    let list_len = (transfer_max as usize).div_ceil(page).saturating_mul(8).next_power_of_two().clamp(256, page);
+    Layout { size, list_len, page }
+}
+
+/// Identifies the controller and its namespace: the requested one, or the first active one.
 fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
     let controller = admin.identify(cns::CONTROLLER, 0).map_err(|e| e.explain("cannot identify the controller"))?;
     let controller = Controller::parse(&controller);
