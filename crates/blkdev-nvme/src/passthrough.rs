@@ -134,42 +134,17 @@ fn check_type(meta: &fs::Metadata) -> io::Result<()> {
     Err(invalid("it is not a character device; NVMe passthrough needs /dev/ngXnY, not /dev/nvmeXnY".to_owned()))
 }
 
+/// Checks that the file is a supported namespace, and determines its limits.
 fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let meta = file.metadata()?;
     check_type(&meta)?;
-    let nsid = sys::nsid(&file).map_err(|e| {
-        let text = format!("it is not an NVMe namespace: {e}");
-        Context::with_kind(io::ErrorKind::InvalidInput, text, e)
-    })?;
-    let identify = |cns, nsid| {
-        sys::identify(&file, cns, nsid).map_err(|e| {
-            let remedy = match e.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) if options.read_only => ": read-only access needs CAP_SYS_ADMIN",
-                Some(libc::EACCES | libc::EPERM) => ": before Linux 6.2 this needs CAP_SYS_ADMIN",
-                _ => "",
-            };
-            Context::wrap(format!("Identify: {e}{remedy}"), e)
-        })
-    };
-    let refused = |status: Status| unusable(format!("Identify: {status}"));
-    let controller = Controller::parse(&identify(cns::CONTROLLER, 0)?.map_err(refused)?);
-    let namespace = Namespace::parse(&identify(cns::NAMESPACE, nsid)?.map_err(refused)?);
-    check(&namespace, nsid)?;
-    // Older controllers do not support it.
-    let limits = identify(cns::CONTROLLER_OF_COMMAND_SET, 0)?.map_or_else(|_| Limits::default(), |b| Limits::parse(&b));
-
+    let found = find(&file, options.read_only)?;
     let sysfs = Sysfs::new(&meta)?;
     if sysfs.text("zoned").is_some_and(|zoned| zoned != "none") {
         return Err(unusable("the namespace is zoned, which is not supported"));
     }
-    // The kernel does not split passthrough commands: it refuses those that are too long or have too many segments. One page is
-    // added for an unaligned start.
-    let told = sysfs.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib.saturating_mul(1 << 10));
-    let segments = sysfs.number("max_segments").unwrap_or(u64::MAX);
-    let scattered = segments.saturating_sub(1).max(1).saturating_mul(PAGE as u64);
-    let found = Found { controller, limits, nsid, namespace };
     // The kernel uses a controller page of at least 4096 bytes; sysfs already accounts for MDTS.
-    let transfer_max = found.transfer_max(PAGE as u64, told.min(scattered).min(32 << 20))?;
+    let transfer_max = found.transfer_max(PAGE as u64, sysfs.transfer_max().min(32 << 20))?;
     let shape = Shape {
         driver: "nvme-io_uring",
         target: name.to_owned(),
@@ -195,6 +170,31 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     })
 }
 
+/// Identifies the namespace and its controller.
+fn find(file: &File, read_only: bool) -> io::Result<Found> {
+    let nsid = sys::nsid(file).map_err(|e| {
+        let text = format!("it is not an NVMe namespace: {e}");
+        Context::with_kind(io::ErrorKind::InvalidInput, text, e)
+    })?;
+    let identify = |cns, nsid| {
+        sys::identify(file, cns, nsid).map_err(|e| {
+            let remedy = match e.raw_os_error() {
+                Some(libc::EACCES | libc::EPERM) if read_only => ": read-only access needs CAP_SYS_ADMIN",
+                Some(libc::EACCES | libc::EPERM) => ": before Linux 6.2 this needs CAP_SYS_ADMIN",
+                _ => "",
+            };
+            Context::wrap(format!("Identify: {e}{remedy}"), e)
+        })
+    };
+    let refused = |status: Status| unusable(format!("Identify: {status}"));
+    let controller = Controller::parse(&identify(cns::CONTROLLER, 0)?.map_err(refused)?);
+    let namespace = Namespace::parse(&identify(cns::NAMESPACE, nsid)?.map_err(refused)?);
+    check(&namespace, nsid)?;
+    // Older controllers do not support it.
+    let limits = identify(cns::CONTROLLER_OF_COMMAND_SET, 0)?.map_or_else(|_| Limits::default(), |b| Limits::parse(&b));
+    Ok(Found { controller, limits, nsid, namespace })
+}
+
 /// The sysfs directory of the block device that belongs to a character device.
 #[derive(Debug)]
 struct Sysfs(PathBuf);
@@ -214,6 +214,15 @@ impl Sysfs {
 
     fn number(&self, name: &str) -> Option<u64> {
         self.text(name)?.parse().ok()
+    }
+
+    /// Longest command in bytes. The kernel does not split passthrough commands: it refuses those that are too long or have too
+    /// many segments.
+    fn transfer_max(&self) -> u64 {
+        let max = self.number("max_hw_sectors_kb").map_or(TRANSFER_MAX, |kib| kib.saturating_mul(1 << 10));
+        let segments = self.number("max_segments").unwrap_or(u64::MAX);
+        // An unaligned start needs one more page.
+        max.min(segments.saturating_sub(1).max(1).saturating_mul(PAGE as u64))
     }
 
     /// The size in bytes, in whole blocks of `2^shift`; `None`: the size is unknown or invalid.
