@@ -115,35 +115,13 @@ impl IoUring {
         }
         let identity = path.map(|path| Identity::new(path, &file)).transpose()?;
         let handle = match identity {
-            Some(_) => {
-                let (access, direct_flag) = (
-                    if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR },
-                    if direct { OFlag::O_DIRECT } else { OFlag::empty() },
-                );
-                Handle::new(file, access | direct_flag, keeper)
-            }
+            Some(_) => Handle::new(file, access(direct, read_only), keeper),
             // The process that passed the descriptor holds it, too.
             None => Handle::shared(file),
         };
-        let mut info = Info::new("io_uring", name);
-        info.serial = target.serial.clone();
-        info.queues_max = QUEUES_MAX;
-        info.depth_max = entries.clamp(1, 32768);
-        info.block_size = target.block_size;
-        info.preferred_block_size = target.preferred_block_size;
-        info.transfer_max = TRANSFER_MAX;
-        info.discard_alignment = target.discard_alignment;
-        info.caps.read_only = read_only;
-        info.caps.rotational = target.rotational;
-        info.caps.flush = !target.write_through;
-        info.caps.fua = true;
-        info.caps.zero = target.zero;
-        info.caps.discard = target.discard;
-        info.caps.status = target.status;
-        info.caps.prefetch = !direct;
         let shared = Shared {
             handle,
-            info,
+            info: info(&target, name, direct, read_only, entries),
             target,
             discard_command,
             zero_range_fails: AtomicBool::new(false),
@@ -157,17 +135,50 @@ impl IoUring {
             mappings: Mutex::new(Vec::new()),
             _kin: kin,
         };
-        let size = shared.measure()?;
-        let Info { target, block_size, .. } = &shared.info;
-        if !size.is_multiple_of((*block_size).into()) {
-            let text = format!(
-                "{target} has {size} bytes, but direct transfers use units of {block_size}: its end is not accessible; leave \
-                 out direct=true, or make the size a multiple of {block_size} (truncate --size=%{block_size})"
-            );
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        }
+        check_size(shared.measure()?, &shared.info)?;
         Ok(Self { shared: Arc::new(shared) })
     }
+}
+
+/// The flags to open the file again.
+fn access(direct: bool, read_only: bool) -> OFlag {
+    let access = if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
+    let direct = if direct { OFlag::O_DIRECT } else { OFlag::empty() };
+    access | direct
+}
+
+/// The limits and capabilities of the file or block device.
+fn info(target: &Target, name: String, direct: bool, read_only: bool, entries: u16) -> Info {
+    let mut info = Info::new("io_uring", name);
+    info.serial = target.serial.clone();
+    info.queues_max = QUEUES_MAX;
+    info.depth_max = entries.clamp(1, 32768);
+    info.block_size = target.block_size;
+    info.preferred_block_size = target.preferred_block_size;
+    info.transfer_max = TRANSFER_MAX;
+    info.discard_alignment = target.discard_alignment;
+    info.caps.read_only = read_only;
+    info.caps.rotational = target.rotational;
+    info.caps.flush = !target.write_through;
+    info.caps.fua = true;
+    info.caps.zero = target.zero;
+    info.caps.discard = target.discard;
+    info.caps.status = target.status;
+    info.caps.prefetch = !direct;
+    info
+}
+
+/// Refuses a size that is not a multiple of the block size: the end would not be accessible.
+fn check_size(size: u64, info: &Info) -> io::Result<()> {
+    let Info { target, block_size, .. } = info;
+    if size.is_multiple_of((*block_size).into()) {
+        return Ok(());
+    }
+    let text = format!(
+        "{target} has {size} bytes, but direct transfers use units of {block_size}: its end is not accessible; leave out \
+         direct=true, or make the size a multiple of {block_size} (truncate --size=%{block_size})"
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
 }
 
 impl Device for IoUring {
@@ -235,6 +246,7 @@ struct Opened {
     kin: Option<Kin>,
 }
 
+/// Opens the file at `path`, and claims a block device.
 fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
     let name = path.display().to_string();
     // Check the type first: opening a tape rewinds it.
@@ -262,26 +274,29 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
         },
         result => result,
     };
-    let file = file.map_err(|e| {
-        let remedy = match e.raw_os_error() {
-            Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
-                "it is not writable; change its permissions, or use read-only=true"
-            }
-            Some(libc::EINVAL) if direct => {
-                let text = format!(
-                    "cannot open {name}: {e}: it does not support direct access (O_DIRECT); leave out direct=true"
-                );
-                return Context::with_kind(io::ErrorKind::Unsupported, text, e);
-            }
-            Some(libc::ETXTBSY) => "it is a running program; end it, or use read-only=true",
-            _ => return annotate(e, "cannot open", &name),
-        };
-        Context::wrap(format!("cannot open {name}: {e}: {remedy}"), e)
-    })?;
+    let file = file.map_err(|e| cannot_open(e, &name, direct, read_only))?;
     // With O_NONBLOCK io_uring would let requests fail instead of wait.
     let set = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
     fcntl(&file, FcntlArg::F_SETFL(set - OFlag::O_NONBLOCK))?;
     Ok(Opened { file, name, path: Some(path), direct, kin })
+}
+
+/// The error of a failed open, with the remedy if it is known.
+fn cannot_open(error: io::Error, name: &str, direct: bool, read_only: bool) -> io::Error {
+    let remedy = match error.raw_os_error() {
+        Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
+            "it is not writable; change its permissions, or use read-only=true"
+        }
+        Some(libc::EINVAL) if direct => {
+            let text = format!(
+                "cannot open {name}: {error}: it does not support direct access (O_DIRECT); leave out direct=true"
+            );
+            return Context::with_kind(io::ErrorKind::Unsupported, text, error);
+        }
+        Some(libc::ETXTBSY) => "it is a running program; end it, or use read-only=true",
+        _ => return annotate(error, "cannot open", name),
+    };
+    Context::wrap(format!("cannot open {name}: {error}: {remedy}"), error)
 }
 
 /// Takes a descriptor from the caller, whose mode must fit the options.
