@@ -131,34 +131,18 @@ impl Shared {
         }
     }
 
+    /// Watches until the device is closed. After the connection has ended this thread continues, because blocked threads must
+    /// still be freed.
     fn run(&self, stop: &Stop, mut requests: Requests) {
         let wake = stop.wake();
-        // The connection has ended. This thread continues, because blocked threads must still be freed.
         let mut over = false;
         let mut rest: Option<Instant> = None;
         loop {
             let now = Instant::now();
             rest = rest.filter(|end| *end > now);
-            let (deadline, looks) = {
-                let state = self.state();
-                (state.deadline.filter(|_| !over), over || !state.kicks.is_empty())
-            };
-            let ends = [deadline, rest, looks.then(|| now + LOOK)];
-            let timeout = ends.into_iter().flatten().min().map_or(PollTimeout::NONE, |end| {
-                let left = end.saturating_duration_since(now) + Duration::from_micros(999);
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-            });
             let incoming = requests.incoming().filter(|_| !over && rest.is_none());
-            let woken = PollFd::new(wake.as_fd(), PollFlags::POLLIN);
-            let stream = PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
-            let incoming_fd = PollFd::new(incoming.unwrap_or(wake.as_fd()), PollFlags::POLLIN);
-            let mut fds = [woken, incoming_fd, stream];
-            let watched = if over { 1 } else { 3 };
-            // EINTR is harmless: the loop checks everything again.
-            let _ = poll(&mut fds[..watched], timeout);
-            // `None`: nix has no name for some of the flags, such as the requested one.
-            let gone = !over && fds[2].any() != Some(false);
-            if incoming.is_some() && fds[1].any() != Some(false) {
+            let woken = self.sleep(wake, incoming, over, self.timeout(now, over, rest));
+            if woken.incoming {
                 let taken = requests.take();
                 if taken.changed {
                     // Another thread reads the configuration: this one enforces the deadline of that read.
@@ -169,40 +153,73 @@ impl Shared {
                 }
             }
             wake.clear();
-
-            let mut state = self.state();
             if stop.is_requested() {
-                drop(state);
                 self.life.unblock(true);
                 return;
             }
-            let stuck: Vec<_> = state
-                .kicks
-                .iter_mut()
-                .filter_map(|(kick, seen)| kick.is_stuck(seen).then(|| Arc::clone(kick)))
-                .collect();
-            let late = !over && !gone && state.deadline.is_some_and(|deadline| deadline <= Instant::now());
-            state.late |= late;
-            let established = state.established;
-            drop(state);
-            if gone || late || !stuck.is_empty() {
-                over = true;
-                self.end(
-                    established,
-                    if late {
-                        LATE
-                    } else if gone {
-                        GONE
-                    } else {
-                        BLOCKS
-                    },
-                );
-            }
-            // Freed only when the device is dead, so that no other kick follows.
-            for kick in stuck {
-                kick.unblock();
-            }
+            over |= self.check(over, woken.gone);
             self.life.unblock(false);
         }
     }
+
+    /// Time until the next deadline, the end of the pause `rest`, or the next check for blocked threads.
+    fn timeout(&self, now: Instant, over: bool, rest: Option<Instant>) -> PollTimeout {
+        let (deadline, looks) = {
+            let state = self.state();
+            (state.deadline.filter(|_| !over), over || !state.kicks.is_empty())
+        };
+        let ends = [deadline, rest, looks.then(|| now + LOOK)];
+        ends.into_iter().flatten().min().map_or(PollTimeout::NONE, |end| {
+            let left = end.saturating_duration_since(now) + Duration::from_micros(999);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        })
+    }
+
+    /// Waits for `wake`, for requests of the back end at `incoming`, and for the end of the connection if it is not `over`.
+    fn sleep(&self, wake: &Wake, incoming: Option<BorrowedFd<'_>>, over: bool, timeout: PollTimeout) -> Woken {
+        let woken = PollFd::new(wake.as_fd(), PollFlags::POLLIN);
+        let stream = PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
+        let incoming_fd = PollFd::new(incoming.unwrap_or(wake.as_fd()), PollFlags::POLLIN);
+        let mut fds = [woken, incoming_fd, stream];
+        let watched = if over { 1 } else { 3 };
+        // EINTR is harmless: the caller checks everything again.
+        let _ = poll(&mut fds[..watched], timeout);
+        Woken {
+            incoming: incoming.is_some() && fds[1].any() != Some(false),
+            // `None`: nix has no name for some of the flags, such as the requested one.
+            gone: !over && fds[2].any() != Some(false),
+        }
+    }
+
+    /// Ends the device if its back end is `gone`, late, or blocks a thread. Returns whether it did. Frees the blocked threads.
+    fn check(&self, over: bool, gone: bool) -> bool {
+        let mut state = self.state();
+        let stuck: Vec<_> =
+            state.kicks.iter_mut().filter_map(|(kick, seen)| kick.is_stuck(seen).then(|| Arc::clone(kick))).collect();
+        let late = !over && !gone && state.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        state.late |= late;
+        let established = state.established;
+        drop(state);
+        let why = match (late, gone) {
+            (true, _) => Some(LATE),
+            (_, true) => Some(GONE),
+            _ => (!stuck.is_empty()).then_some(BLOCKS),
+        };
+        if let Some(why) = why {
+            self.end(established, why);
+        }
+        // Freed only when the device is dead, so that no other kick follows.
+        for kick in stuck {
+            kick.unblock();
+        }
+        why.is_some()
+    }
+}
+
+/// Events that ended a wait.
+struct Woken {
+    /// The back end has sent a request, or closed that channel.
+    incoming: bool,
+    /// The back end has closed the connection.
+    gone: bool,
 }
