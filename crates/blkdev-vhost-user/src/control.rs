@@ -84,8 +84,48 @@ struct Running {
     nudge: Arc<Notifier>,
 }
 
+/// The back end's offer.
+struct Offer {
+    features: u64,
+    /// The protocol features that both sides support.
+    protocol: VhostUserProtocolFeatures,
+    queues: u64,
+    /// Most memory regions.
+    slots: u64,
+}
+
+impl Offer {
+    /// Negotiates the protocol features, and asks for the limits that depend on them. `requests` is the back end's side of the
+    /// channel for its own requests.
+    fn ask(frontend: &mut Frontend, requests: &dyn AsRawFd) -> vhost::Result<Self> {
+        let features = frontend.get_features()?;
+        let mut protocol = VhostUserProtocolFeatures::empty();
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            let wanted = VhostUserProtocolFeatures::MQ
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+                | VhostUserProtocolFeatures::BACKEND_REQ;
+            protocol = frontend.get_protocol_features()? & wanted;
+            frontend.set_protocol_features(protocol)?;
+        }
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            frontend.set_backend_request_fd(requests)?;
+        }
+        let mq = protocol.contains(VhostUserProtocolFeatures::MQ);
+        let queues = if mq { frontend.get_queue_num()? } else { 1 };
+        let slots = protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        let slots = if slots { frontend.get_max_mem_slots()? } else { REGIONS_MAX as u64 };
+        Ok(Self { features, protocol, queues, slots })
+    }
+}
+
 impl Control {
-    /// `left`: rest of the time for connecting. `timeout`: limit of every later exchange.
+    /// Greets the back end, and negotiates features. `left`: rest of the time for connecting. `timeout`: limit of every later
+    /// exchange.
     pub(crate) fn negotiate(
         stream: UnixStream,
         target: String,
@@ -119,36 +159,12 @@ impl Control {
             true => control.explain("cannot negotiate", e),
             false => e,
         })?;
-        let (features, protocol, queues, slots) = control.exchange("cannot negotiate", |state| {
-            let frontend = &mut state.frontend;
-            let features = frontend.get_features()?;
-            let mut protocol = VhostUserProtocolFeatures::empty();
-            if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
-                let wanted = VhostUserProtocolFeatures::MQ
-                    | VhostUserProtocolFeatures::REPLY_ACK
-                    | VhostUserProtocolFeatures::CONFIG
-                    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-                    | VhostUserProtocolFeatures::BACKEND_REQ;
-                protocol = frontend.get_protocol_features()? & wanted;
-                frontend.set_protocol_features(protocol)?;
-            }
-            if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-                frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-            }
-            if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
-                frontend.set_backend_request_fd(&requests)?;
-            }
-            let mq = protocol.contains(VhostUserProtocolFeatures::MQ);
-            let queues = if mq { frontend.get_queue_num()? } else { 1 };
-            let slots = protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
-            let slots = if slots { frontend.get_max_mem_slots()? } else { REGIONS_MAX as u64 };
-            Ok((features, protocol, queues, slots))
-        })?;
+        let offer = control.exchange("cannot negotiate", |state| Offer::ask(&mut state.frontend, &requests))?;
         control.timeout = timeout;
-        control.features = features;
-        control.protocol = protocol;
-        control.queues_max = u16::try_from(queues).unwrap_or(u16::MAX);
-        control.slots_max = usize::try_from(slots).unwrap_or(usize::MAX);
+        control.features = offer.features;
+        control.protocol = offer.protocol;
+        control.queues_max = u16::try_from(offer.queues).unwrap_or(u16::MAX);
+        control.slots_max = usize::try_from(offer.slots).unwrap_or(usize::MAX);
         Ok(control)
     }
 
