@@ -146,68 +146,102 @@ fn target(properties: &[(String, String)]) -> String {
 
 /// Reads the limits and capabilities from the properties of a started device. The error is a text.
 fn describe(driver: &str, target: &str, blkio: &Blkio, queues: &[Blkioq]) -> Result<(Info, u64), String> {
-    let number = |name: &str| -> Result<u64, String> {
-        let value = blkio.get_str(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"))?;
-        // -1 and other invalid values mean the same as 0 for these properties.
-        Ok(value.parse().unwrap_or(0))
-    };
-    let flag = |name: &str| blkio.get_bool(name).map_err(|error| format!("libblkio {driver}: {name}: {error}"));
+    let properties = Properties { driver, blkio };
     let is_virtio = driver.starts_with("virtio-blk");
     let is_io_uring = driver == "io_uring";
 
-    let block = number("request-alignment")?.max(1);
-    if !block.is_power_of_two() || block > 65536 {
-        return Err(format!("libblkio {driver}: blocks of {block} bytes are not supported"));
-    }
-    let needs = number("buf-alignment")?;
-    if needs > PAGE as u64 && needs > block {
-        return Err(format!("libblkio {driver}: buffers aligned to {needs} bytes are not supported"));
-    }
-    let down = |len: u64, unit: u64| len / unit * unit;
-    // 0: no limit. Requests have one segment, so the segment limit applies to requests.
-    let own = match driver {
-        "nvme-io_uring" => TRANSFER_MAX_NVME,
-        "virtio-blk-vfio-pci" | "virtio-blk-vhost-vdpa" => TRANSFER_MAX_PCI,
-        _ => TRANSFER_MAX,
-    };
-    let limits = [number("max-transfer")?, number("max-segment-len")?, own];
-    let transfer_max = down(limits.into_iter().filter(|max| *max > 0).min().unwrap_or(own), block);
-    if transfer_max < PAGE as u64 {
-        return Err(format!("libblkio {driver}: transfers of at most {transfer_max} bytes are not supported"));
-    }
+    let block = properties.block_size()?;
+    let transfer_max = properties.transfer_max(block)?;
     // On io_uring 0 means no limit, elsewhere that the operation is not supported.
-    let zero_max = number("max-write-zeroes-len")?;
-    let discard_max = number("max-discard-len")?;
-    let unit = match number("discard-alignment")? {
+    let zero_max = properties.number("max-write-zeroes-len")?;
+    let discard_max = properties.number("max-discard-len")?;
+    let unit = match properties.number("discard-alignment")? {
         granularity if granularity >= block && granularity.is_multiple_of(block) => granularity,
         _ => block,
     };
     let (depth_name, each) = if is_virtio { ("queue-size", DESCRIPTORS) } else { ("num-entries", 1) };
-    let depth_max = u16::try_from(number(depth_name)?).unwrap_or(u16::MAX) / each;
-    let preferred = number("optimal-io-alignment")?.max(block).max(512).next_power_of_two().min(1 << 20);
-    let small =
-        |n: u64| u32::try_from(n).map_err(|_| format!("libblkio {driver}: a limit of {n} bytes is not supported"));
-    // Back ends may report that they need no flush although they do (qemu-storage-daemon). If none is needed, libblkio's flush
-    // is free.
-    let flush = is_virtio || flag("flush-needed")?;
+    let depth_max = u16::try_from(properties.number(depth_name)?).unwrap_or(u16::MAX) / each;
+    let preferred = properties.number("optimal-io-alignment")?.max(block).max(512).next_power_of_two().min(1 << 20);
     let mut info = Info::new("libblkio", format!("{driver} {target}"));
     info.queues_max = u16::try_from(queues.len()).unwrap_or(u16::MAX);
     info.depth_max = depth_max.max(1);
-    info.block_size = small(block)?;
-    info.preferred_block_size = small(preferred)?;
-    info.transfer_max = small(transfer_max)?;
+    info.block_size = properties.small(block)?;
+    info.preferred_block_size = properties.small(preferred)?;
+    info.transfer_max = properties.small(transfer_max)?;
     info.zero_max = if zero_max == 0 { u64::MAX } else { down(zero_max, block) };
     info.discard_max = down(discard_max, unit);
-    info.discard_alignment = small(unit)?;
+    info.discard_alignment = properties.small(unit)?;
     info.timeout = is_virtio.then_some(Duration::from_secs(60));
-    info.caps.read_only = flag("read-only")?;
-    info.caps.flush = flush;
+    info.caps.read_only = properties.flag("read-only")?;
+    // Back ends may report that they need no flush although they do (qemu-storage-daemon). If none is needed, libblkio's flush
+    // is free.
+    info.caps.flush = is_virtio || properties.flag("flush-needed")?;
     // io_uring writes with RWF_DSYNC. On virtio libblkio would write and then flush, as `Channel` does.
-    info.caps.fua = is_io_uring || flag("supports-fua-natively")?;
+    info.caps.fua = is_io_uring || properties.flag("supports-fua-natively")?;
     info.caps.zero = is_io_uring || down(zero_max, block) > 0;
     info.caps.discard = !is_io_uring && down(discard_max, unit) > 0;
-    let capacity = number("capacity")?;
-    Ok((info, down(capacity, block)))
+    Ok((info, down(properties.number("capacity")?, block)))
+}
+
+/// The properties of a started device. Errors are texts.
+struct Properties<'a> {
+    driver: &'a str,
+    blkio: &'a Blkio,
+}
+
+impl Properties<'_> {
+    fn number(&self, name: &str) -> Result<u64, String> {
+        let value = self.blkio.get_str(name).map_err(|error| self.error(&format!("{name}: {error}")))?;
+        // -1 and other invalid values mean the same as 0 for these properties.
+        Ok(value.parse().unwrap_or(0))
+    }
+
+    fn flag(&self, name: &str) -> Result<bool, String> {
+        self.blkio.get_bool(name).map_err(|error| self.error(&format!("{name}: {error}")))
+    }
+
+    /// The block size. It must be one that this crate supports, with buffers that it can align.
+    fn block_size(&self) -> Result<u64, String> {
+        let block = self.number("request-alignment")?.max(1);
+        if !block.is_power_of_two() || block > 65536 {
+            return Err(self.error(&format!("blocks of {block} bytes are not supported")));
+        }
+        let needs = self.number("buf-alignment")?;
+        if needs > PAGE as u64 && needs > block {
+            return Err(self.error(&format!("buffers aligned to {needs} bytes are not supported")));
+        }
+        Ok(block)
+    }
+
+    /// Longest transfer in bytes, in whole blocks.
+    fn transfer_max(&self, block: u64) -> Result<u64, String> {
+        let own = match self.driver {
+            "nvme-io_uring" => TRANSFER_MAX_NVME,
+            "virtio-blk-vfio-pci" | "virtio-blk-vhost-vdpa" => TRANSFER_MAX_PCI,
+            _ => TRANSFER_MAX,
+        };
+        // 0: no limit. Requests have one segment, so the segment limit applies to requests.
+        let limits = [self.number("max-transfer")?, self.number("max-segment-len")?, own];
+        let max = down(limits.into_iter().filter(|max| *max > 0).min().unwrap_or(own), block);
+        if max < PAGE as u64 {
+            return Err(self.error(&format!("transfers of at most {max} bytes are not supported")));
+        }
+        Ok(max)
+    }
+
+    /// Checks that a limit fits in 32 bits.
+    fn small(&self, n: u64) -> Result<u32, String> {
+        u32::try_from(n).map_err(|_| self.error(&format!("a limit of {n} bytes is not supported")))
+    }
+
+    fn error(&self, text: &str) -> String {
+        format!("libblkio {}: {text}", self.driver)
+    }
+}
+
+/// Rounds a length down to whole units.
+fn down(len: u64, unit: u64) -> u64 {
+    len / unit * unit
 }
 
 impl Device for Libblkio {
