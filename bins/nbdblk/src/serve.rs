@@ -30,6 +30,7 @@ use crate::{
     ready::{self, Ready},
     reload, shortage, single,
     tls::Security,
+    uri::Address,
 };
 
 /// Time for invisible work at the end: removing files, notifying the service manager.
@@ -68,6 +69,7 @@ fn limits(args: &cli::Serve) -> Limits {
     limits
 }
 
+/// Serves the exports of the plan until an event ends it.
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args)?;
     Sockets::check(args, passed.is_some())?;
@@ -100,59 +102,15 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let words = security.words();
     let uris: Vec<String> =
         plan.wanted.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
-    let (print, say) = (args.print_uri, !args.print_uri && args.run.is_none() && !args.single);
-    let events = control.sender();
-    let announce = move || {
-        let mut ready = ready;
-        let announced = ready.announce().and_then(|()| {
-            if print {
-                crate::print(&uris.iter().map(|uri| format!("{uri}\n")).collect::<String>())?;
-            } else if say {
-                crate::report(&format!("serving at {}", uris.join(" and ")));
-            }
-            Ok(())
-        });
-        let _ = events.send(Event::Announced(announced.map(|()| ready)));
-    };
-    thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
-
-    let (end, events) = (server.end(), control.sender());
-    let failed = move || {
-        if let Some(why) = end.wait() {
-            let _ = events.send(Event::Failed(why));
-        }
-    };
-    thread::Builder::new().name("end".into()).spawn(failed).context("starting a thread")?;
+    announce(ready, uris, args, control.sender())?;
+    report_failure(&server, control.sender())?;
 
     let server = Arc::new(server);
-    let mut reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
-    let mut captive: Option<Captive> = None;
-    let mut announced: Option<Ready> = None;
-    let ended = loop {
-        match control.wait() {
-            Event::Stop(signal) => match &captive {
-                Some(captive) => captive.terminate(),
-                // The command has not been started.
-                None if args.run.is_some() => break Ok(128 + signal as u8),
-                None => break Ok(0),
-            },
-            Event::Ended(status) => break Ok(status),
-            // The operator has to start it again.
-            Event::Failed(why) => break Err(anyhow!("the server ends: {why}")),
-            Event::Announced(Err(error)) => break Err(error),
-            Event::Announced(Ok(ready)) => {
-                announced = Some(ready);
-                if let Some(command) = args.run.as_ref().filter(|_| control.enter(Phase::Running)) {
-                    match Captive::start(command, &addresses, reloads.default_name(), &security, &control) {
-                        Ok(started) => captive = Some(started),
-                        Err(error) => break Err(error),
-                    }
-                }
-            }
-            Event::Reload(asker) => reloads.ask(asker),
-            Event::Reloaded(outcome) => reloads.finish(outcome),
-        }
-    };
+    let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
+    let (addresses, security) = (&addresses, &security);
+    let mut run = Run { args, control: &control, addresses, security, reloads, captive: None, announced: None };
+    let ended = run.until_the_end();
+    let Run { reloads, announced, .. } = run;
     control.enter(Phase::Stopping);
     // First, so that the files are gone when a second signal comes.
     within(TIDYING, || {
@@ -167,6 +125,83 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         return Err(anyhow!("{text}: a device does not answer; the process ends without waiting for it"));
     }
     Ok(ended?.into())
+}
+
+/// Reports in a thread that the server is ready, and where.
+fn announce(mut ready: Ready, uris: Vec<String>, args: &cli::Serve, events: mpsc::Sender<Event>) -> anyhow::Result<()> {
+    let (print, say) = (args.print_uri, !args.print_uri && args.run.is_none() && !args.single);
+    let announce = move || {
+        let announced = ready.announce().and_then(|()| {
+            if print {
+                crate::print(&uris.iter().map(|uri| format!("{uri}\n")).collect::<String>())?;
+            } else if say {
+                crate::report(&format!("serving at {}", uris.join(" and ")));
+            }
+            Ok(())
+        });
+        let _ = events.send(Event::Announced(announced.map(|()| ready)));
+    };
+    thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
+    Ok(())
+}
+
+/// Sends an event when the server fails. A thread waits for it.
+fn report_failure(server: &Server, events: mpsc::Sender<Event>) -> anyhow::Result<()> {
+    let end = server.end();
+    let failed = move || {
+        if let Some(why) = end.wait() {
+            let _ = events.send(Event::Failed(why));
+        }
+    };
+    thread::Builder::new().name("end".into()).spawn(failed).context("starting a thread")?;
+    Ok(())
+}
+
+/// A running server, as the main thread sees it.
+struct Run<'a> {
+    args: &'a cli::Serve,
+    control: &'a Control,
+    addresses: &'a [Address],
+    security: &'a Security,
+    reloads: Reloads,
+    /// The command of `--run`, once it has been started.
+    captive: Option<Captive>,
+    /// The files of the announcement, once it is complete.
+    announced: Option<Ready>,
+}
+
+impl Run<'_> {
+    /// Handles events until one ends the server. Returns the exit code.
+    fn until_the_end(&mut self) -> anyhow::Result<u8> {
+        loop {
+            match self.control.wait() {
+                Event::Stop(signal) => match &self.captive {
+                    Some(captive) => captive.terminate(),
+                    // The command has not been started.
+                    None if self.args.run.is_some() => return Ok(128 + signal as u8),
+                    None => return Ok(0),
+                },
+                Event::Ended(status) => return Ok(status),
+                // The operator has to start it again.
+                Event::Failed(why) => return Err(anyhow!("the server ends: {why}")),
+                Event::Announced(announced) => {
+                    self.announced = Some(announced?);
+                    self.start_command()?;
+                }
+                Event::Reload(asker) => self.reloads.ask(asker),
+                Event::Reloaded(outcome) => self.reloads.finish(outcome),
+            }
+        }
+    }
+
+    /// Starts the command of `--run`, unless the server is stopping.
+    fn start_command(&mut self) -> anyhow::Result<()> {
+        if let Some(command) = self.args.run.as_ref().filter(|_| self.control.enter(Phase::Running)) {
+            let export = self.reloads.default_name();
+            self.captive = Some(Captive::start(command, self.addresses, export, self.security, self.control)?);
+        }
+        Ok(())
+    }
 }
 
 /// Stops the server, as soon as a reload that changes its exports has ended.
