@@ -59,57 +59,21 @@ pub(super) fn requests(bench: &mut Bench) {
     let mut arena = arena(&*device);
     let mut queue = device.open_queue(8).expect("a queue opens");
     let block = bench.block();
-    let at = bench.capacity - block;
 
     for len in [block, u64::from(info.transfer_max).min(4 << 20) / block * block] {
-        let at = bench.capacity - len;
-        let mut buf = arena.alloc(len as usize).expect("memory");
-        if !info.caps.read_only {
-            let bytes = bench.noise(len);
-            buf.copy_from(0, &bytes);
-            bench.wrote(at, &bytes);
-            let Op::Write { buf: back, .. } = one(&mut *queue, Op::Write { at, buf, fua: info.caps.fua }) else {
-                panic!("a write completes as a write");
-            };
-            same(at, &back.to_vec(), &bytes);
-            buf = back;
-            buf.zero(0, len as usize);
-        }
-        let place = buf.offset();
-        let Op::Read { at: same_at, buf } = one(&mut *queue, Op::Read { at, buf }) else {
-            panic!("a read completes as a read");
-        };
-        assert_eq!((same_at, buf.offset(), buf.len() as u64), (at, place, len), "its own buffer comes back");
-        if !info.caps.read_only {
-            let mut expected = vec![0; len as usize];
-            bench.shadow.read(at, &mut expected);
-            same(at, &buf.to_vec(), &expected);
-        }
+        transfer(bench, &mut *queue, &mut arena, len);
     }
     if info.caps.flush {
         one(&mut *queue, Op::Flush);
     }
     if info.caps.prefetch {
-        one(&mut *queue, Op::Prefetch { at, len: block });
+        one(&mut *queue, Op::Prefetch { at: bench.capacity - block, len: block });
     }
     if info.caps.status {
-        let Op::Status { extents, .. } = one(&mut *queue, Op::Status { at, len: block, extents: Vec::new() }) else {
-            panic!("a status completes as a status");
-        };
-        let [Extent { at: from, len, kind }] = extents[..] else { panic!("one block is of one kind: {extents:?}") };
-        assert_eq!((from, len), (at, block), "the range that was asked for");
-        assert!(info.caps.read_only || !bench.keeps_data || kind == ExtentKind::Data, "noise is data, not {kind:?}");
+        status(bench, &mut *queue);
     }
     if info.caps.zero && !info.caps.read_only {
-        for len in [block, info.zero_max.min(4 << 20) / block * block] {
-            for unmap in [false, true] {
-                one(&mut *queue, Op::Zero { at: bench.capacity - len, len, unmap });
-            }
-        }
-        let mut buf = arena.alloc(block as usize).expect("memory");
-        buf.copy_from(0, &vec![0xff; block as usize]);
-        let Op::Read { buf, .. } = one(&mut *queue, Op::Read { at, buf }) else { panic!("a read") };
-        same(at, &buf.to_vec(), &vec![0; block as usize]);
+        zeroes(bench, &mut *queue, &mut arena);
     }
     if info.caps.discard && !info.caps.read_only {
         let unit = u64::from(info.discard_alignment);
@@ -121,6 +85,70 @@ pub(super) fn requests(bench: &mut Bench) {
     full(&mut *queue, &mut arena, block);
     assert_eq!(arena.free(), arena.capacity(), "all memory is back");
 
+    in_flight(&mut *queue, &mut arena, block);
+    drop(queue);
+    assert_eq!(arena.free(), arena.capacity(), "a queue that is dropped drains");
+    drop(device.open_queue(8).expect("and can be opened again"));
+}
+
+/// A write of noise at the end of the device, if it can be written, and a read of the same range.
+fn transfer(bench: &mut Bench, queue: &mut dyn Queue, arena: &mut Arena, len: u64) {
+    let caps = bench.info.caps;
+    let at = bench.capacity - len;
+    let mut buf = arena.alloc(len as usize).expect("memory");
+    if !caps.read_only {
+        let bytes = bench.noise(len);
+        buf.copy_from(0, &bytes);
+        bench.wrote(at, &bytes);
+        let Op::Write { buf: back, .. } = one(queue, Op::Write { at, buf, fua: caps.fua }) else {
+            panic!("a write completes as a write");
+        };
+        same(at, &back.to_vec(), &bytes);
+        buf = back;
+        buf.zero(0, len as usize);
+    }
+    let place = buf.offset();
+    let Op::Read { at: same_at, buf } = one(queue, Op::Read { at, buf }) else {
+        panic!("a read completes as a read");
+    };
+    assert_eq!((same_at, buf.offset(), buf.len() as u64), (at, place, len), "its own buffer comes back");
+    if !caps.read_only {
+        let mut expected = vec![0; len as usize];
+        bench.shadow.read(at, &mut expected);
+        same(at, &buf.to_vec(), &expected);
+    }
+}
+
+/// The status of the last block, which has noise if the device can be written.
+fn status(bench: &Bench, queue: &mut dyn Queue) {
+    let block = bench.block();
+    let at = bench.capacity - block;
+    let Op::Status { extents, .. } = one(queue, Op::Status { at, len: block, extents: Vec::new() }) else {
+        panic!("a status completes as a status");
+    };
+    let [Extent { at: from, len, kind }] = extents[..] else { panic!("one block is of one kind: {extents:?}") };
+    assert_eq!((from, len), (at, block), "the range that was asked for");
+    let has_noise = !bench.info.caps.read_only && bench.keeps_data;
+    assert!(!has_noise || kind == ExtentKind::Data, "noise is data, not {kind:?}");
+}
+
+/// Zeroes the end of the device, with and without deallocation: the last block then reads as zeroes.
+fn zeroes(bench: &Bench, queue: &mut dyn Queue, arena: &mut Arena) {
+    let block = bench.block();
+    for len in [block, bench.info.zero_max.min(4 << 20) / block * block] {
+        for unmap in [false, true] {
+            one(queue, Op::Zero { at: bench.capacity - len, len, unmap });
+        }
+    }
+    let at = bench.capacity - block;
+    let mut buf = arena.alloc(block as usize).expect("memory");
+    buf.copy_from(0, &vec![0xff; block as usize]);
+    let Op::Read { buf, .. } = one(queue, Op::Read { at, buf }) else { panic!("a read") };
+    same(at, &buf.to_vec(), &vec![0; block as usize]);
+}
+
+/// Up to eight reads that are left in flight.
+fn in_flight(queue: &mut dyn Queue, arena: &mut Arena, block: u64) {
     for tag in 0..8 {
         let buf = arena.alloc(block as usize).expect("memory");
         if queue.push(Request { tag, op: Op::Read { at: tag * block, buf } }).is_err() {
@@ -128,9 +156,6 @@ pub(super) fn requests(bench: &mut Bench) {
         }
         queue.kick();
     }
-    drop(queue);
-    assert_eq!(arena.free(), arena.capacity(), "a queue that is dropped drains");
-    drop(device.open_queue(8).expect("and can be opened again"));
 }
 
 /// A queue takes requests until it is full, returns the next one unchanged, and completes each request once.
