@@ -27,12 +27,12 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 pub use blkdev;
 pub use blkdev::Source;
 use blkdev::{Context, Device, Info, Mapping, Queue};
+pub use blkdev_virtio;
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
@@ -44,32 +44,14 @@ use control::Control;
 pub struct Options {
     /// The character device, `/dev/vhost-vdpa-0`, or a descriptor that was opened for reading and writing.
     pub source: Source,
-    /// Refuses writes, even if the device allows them.
-    pub read_only: bool,
-    /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
-    pub num_queues: Option<u16>,
-    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
-    pub queue_size: u16,
-    /// Ring format; `None`: packed if the device offers it, else split.
-    pub ring: Option<Format>,
-    /// Switches the device's write cache; `None`: unchanged.
-    pub write_cache: Option<WriteCache>,
-    /// Longest time for a request before the device is declared dead. Default: 30 s.
-    pub request_timeout: Duration,
+    /// What all virtio-blk devices have: queues, rings, write cache, time-out.
+    pub virtio: blkdev_virtio::Options,
 }
 
 impl Options {
     /// The default options for `source`.
     pub fn new(source: Source) -> Self {
-        Self {
-            source,
-            read_only: false,
-            num_queues: None,
-            queue_size: 256,
-            ring: None,
-            write_cache: None,
-            request_timeout: Duration::from_secs(30),
-        }
+        Self { source, virtio: blkdev_virtio::Options::default() }
     }
 }
 
@@ -120,14 +102,7 @@ impl Vdpa {
             Source::Fd(fd) => (fd, None),
         };
         let control = Control::open(fd, target.clone()).map_err(named)?;
-        let mut virtio = blkdev_virtio::Options::default();
-        virtio.queues = options.num_queues;
-        virtio.queue_size = options.queue_size;
-        virtio.ring = options.ring;
-        virtio.write_cache = options.write_cache;
-        virtio.read_only = options.read_only;
-        virtio.timeout = Some(options.request_timeout);
-        let device = VirtioBlk::open(control, &virtio)?;
+        let device = VirtioBlk::open(control, &options.virtio)?;
         Ok(Self { device, name })
     }
 }

@@ -37,7 +37,7 @@ fn conforms_with_all_queues_and_again_with_one() {
         conforms(Options::new(Source::Path(path.into())));
         let fd = OpenOptions::new().read(true).write(true).open(path).unwrap();
         conforms(with(Options::new(Source::Fd(fd.into())), |o| {
-            (o.num_queues, o.queue_size, o.ring) = (Some(1), 64, Some(Format::Split));
+            (o.virtio.queues, o.virtio.queue_size, o.virtio.ring) = (Some(1), 64, Some(Format::Split));
         }));
     });
 }

@@ -33,6 +33,7 @@ use std::{
 
 pub use blkdev;
 use blkdev::{Context, Device, Info, Mapping, Queue};
+pub use blkdev_virtio;
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
@@ -44,23 +45,13 @@ use control::Control;
 pub struct Options {
     /// Path of the back end's socket, at most 107 bytes.
     pub path: PathBuf,
-    /// Ring format; `None`: packed if the back end offers it, else split.
-    pub ring: Option<Format>,
-    /// Switches the back end's write cache; `None`: unchanged.
-    pub write_cache: Option<WriteCache>,
-    /// Refuses writes, even if the back end allows them.
-    pub read_only: bool,
-    /// Number of queues to use; `None`: all queues of the back end. More than the back end has is an error.
-    pub num_queues: Option<u16>,
-    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
-    pub queue_size: u16,
     /// Longest time to connect, and longest time for each control message after that. Default: 5 s.
     pub connect_timeout: Duration,
-    /// Longest time for a request before the back end is declared dead. Default: 30 s.
-    pub request_timeout: Duration,
     /// Use reserved huge pages, if there are enough, for memory shared with the back end. SPDK needs them without an IOMMU. The
     /// back end must be trusted then: by punching a hole into the memory it could kill this process with SIGBUS. Default: no.
     pub huge_pages: bool,
+    /// What all virtio-blk devices have: queues, rings, write cache, time-out.
+    pub virtio: blkdev_virtio::Options,
 }
 
 impl Options {
@@ -68,14 +59,9 @@ impl Options {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
-            ring: None,
-            write_cache: None,
-            read_only: false,
-            num_queues: None,
-            queue_size: 256,
             connect_timeout: Duration::from_secs(5),
-            request_timeout: Duration::from_secs(30),
             huge_pages: false,
+            virtio: blkdev_virtio::Options::default(),
         }
     }
 }
@@ -117,14 +103,7 @@ impl VhostUser {
         let (timeout, huge_pages) = (options.connect_timeout, options.huge_pages);
         let control = Control::negotiate(stream, target.clone(), name, left, timeout, huge_pages);
         let control = control.map_err(named)?;
-        let mut virtio = blkdev_virtio::Options::default();
-        virtio.queues = options.num_queues;
-        virtio.queue_size = options.queue_size;
-        virtio.ring = options.ring;
-        virtio.write_cache = options.write_cache;
-        virtio.read_only = options.read_only;
-        virtio.timeout = Some(options.request_timeout);
-        let device = VirtioBlk::open(control, &virtio)?;
+        let device = VirtioBlk::open(control, &options.virtio)?;
         device.transport().established()?;
         Ok(Self { device })
     }

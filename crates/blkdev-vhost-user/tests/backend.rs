@@ -97,7 +97,7 @@ fn a_back_end_that_falls_silent_while_connecting() {
     }
     let backend = Backend::new(Model::new(Spec::new(MIB).fault(Fault::Silent, 0)), Quirks::default());
     let request_timeout = Duration::from_millis(300);
-    refuse(&with(short(&backend.socket), |o| o.request_timeout = request_timeout), &["does not answer"]);
+    refuse(&with(short(&backend.socket), |o| o.virtio.timeout = Some(request_timeout)), &["does not answer"]);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn configurations_of_all_lengths() {
 fn the_number_of_queues() {
     let queues = |protocol, num_queues| {
         let backend = Backend::new(Model::new(Spec::new(MIB)), Quirks { protocol, ..Quirks::default() });
-        let device = VhostUser::connect(&with(Options::new(&backend.socket), |o| o.num_queues = num_queues));
+        let device = VhostUser::connect(&with(Options::new(&backend.socket), |o| o.virtio.queues = num_queues));
         device.map(|d| d.info().queues_max)
     };
     assert_eq!(queues(ALL, None).unwrap(), 4);
@@ -334,7 +334,7 @@ fn a_queue_that_cannot_be_drained_is_dropped_in_bounded_time() {
     let backend = Backend::new(Model::new(Spec::new(MIB).fault(Fault::Silent, 2)), Quirks::default());
     let request_timeout = Duration::from_millis(300);
     let device =
-        VhostUser::connect(&with(Options::new(&backend.socket), |o| o.request_timeout = request_timeout)).unwrap();
+        VhostUser::connect(&with(Options::new(&backend.socket), |o| o.virtio.timeout = Some(request_timeout))).unwrap();
     let mut arena = memory(&device);
     let mut queue = device.open_queue(4).unwrap();
     queue.push(read(1, &mut arena)).unwrap();
@@ -396,10 +396,10 @@ fn a_back_end_that_changes_its_size_is_heard() {
 fn qemu_switches_its_write_cache() {
     let qemu = Qemu::file(MIB, "writable=on");
     for write_cache in [Some(WriteCache::Writethrough), Some(WriteCache::Writeback), None] {
-        VhostUser::connect(&with(Options::new(&qemu.socket), |o| o.write_cache = write_cache)).unwrap();
+        VhostUser::connect(&with(Options::new(&qemu.socket), |o| o.virtio.write_cache = write_cache)).unwrap();
     }
     // This back end has no packed rings.
-    let packed = with(Options::new(&qemu.socket), |o| o.ring = Some(Format::Packed));
+    let packed = with(Options::new(&qemu.socket), |o| o.virtio.ring = Some(Format::Packed));
     let e = VhostUser::connect(&packed).unwrap_err().to_string();
     assert!(e.contains("VIRTIO_F_RING_PACKED"), "{e}");
 }

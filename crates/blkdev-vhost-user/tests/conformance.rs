@@ -34,7 +34,7 @@ fn qemu_with_one_queue_and_one_client_after_the_other() {
 #[test]
 fn qemu_with_queues_in_a_thread_of_their_own() {
     let qemu = Qemu::file(32 * MIB, "writable=on,num-queues=4,iothread=io0");
-    let device = connect(&with(Options::new(&qemu.socket), |o| o.num_queues = Some(3)));
+    let device = connect(&with(Options::new(&qemu.socket), |o| o.virtio.queues = Some(3)));
     assert_eq!(device.info().queues_max, 3);
     conformance::check(&device);
 }
@@ -42,7 +42,7 @@ fn qemu_with_queues_in_a_thread_of_their_own() {
 #[test]
 fn qemu_with_large_blocks() {
     let qemu = Qemu::file(32 * MIB, "writable=on,num-queues=2,logical-block-size=4096");
-    let device = connect(&with(Options::new(&qemu.socket), |o| o.queue_size = 16));
+    let device = connect(&with(Options::new(&qemu.socket), |o| o.virtio.queue_size = 16));
     assert_eq!(device.info().block_size, 4096);
     conformance::check(&device);
 }
@@ -52,7 +52,7 @@ fn qemu_read_only() {
     let qemu = Qemu::file(32 * MIB, "writable=off");
     conformance::check_read_only(&connect(&Options::new(&qemu.socket)));
     let qemu = Qemu::file(32 * MIB, "writable=on");
-    conformance::check_read_only(&connect(&with(Options::new(&qemu.socket), |o| o.read_only = true)));
+    conformance::check_read_only(&connect(&with(Options::new(&qemu.socket), |o| o.virtio.read_only = true)));
 }
 
 #[test]

@@ -54,7 +54,7 @@ fn backend(quirks: Quirks) -> Backend {
 fn short(backend: &Backend) -> Options {
     let connect_timeout = Duration::from_secs(3);
     with(Options::new(&backend.socket), |o| {
-        (o.connect_timeout, o.request_timeout) = (connect_timeout, Duration::from_secs(2));
+        (o.connect_timeout, o.virtio.timeout) = (connect_timeout, Some(Duration::from_secs(2)));
     })
 }
 

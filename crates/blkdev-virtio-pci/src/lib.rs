@@ -19,12 +19,13 @@ mod control;
 mod layout;
 mod watch;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, sync::Arc};
 
 pub use blkdev;
 use blkdev::{Context, Device, Info, Mapping, Queue};
 pub use blkdev_vfio;
 use blkdev_vfio::{PciDevice, Vfio};
+pub use blkdev_virtio;
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
 
@@ -36,35 +37,16 @@ use control::Control;
 pub struct Options {
     /// The device's PCI address (`0000:00:07.0`) or its path in sysfs.
     pub address: String,
-    /// Refuses writes, even if the device allows them.
-    pub read_only: bool,
-    /// Number of queues to use; `None`: all queues of the device. More than the device has is an error.
-    pub num_queues: Option<u16>,
-    /// Most descriptors in a ring: a power of two, 4 to 32768. Default: 256.
-    pub queue_size: u16,
-    /// Ring format; `None`: packed if the device offers it, else split.
-    pub ring: Option<Format>,
-    /// Switches the device's write cache; `None`: unchanged.
-    pub write_cache: Option<WriteCache>,
     /// Most interrupt vectors to use. Queues share one vector if there are fewer vectors than the device's queues plus one.
     pub vectors: u16,
-    /// Longest time for a request before the device is declared dead. Default: 30 s.
-    pub request_timeout: Duration,
+    /// What all virtio-blk devices have: queues, rings, write cache, time-out.
+    pub virtio: blkdev_virtio::Options,
 }
 
 impl Options {
     /// The default options for the device at `address`.
     pub fn new(address: impl Into<String>) -> Self {
-        Self {
-            address: address.into(),
-            read_only: false,
-            num_queues: None,
-            queue_size: 256,
-            ring: None,
-            write_cache: None,
-            vectors: u16::MAX,
-            request_timeout: Duration::from_secs(30),
-        }
+        Self { address: address.into(), vectors: u16::MAX, virtio: blkdev_virtio::Options::default() }
     }
 }
 
@@ -98,14 +80,7 @@ impl VirtioPci {
     /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn drive(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result<Self> {
         let control = Control::open(pci, options.vectors).map_err(|e| named(&options.address, e))?;
-        let mut virtio = blkdev_virtio::Options::default();
-        virtio.queues = options.num_queues;
-        virtio.queue_size = options.queue_size;
-        virtio.ring = options.ring;
-        virtio.write_cache = options.write_cache;
-        virtio.read_only = options.read_only;
-        virtio.timeout = Some(options.request_timeout);
-        let device = VirtioBlk::open(control, &virtio)?;
+        let device = VirtioBlk::open(control, &options.virtio)?;
         Ok(Self { device })
     }
 }

@@ -187,7 +187,7 @@ fn device(random: &mut Random, odd: bool) -> Odd {
 
 fn open(device: Odd) -> String {
     let mut options = Options::new("0000:00:00.0");
-    options.request_timeout = Duration::from_millis(1);
+    options.virtio.timeout = Some(Duration::from_millis(1));
     match VirtioPci::drive(Arc::new(device), &options) {
         Ok(device) => format!("{} bytes", device.capacity()),
         Err(e) => e.to_string(),

@@ -36,14 +36,14 @@ fn conforms(options: &Options) {
 fn conforms_with_split_rings_and_a_vector_for_each_queue() {
     let Some(address) = address("split rings") else { return };
     let _one = ONE.lock();
-    conforms(&with(Options::new(address), |o| o.ring = Some(Format::Split)));
+    conforms(&with(Options::new(address), |o| o.virtio.ring = Some(Format::Split)));
 }
 
 #[test]
 fn conforms_with_packed_rings() {
     let Some(address) = address("packed rings") else { return };
     let _one = ONE.lock();
-    let options = with(Options::new(address), |o| o.ring = Some(Format::Packed));
+    let options = with(Options::new(address), |o| o.virtio.ring = Some(Format::Packed));
     match VirtioPci::open(&options) {
         Err(e) if e.to_string().contains("VIRTIO_F_RING_PACKED") => eprintln!("SKIPPED: packed rings: {e}"),
         Err(e) => panic!("{e}"),

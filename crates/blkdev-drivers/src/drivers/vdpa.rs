@@ -5,11 +5,11 @@ use std::sync::Arc;
 use crate::{
     common::{
         DRIVER_ABOUT, MAX_QUEUE_SIZE, NUM_POLL_QUEUES, NUM_QUEUES, PATH, QUEUE_SIZE, READ_ONLY, REQUEST_TIMEOUT, RING,
-        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, source, u16_of,
+        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, source,
     },
     driver::Driver,
     property::{Kind, Property},
-    virtio::{ring, write_cache},
+    virtio,
 };
 
 pub(crate) const DRIVER: Driver = Driver {
@@ -37,12 +37,7 @@ pub(crate) const DRIVER: Driver = Driver {
     open: |settings| {
         let source = source(settings)?;
         let mut options = blkdev_vdpa::Options::new(source);
-        options.read_only = settings.bool("read-only");
-        options.num_queues = u16_of(settings, "num-queues");
-        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
-        options.ring = ring(settings);
-        options.write_cache = write_cache(settings);
-        options.request_timeout = settings.time("request-timeout");
+        options.virtio = virtio::options(settings);
         Ok(Arc::new(blkdev_vdpa::Vdpa::open(options)?))
     },
 };

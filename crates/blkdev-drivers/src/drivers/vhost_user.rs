@@ -5,11 +5,11 @@ use std::sync::Arc;
 use crate::{
     common::{
         DRIVER_ABOUT, MAX_QUEUE_SIZE, NUM_POLL_QUEUES, NUM_QUEUES, PATH, QUEUE_SIZE, READ_ONLY, REQUEST_TIMEOUT, RING,
-        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, some_time, u16_of,
+        WRITE_CACHE, can_add_queues, may_pin_mem_regions, needs_mem_regions, some_time,
     },
     driver::Driver,
     property::{Kind, Property},
-    virtio::{ring, write_cache},
+    virtio,
 };
 
 pub(crate) const DRIVER: Driver = Driver {
@@ -49,13 +49,8 @@ pub(crate) const DRIVER: Driver = Driver {
     open: |settings| {
         let mut options =
             blkdev_vhost_user::Options::new(settings.path("path").ok_or_else(|| settings.missing("path"))?);
-        options.read_only = settings.bool("read-only");
-        options.num_queues = u16_of(settings, "num-queues");
-        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
+        options.virtio = virtio::options(settings);
         options.connect_timeout = settings.time("connect-timeout");
-        options.request_timeout = settings.time("request-timeout");
-        options.ring = ring(settings);
-        options.write_cache = write_cache(settings);
         options.huge_pages = settings.bool("huge-pages");
         Ok(Arc::new(blkdev_vhost_user::VhostUser::connect(&options)?))
     },

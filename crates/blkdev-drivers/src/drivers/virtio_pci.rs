@@ -9,7 +9,7 @@ use crate::{
     },
     driver::Driver,
     property::{Kind, Property},
-    virtio::{ring, write_cache},
+    virtio,
 };
 
 pub(crate) const DRIVER: Driver = Driver {
@@ -42,13 +42,8 @@ pub(crate) const DRIVER: Driver = Driver {
     ],
     open: |settings| {
         let mut options = blkdev_virtio_pci::Options::new(settings.needed("path")?);
-        options.read_only = settings.bool("read-only");
-        options.num_queues = u16_of(settings, "num-queues");
-        options.queue_size = u16_of(settings, "queue-size").expect("queue-size has a default");
-        options.ring = ring(settings);
-        options.write_cache = write_cache(settings);
+        options.virtio = virtio::options(settings);
         options.vectors = u16_of(settings, "num-vectors").expect("num-vectors has a default");
-        options.request_timeout = settings.time("request-timeout");
         Ok(Arc::new(blkdev_virtio_pci::VirtioPci::open(&options)?))
     },
 };
