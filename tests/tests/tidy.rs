@@ -45,7 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("nbdblk", &["blkdev", "blkdev-drivers", "nbd-server-core"]),
     ("nbdkit-nbdblk-plugin", &["blkdev", "blkdev-drivers"]),
     ("nbdblk-tests", &[]),
-    ("xtask", &["nbd-proto"]),
+    ("xtask", &["nbd-client"]),
 ];
 
 /// Packages that may allocate an error, parse arguments and print: programs, not libraries.

@@ -6,10 +6,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nbd_proto::client::{Negotiation, Step, Wish};
+use nbd_client::{Client, Options};
 use serde::{Deserialize, Serialize};
 
-use super::servers::{Address, Running, Server, Stage, Stream};
+use super::servers::{Address, Running, Server, Stage};
 use super::transport::Transport;
 use super::work::Work;
 
@@ -107,17 +107,7 @@ fn switches(pid: u32) -> Result<u64> {
 }
 
 /// A client that has shaken hands and does nothing.
-fn connect(address: &Address) -> Result<Box<dyn Stream>> {
-    let mut stream = address.connect()?;
-    let (mut course, mut out, mut input) = (Negotiation::new(Wish::default()), Vec::new(), vec![0; 4096]);
-    loop {
-        let n = stream.read(&mut input)?;
-        let step = course.next(&mut &input[..n], &mut out)?;
-        stream.write_all(&out)?;
-        out.clear();
-        match step {
-            Step::Done(_) => return Ok(stream),
-            _ => anyhow::ensure!(n > 0, "the server hung up in the handshake"),
-        }
-    }
+fn connect(address: &Address) -> Result<Client> {
+    let uri = address.uri().parse()?;
+    Ok(Client::connect(&uri, &Options::default())?)
 }
