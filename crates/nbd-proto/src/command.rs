@@ -170,15 +170,7 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
         return Err((WireError::Inval, wrong_flag(wrong)));
     }
     match kind {
-        Kind::READ => {
-            range(terms, at, len, WireError::Inval)?;
-            let df = flags.contains(CommandFlags::DF);
-            let Some(len) = payload(terms, len).filter(|&len| len <= READ_MAX) else {
-                let error = if df { WireError::Overflow } else { WireError::Inval };
-                return Err((error, "read longer than the maximum payload"));
-            };
-            Ok(Judged::Command(Command::Read { at, len, df }))
-        }
+        Kind::READ => read(terms, at, len, flags.contains(CommandFlags::DF)),
         Kind::WRITE => {
             // With extended headers the client MUST set PAYLOAD_LEN, but QEMU (10.0) never does. So the flag is not required.
             writable(terms)?;
@@ -215,16 +207,32 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
         }
         Kind::BLOCK_STATUS => {
             let one = flags.contains(CommandFlags::REQ_ONE);
-            if flags.contains(CommandFlags::PAYLOAD_LEN) {
-                let ids = len.wrapping_sub(8);
-                return match ids % 4 == 0 && ids <= 4 * CONTEXTS_MAX as u64 {
-                    true => Ok(Judged::Selection { one }),
-                    false => Err((WireError::Inval, "block status payload of a wrong length")),
-                };
+            match flags.contains(CommandFlags::PAYLOAD_LEN) {
+                true => selection(len, one),
+                false => status(terms, at, len, one, terms.contexts).map(Judged::Command),
             }
-            status(terms, at, len, one, terms.contexts).map(Judged::Command)
         }
         _ => Err((WireError::Inval, "unknown command")),
+    }
+}
+
+/// Validates a READ. If the maximum payload is the only reason against it, the error depends on `df`.
+#[inline]
+fn read(terms: &Terms, at: u64, len: u64, df: bool) -> Result<Judged, Refused> {
+    range(terms, at, len, WireError::Inval)?;
+    let Some(len) = payload(terms, len).filter(|&len| len <= READ_MAX) else {
+        let error = if df { WireError::Overflow } else { WireError::Inval };
+        return Err((error, "read longer than the maximum payload"));
+    };
+    Ok(Judged::Command(Command::Read { at, len, df }))
+}
+
+/// Validates the length of a payload that names contexts: 8 bytes, and 4 for each context.
+fn selection(len: u64, one: bool) -> Result<Judged, Refused> {
+    let ids = len.wrapping_sub(8);
+    match ids.is_multiple_of(4) && ids <= 4 * CONTEXTS_MAX as u64 {
+        true => Ok(Judged::Selection { one }),
+        false => Err((WireError::Inval, "block status payload of a wrong length")),
     }
 }
 
