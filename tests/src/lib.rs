@@ -20,6 +20,7 @@ mod process;
 mod qsd;
 pub mod raw;
 mod server;
+mod sources;
 
 pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};
@@ -28,6 +29,7 @@ pub use pki::{Pki, Version};
 pub use process::{Cmd, Daemon, Output, cargo, deadline, eventually, full_pipe, root, tool};
 pub use qsd::{Export, Qsd};
 pub use server::{Address, Nbdblk, nbdblk};
+pub use sources::files;
 
 /// Runs a script in nbdsh, connected to `uri` as `h`. Returns its output.
 pub fn nbdsh(uri: &str, script: &str) -> String {

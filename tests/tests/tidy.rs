@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use nbdblk_tests::root;
+use nbdblk_tests::{files, root};
 use serde_json::Value;
 
 /// Which of our packages each of our packages may be built on; some are still to come.
@@ -281,28 +280,6 @@ fn no_package_is_there_in_two_versions_without_a_reason() {
     for skipped in &skipped {
         let needed = versions.values().any(|versions| versions.len() > 1 && versions.contains(skipped));
         assert!(needed, "{skipped} is not doubled any more: take it out of deny.toml");
-    }
-}
-
-/// Every file of the project with one of these endings, but not what is built.
-fn files(endings: &[&str]) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    collect(root(), &mut found);
-    let relative = |path: &Path| path.strip_prefix(root()).expect("found below the root").display().to_string();
-    let wanted =
-        found.iter().map(|path| (relative(path), path)).filter(|(name, _)| endings.iter().any(|e| name.ends_with(e)));
-    wanted.map(|(name, path)| (name, fs::read_to_string(path).expect("sources are text"))).collect()
-}
-
-fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).expect("the tree can be read").flatten() {
-        let (path, name) = (entry.path(), entry.file_name());
-        let built = ["target", ".git", "corpus", "artifacts"].iter().any(|skipped| name == *skipped);
-        match entry.file_type() {
-            Ok(kind) if kind.is_dir() && !built => collect(&path, found),
-            Ok(kind) if kind.is_file() => found.push(path),
-            _ => {}
-        }
     }
 }
 
