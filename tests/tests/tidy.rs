@@ -302,6 +302,50 @@ fn nothing_is_left_unfinished() {
     }
 }
 
+/// Words that documents and comments avoid, and what to write instead.
+const SPELLING: &[(&str, &str)] = &[
+    ("anew", "again"),
+    ("by itself", "on its own, individually"),
+    ("everybody", "the party: client, worker, device, caller"),
+    ("for ever", "forever"),
+    ("given up", "abandoned, declared dead"),
+    ("let go of", "released, dropped"),
+    ("nobody", "the party: no client, no worker, no caller"),
+    ("of late", "recently"),
+    ("somebody", "the party: a client, a device, a caller"),
+    ("the words of the command line", "arguments"),
+    ("told of", "registered"),
+    ("under way", "in flight"),
+    ("whoever", "the party: a client, a worker, the caller"),
+    ("withdrawn", "cancelled"),
+];
+
+/// The words of a text in lower case, without punctuation, with one space on each side.
+fn spaced(text: &str) -> String {
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.fold(" ".to_owned(), |all, word| all + &word.to_lowercase() + " ")
+}
+
+/// Documents and the comments of product code are in plain English. Code is not checked.
+#[test]
+fn documents_and_comments_are_in_plain_english() {
+    let is_ours = |name: &str| ["crates/", "bins/", "xtask/"].iter().any(|dir| name.starts_with(dir));
+    let comments = |text: &str| {
+        let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("//"));
+        lines.collect::<Vec<_>>().join(" ")
+    };
+    let sources = files(&[".rs"]).into_iter().filter(|(name, _)| is_ours(name) && name.contains("/src/"));
+    let texts = sources.map(|(name, text)| (name, comments(&text))).chain(files(&[".md"]));
+    let mut found = Vec::new();
+    for (name, text) in texts {
+        let text = spaced(&text);
+        for (word, better) in SPELLING.iter().filter(|(word, _)| text.contains(&format!(" {word} "))) {
+            found.push(format!("{name}: not \"{word}\", but {better}"));
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
 #[test]
 fn no_file_names_a_place_on_somebodys_machine() {
     let places = [("/wo", "rk/"), ("/ro", "ot/"), ("/ho", "me/")];

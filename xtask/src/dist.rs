@@ -19,7 +19,7 @@ pub(crate) fn run(dir: Option<&str>) -> Result<()> {
         let to = dir.join(to.strip_prefix("/").unwrap_or(to));
         let parent = to.parent().context("a file lies in a directory")?;
         std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
-        // Written anew, because nbdkit may have the old one mapped.
+        // A new file, because nbdkit may have the old one mapped.
         let _ = std::fs::remove_file(&to);
         std::fs::copy(from, &to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
         println!("{}", to.display());

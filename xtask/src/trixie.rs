@@ -15,7 +15,7 @@ pub(crate) fn root() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     let dir = cache.context("there is neither HOME nor XDG_CACHE_HOME")?.join("nbdblk/trixie");
-    // The last thing that is made: what was interrupted is made anew.
+    // Made last: without it, the root directory is made again.
     let ready = dir.join("nbdblk-is-ready");
     if ready.exists() {
         return Ok(dir);

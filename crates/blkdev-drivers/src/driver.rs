@@ -17,7 +17,7 @@ pub struct Driver {
     pub about: &'static str,
     /// The property that the value right after the driver's name sets: `path` in `io_uring=disk.img`.
     pub value: &'static str,
-    /// Properties that are not in the table are passed on instead of refused: somebody else knows them.
+    /// Properties that are not in the table are passed on instead of refused: the library behind the driver knows them.
     pub open_ended: bool,
     pub(crate) own: &'static [Property],
     pub(crate) open: fn(&Settings) -> io::Result<Arc<dyn Device>>,

@@ -1,4 +1,4 @@
-//! `fd=N`: a file descriptor that whoever started this process left open for it.
+//! `fd=N`: a file descriptor that this process inherited from the one that started it.
 #![allow(unsafe_code)]
 
 use std::{
@@ -20,7 +20,7 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
         let error = io::Error::last_os_error();
         return Err(Context::with_kind(io::ErrorKind::InvalidInput, format!("fd={fd}: {error}"), error));
     }
-    // What this process opens is closed on exec, what it has inherited was not: nobody else's descriptor gets through.
+    // Descriptors that this process opens are closed on exec; an inherited one was not. So only an inherited one is accepted.
     if flags & libc::FD_CLOEXEC != 0 {
         return Err(describe(io::Error::new(io::ErrorKind::InvalidInput, "not inherited")));
     }
@@ -29,7 +29,7 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     if copy < 0 {
         return Err(describe(io::Error::last_os_error()));
     }
-    // SAFETY: the kernel has just made `copy`, so nobody else knows it and it is ours to close.
+    // SAFETY: the kernel has just made `copy`, so no other code knows it, and only this value closes it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 

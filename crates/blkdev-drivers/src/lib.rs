@@ -1,8 +1,8 @@
 //! The one list of drivers and their properties: turns `"vhost-user=/run/vhost.sock,num-queues=2"` into a
 //! [`blkdev::Device`].
 //!
-//! Whoever opens devices from words that a person typed goes through here, so that a driver has the same name, the same
-//! properties and the same error messages everywhere:
+//! Every program that opens devices from its arguments uses this crate. So a driver has the same name, the same properties and
+//! the same error messages everywhere:
 //!
 //! ```
 //! use blkdev_drivers::Spec;

@@ -21,7 +21,7 @@ pub(crate) fn narrow(device: Arc<dyn Device>, queues: Option<u16>) -> io::Result
     Ok(Arc::new(Narrow { device, info }))
 }
 
-/// Says that it has fewer queues. Whoever opens them keeps to [`Info::queues_max`], so nothing is counted here.
+/// A device that reports fewer queues. Callers open at most [`Info::queues_max`], so nothing is counted here.
 #[derive(Debug)]
 struct Narrow {
     device: Arc<dyn Device>,

@@ -13,7 +13,7 @@ pub struct Property {
     pub name: &'static str,
     /// What its values look like.
     pub kind: Kind,
-    /// What it is when nobody has set it; `None`: only the open device can tell.
+    /// The value if it is not set; `None`: only the open device has it.
     pub default: Option<&'static str>,
     /// When it can be set.
     pub access: Access,
@@ -112,7 +112,7 @@ impl Property {
         Self { access: Access::ReadOnly, ..Self::created(name, kind, None, about) }.answered(answer)
     }
 
-    /// Once the device is open, it knows better than whoever set it.
+    /// Once the device is open, its own value counts, and not the one that was set.
     pub(crate) const fn answered(self, answer: fn(&dyn Device) -> Value) -> Self {
         Self { answer: Some(answer), ..self }
     }

@@ -126,7 +126,7 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
     /// Takes an operation. The kernel sees it after the next [`kick`](Self::kick).
     ///
     /// # Errors
-    /// All slots are in use, or the ring was [given up](Self::give_up). The operation comes back.
+    /// All slots are in use, or the ring was [abandoned](Self::give_up). The operation comes back.
     #[inline]
     pub fn push(&mut self, op: T) -> Result<(), T> {
         if self.state == State::GivenUp {

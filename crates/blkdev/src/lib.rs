@@ -25,7 +25,7 @@
 //!
 //! - **A `Buf` has one owner.** It moves into the request, belongs to the queue while the device works, and comes back in the
 //!   completion: after success, after failure, and when the queue is full. Dropping it frees its pages.
-//! - **Nobody borrows its content.** The device, or another process, may write to the memory at any time. So `Buf` only copies
+//! - **Its content is never borrowed.** The device, or another process, may write to the memory at any time. So `Buf` only copies
 //!   bytes in and out, and there is never a reference to them.
 //! - **A driver may pass the address of a `Buf` to the device** from [`Queue::push`] until it returns the completion, and not
 //!   longer. The mapping stays registered until all queues of the device that use it are closed.

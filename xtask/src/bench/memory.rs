@@ -1,5 +1,4 @@
-//! What a server holds in memory, idle, with many clients that do nothing, and under load; and whether it sleeps when
-//! nobody wants anything.
+//! The memory of a server: idle, with many clients that do nothing, and under load; and whether an idle server sleeps.
 
 use std::fs;
 use std::thread::sleep;
@@ -18,7 +17,7 @@ use super::work::Work;
 pub(crate) struct Memory {
     pub(crate) server: String,
     pub(crate) device: String,
-    /// One export, nobody connected.
+    /// One export, no client.
     pub(crate) idle_kib: u64,
     /// More for each connection that does nothing. `None`: it does not take so many.
     pub(crate) connection_kib: Option<f64>,
@@ -95,7 +94,7 @@ fn number(status: &str, key: &str) -> Result<u64> {
     value.and_then(|value| value.parse().ok()).with_context(|| format!("no {key} in a status of /proc"))
 }
 
-/// How often the threads of a process have been given a processor: whoever does nothing is not.
+/// How often the threads of a process got a processor. A sleeping thread gets none.
 fn switches(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task")).context("a server ended while it was measured")? {

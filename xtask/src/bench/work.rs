@@ -103,7 +103,7 @@ impl Work {
     /// Lets fio work on the server for some seconds.
     pub(crate) fn run(&self, running: &Running, seconds: u32) -> Result<Figures> {
         let (cpu, device) = (running.cpu()?, running.backend_cpu()?);
-        // A server that keeps a client waiting for ever must not keep the others waiting.
+        // A server that never answers one client must not delay the figures of the others.
         let mut fio = shell::command("timeout");
         fio.args([&(seconds + 30).to_string(), "fio"]);
         fio.args(["--name=bench", "--ioengine=nbd", "--thread", "--group_reporting", "--time_based"]);

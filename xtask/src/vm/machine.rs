@@ -333,7 +333,7 @@ fn pass_on(mut from: UnixStream, mut to: impl Write) -> std::io::Result<()> {
         if len == 0 {
             return Ok(());
         }
-        // Nobody may be listening any more; the command goes on.
+        // The reader may be gone; the command goes on.
         let _ = to.write_all(&bytes[..len]).and_then(|()| to.flush());
     }
 }

@@ -127,7 +127,7 @@ run() {
 /// A program of tests that run in the machine.
 struct Program {
     package: &'static str,
-    /// How many of its tests are under way at a time.
+    /// How many of its tests run at a time.
     threads: u32,
     /// Which of its tests need the machine.
     only: &'static str,
@@ -194,7 +194,7 @@ fn working_dir() -> PathBuf {
     dir.filter(|dir| dir.starts_with(shell::root())).unwrap_or_else(|| shell::root().to_owned())
 }
 
-/// The words of the command line.
+/// The arguments.
 #[derive(Debug)]
 struct Options<'a> {
     force: bool,
