@@ -50,7 +50,7 @@ pub trait Device: Send + Sync {
     /// queues can be open at a time.
     ///
     /// # Errors
-    /// No queue is left, or the kernel or the peer refused.
+    /// No queue is left ([`ResourceBusy`](io::ErrorKind::ResourceBusy)), or the kernel or the peer refused.
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
 }
 
