@@ -3,7 +3,7 @@
 
 mod activation;
 mod asker;
-mod captive;
+mod child;
 mod cli;
 mod config;
 mod control;

@@ -19,7 +19,7 @@ use nix::{
 
 use crate::{
     asker::Asker,
-    captive::Captive,
+    child::Child,
     cli,
     control::{Control, Phase, within},
     events::{Event, Outcome},
@@ -108,7 +108,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let server = Arc::new(server);
     let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
     let (addresses, security) = (&addresses, &security);
-    let mut run = Run { args, control: &control, addresses, security, reloads, captive: None, announced: None };
+    let mut run = Run { args, control: &control, addresses, security, reloads, child: None, announced: None };
     let ended = run.until_the_end();
     let Run { reloads, announced, .. } = run;
     control.enter(Phase::Stopping);
@@ -165,7 +165,7 @@ struct Run<'a> {
     security: &'a Security,
     reloads: Reloads,
     /// The command of `--run`, once it has been started.
-    captive: Option<Captive>,
+    child: Option<Child>,
     /// The files of the announcement, once it is complete.
     announced: Option<Ready>,
 }
@@ -175,8 +175,8 @@ impl Run<'_> {
     fn until_the_end(&mut self) -> anyhow::Result<u8> {
         loop {
             match self.control.wait() {
-                Event::Stop(signal) => match &self.captive {
-                    Some(captive) => captive.terminate(),
+                Event::Stop(signal) => match &self.child {
+                    Some(child) => child.terminate(),
                     // The command has not been started.
                     None if self.args.run.is_some() => return Ok(128 + signal as u8),
                     None => return Ok(0),
@@ -198,7 +198,7 @@ impl Run<'_> {
     fn start_command(&mut self) -> anyhow::Result<()> {
         if let Some(command) = self.args.run.as_ref().filter(|_| self.control.enter(Phase::Running)) {
             let export = self.reloads.default_name();
-            self.captive = Some(Captive::start(command, self.addresses, export, self.security, self.control)?);
+            self.child = Some(Child::start(command, self.addresses, export, self.security, self.control)?);
         }
         Ok(())
     }

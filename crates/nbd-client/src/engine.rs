@@ -9,7 +9,7 @@ use std::{
 
 use nbd_proto::{
     Cookie,
-    client::{Agreed, Encoder},
+    client::{Agreement, Encoder},
 };
 
 use crate::{
@@ -112,7 +112,7 @@ impl Engine {
     fn negotiate(socket: OwnedFd, target: &Target, options: &Options) -> Result<Self, Error> {
         let mut stream = Stream::from(socket);
         let agreed = negotiate(&mut stream, target, options, Deadline::after(options.handshake))?;
-        let Agreed { terms, contexts, name, description } = agreed;
+        let Agreement { terms, contexts, name, description } = agreed;
         let contexts: Vec<(u32, Arc<str>)> = contexts.into_iter().map(|(id, name)| (id, name.into())).collect();
         let names = contexts.iter().map(|(_, name)| Arc::clone(name)).collect();
         Ok(Self {

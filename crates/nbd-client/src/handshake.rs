@@ -1,6 +1,6 @@
 //! The handshake: from a connected socket to the transmission phase.
 
-use nbd_proto::client::{Agreed, Negotiation, Step, Wish};
+use nbd_proto::client::{Agreement, Negotiation, Step, Wish};
 
 use crate::{deadline::Deadline, error::Error, options::Options, stream::Stream, target::Target};
 
@@ -19,7 +19,7 @@ pub(crate) fn negotiate(
     target: &Target,
     options: &Options,
     deadline: Deadline,
-) -> Result<Agreed, Error> {
+) -> Result<Agreement, Error> {
     let wish = Wish {
         name: target.export.clone(),
         mode: options.mode,

@@ -73,7 +73,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Runs both handshakes; each gets the other's output.
-fn shake_hands() -> Result<(Terms, nbd_proto::client::Agreed), Box<dyn std::error::Error>> {
+fn shake_hands() -> Result<(Terms, nbd_proto::client::Agreement), Box<dyn std::error::Error>> {
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     let mut server = Handshake::new(Offer::default(), &mut to_client);
     let mut client = Negotiation::new(Wish {

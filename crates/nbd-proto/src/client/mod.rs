@@ -15,4 +15,4 @@ mod negotiation;
 pub use decoder::{Chunk, Decoder, Event};
 pub use encoder::Encoder;
 pub use handshake::{Answer, Ask, Handshake, Info};
-pub use negotiation::{Agreed, Failure, Negotiation, Step, Upgrade, Wish};
+pub use negotiation::{Agreement, Failure, Negotiation, Step, Upgrade, Wish};

@@ -23,7 +23,7 @@ pub struct Wish {
 
 /// What a client got.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Agreed {
+pub struct Agreement {
     /// The terms. `block` holds the defaults when the server did not tell.
     pub terms: Terms,
     /// The selected contexts: id and name. The server picks the ids; those of 64 and more are only here, not in
@@ -44,7 +44,7 @@ pub enum Step {
     /// everything after it goes through TLS.
     StartTls(Upgrade),
     /// Send `out`, then the transmission phase begins.
-    Done(Box<Agreed>),
+    Done(Box<Agreement>),
 }
 
 /// A negotiation that waits for the TLS handshake. It owns the questions that come next, so none of them can be sent in
@@ -272,7 +272,7 @@ impl Negotiation {
             contexts: contexts.iter().map(|(id, _)| *id).collect::<ContextSet>(),
         };
         let (name, description) = (self.name.take(), self.description.take());
-        Ok(Step::Done(Box::new(Agreed { terms, contexts, name, description })))
+        Ok(Step::Done(Box::new(Agreement { terms, contexts, name, description })))
     }
 }
 

@@ -21,11 +21,11 @@ use crate::{activation, control::Control, events::Event, ready::NOTIFY_SOCKET, t
 
 /// A running command.
 #[derive(Debug)]
-pub(crate) struct Captive {
+pub(crate) struct Child {
     pid: Pid,
 }
 
-impl Captive {
+impl Child {
     /// Starts `sh -c command`. Reports its end to `control`.
     pub(crate) fn start(
         command: &OsStr,
