@@ -356,6 +356,22 @@ fn no_file_names_a_place_on_somebodys_machine() {
     }
 }
 
+/// docs/security.md names the tests that show each promise.
+#[test]
+fn every_test_that_the_security_page_names_exists() {
+    let page = fs::read_to_string(root().join("docs/security.md")).expect("the page is there");
+    let sources: String = files(&[".rs"]).into_iter().map(|(_, text)| text).collect();
+    let names: BTreeSet<&str> =
+        page.split('`').skip(1).step_by(2).filter(|name| name.matches('_').count() > 1).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names.iter().chain(&["orderly_devices"]) {
+        // Also as an argument of a macro that makes tests.
+        let is_there =
+            [format!("fn {name}("), format!("{name} ="), format!("{name},")].iter().any(|text| sources.contains(text));
+        assert!(is_there, "docs/security.md names the test {name}, which does not exist");
+    }
+}
+
 #[test]
 fn unsafe_stands_where_it_is_known_to() {
     let allowed = [("allow(uns", "afe_code"), ("expect(uns", "afe_code")].map(|(a, b)| [a, b].concat());

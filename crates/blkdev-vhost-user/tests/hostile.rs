@@ -357,7 +357,7 @@ fn an_answer_that_comes_twice_ends_the_device() {
 
 /// Descriptors attached to a reply are all closed, however many they are.
 #[test]
-fn descriptors_that_nobody_asked_for_are_closed() {
+fn unrequested_descriptors_are_closed() {
     // GET_FEATURES and GET_CONFIG are read by this crate; others by `vhost`.
     for (count, messages) in [
         (1, vec![GET_CONFIG]),

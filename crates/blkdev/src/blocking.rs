@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_is_given_up_keeps_the_memory_that_threads_use() {
+    fn an_abandoned_queue_keeps_the_memory_that_threads_use() {
         let device = Arc::new(Blocking::new(Gated::new(), 2));
         let (gate, dynamic): (_, Arc<dyn Device>) = (Arc::clone(&device.served), device);
         let mut channel = Plan { memory: 1 << 20, ..Plan::default() }.open(&dynamic, 1).unwrap().remove(0);
