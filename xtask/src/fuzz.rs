@@ -46,6 +46,11 @@ pub(crate) fn run(target: &str, seconds: u32) -> Result<()> {
     shell::ok(&mut fuzz)
 }
 
+/// Runs each target for `seconds`.
+pub(crate) fn run_all(seconds: u32) -> Result<()> {
+    targets()?.iter().try_for_each(|(_, target)| run(target, seconds))
+}
+
 /// Each package for fuzzing and each target in it.
 fn targets() -> Result<Vec<(PathBuf, String)>> {
     let mut found = Vec::new();

@@ -20,6 +20,7 @@ usage: cargo xtask TASK
 
   demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
   test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
+  test --long      run a million seeds of the simulation, and each fuzz target for five minutes
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
@@ -51,6 +52,7 @@ fn run() -> Result<()> {
         ["bench", ref words @ ..] => bench::run(words),
         ["demo"] => demo::run(),
         ["test" | "ci"] => test::run(),
+        ["test", "--long"] => test::run_long(),
         ["dist"] => dist::run(None),
         ["dist", dir] => dist::run(Some(dir)),
         ["fuzz"] => fuzz::list(),

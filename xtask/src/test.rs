@@ -5,7 +5,19 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{bench, dist, picture, setup, shell, trixie, vm};
+use crate::{bench, dist, fuzz, picture, setup, shell, trixie, vm};
+
+/// What `--long` runs more of: a million seeds of the simulation, and each fuzz target for some minutes.
+const TIMES: &str = "100";
+const FUZZING: u32 = 300;
+
+/// Runs what takes too long for every change.
+pub(crate) fn run_long() -> Result<()> {
+    let mut simulation = shell::cargo();
+    simulation.args(["test", "--release", "-p", "nbd-server-core", "--test", "simulation"]);
+    step(simulation.env("SIMULATION_TIMES", TIMES).env("RUST_BACKTRACE", "0"))?;
+    fuzz::run_all(FUZZING)
+}
 
 /// Runs all checks; the first that fails ends the run.
 pub(crate) fn run() -> Result<()> {

@@ -32,12 +32,12 @@ fn plan(memory: usize, reserve: usize, depth: u16) -> Plan {
 
 #[test]
 fn orderly_devices() {
-    run_seeds(0..3000, |_, _| {});
+    run_seeds(0, 5000, |_, _| {});
 }
 
 #[test]
 fn failing_devices() {
-    run_seeds(10_000..11_500, |rng, faults| {
+    run_seeds(1, 2000, |rng, faults| {
         let some = rng.below(20) as f64 / 100.0;
         faults.errors =
             Errors { read: some, write: some, zero: some, discard: some, flush: some, status: some, prefetch: some };
@@ -47,19 +47,19 @@ fn failing_devices() {
 
 #[test]
 fn dying_devices() {
-    run_seeds(20_000..21_000, |rng, faults| faults.death = Some(rng.below(200)));
+    run_seeds(2, 1500, |rng, faults| faults.death = Some(rng.below(200)));
 }
 
 /// Some requests are never completed by the device. They must end all the same, and so must all requests behind them.
 #[test]
 fn silent_devices() {
-    run_seeds(30_000..31_000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
+    run_seeds(3, 1000, |rng, faults| faults.lost = 0.001 + rng.below(20) as f64 / 1000.0);
 }
 
 /// A driver that panics causes errors for its clients, and nothing else.
 #[test]
 fn faulty_drivers() {
-    run_seeds(35_000..35_500, |rng, faults| {
+    run_seeds(4, 500, |rng, faults| {
         let bug = *rng.pick(&[Bug::Panic, Bug::PanicOfDevice]);
         faults.bug = Some((1 + rng.below(100), bug));
     });
@@ -195,8 +195,11 @@ fn export(device: Arc<dyn Device>, read_only: bool) -> Export {
     export
 }
 
-fn run_seeds(seeds: std::ops::Range<u64>, worsen: fn(&mut Rng, &mut Faults)) {
-    for seed in seeds {
+/// Runs `count` seeds of a group, 10,000 in all groups; or, for long runs, so many times as many as `SIMULATION_TIMES` says.
+fn run_seeds(group: u64, count: u64, worsen: fn(&mut Rng, &mut Faults)) {
+    let times = std::env::var("SIMULATION_TIMES").map_or(1, |times| times.parse().expect("a number"));
+    let first = group << 32;
+    for seed in first..first + count * times {
         // A panic reports the seed, which is enough to reproduce it.
         let result = std::panic::catch_unwind(|| World::new(seed, worsen).run());
         assert!(result.is_ok(), "seed {seed} fails");
