@@ -254,7 +254,9 @@ fn ram_disk(dir: &Dir, cmd: Cmd) {
 fn cat(dir: &Dir, cmd: Cmd) {
     let server = Nbdblk::unix(dir, &["disk:io_uring=disk.img"]);
     let copy = dir.at("copy.img");
-    cmd.args([server.uri_of("disk")]).stdout(fs::File::create(&copy).expect("a new file")).ok();
+    let cmd = cmd.args([server.uri_of("disk")]).stdout(fs::File::create(&copy).expect("a new file"));
+    let (status, log) = cmd.spawn(dir.at("log")).await_end();
+    assert!(status.success(), "{log}");
     assert_equal(&dir.at("disk.img"), &copy);
 }
 

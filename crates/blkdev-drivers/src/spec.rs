@@ -64,7 +64,7 @@ impl Spec {
                     let name = utf8(name)?;
                     settings.set_os(&name, value).map_err(|error| match settings.property(&name) {
                         Err(_) if error.to_string().contains("did you mean") => error,
-                        Err(_) if is_name(&name) => error.with(&known(&settings)),
+                        Err(_) if is_name(&name) => error.with(&known(&settings)).with(&comma(&before, &word)),
                         Err(_) => error.with(&comma(&before, &word)),
                         Ok(_) => error,
                     })?;
@@ -103,7 +103,7 @@ fn is_name(text: &str) -> bool {
 fn known(settings: &Settings) -> String {
     let properties = settings.driver().properties().filter(|property| property.access != Access::ReadOnly);
     let names: Vec<&str> = properties.map(|property| property.name).collect();
-    format!("; it has {} (a comma in a value is written \",,\")", names.join(", "))
+    format!("; it has {}", names.join(", "))
 }
 
 /// The corrected argument, if two arguments were meant as one.
@@ -234,7 +234,7 @@ mod tests {
         refuse(
             "io_uring=a,colour=red",
             libc::ENOENT,
-            "io_uring has no property \"colour\"; it has path, fd, read-only, direct, force-share, num-queues, num-poll-queues, num-entries (a comma in a value is written \",,\")",
+            "io_uring has no property \"colour\"; it has path, fd, read-only, direct, force-share, num-queues, num-poll-queues, num-entries; write \",,\" for a comma in a value: io_uring=a,,colour=red",
         );
         refuse(
             "io_uring=a,,b,c.img",
