@@ -26,7 +26,7 @@ fn changed(disk: &str, spec: &str) {
     let before = size();
     for (from, to) in [(before, before + (16 << 20)), (before + (16 << 20), before)] {
         monitor(&format!("block_resize {disk} {}M", to >> 20));
-        let line = format!("the capacity has changed from {from} to {to} bytes");
+        let line = format!("the capacity changed from {from} to {to} bytes");
         eventually(&line, || server.log().contains(&line));
         assert_eq!(size(), to);
     }
