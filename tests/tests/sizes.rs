@@ -107,7 +107,7 @@ pub(crate) const fn short() -> u8 { 1 }
 
 impl Thing {
     /// Not a function: fn doc() {
-    async unsafe fn long(
+    async fn long(
         &self,
     ) -> u8
     where

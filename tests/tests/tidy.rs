@@ -250,7 +250,7 @@ fn licence_expressions_are_understood() {
     }
 }
 
-/// A library that declares an older compiler than its dependencies need fails to build for those who believe it.
+/// A user with the declared compiler must be able to build the dependencies as well.
 #[test]
 fn no_dependency_needs_a_newer_compiler_than_we_declare() {
     let version = |package: &Value| {

@@ -7,10 +7,10 @@ use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, tool};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-/// The user nobody.
+/// The user ID of `nobody`.
 const NOBODY: &str = "65534";
 
-/// A client that runs as the user nobody.
+/// A client that runs as `nobody`.
 fn as_nobody(name: &str) -> Cmd {
     tool("setpriv").args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]).args([tool(name).path()])
 }

@@ -74,8 +74,8 @@ except nbd.Error as error:
 ";
         let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("client"));
         client.await_text("writing");
-        // One slot at a time. Until a device is gone, QEMU tells the kernel again to eject it whenever any slot changes, and the
-        // kernel would then eject the new device.
+        // One slot at a time. While a device is being removed, each change of any slot makes QEMU repeat the eject request. After
+        // the removal, a repeated request would eject the new device.
         static SLOTS: Mutex<()> = Mutex::new(());
         let _slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
         monitor(&format!("device_del {}", self.id));
