@@ -391,6 +391,15 @@ impl Buf {
         (self.pages, self.len) = (0, 0);
     }
 
+    /// Takes all free pages of the buffer's arena for good.
+    #[cold]
+    pub(crate) fn exhaust(&self) {
+        for (n, word) in self.pool.used.iter().enumerate() {
+            let pages = (self.pool.pages - n * WORD).min(WORD);
+            word.fetch_or(u64::MAX >> (WORD - pages), Ordering::Relaxed);
+        }
+    }
+
     /// Moves both ends outwards, into margins that were allocated. `false`: there is no room, and nothing changes.
     pub(crate) fn widen(&mut self, before: usize, after: usize) -> bool {
         let room = self.pages as usize * PAGE;

@@ -177,7 +177,7 @@ impl Channel {
         let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
         let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
         arena.keep();
-        let driver = Driver::open(registered, depth)?;
+        let driver = Driver::open(registered, depth, arena.empty())?;
         Ok(Self {
             capacity: driver.capacity().unwrap_or(0),
             driver,
@@ -1214,6 +1214,7 @@ mod tests {
             for tag in 0..200 {
                 let n = rng.below(2) as usize;
                 let (channel, at) = (&mut channels[n], rng.below(64) * 700);
+                let sound = !channel.driver.has_failed();
                 if let Some(buf) = channel.alloc(at, 700) {
                     let io = if rng.chance(0.5) { Io::Read { at, buf } } else { Io::Write { at, buf, fua: false } };
                     channel.submit(tag, io);
@@ -1221,6 +1222,9 @@ mod tests {
                     channel.submit(tag, Io::Flush);
                 }
                 asked[n] += 1;
+                if bug == Bug::Panic && sound && channel.driver.has_failed() {
+                    assert!(channel.alloc(0, 1).is_none(), "seed {seed}: memory that the device may use is not reused");
+                }
                 if rng.chance(0.3) {
                     channel.tick(Instant::now());
                     ended[n] += ends(channel).len();

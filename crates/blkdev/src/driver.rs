@@ -12,6 +12,7 @@ use std::{
 };
 
 use crate::{
+    arena::Buf,
     device::{Completion, Device, Info, Queue, Request},
     mem::Mapping,
     registration::Registration,
@@ -84,6 +85,8 @@ pub(crate) struct Driver {
     queue: Box<dyn Queue>,
     /// A queue that failed. Dropped with the channel, since that may take its time.
     broken: Option<Box<dyn Queue>>,
+    /// An empty buffer of the channel's memory, to [exhaust](Buf::exhaust) it.
+    memory: Buf,
     /// Dropped after the queue.
     registered: Arc<Registered>,
 }
@@ -93,9 +96,9 @@ impl Driver {
     ///
     /// # Errors
     /// What the device returned, or that the driver panicked.
-    pub(crate) fn open(registered: &Arc<Registered>, depth: u16) -> io::Result<Self> {
+    pub(crate) fn open(registered: &Arc<Registered>, depth: u16, memory: Buf) -> io::Result<Self> {
         let queue = catch(|| registered.device.open_queue(depth))??;
-        Ok(Self { queue, broken: None, registered: Arc::clone(registered) })
+        Ok(Self { queue, broken: None, memory, registered: Arc::clone(registered) })
     }
 
     /// Whether the driver is faulty, and this is not dealt with yet: see [`retire`](Self::retire).
@@ -140,17 +143,28 @@ impl Driver {
     /// As [`Queue::push`]. A request whose push panics is never completed.
     #[inline]
     pub(crate) fn push(&mut self, request: Request) -> Result<(), Request> {
-        self.registered.call(|| self.queue.push(request)).unwrap_or(Ok(()))
+        self.call(|queue| queue.push(request)).unwrap_or(Ok(()))
+    }
+
+    /// Calls the queue. `None`: it panicked. Then it may have dropped buffers that the device still uses, so none is handed out
+    /// any more.
+    #[inline(always)]
+    fn call<T>(&mut self, call: impl FnOnce(&mut dyn Queue) -> T) -> Option<T> {
+        let result = self.registered.call(|| call(&mut *self.queue));
+        if result.is_none() {
+            self.memory.exhaust();
+        }
+        result
     }
 
     #[inline]
     pub(crate) fn kick(&mut self) {
-        self.registered.call(|| self.queue.kick());
+        self.call(|queue| queue.kick());
     }
 
     #[inline]
     pub(crate) fn reap(&mut self, done: &mut Vec<Completion>) {
-        self.registered.call(|| self.queue.reap(done));
+        self.call(|queue| queue.reap(done));
     }
 
     pub(crate) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -158,11 +172,11 @@ impl Driver {
     }
 
     pub(crate) fn arm(&mut self) -> bool {
-        self.registered.call(|| self.queue.arm()).unwrap_or(false) && !self.has_failed()
+        self.call(|queue| queue.arm()).unwrap_or(false) && !self.has_failed()
     }
 
     pub(crate) fn give_up(&mut self) {
-        self.registered.call(|| self.queue.give_up());
+        self.call(|queue| queue.give_up());
     }
 
     #[inline]

@@ -46,7 +46,7 @@ impl Channel {
     /// # Errors
     /// [`Error::OutOfRange`], or what the device reports. Then the content of `bytes` is undefined.
     pub fn read_at(&mut self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let piece = PIECE.min(self.memory());
+        let piece = PIECE.min(self.memory()).max(1);
         for (n, part) in bytes.chunks_mut(piece).enumerate() {
             let at = at.checked_add((n * piece) as u64).ok_or(Error::OutOfRange)?;
             let buf = self.alloc_now(at, part.len())?;
@@ -63,7 +63,7 @@ impl Channel {
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::ReadOnly`], or what the device reports. Then a part of it may have been written.
     pub fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        let piece = PIECE.min(self.memory());
+        let piece = PIECE.min(self.memory()).max(1);
         for (n, part) in bytes.chunks(piece).enumerate() {
             let at = at.checked_add((n * piece) as u64).ok_or(Error::OutOfRange)?;
             let mut buf = self.alloc_now(at, part.len())?;
