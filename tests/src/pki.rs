@@ -1,5 +1,6 @@
 //! Certificates and keys for TLS, made with the tools that the documentation of nbdkit and QEMU names.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,6 +24,16 @@ pub enum Version {
 impl Version {
     /// Both versions.
     pub const BOTH: [Self; 2] = [Self::Tls12, Self::Tls13];
+}
+
+/// As the server's log names it.
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tls12 => "TLS 1.2",
+            Self::Tls13 => "TLS 1.3",
+        })
+    }
 }
 
 /// An authority, a certificate of a server on this machine and one of a client, in a directory with the usual file names.
@@ -51,12 +62,11 @@ impl Pki {
         let (key, template_path) = (at(&format!("{who}-key.pem")), at(&format!("{who}.template")));
         std::fs::write(&template_path, template).expect("the directory was just made");
         let certtool = |args: &[&str]| drop(tool("certtool").args(args).ok());
-        if who == "client" {
-            // RSA, because QEMU needs a certificate for key encipherment. Not certtool's, which may have a fault that the server
-            // handles, but rustls on the client side does not.
-            tool("openssl").args(["genrsa", "-out", &key, "2048"]).ok();
-        } else {
-            certtool(&["--generate-privkey", "--key-type", "ecdsa", "--outfile", &key]);
+        // Not certtool's keys: half of those on curves are malformed (GnuTLS 3.7), and rustls refuses them.
+        match who {
+            // RSA, because QEMU needs a certificate for key encipherment.
+            "client" => drop(tool("openssl").args(["genrsa", "-out", &key, "2048"]).ok()),
+            _ => make_key_on_curve(&key),
         }
         let out = at(&format!("{who}-cert.pem"));
         let args = ["--load-privkey", &key, "--template", &template_path, "--outfile", &out];
@@ -106,4 +116,8 @@ impl Pki {
         let name = "localhost".try_into().expect("that is a name");
         ClientConnection::new(config.into(), name).expect("the configuration is sound")
     }
+}
+
+fn make_key_on_curve(path: &str) {
+    tool("openssl").args(["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", path]).ok();
 }

@@ -117,6 +117,35 @@ pub fn receive(socket: BorrowedFd<'_>, buf: Option<(&mut Buf, usize)>, staging: 
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
+/// Sends a TLS record of the type `kind` on a socket whose records the kernel seals (Documentation/networking/tls.rst). Never waits.
+///
+/// # Errors
+/// `WouldBlock` if the socket is full; otherwise the kernel's error.
+pub fn send_record(socket: BorrowedFd<'_>, kind: u8, bytes: &[u8]) -> io::Result<()> {
+    const TLS_SET_RECORD_TYPE: libc::c_int = 1;
+    let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: computes a length.
+    let space = unsafe { libc::CMSG_SPACE(1) } as usize;
+    let mut control = [0_u64; 4];
+    assert!(space <= size_of_val(&control), "the control data fits");
+    let mut message = empty_message();
+    message.msg_iov = &raw mut piece;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = space;
+    // SAFETY: the control buffer is aligned, and long enough for one header and one byte, so CMSG_FIRSTHDR returns its start. The
+    // kernel only reads from it and from `bytes`; both outlive the call.
+    let sent = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_TLS;
+        (*header).cmsg_type = TLS_SET_RECORD_TYPE;
+        (*header).cmsg_len = libc::CMSG_LEN(1) as usize;
+        libc::CMSG_DATA(header).write(kind);
+        libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Memory of sent data that the peer has not read, in bytes. For a TCP socket: data that the peer has not acknowledged.
 pub fn unread(socket: BorrowedFd<'_>) -> usize {
     let mut bytes: libc::c_int = 0;

@@ -344,7 +344,7 @@ impl Door {
 
     fn hand_over(&mut self, guest: Guest) {
         let Guest { mut stream, peer, over, sent, ending, .. } = guest;
-        let Some(Ending::Serve(negotiated, ticket)) = ending else { return stream.close(&mut self.staging) };
+        let Some(Ending::Serve(negotiated, ticket)) = ending else { return stream.close() };
         if let Err(e) = self.poll.remove(&stream) {
             return log::warn!("{peer} was rejected: {e}");
         }

@@ -1,7 +1,7 @@
 //! [`Stream`]: a connection's bytes, as plain text or under TLS.
 
 use std::{
-    fmt, io,
+    fmt, io, mem,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
@@ -11,7 +11,7 @@ use crate::{
     outbox::Outbox,
     peer::Identity,
     received::{Received, push},
-    tls::{Secure, Shaking},
+    tls::{Kernel, Secure, Shaking},
 };
 
 /// For so few bytes, setting a low-water mark is not worth the system call.
@@ -22,10 +22,16 @@ const MANY: usize = 192 << 10;
 /// A connected socket, with its TLS state.
 pub(crate) struct Stream {
     socket: OwnedFd,
-    /// `None`: plain text.
-    tls: Option<Box<Secure>>,
+    layer: Layer,
     /// The low-water mark of the socket (SO_RCVLOWAT), in bytes.
     wakes_at: usize,
+}
+
+/// What stands between the socket and the data.
+enum Layer {
+    Plain,
+    Secure(Box<Secure>),
+    Kernel(Box<Kernel>),
 }
 
 impl Stream {
@@ -35,16 +41,23 @@ impl Stream {
     /// The result of the handshake is unusable: close the connection.
     pub(crate) fn protect(&mut self, shaking: Shaking) -> io::Result<Option<Identity>> {
         let (secure, identity) = shaking.agree()?;
-        self.tls = Some(Box::new(secure));
+        self.layer = Layer::Secure(Box::new(secure));
         Ok(identity)
     }
 
-    /// Moves TLS into the kernel as far as possible, when the NBD handshake is over.
+    /// Moves TLS into the kernel if that is possible, when the NBD handshake is over.
     ///
     /// # Errors
-    /// The kernel failed half-way: close the connection.
+    /// The kernel failed: close the connection.
     pub(crate) fn offload(&mut self) -> io::Result<()> {
-        self.tls.as_mut().map_or(Ok(()), |tls| tls.offload(self.socket.as_fd()))
+        let socket = self.socket.as_fd();
+        match mem::replace(&mut self.layer, Layer::Plain) {
+            Layer::Secure(secure) if secure.suits_kernel(socket) => {
+                self.layer = Layer::Kernel(Box::new(secure.into_kernel(socket)?));
+            }
+            layer => self.layer = layer,
+        }
+        Ok(())
     }
 
     /// Receives the available data: into `landing` as far as that works without a copy, the rest into `staging`, which may be
@@ -58,25 +71,21 @@ impl Stream {
         staging: &mut [u8],
     ) -> io::Result<Option<Received>> {
         let socket = self.socket.as_fd();
-        if let Some(tls) = self.tls.as_mut().filter(|tls| !tls.kernel().receives) {
-            return tls.receive(socket, staging);
+        match &mut self.layer {
+            Layer::Plain => Received::from(socket, landing, staging),
+            Layer::Secure(tls) => tls.receive(socket, staging),
+            Layer::Kernel(tls) => tls.receive(socket, landing, staging),
         }
-        let room = landing.as_ref().map_or(0, |(buf, at)| buf.len() - at);
-        let got = socket::receive(socket, landing, staging)?;
-        let landed = got.min(room);
-        // Less than the buffers hold: the socket is empty, and the next bytes cause a new event.
-        let more = got == room + staging.len();
-        Ok((got > 0).then_some(Received { landed, staged: got - landed, more }))
     }
 
     /// Call it when the socket is empty, and the client must still send `due` bytes of a payload. If `due` is large, the
     /// low-water mark is raised, so that not every packet wakes the worker.
     pub(crate) fn expect(&mut self, due: usize) {
-        let due = match &self.tls {
-            None => due,
-            Some(tls) if tls.kernel().receives => 0,
+        let due = match &self.layer {
+            Layer::Plain => due,
             // Records are longer than their content. But the beginning of one may have arrived already.
-            Some(tls) => due.saturating_sub(tls.part()),
+            Layer::Secure(tls) => due.saturating_sub(tls.rest()),
+            Layer::Kernel(_) => 0,
         };
         let at = if due < FEW { 1 } else { due.min(MANY) };
         if at != self.wakes_at {
@@ -91,56 +100,62 @@ impl Stream {
     /// # Errors
     /// The connection is broken.
     pub(crate) fn send(&mut self, outbox: &mut Outbox, staging: &mut [u8]) -> io::Result<bool> {
-        match self.tls.as_mut().filter(|tls| !tls.kernel().sends) {
-            None => outbox.send(self.socket.as_fd()),
-            Some(tls) => tls.send(self.socket.as_fd(), staging, |room| outbox.read(room)),
+        let socket = self.socket.as_fd();
+        match &mut self.layer {
+            Layer::Plain => outbox.send(socket),
+            Layer::Secure(tls) => tls.send(socket, staging, |room| outbox.read(room)),
+            Layer::Kernel(tls) => tls.send(socket, outbox),
         }
     }
 
-    /// As [`send`](Self::send), for bytes, which are removed from the front.
+    /// As [`send`](Self::send), for bytes, which are removed from the front. Only before [`offload`](Self::offload).
     pub(crate) fn send_bytes(&mut self, bytes: &mut Vec<u8>, staging: &mut [u8]) -> io::Result<bool> {
-        match &mut self.tls {
-            None => {
-                let sent = push(self.socket.as_fd(), bytes)?;
-                bytes.drain(..sent);
-                Ok(bytes.is_empty())
-            }
-            Some(tls) => tls.send(self.socket.as_fd(), staging, |room| {
+        let socket = self.socket.as_fd();
+        match &mut self.layer {
+            Layer::Secure(tls) => tls.send(socket, staging, |room| {
                 let len = room.len().min(bytes.len());
                 room[..len].copy_from_slice(&bytes[..len]);
                 bytes.drain(..len);
                 len
             }),
+            Layer::Plain | Layer::Kernel(_) => {
+                let sent = push(socket, bytes)?;
+                bytes.drain(..sent);
+                Ok(bytes.is_empty())
+            }
         }
     }
 
     /// Frees spare capacity after a burst.
     pub(crate) fn shrink(&mut self) {
-        if let Some(tls) = &mut self.tls {
+        if let Layer::Secure(tls) = &mut self.layer {
             tls.shrink();
         }
     }
 
-    /// Sends the TLS closure alert, if there is TLS. `staging` may be overwritten.
-    pub(crate) fn close(&mut self, staging: &mut [u8]) {
-        if let Some(tls) = &mut self.tls {
-            tls.close(self.socket.as_fd(), staging);
+    /// Sends the TLS closure alert, if there is TLS.
+    pub(crate) fn close(&mut self) {
+        match &mut self.layer {
+            Layer::Plain => {}
+            Layer::Secure(tls) => tls.close(self.socket.as_fd()),
+            Layer::Kernel(tls) => tls.close(self.socket.as_fd()),
         }
     }
 }
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.tls {
-            None => f.write_str("plain text"),
-            Some(tls) => tls.fmt(f),
+        match &self.layer {
+            Layer::Plain => f.write_str("plain text"),
+            Layer::Secure(tls) => tls.fmt(f),
+            Layer::Kernel(tls) => tls.fmt(f),
         }
     }
 }
 
 impl From<OwnedFd> for Stream {
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, tls: None, wakes_at: 1 }
+        Self { socket, layer: Layer::Plain, wakes_at: 1 }
     }
 }
 

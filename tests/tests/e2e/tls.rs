@@ -76,7 +76,7 @@ fn every_client(stand: &Stand) {
         let client = |name| client(dir, name, version);
         let info = client("nbdinfo").args(["--json", uri]).ok().out;
         let info: serde_json::Value = serde_json::from_str(&info).unwrap();
-        server.await_log(&format!("opens export \"\": {version:?}"));
+        server.await_log(&format!("opens export \"\": {version}"));
         assert_eq!((&info["TLS"], &info["exports"][0]["export-size"]), (&true.into(), &(64 * MIB).into()));
         client("nbdcopy").args(["--connections=4", uri, &copy]).ok();
         assert_equal(image.as_ref(), copy.as_ref());
@@ -414,7 +414,7 @@ fn pre_shared_keys() {
     };
     for version in Version::BOTH {
         nbdsh(&dir, version, &uri("alice", &keys, "his"), ROUND_TRIPS);
-        server.await_log(&format!("(\"alice\") opens export \"his\": {version:?}"));
+        server.await_log(&format!("(\"alice\") opens export \"his\": {version}"));
         let object = format!("tls-creds-psk,id=tls,endpoint=client,dir={},username=qemu", dir.path().display());
         let options = format!("driver=nbd,host=localhost,port={},export=his,tls-creds=tls", address.port());
         let qemu_io = client(&dir, "qemu-io", version).args(["--object", &object, "--image-opts", &options]);

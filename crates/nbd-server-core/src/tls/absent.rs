@@ -5,7 +5,9 @@ mod files;
 
 use std::{io, os::fd::BorrowedFd, path::Path};
 
-use crate::{peer::Identity, received::Received};
+use blkdev::Buf;
+
+use crate::{outbox::Outbox, peer::Identity, received::Received};
 pub use files::Certificates;
 
 /// The TLS configuration of a server. Without the feature `tls`, none can be created.
@@ -63,19 +65,8 @@ impl Shaking {
 #[derive(Debug)]
 pub(crate) enum Secure {}
 
-/// The directions of a connection that the kernel handles.
-#[derive(Debug)]
-pub(crate) struct Kernel {
-    pub(crate) receives: bool,
-    pub(crate) sends: bool,
-}
-
 impl Secure {
-    pub(crate) fn kernel(&self) -> Kernel {
-        match *self {}
-    }
-
-    pub(crate) fn part(&self) -> usize {
+    pub(crate) fn rest(&self) -> usize {
         match *self {}
     }
 
@@ -83,8 +74,12 @@ impl Secure {
         match *self {}
     }
 
-    pub(crate) fn offload(&mut self, _: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn suits_kernel(&self, _: BorrowedFd<'_>) -> bool {
         match *self {}
+    }
+
+    pub(crate) fn into_kernel(self, _: BorrowedFd<'_>) -> io::Result<Kernel> {
+        match self {}
     }
 
     pub(crate) fn receive(&mut self, _: BorrowedFd<'_>, _: &mut [u8]) -> io::Result<Option<Received>> {
@@ -100,7 +95,29 @@ impl Secure {
         match *self {}
     }
 
-    pub(crate) fn close(&mut self, _: BorrowedFd<'_>, _: &mut [u8]) {
+    pub(crate) fn close(&mut self, _: BorrowedFd<'_>) {
+        match *self {}
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum Kernel {}
+
+impl Kernel {
+    pub(crate) fn receive(
+        &mut self,
+        _: BorrowedFd<'_>,
+        _: Option<(&mut Buf, usize)>,
+        _: &mut [u8],
+    ) -> io::Result<Option<Received>> {
+        match *self {}
+    }
+
+    pub(crate) fn send(&mut self, _: BorrowedFd<'_>, _: &mut Outbox) -> io::Result<bool> {
+        match *self {}
+    }
+
+    pub(crate) fn close(&mut self, _: BorrowedFd<'_>) {
         match *self {}
     }
 }

@@ -1,23 +1,26 @@
 //! TLS: the server's configuration, the handshake, and the client's identity.
 //!
-//! A library does the handshake: rustls with certificates (feature `tls`), OpenSSL with pre-shared keys, which rustls does not
-//! support (feature `tls-psk`). The handshake yields secrets; this module, or the kernel, then handles the records.
+//! A library does all of it: rustls with certificates (feature `tls`), OpenSSL with pre-shared keys, which rustls does not support
+//! (feature `tls-psk`). After rustls' handshake, the kernel continues if it can.
 
-mod certificate;
+mod certificates;
+mod engine;
 mod files;
+mod handshake;
 mod kernel;
+mod names;
 #[cfg(feature = "tls-psk")]
 mod psk;
 mod records;
 mod secure;
-mod x509;
+mod suite;
 
-use std::{fmt, io, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{fmt, io, path::Path, sync::Arc};
 
-use blkdev::socket;
-
-use crate::{peer::Identity, received::push};
+use engine::Engine;
 pub use files::Certificates;
+pub(crate) use handshake::Shaking;
+pub(crate) use kernel::Kernel;
 use records::Records;
 pub(crate) use secure::Secure;
 
@@ -42,7 +45,7 @@ impl Tls {
     /// A file cannot be used; the text names the file and the reason. Without the feature `tls`:
     /// [`Unsupported`](io::ErrorKind::Unsupported).
     pub fn with_certificates(files: &Certificates) -> io::Result<Self> {
-        Ok(Self { credentials: Credentials::Certificates(x509::config(files)?), required: false })
+        Ok(Self { credentials: Credentials::Certificates(certificates::config(files)?), required: false })
     }
 
     /// TLS 1.2 and 1.3 with pre-shared keys. Each line of `file` has a user and its key, `USER:HEX`, as GnuTLS' psktool writes
@@ -69,82 +72,17 @@ impl Tls {
     }
 
     pub(crate) fn begin(&self) -> io::Result<Shaking> {
-        let engine = match &self.credentials {
-            Credentials::Certificates(config) => Engine::Certificates(x509::Engine::new(config)?.into()),
+        let engine: Box<dyn Engine> = match &self.credentials {
+            Credentials::Certificates(config) => Box::new(Records::new(config)?),
             #[cfg(feature = "tls-psk")]
-            Credentials::Keys(offer) => Engine::Keys(psk::Engine::new(offer)?),
+            Credentials::Keys(offer) => Box::new(psk::Connection::new(offer)?),
         };
-        Ok(Shaking { engine, input: Vec::new(), out: Vec::new() })
+        Ok(Shaking::new(engine))
     }
 }
 
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tls").field("required", &self.required).finish_non_exhaustive()
-    }
-}
-
-/// A handshake in progress.
-pub(crate) struct Shaking {
-    engine: Engine,
-    /// Received bytes that are not processed yet.
-    input: Vec<u8>,
-    /// Bytes to be sent.
-    out: Vec<u8>,
-}
-
-enum Engine {
-    Certificates(Box<x509::Engine>),
-    #[cfg(feature = "tls-psk")]
-    Keys(psk::Engine),
-}
-
-/// Longest unprocessed input of a handshake, in bytes: rustls accepts messages of up to 64 KiB.
-const INPUT_MAX: usize = 128 << 10;
-
-impl Shaking {
-    /// Continues with the data that has arrived. `true`: the handshake is over; call [`agree`](Self::agree) next.
-    ///
-    /// # Errors
-    /// The handshake has failed. The client got an alert if possible; close the connection.
-    pub(crate) fn go(&mut self, socket: BorrowedFd<'_>, staging: &mut [u8]) -> io::Result<bool> {
-        loop {
-            let done = match &mut self.engine {
-                Engine::Certificates(engine) => engine.go(&mut self.input, &mut self.out),
-                #[cfg(feature = "tls-psk")]
-                Engine::Keys(engine) => engine.go(&mut self.input, &mut self.out),
-            };
-            let sent = self.flush(socket)?;
-            if done? {
-                return Ok(sent);
-            }
-            if !sent {
-                return Ok(false);
-            }
-            match socket::receive(socket, None, staging) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) if self.input.len() > INPUT_MAX => return Err(records::broken("the handshake is too long")),
-                Ok(got) => self.input.extend_from_slice(&staging[..got]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
-        let sent = push(socket, &self.out)?;
-        self.out.drain(..sent);
-        Ok(self.out.is_empty())
-    }
-
-    /// Returns the results of the handshake.
-    pub(crate) fn agree(self) -> io::Result<(Secure, Option<Identity>)> {
-        let (agreed, identity) = match self.engine {
-            Engine::Certificates(engine) => engine.agreed()?,
-            #[cfg(feature = "tls-psk")]
-            Engine::Keys(engine) => engine.agreed()?,
-        };
-        Ok((Secure::new(Records::new(agreed)?, self.input), identity))
     }
 }

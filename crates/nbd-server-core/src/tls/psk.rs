@@ -1,12 +1,11 @@
-//! TLS with pre-shared keys. OpenSSL does the handshake and yields the secrets, because rustls does not support such keys.
+//! TLS with pre-shared keys, by OpenSSL as a whole: rustls does not support such keys.
 
 use std::{
     collections::HashMap,
     fmt, fs,
     io::{self, Read, Write},
-    mem,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, OnceLock},
 };
 
 use blkdev::Context;
@@ -15,26 +14,16 @@ use openssl::{
     ex_data::Index,
     ssl::{ErrorCode, Ssl, SslContext, SslMethod, SslOptions, SslSessionCacheMode, SslStream, SslVersion},
 };
-use ring::{hkdf, hmac};
 
-use super::records::{Agreed, Cipher, Secret, Version, broken};
+use super::engine::{Engine, Opening, PLAIN_MAX, RECORD_MAX, broken};
 use crate::peer::Identity;
 
 /// The state that all connections share.
 #[derive(Clone)]
 pub(super) struct Offer {
     context: SslContext,
-    told: Index<Ssl, Arc<Mutex<Told>>>,
-}
-
-/// The results of one handshake that OpenSSL reports: the user, and the secrets.
-#[derive(Default)]
-struct Told {
-    user: Option<String>,
-    /// TLS 1.3: the client's secret and ours.
-    traffic: [Option<Vec<u8>>; 2],
-    /// TLS 1.2: the master secret.
-    master: Option<Vec<u8>>,
+    /// Where the callback puts the user of a connection.
+    user: Index<Ssl, Arc<OnceLock<String>>>,
 }
 
 impl Offer {
@@ -46,11 +35,12 @@ impl Offer {
     }
 
     fn of(keys: HashMap<String, Vec<u8>>) -> Result<Self, ErrorStack> {
-        let told: Index<Ssl, Arc<Mutex<Told>>> = Ssl::new_ex_index()?;
+        let index: Index<Ssl, Arc<OnceLock<String>>> = Ssl::new_ex_index()?;
         let mut builder = SslContext::builder(SslMethod::tls_server())?;
         builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
-        // Ciphers with SHA-256, which pre-shared keys are bound to, with AEAD, and with ephemeral secrets.
-        builder.set_ciphersuites("TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256")?;
+        // A cipher with SHA-256, which pre-shared keys are bound to, with AEAD, and with ephemeral secrets. OpenSSL does not change
+        // keys by itself, so a key of AES-GCM would be used beyond its limit (RFC 8446, 5.5). This cipher has none.
+        builder.set_ciphersuites("TLS_CHACHA20_POLY1305_SHA256")?;
         builder.set_cipher_list("ECDHE-PSK-CHACHA20-POLY1305")?;
         builder
             .set_options(SslOptions::NO_TICKET | SslOptions::NO_RENEGOTIATION | SslOptions::CIPHER_SERVER_PREFERENCE);
@@ -62,27 +52,19 @@ impl Offer {
             let Some((user, key)) = user.and_then(|user| keys.get_key_value(user)) else { return Ok(0) };
             let Some(room) = into.get_mut(..key.len()) else { return Ok(0) };
             room.copy_from_slice(key);
-            tell(ssl.ex_data(told), |told| told.user = Some(user.clone()));
+            if let Some(place) = ssl.ex_data(index) {
+                // A second call for one connection has the same user.
+                let _ = place.set(user.clone());
+            }
             Ok(key.len())
         });
-        builder.set_keylog_callback(move |ssl, line| {
-            let mut words = line.split(' ');
-            let (Some(label), _, Some(secret)) = (words.next(), words.next(), words.next()) else { return };
-            let secret = hex(secret);
-            tell(ssl.ex_data(told), |told| match label {
-                "CLIENT_TRAFFIC_SECRET_0" => told.traffic[0] = secret,
-                "SERVER_TRAFFIC_SECRET_0" => told.traffic[1] = secret,
-                "CLIENT_RANDOM" => told.master = secret,
-                _ => {}
-            });
-        });
-        Ok(Self { context: builder.build(), told })
+        Ok(Self { context: builder.build(), user: index })
     }
 }
 
-fn tell(told: Option<&Arc<Mutex<Told>>>, what: impl FnOnce(&mut Told)) {
-    if let Some(told) = told {
-        what(&mut told.lock().unwrap_or_else(PoisonError::into_inner));
+impl fmt::Debug for Offer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Offer").finish_non_exhaustive()
     }
 }
 
@@ -116,16 +98,18 @@ fn hex(text: &str) -> Option<Vec<u8>> {
     digits.len().is_multiple_of(2).then(|| digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }
 
-/// One connection's handshake.
-pub(super) struct Engine {
+/// A connection of OpenSSL.
+pub(super) struct Connection {
     stream: SslStream<Pipe>,
-    told: Arc<Mutex<Told>>,
+    user: Arc<OnceLock<String>>,
 }
 
 /// The transport for OpenSSL, in place of a socket.
 #[derive(Default)]
 struct Pipe {
+    /// Of these bytes, the first `taken` are used.
     input: Vec<u8>,
+    taken: usize,
     out: Vec<u8>,
 }
 
@@ -134,9 +118,14 @@ impl Read for Pipe {
         if self.input.is_empty() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let len = into.len().min(self.input.len());
-        into[..len].copy_from_slice(&self.input[..len]);
-        self.input.drain(..len);
+        let rest = &self.input[self.taken..];
+        let len = into.len().min(rest.len());
+        into[..len].copy_from_slice(&rest[..len]);
+        self.taken += len;
+        if self.taken == self.input.len() {
+            self.input.clear();
+            self.taken = 0;
+        }
         Ok(len)
     }
 }
@@ -151,21 +140,25 @@ impl Write for Pipe {
     }
 }
 
-impl Engine {
+impl Connection {
     pub(super) fn new(offer: &Offer) -> io::Result<Self> {
         let mut ssl = Ssl::new(&offer.context)?;
-        let told = Arc::new(Mutex::new(Told::default()));
-        ssl.set_ex_data(offer.told, Arc::clone(&told));
-        Ok(Self { stream: SslStream::new(ssl, Pipe::default())?, told })
+        let user = Arc::new(OnceLock::new());
+        ssl.set_ex_data(offer.user, Arc::clone(&user));
+        Ok(Self { stream: SslStream::new(ssl, Pipe::default())?, user })
     }
 
-    /// As [`x509::Engine::go`](super::x509::Engine::go). OpenSSL reads record by record, and none after the handshake.
-    pub(super) fn go(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
-        mem::swap(input, &mut self.stream.get_mut().input);
+    /// Moves what OpenSSL wants to send to `out`.
+    fn take_output(&mut self, out: &mut Vec<u8>) {
+        out.append(&mut self.stream.get_mut().out);
+    }
+}
+
+impl Engine for Connection {
+    fn shake(&mut self, received: &[u8], _: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
+        self.stream.get_mut().input.extend_from_slice(received);
         let accepted = self.stream.accept();
-        let pipe = self.stream.get_mut();
-        mem::swap(input, &mut pipe.input);
-        out.append(&mut pipe.out);
+        self.take_output(out);
         match accepted {
             Ok(()) => Ok(true),
             Err(e) if e.code() == ErrorCode::WANT_READ => Ok(false),
@@ -173,99 +166,81 @@ impl Engine {
         }
     }
 
-    pub(super) fn agreed(self) -> io::Result<(Agreed, Option<Identity>)> {
-        let Told { user, traffic, master } = mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
-        let user = user.ok_or_else(|| broken("the client sent no user"))?;
-        let ssl = self.stream.ssl();
-        let cipher = match ssl.current_cipher().map(|cipher| cipher.name()) {
-            Some("TLS_AES_128_GCM_SHA256") => Cipher::Aes128Gcm,
-            Some("TLS_CHACHA20_POLY1305_SHA256" | "ECDHE-PSK-CHACHA20-POLY1305") => Cipher::Chacha20Poly1305,
-            _ => return Err(broken("a cipher that was not offered")),
-        };
-        let agreed = match (ssl.version2(), traffic, master) {
-            (Some(SslVersion::TLS1_3), [Some(client), Some(server)], _) => {
-                let mut ratchets = [Ratchet { cipher, secret: client }, Ratchet { cipher, secret: server }];
-                let [receive, send] = [ratchets[0].secret()?, ratchets[1].secret()?];
-                let next = move |way| ratchets[way as usize].step();
-                Agreed { version: Version::Tls13, receive, send, next: Box::new(next) }
+    fn identity(&self) -> io::Result<Option<Identity>> {
+        let user = self.user.get().ok_or_else(|| broken("the client sent no user"))?;
+        Ok(Some(Identity { psk: Some(user.clone()), ..Identity::default() }))
+    }
+
+    /// OpenSSL keeps the beginning of a record.
+    fn rest(&self) -> usize {
+        RECORD_MAX
+    }
+
+    fn load(&self, _: &mut [u8]) -> usize {
+        0
+    }
+
+    fn open(&mut self, staging: &mut [u8], end: usize, out: &mut Vec<u8>) -> io::Result<Opening> {
+        self.stream.get_mut().input.extend_from_slice(&staging[PLAIN_MAX..end]);
+        let (mut plain, mut has_ended) = (0, false);
+        // The plain text of these records, and of one that was incomplete before, fits.
+        let result = loop {
+            match self.stream.ssl_read(&mut staging[plain..]) {
+                Ok(got) => plain += got,
+                Err(e) if e.code() == ErrorCode::WANT_READ => break Ok(()),
+                Err(e) if e.code() == ErrorCode::ZERO_RETURN => {
+                    has_ended = true;
+                    break Ok(());
+                }
+                Err(e) => break Err(io::Error::other(e)),
             }
-            (Some(SslVersion::TLS1_2), _, Some(master)) => {
-                let mut randoms = [0; 64];
-                ssl.server_random(&mut randoms[..32]);
-                ssl.client_random(&mut randoms[32..]);
-                // The client's key and ours, the client's nonce and ours (RFC 5246, 6.3; RFC 7905, 2).
-                let block = prf(&master, b"key expansion", &randoms, 2 * (32 + 12));
-                let secret = |key: usize, iv: usize| Secret {
-                    cipher,
-                    key: block[key..key + 32].to_vec(),
-                    iv: block[iv..iv + 12].try_into().expect("12 bytes were taken"),
-                    // Each side has sent one record, Finished.
-                    seq: 1,
-                };
-                let next = |_| Err(broken("TLS 1.2 cannot change keys"));
-                Agreed { version: Version::Tls12, receive: secret(0, 64), send: secret(32, 76), next: Box::new(next) }
-            }
-            _ => return Err(broken("a handshake without secrets")),
         };
-        Ok((agreed, Some(Identity { psk: Some(user), ..Identity::default() })))
-    }
-}
-
-impl fmt::Debug for Offer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Offer").finish_non_exhaustive()
-    }
-}
-
-/// The TLS 1.3 secret of one direction, from which the next ones are derived (RFC 8446, 7.2 and 7.3).
-struct Ratchet {
-    cipher: Cipher,
-    secret: Vec<u8>,
-}
-
-impl Ratchet {
-    fn secret(&self) -> io::Result<Secret> {
-        let iv = expand(&self.secret, "iv", 12)?;
-        Ok(Secret {
-            cipher: self.cipher,
-            key: expand(&self.secret, "key", self.cipher.algorithm().key_len())?,
-            iv: iv[..].try_into().expect("12 bytes were asked for"),
-            seq: 0,
-        })
+        self.take_output(out);
+        result.map(|()| Opening { plain, has_ended })
     }
 
-    fn step(&mut self) -> io::Result<Secret> {
-        self.secret = expand(&self.secret, "traffic upd", self.secret.len())?;
-        self.secret()
-    }
-}
-
-/// HKDF-Expand-Label without a context (RFC 8446, 7.1).
-fn expand(secret: &[u8], label: &str, len: usize) -> io::Result<Vec<u8>> {
-    struct Len(usize);
-    impl hkdf::KeyType for Len {
-        fn len(&self) -> usize {
-            self.0
+    fn seal<'a>(
+        &'a mut self,
+        staging: &'a mut [u8],
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+        out: &mut Vec<u8>,
+    ) -> io::Result<&'a [u8]> {
+        let (text, room) = staging.split_at_mut(PLAIN_MAX);
+        let pipe = self.stream.get_mut();
+        pipe.out.clear();
+        while self.stream.get_ref().out.len() < room.len() {
+            let len = fill(text);
+            if len == 0 {
+                break;
+            }
+            match self.stream.ssl_write(&text[..len]) {
+                Ok(written) if written == len => {}
+                Ok(_) => return Err(broken("a record was cut")),
+                Err(e) => {
+                    self.take_output(out);
+                    return Err(io::Error::other(e));
+                }
+            }
         }
+        Ok(&self.stream.get_ref().out)
     }
-    let label = [b"tls13 ", label.as_bytes()].concat();
-    let info = [&[0, len as u8, label.len() as u8], &label[..], &[0]];
-    let (prk, mut out) = (hkdf::Prk::new_less_safe(hkdf::HKDF_SHA256, secret), vec![0; len]);
-    let filled = prk.expand(&info, Len(len)).and_then(|okm| okm.fill(&mut out));
-    filled.map_err(|_| broken("a secret of the wrong length"))?;
-    Ok(out)
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        let _ = self.stream.shutdown();
+        self.take_output(out);
+    }
 }
 
-/// The pseudorandom function of TLS 1.2 (RFC 5246, 5).
-fn prf(secret: &[u8], label: &[u8], seed: &[u8], len: usize) -> Vec<u8> {
-    let (key, seed) = (hmac::Key::new(hmac::HMAC_SHA256, secret), [label, seed].concat());
-    let (mut a, mut out) = (hmac::sign(&key, &seed), Vec::new());
-    while out.len() < len {
-        out.extend_from_slice(hmac::sign(&key, &[a.as_ref(), &seed].concat()).as_ref());
-        a = hmac::sign(&key, a.as_ref());
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ssl = self.stream.ssl();
+        let version = match ssl.version2() {
+            Some(SslVersion::TLS1_2) => "TLS 1.2",
+            Some(SslVersion::TLS1_3) => "TLS 1.3",
+            _ => "TLS",
+        };
+        write!(f, "{version} with ChaCha20-Poly1305")
     }
-    out.truncate(len);
-    out
 }
 
 #[cfg(test)]

@@ -168,7 +168,7 @@ impl Floor {
         let slot = &mut self.conns[number as usize];
         let Some(conn) = slot else { return };
         let Some(mut stream) = conn.stream.take() else { return };
-        stream.close(&mut self.staging);
+        stream.close();
         self.load.fetch_sub(1, Ordering::Relaxed);
         self.is_untidy = true;
         conn.session.close();
