@@ -13,6 +13,7 @@
 //! xtask setup`. No test asserts on times: deadlines only distinguish a hang from slowness.
 
 mod dir;
+mod forger;
 mod image;
 mod nbdkit;
 mod pki;
@@ -21,6 +22,7 @@ mod qsd;
 pub mod raw;
 mod server;
 mod sources;
+pub mod tls_records;
 
 pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};

@@ -4,13 +4,12 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustls::crypto::ring::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
-use crate::{Dir, tool};
+use crate::{Dir, forger, tool};
 
 /// A version of TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +103,7 @@ impl Pki {
             Version::Tls12 => [&TLS12],
             Version::Tls13 => [&TLS13],
         };
-        let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        let config = ClientConfig::builder_with_provider(Arc::new(forger::provider()))
             .with_protocol_versions(&versions)
             .expect("rustls knows the version")
             .with_root_certificates(roots)

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rustls::{ClientConnection, StreamOwned};
 
+use crate::forger::forged;
 use crate::{Address, Pki, Version, deadline};
 
 /// Options of the handshake.
@@ -147,6 +148,11 @@ trait Stream: Read + Write + Send {
     /// Changes the keys of the client's direction, if there are any.
     fn change_keys(&mut self) {}
 
+    /// Sends one record with a wrong bit, if there are records.
+    fn corrupt(&mut self, _bytes: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+
     /// Limits how long sending may wait, if possible.
     fn limit_sending(&mut self, _limit: Option<Duration>) {}
 }
@@ -163,6 +169,14 @@ impl Stream for UnixStream {
 impl Stream for StreamOwned<ClientConnection, Box<dyn Stream>> {
     fn change_keys(&mut self) {
         self.conn.refresh_traffic_keys().expect("TLS 1.3 can change keys");
+    }
+
+    fn corrupt(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut records = Vec::new();
+        self.conn.writer().write_all(bytes)?;
+        self.conn.write_tls(&mut records)?;
+        *records.last_mut().expect("there is a record") ^= 1;
+        self.sock.write_all(&records)
     }
 }
 
@@ -251,6 +265,16 @@ impl Raw {
     /// Changes the keys of the client's direction (TLS 1.3).
     pub fn change_keys(&mut self) {
         self.stream.change_keys();
+    }
+
+    /// Sends a TLS record with the type `kind`.
+    pub fn send_record(&mut self, kind: u8, text: &[u8]) -> std::io::Result<()> {
+        self.try_send(&forged(kind, text))
+    }
+
+    /// Sends bytes as one TLS record, of which one bit is wrong.
+    pub fn send_corrupted(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.corrupt(bytes)
     }
 
     /// Connects and does the handshake of `mode`.
@@ -555,6 +579,14 @@ impl Raw {
             Err(error) => panic!("the server keeps the connection: {error}"),
         }
         rest
+    }
+
+    /// Waits until the server closes the connection.
+    ///
+    /// # Errors
+    /// Under TLS: the alert, or the lack of one.
+    pub fn await_end(mut self) -> std::io::Result<()> {
+        self.stream.read_to_end(&mut Vec::new()).map(drop)
     }
 
     fn u16(&mut self) -> u16 {

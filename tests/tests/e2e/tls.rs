@@ -5,7 +5,9 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, meta_query, opt, option_bytes, rep};
-use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, Rng, Version, assert_equal, eventually, nbdblk, tool, write_runs};
+use nbdblk_tests::{
+    Address, Cmd, Dir, Nbdblk, Pki, Rng, Version, assert_equal, eventually, nbdblk, tls_records, tool, write_runs,
+};
 
 use crate::MIB;
 
@@ -254,6 +256,15 @@ fn records_may_be_of_any_size_and_keys_may_change() {
 }
 
 #[test]
+fn records_that_no_honest_client_sends_end_their_connection_only() {
+    for listen in [Nbdblk::tcp, Nbdblk::unix] {
+        let stand = Stand::require(listen);
+        Version::BOTH.into_iter().for_each(|version| tls_records::check(&stand.server, &stand.pki, version));
+        assert!(stand.server.terminate().success());
+    }
+}
+
+#[test]
 fn a_client_that_reads_late_gets_all_replies() {
     let stand = Stand::require(Nbdblk::tcp);
     for version in Version::BOTH {
@@ -456,6 +467,31 @@ fn errors_in_the_files_are_reported_at_start() {
     check(&["--tls-certificates", others.dir(), "--tls-verify-peer"], &["ca-cert.pem"]);
     std::fs::write(format!("{}/server-key.pem", others.dir()), "no key").unwrap();
     check(&["--tls-certificates", others.dir()], &["server-key.pem"]);
+}
+
+/// GnuTLS 3.7's certtool writes half of its keys on curves with a leading zero.
+#[test]
+fn the_error_for_a_malformed_key_names_the_command_that_rewrites_it() {
+    let dir = Dir::new();
+    let pki = Pki::new(&dir, "pki");
+    let key = format!("{}/server-key.pem", pki.dir());
+    let (der, pem) = (dir.text("key.der"), dir.text("key.base64"));
+    tool("openssl").args(["ec", "-in", &key, "-outform", "der", "-out", &der]).ok();
+    let mut malformed = std::fs::read(&der).unwrap();
+    // ECPrivateKey (RFC 5915, 3): a sequence with the version, and an octet string of 32 bytes, which becomes one of 33.
+    assert_eq!(malformed[2..7], [2, 1, 1, 4, 32]);
+    (malformed[1], malformed[6]) = (malformed[1] + 1, 33);
+    malformed.insert(7, 0);
+    std::fs::write(&der, &malformed).unwrap();
+    tool("openssl").args(["base64", "-in", &der, "-out", &pem]).ok();
+    let text = std::fs::read_to_string(&pem).unwrap();
+    std::fs::write(&key, format!("-----BEGIN EC PRIVATE KEY-----\n{text}-----END EC PRIVATE KEY-----\n")).unwrap();
+
+    let command = format!("openssl pkey -in {key} -out {key}.new && mv {key}.new {key}");
+    let args = ["memory=1M", "--tls=require", "--tls-certificates", pki.dir()];
+    crate::cli::check_refused(&dir, &args, &["server-key.pem", &command]);
+    tool("sh").args(["-c", &command]).ok();
+    assert!(Nbdblk::tcp(&dir, &args).terminate().success());
 }
 
 #[test]

@@ -52,7 +52,9 @@ fn key(path: &Path, provider: &CryptoProvider) -> io::Result<PrivateKeyDer<'stat
         Ok(_) => Ok(key),
         Err(e) => {
             let file = path.display();
-            let text = format!("{e}; to rewrite a key that certtool wrote, run: openssl pkey -in {file} -out {file}");
+            // OpenSSL empties its output before it reads, so that must be another file.
+            let command = format!("openssl pkey -in {file} -out {file}.new && mv {file}.new {file}");
+            let text = format!("{e}; if certtool wrote this key, run: {command}");
             Err(unusable(path, &text))
         }
     }
