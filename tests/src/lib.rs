@@ -22,6 +22,7 @@ mod qsd;
 pub mod raw;
 mod server;
 mod sources;
+pub mod tls_clients;
 pub mod tls_records;
 
 pub use dir::Dir;

@@ -299,8 +299,14 @@ impl Daemon {
 
     /// Writes a line to its standard input.
     pub fn type_line(&mut self, line: &str) {
+        // In one piece, for programs that take a command only if they read it whole.
+        self.type_bytes(format!("{line}\n").as_bytes());
+    }
+
+    /// Writes bytes to its standard input.
+    pub fn type_bytes(&mut self, bytes: &[u8]) {
         let stdin = self.child.0.stdin.as_mut().expect("stdin is piped");
-        writeln!(stdin, "{line}").expect("the process reads what it is given");
+        stdin.write_all(bytes).expect("the process reads what it is given");
     }
 
     /// Waits until its output contains `text`.
