@@ -176,6 +176,21 @@ fn every_library_has_an_example_and_every_package_the_lints() {
     }
 }
 
+/// Cargo builds the examples of all packages into one directory, where one would replace another of the same name.
+#[test]
+fn no_two_examples_have_the_same_name() {
+    let mut owners: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for package in ours() {
+        for target in list(package, "targets").iter().filter(|target| list(target, "kind").contains(&"example".into()))
+        {
+            owners.entry(text(target, "name")).or_default().push(text(package, "name"));
+        }
+    }
+    assert!(!owners.is_empty(), "the libraries have examples");
+    owners.retain(|_, owners| owners.len() > 1);
+    assert!(owners.is_empty(), "packages have examples of the same name: {owners:?}");
+}
+
 /// The strings of the list `key = [...]` in deny.toml.
 fn denied(key: &str) -> Vec<String> {
     let text = fs::read_to_string(root().join("deny.toml")).expect("deny.toml is in the root");
