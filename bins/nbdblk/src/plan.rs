@@ -11,7 +11,7 @@ use nbd_server_core::{Export, Removal, Server};
 
 use crate::{
     cli,
-    config::{File, Setting, Source},
+    config::{self, File, Setting, Source},
     exports::{self, Wanted},
     shortage,
     tls::Security,
@@ -43,11 +43,13 @@ impl Plan {
         Ok((plan, args))
     }
 
-    /// Adds the place of the first setting of this kind to an error, if the file has one.
+    /// Adds its place to an error that a setting of the file causes: the one that the error names, or the first of this kind.
     pub(crate) fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
         let Some((source, settings)) = &self.file else { return error };
-        match settings.iter().find(|setting| setting.key.starts_with(kind)) {
-            Some(setting) => source.wrong(setting.at, format!("{error:#}")),
+        let text = format!("{error:#}");
+        let of_kind = || settings.iter().find(|setting| setting.key.starts_with(kind));
+        match config::blamed(settings, &text).or_else(of_kind) {
+            Some(setting) => source.wrong(setting.at, config::in_words_of_files(&text)),
             None => error,
         }
     }

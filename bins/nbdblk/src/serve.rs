@@ -72,7 +72,7 @@ fn limits(args: &cli::Serve) -> Limits {
 /// Serves the exports of the plan until an event ends it.
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args)?;
-    Sockets::check(args, passed.is_some())?;
+    Sockets::check(args, passed.is_some()).map_err(|error| plan.blame("unix", error))?;
     let control = Control::start(args.config.is_some())?;
     let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     if args.exit_with_parent {
