@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         Command::Drivers(args) => drivers::run(&args),
     };
     let code = outcome.unwrap_or_else(|error| {
-        complain(&format!("{error:#}"));
+        complain(&whole(&error));
         ExitCode::FAILURE
     });
     logger::flush(logger::PATIENCE);
@@ -96,6 +96,11 @@ fn one_line(error: &clap::Error) -> String {
     let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
     let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
     words.join("; ").replace(":; ", ": ").trim_start_matches("error: ").to_owned()
+}
+
+/// The text of an error and its causes, on one line.
+fn whole(error: &anyhow::Error) -> String {
+    blkdev::Context::report(error.as_ref())
 }
 
 /// One line on stderr, for an error.

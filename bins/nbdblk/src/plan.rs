@@ -46,7 +46,7 @@ impl Plan {
     /// Adds its place to an error that a setting of the file causes: the one that the error names, or the first of this kind.
     pub(crate) fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
         let Some((source, settings)) = &self.file else { return error };
-        let text = format!("{error:#}");
+        let text = crate::whole(&error);
         let of_kind = || settings.iter().find(|setting| setting.key.starts_with(kind));
         match config::blamed(settings, &text).or_else(of_kind) {
             Some(setting) => source.wrong(setting.at, config::in_words_of_files(&text)),
@@ -61,7 +61,7 @@ impl Plan {
             let device = match open.filter(|device| !device.is_replaced()) {
                 Some(device) => Arc::clone(device),
                 None => wanted.open().map_err(|error| match &self.file {
-                    Some((source, _)) => source.wrong(wanted.at, format!("{error:#}")),
+                    Some((source, _)) => source.wrong(wanted.at, crate::whole(&error)),
                     None => error,
                 })?,
             };

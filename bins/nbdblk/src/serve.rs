@@ -256,7 +256,7 @@ impl Reloads {
         let path = self.path.clone().expect("reloads need a file");
         let (plan, server, events) = (Arc::clone(&self.plan), self.server.clone(), self.events.clone());
         let read = move || {
-            let reload = || plan.reload(&path, &server).map_err(|error| format!("{error:#}"));
+            let reload = || plan.reload(&path, &server).map_err(|error| crate::whole(&error));
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
             // Drop the last references to old devices here, and not on the thread that waits for events.
             drop(plan);

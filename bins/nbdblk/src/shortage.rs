@@ -9,7 +9,7 @@ use crate::{cli, info::human};
 
 /// Adds advice to an error of such a kind. `exports`: number of exports that the server needs.
 pub(crate) fn advise(error: anyhow::Error, args: &cli::Serve, exports: usize) -> anyhow::Error {
-    let text = format!("{error:#}");
+    let text = crate::whole(&error);
     let defaults = nbd_server_core::Limits::default();
     let workers = args.threads.unwrap_or(defaults.workers);
     // As the user writes them.
@@ -87,7 +87,7 @@ mod tests {
     fn the_limit_is_named() {
         let args = serve("null=1");
         let check = |error: anyhow::Error, words: &[&str]| {
-            let text = format!("{:#}", advise(error, &args, 2));
+            let text = crate::whole(&advise(error, &args, 2));
             words.iter().for_each(|word| assert!(text.contains(word), "{word} in {text}"));
         };
         let raw = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
@@ -97,7 +97,7 @@ mod tests {
         check(wrapped.into(), &["disk.img", "ulimit -n"]);
         let thread: anyhow::Result<()> = Err(raw(Errno::EAGAIN)).context("starting a thread");
         check(thread.unwrap_err(), &["ulimit -u"]);
-        let other = format!("{:#}", advise(raw(Errno::EAGAIN).into(), &args, 1));
+        let other = crate::whole(&advise(raw(Errno::EAGAIN).into(), &args, 1));
         assert!(!other.contains("ulimit"), "{other}");
     }
 }
