@@ -22,7 +22,7 @@ use toml::{
 
 use crate::{
     cli::{self, Cli},
-    exports::{NAME_MAX, Wanted},
+    exports::{ExportSpec, NAME_MAX},
     files::open_regular,
 };
 
@@ -42,7 +42,7 @@ const EXPORT_WORDS: [&str; 8] =
 pub(crate) struct File {
     pub(crate) source: Source,
     pub(crate) settings: Vec<Setting>,
-    pub(crate) exports: Vec<Wanted>,
+    pub(crate) exports: Vec<ExportSpec>,
 }
 
 /// An option that the file sets.
@@ -231,9 +231,9 @@ impl Source {
         Ok(Setting { key: key.into(), words, at })
     }
 
-    fn exports(&self, value: &Value<'_>) -> anyhow::Result<Vec<Wanted>> {
+    fn exports(&self, value: &Value<'_>) -> anyhow::Result<Vec<ExportSpec>> {
         let DeValue::Array(tables) = value.get_ref() else { return Err(self.kind("export", value, "[[export]]")) };
-        let mut exports: Vec<Wanted> = Vec::new();
+        let mut exports: Vec<ExportSpec> = Vec::new();
         for value in tables.iter() {
             let DeValue::Table(table) = value.get_ref() else { return Err(self.kind("export", value, "[[export]]")) };
             let export = self.export(table, value.span().start)?;
@@ -249,7 +249,7 @@ impl Source {
         Ok(exports)
     }
 
-    fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<Wanted> {
+    fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<ExportSpec> {
         let mut device = None;
         let (mut name, mut description) = (String::new(), None);
         let (mut read_only, mut tls_only, mut block_size_required) = (false, false, false);
@@ -278,7 +278,7 @@ impl Source {
             }
         }
         let Some((settings, at)) = device else { return Err(self.wrong(at, "the export has no device")) };
-        Ok(Wanted { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
+        Ok(ExportSpec { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
     }
 
     fn boolean(&self, key: &str, value: &Value<'_>) -> anyhow::Result<bool> {

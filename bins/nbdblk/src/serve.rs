@@ -48,7 +48,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         Some(path) => Plan::from_file(&path)?,
         None => (Plan::from_words(&args)?, args),
     };
-    let exports = plan.wanted.len();
+    let exports = plan.specs.len();
     serve(plan, &args).map_err(|error| shortage::advise(error, &args, exports))
 }
 
@@ -81,9 +81,9 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
-    let lifted = Lifted::file_size();
+    let unlimited = LimitGuard::file_size();
     plan.open(None)?;
-    drop(lifted);
+    drop(unlimited);
     let ready = Ready::prepare(args)?;
     let Sockets { listeners, addresses, files, .. } = match passed {
         Some(passed) => passed,
@@ -93,15 +93,15 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
 
     let limits = limits(args);
-    let lifted = Lifted::file_size();
+    let unlimited = LimitGuard::file_size();
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
-    drop(lifted);
+    drop(unlimited);
     control.enter(Phase::Serving);
 
     let words = security.words();
     let uris: Vec<String> =
-        plan.wanted.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
+        plan.specs.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
     announce(ready, uris, args, control.sender())?;
     report_failure(&server, control.sender())?;
 
@@ -234,7 +234,7 @@ impl Reloads {
     }
 
     fn default_name(&self) -> &str {
-        &self.plan.wanted[0].name
+        &self.plan.specs[0].name
     }
 
     fn ask(&mut self, asker: Option<Asker>) {
@@ -304,9 +304,9 @@ fn raise_descriptors() {
 }
 
 /// A limit that is lifted until this is dropped.
-struct Lifted(Option<(u64, u64)>);
+struct LimitGuard(Option<(u64, u64)>);
 
-impl Lifted {
+impl LimitGuard {
     /// The limit for file sizes (LimitFSIZE=) is meant for disks. But to the kernel, memory that is shared with a device is also
     /// a file. If the limit cannot be lifted, too much memory is an error.
     fn file_size() -> Self {
@@ -318,7 +318,7 @@ impl Lifted {
     }
 }
 
-impl Drop for Lifted {
+impl Drop for LimitGuard {
     fn drop(&mut self) {
         if let Some((soft, hard)) = self.0 {
             // Lowering a limit is always allowed.
