@@ -67,7 +67,6 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-libblkio/src/queue.rs", "blkio's raw pointers"),
     ("crates/blkdev-nvme/src/model.rs", "a controller that reads the queues, for tests"),
     ("crates/blkdev-nvme/src/sys.rs", "ioctls"),
-    ("crates/blkdev-nvme/src/window.rs", "queue memory shared with the controller"),
     ("crates/blkdev-ring/src/ring.rs", "SQEs that point at memory"),
     ("crates/blkdev-vdpa/src/sys.rs", "ioctls"),
     ("crates/blkdev-vfio/src/bar.rs", "registers of a device"),
@@ -76,10 +75,10 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-vhost-user/tests/common/mod.rs", "a back end that maps what it is told of"),
     ("crates/blkdev-virtio/src/model.rs", "a device that reads the rings, for tests"),
     ("crates/blkdev-virtio/src/notifier.rs", "preadv2, which reads an eventfd without blocking"),
-    ("crates/blkdev-virtio/src/shared.rs", "ring memory shared with the device"),
     ("crates/blkdev/src/arena.rs", "pieces of a mapping"),
     ("crates/blkdev/src/mem.rs", "the mapping"),
     ("crates/blkdev/src/socket.rs", "recvmsg and sendmsg with device memory, accept4"),
+    ("crates/blkdev/src/window.rs", "queue memory shared with the device"),
 ];
 
 /// What `cargo metadata` says of the workspace with all features, on Linux.

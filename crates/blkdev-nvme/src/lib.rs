@@ -48,7 +48,6 @@ pub mod spec;
 mod sys;
 mod target;
 mod watch;
-mod window;
 
 pub use blkdev;
 pub use blkdev::Source;

@@ -21,7 +21,6 @@ mod options;
 mod packed;
 mod queue;
 mod ring;
-mod shared;
 mod slots;
 mod split;
 mod transport;

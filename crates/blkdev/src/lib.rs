@@ -56,6 +56,7 @@ mod slots;
 pub mod socket;
 mod source;
 pub mod wake;
+pub mod window;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
