@@ -7,10 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::wake::{Wake, wait};
+use blkdev::{
+    liveness::Liveness,
+    wake::{Wake, wait},
+};
 
 use crate::{
-    liveness::Liveness,
     pair::Pair,
     spec::{self, Command, Completion, IDENTIFY_LEN, Status},
 };

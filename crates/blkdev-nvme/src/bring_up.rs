@@ -10,14 +10,13 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Mapping, wake::Wake};
+use blkdev::{Mapping, liveness::Liveness, wake::Wake};
 use blkdev_vfio::PciDevice;
 
 use crate::{
     admin::{self, Admin, Failure, Purpose},
     core::{Core, Place, ask_for_events, ask_for_queues},
     limits::{IdentifyData, Shape, absent, check, invalid, is_nsid, unusable},
-    liveness::Liveness,
     options::Options,
     pair::{Addresses, Bells, Layout, Pair, SIZE_MAX},
     registers::{Registers, stop},
@@ -58,7 +57,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     let addresses = Addresses(pci.translation());
     let clock = Arc::new(AtomicU32::new(1));
     let pair = enable(&*pci, &registers, &addresses, &clock)?;
-    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
+    let life = Liveness::new(format!("nvme {}", pci.address()));
     let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), options.timeout.unwrap_or(ADMIN));
     let data = find(&mut admin, &registers, options)?;
 

@@ -35,7 +35,6 @@ mod core;
 mod device;
 mod flight;
 mod limits;
-mod liveness;
 #[cfg(feature = "model")]
 pub mod model;
 mod options;

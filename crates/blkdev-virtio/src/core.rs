@@ -178,7 +178,7 @@ impl<T: Transport> Core<T> {
                 config::capacity(&bytes[..len], self.config.block_size)
             }
             Err(e) => {
-                return self.end(&format!("cannot read the changed configuration: {e}; the device is declared dead"));
+                return self.end(&format!("cannot read the changed configuration: {e}"));
             }
         };
         match now {

@@ -138,7 +138,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
                 Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
                 Ok(None) => return,
                 Err(nonsense) => {
-                    self.core.end(&format!("queue {}: {nonsense}; the device is declared dead", self.index));
+                    self.core.end(&format!("queue {}: {nonsense}", self.index));
                     return self.finish(done);
                 }
             }
@@ -165,11 +165,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     }
 
     fn give_up(&mut self) {
-        self.core.end(&format!(
-            "queue {}: abandoned with {} requests in flight; the device is declared dead",
-            self.index,
-            self.ring.in_flight()
-        ));
+        self.core.end(&format!("queue {}: abandoned with {} requests in flight", self.index, self.ring.in_flight()));
     }
 
     fn is_dead(&self) -> bool {

@@ -48,6 +48,7 @@ mod gate;
 mod inline;
 mod io;
 mod job;
+pub mod liveness;
 mod mem;
 mod registration;
 mod serve;
