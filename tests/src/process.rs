@@ -170,7 +170,7 @@ impl Cmd {
     pub fn run(mut self) -> Output {
         let shown = self.shown();
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = Killed(self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}")));
+        let mut child = ChildGuard(self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}")));
         let mut stdin = child.0.stdin.take().expect("stdin is piped");
         let input = std::mem::take(&mut self.input);
         let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
@@ -206,7 +206,7 @@ impl Cmd {
         let log_too = || Stdio::from(file.try_clone().expect("a file can be cloned"));
         self.command.stderr(self.err.take().unwrap_or_else(log_too)).stdout(self.out.take().unwrap_or_else(log_too));
         let child = self.command.spawn().unwrap_or_else(|error| panic!("starting {shown}: {error}"));
-        Daemon { child: Killed(child), log, shown }
+        Daemon { child: ChildGuard(child), log, shown }
     }
 
     fn shown(&self) -> String {
@@ -250,9 +250,9 @@ fn wait(child: &mut Child, shown: &str) -> Option<ExitStatus> {
 
 /// A child that is killed, with its process group, when this is dropped.
 #[derive(Debug)]
-struct Killed(Child);
+struct ChildGuard(Child);
 
-impl Drop for Killed {
+impl Drop for ChildGuard {
     fn drop(&mut self) {
         let _ = killpg(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGKILL);
         let _ = self.0.wait();
@@ -271,7 +271,7 @@ impl Drop for Daemon {
 /// A program that runs during the test. Killed when dropped; its output is printed if the test fails.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Killed,
+    child: ChildGuard,
     log: PathBuf,
     shown: String,
 }

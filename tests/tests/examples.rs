@@ -50,8 +50,12 @@ const EXAMPLES: &[Row] = &[
     row("blkdev-drivers", "open", Print(&["io_uring=disk.img"], &["driver: \"io_uring\"", "\npath = disk.img\n"])),
     row("blkdev-drivers", "raw", Print(&["io_uring=disk.img", "read", "4096", "8", "1"], &["# #\n"])),
     row("blkdev-io-uring", "depth", Print(&["disk.img"], &["1000448 bytes, sum 125051953, # MiB/s\n"])),
-    row("blkdev-io-uring", "qd", Print(&["disk.img"], &["# ns/op, # ns/op of CPU time, # operations, # sleeps\n"])),
-    row("blkdev-io-uring", "read", Print(&["disk.img"], &["1000448 bytes\n", "\n0010  10 11 12 13 "])),
+    row(
+        "blkdev-io-uring",
+        "io_uring_qd",
+        Print(&["disk.img"], &["# ns/op, # ns/op of CPU time, # operations, # sleeps\n"]),
+    ),
+    row("blkdev-io-uring", "io_uring_read", Print(&["disk.img"], &["1000448 bytes\n", "\n0010  10 11 12 13 "])),
     row(
         "blkdev-io-uring",
         "tokio",
@@ -61,19 +65,23 @@ const EXAMPLES: &[Row] = &[
         ),
     ),
     row("blkdev-libblkio", "baseline", Print(&["io_uring", "disk.img", "read", "4096", "8", "1"], &["# #\n"])),
-    row("blkdev-libblkio", "info", Print(&["io_uring", "path=disk.img"], &["1000448 bytes\n"])),
-    row("blkdev-nvme", "info", Fail(&[NO_PCI], NO_PCI)),
+    row("blkdev-libblkio", "libblkio_info", Print(&["io_uring", "path=disk.img"], &["1000448 bytes\n"])),
+    row("blkdev-nvme", "nvme_info", Fail(&[NO_PCI], NO_PCI)),
     row("blkdev-ring", "count", Print(&["disk.img"], &["3986 of 1000448 bytes are zero\n"])),
-    row("blkdev-vdpa", "info", Fail(&["/dev/vhost-vdpa-9999"], "/dev/vhost-vdpa-9999")),
+    row("blkdev-vdpa", "vdpa_info", Fail(&["/dev/vhost-vdpa-9999"], "/dev/vhost-vdpa-9999")),
     row("blkdev-vfio", "registers", Fail(&[NO_PCI], NO_PCI)),
     row(
         "blkdev-vhost-user",
-        "qd",
+        "vhost_user_qd",
         PrintBehindQsd(&["vhost.sock", "4", "wake", "1"], &["depth 4: # ns a request, # ns of it in this process"]),
     ),
-    row("blkdev-vhost-user", "read", PrintBehindQsd(&["vhost.sock"], &["0000: 00 01 02 03 ", "\n01f0: f5 f6 "])),
+    row(
+        "blkdev-vhost-user",
+        "vhost_user_read",
+        PrintBehindQsd(&["vhost.sock"], &["0000: 00 01 02 03 ", "\n01f0: f5 f6 "]),
+    ),
     row("blkdev-virtio", "cost", Print(&["4", "packed", "10"], &["push: # ns a request", "reap: # ns a request"])),
-    row("blkdev-virtio-pci", "info", Fail(&[NO_PCI], NO_PCI)),
+    row("blkdev-virtio-pci", "virtio_pci_info", Fail(&[NO_PCI], NO_PCI)),
     row("nbd-client", "cat", Serve(cat)),
     row("nbd-proto", "codec_cost", Print(&["10"], &[])),
     row(
@@ -84,7 +92,7 @@ const EXAMPLES: &[Row] = &[
     row("nbd-proto", "floor", Serve(floor)),
     Row { features: "tls", ..row("nbd-server-core", "exports", Serve(exports)) },
     row("nbd-server-core", "own_device", Serve(own_device)),
-    row("nbd-server-core", "ram_disk", Serve(ram_disk)),
+    row("nbd-server-core", "nbd_ram_disk", Serve(nbd_ram_disk)),
 ];
 
 #[test]
@@ -92,7 +100,7 @@ fn every_example_does_what_it_says() {
     let packages: BTreeSet<&str> = EXAMPLES.iter().map(|row| row.package).collect();
     for package in packages {
         let rows: Vec<&Row> = EXAMPLES.iter().filter(|row| row.package == package).collect();
-        // Packages have examples with the same names, so run those of one before the next are built.
+        // Package by package: a feature is one of a package.
         let programs = build(package, &rows);
         for row in rows {
             println!("{package}: {}", row.example);
@@ -245,7 +253,7 @@ fn floor(dir: &Dir, cmd: Cmd) {
     assert_equal(&dir.at("disk.img"), &copy);
 }
 
-fn ram_disk(dir: &Dir, cmd: Cmd) {
+fn nbd_ram_disk(dir: &Dir, cmd: Cmd) {
     let (_server, uri) = serving(dir, cmd.args([dir.at("nbd.sock")]));
     assert_eq!(size(dir, &uri), Some(1 << 30));
     nbdsh(&uri, "h.pwrite(b'x' * 1000, 77); assert h.pread(1002, 76) == b'\\0' + b'x' * 1000 + b'\\0'");

@@ -67,7 +67,6 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-libblkio/src/queue.rs", "blkio's raw pointers"),
     ("crates/blkdev-nvme/src/model.rs", "a controller that reads the queues, for tests"),
     ("crates/blkdev-nvme/src/sys.rs", "ioctls"),
-    ("crates/blkdev-nvme/src/window.rs", "queue memory shared with the controller"),
     ("crates/blkdev-ring/src/ring.rs", "SQEs that point at memory"),
     ("crates/blkdev-vdpa/src/sys.rs", "ioctls"),
     ("crates/blkdev-vfio/src/bar.rs", "registers of a device"),
@@ -76,10 +75,10 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-vhost-user/tests/common/mod.rs", "a back end that maps what it is told of"),
     ("crates/blkdev-virtio/src/model.rs", "a device that reads the rings, for tests"),
     ("crates/blkdev-virtio/src/notifier.rs", "preadv2, which reads an eventfd without blocking"),
-    ("crates/blkdev-virtio/src/shared.rs", "ring memory shared with the device"),
     ("crates/blkdev/src/arena.rs", "pieces of a mapping"),
     ("crates/blkdev/src/mem.rs", "the mapping"),
     ("crates/blkdev/src/socket.rs", "recvmsg and sendmsg with device memory, accept4"),
+    ("crates/blkdev/src/window.rs", "queue memory shared with the device"),
 ];
 
 /// What `cargo metadata` says of the workspace with all features, on Linux.
@@ -174,6 +173,21 @@ fn every_library_has_an_example_and_every_package_the_lints() {
         let manifest = fs::read_to_string(manifest).expect("cargo names files that are there");
         assert!(manifest.contains("[lints]\nworkspace = true"), "{name} does not take the lints of the workspace");
     }
+}
+
+/// Cargo builds the examples of all packages into one directory, where one would replace another of the same name.
+#[test]
+fn no_two_examples_have_the_same_name() {
+    let mut owners: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for package in ours() {
+        for target in list(package, "targets").iter().filter(|target| list(target, "kind").contains(&"example".into()))
+        {
+            owners.entry(text(target, "name")).or_default().push(text(package, "name"));
+        }
+    }
+    assert!(!owners.is_empty(), "the libraries have examples");
+    owners.retain(|_, owners| owners.len() > 1);
+    assert!(owners.is_empty(), "packages have examples of the same name: {owners:?}");
 }
 
 /// The strings of the list `key = [...]` in deny.toml.

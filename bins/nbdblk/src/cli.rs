@@ -104,7 +104,7 @@ pub(crate) struct Serve {
     pub(crate) ipv6_only: bool,
 
     /// Listen on a vsock port [default: the number of --port, which then does not listen on TCP]
-    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true)]
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, value_parser = vsock_port)]
     pub(crate) vsock: Option<Option<u32>>,
 
     /// Listen at a place: unix:PATH, tcp:PORT, tcp:HOST:PORT, tcp:[IPV6]:PORT or vsock:PORT. May be repeated
@@ -127,7 +127,7 @@ pub(crate) struct Serve {
     pub(crate) allow: Vec<(Option<String>, Rule)>,
 
     /// Most connections at a time; more are closed [default: 4096]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = connections)]
     pub(crate) connections: Option<NonZeroUsize>,
 
     /// Longest handshake of a client [default: 10s]
@@ -190,7 +190,7 @@ pub(crate) struct Serve {
     ///
     /// A worker busy-polls when it expects the next event within that time: from a fast device, or from a client with few
     /// requests in flight. This saves the time to wake up. An idle server sleeps, and other programs run first.
-    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    #[arg(long, value_name = "MICROSECONDS", value_parser = poll)]
     pub(crate) poll: Option<u32>,
 }
 
@@ -316,6 +316,15 @@ fn threads(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "it must be a number from 1 to 1024".into())
 }
 
+fn connections(text: &str) -> Result<NonZeroUsize, &'static str> {
+    text.parse().map_err(|_| "it must be a number, at least 1")
+}
+
+fn poll(text: &str) -> Result<u32, &'static str> {
+    let us = text.parse().ok().filter(|us| *us <= 1_000_000);
+    us.ok_or("it must be a number from 0 to 1000000")
+}
+
 fn mode(text: &str) -> Result<u32, String> {
     let digits = text.strip_prefix("0o").unwrap_or(text);
     let mode = u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777 && !digits.starts_with('+'));
@@ -329,6 +338,10 @@ fn user(text: &str) -> Result<u32, String> {
 
 fn port(text: &str) -> Result<u16, &'static str> {
     text.parse().map_err(|_| "it must be a number from 0 to 65535")
+}
+
+fn vsock_port(text: &str) -> Result<u32, &'static str> {
+    text.parse().map_err(|_| "it must be a number from 0 to 4294967295")
 }
 
 fn group(text: &str) -> Result<u32, String> {

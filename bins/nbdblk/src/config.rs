@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, anyhow, ensure};
 use blkdev_drivers::{Settings, Spec, find, nearest};
-use clap::{ArgAction, Args, CommandFactory, Parser, error::ContextKind, error::ContextValue, parser::ValueSource};
+use clap::{ArgAction, Args, CommandFactory, Parser, parser::ValueSource};
 use nbd_server_core::{Removal, Rule};
 use toml::{
     Spanned,
@@ -22,7 +22,7 @@ use toml::{
 
 use crate::{
     cli::{self, Cli},
-    exports::{NAME_MAX, Wanted},
+    exports::{ExportSpec, NAME_MAX},
     files::open_regular,
 };
 
@@ -42,7 +42,7 @@ const EXPORT_WORDS: [&str; 8] =
 pub(crate) struct File {
     pub(crate) source: Source,
     pub(crate) settings: Vec<Setting>,
-    pub(crate) exports: Vec<Wanted>,
+    pub(crate) exports: Vec<ExportSpec>,
 }
 
 /// An option that the file sets.
@@ -114,7 +114,8 @@ impl File {
             let command = options();
             let option = command.get_arguments().find(|option| option.get_long() == Some(key)).expect("it was checked");
             if given.value_source(option.get_id().as_str()) == Some(ValueSource::CommandLine) {
-                return Err(self.source.wrong(*at, format!("--{key} is given on the command line as well")));
+                let what = format!("{key} is given on the command line as well, with --{key}");
+                return Err(self.source.wrong(*at, what));
             }
         }
         let words = self.settings.iter().flat_map(|setting| &setting.words).map(OsString::from);
@@ -122,10 +123,9 @@ impl File {
             Ok(Cli { command: cli::Command::Serve(args), .. }) => Ok(*args),
             Ok(_) => unreachable!("only serve reads a file"),
             Err(error) => {
-                let named = error.get(ContextKind::InvalidArg).map(ContextValue::to_string).unwrap_or_default();
-                let whose = |setting: &&Setting| named.split(['=', ' ']).next() == Some(&format!("--{}", setting.key));
-                let what = crate::one_line(&error);
-                Err(match self.settings.iter().find(whose) {
+                let text = crate::one_line(&error);
+                let what = self.settings.iter().fold(text.clone(), |what, setting| as_setting(&what, &setting.key));
+                Err(match blamed(&self.settings, &text) {
                     Some(setting) => self.source.wrong(setting.at, what),
                     None => anyhow!("{}: {what}", self.source.path.display()),
                 })
@@ -136,7 +136,50 @@ impl File {
 
 /// The options of `nbdblk serve`.
 fn options() -> clap::Command {
-    cli::Serve::augment_args(clap::Command::new("serve"))
+    let mut command = cli::Serve::augment_args(clap::Command::new("serve"));
+    // Only then can options be printed.
+    command.build();
+    command
+}
+
+/// The names of the options that a file can set.
+fn known(command: &clap::Command) -> impl Iterator<Item = &str> {
+    command.get_arguments().filter_map(clap::Arg::get_long).filter(|name| !NOT_IN_FILES.contains(name))
+}
+
+/// A text of clap, with the name of an option as a file writes it: `threads`, not `'--threads <N>'`.
+fn as_setting(text: &str, key: &str) -> String {
+    let command = options();
+    match command.get_arguments().find(|option| option.get_long() == Some(key)) {
+        Some(option) => text.replace(&format!("the argument '{option}'"), key).replace(&format!("'{option}'"), key),
+        None => text.to_owned(),
+    }
+}
+
+/// The options that a text names, such as `--tls-only`, with their positions.
+fn named(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.match_indices("--").map(|(at, dashes)| {
+        let rest = &text[at + dashes.len()..];
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap_or(rest.len());
+        (at, &rest[..end])
+    })
+}
+
+/// The first setting of a file whose option a text names.
+pub(crate) fn blamed<'a>(settings: &'a [Setting], text: &str) -> Option<&'a Setting> {
+    named(text).find_map(|(_, name)| settings.iter().find(|setting| setting.key == name))
+}
+
+/// A text with the names that options have in a file: without dashes.
+pub(crate) fn in_words_of_files(text: &str) -> String {
+    let command = options();
+    let mut said = text.to_owned();
+    let dashes: Vec<usize> =
+        named(text).filter(|(_, name)| known(&command).any(|k| k == *name)).map(|(at, _)| at).collect();
+    for at in dashes.into_iter().rev() {
+        said.replace_range(at..at + 2, "");
+    }
+    said
 }
 
 /// The entries in their order in the file.
@@ -151,48 +194,48 @@ type Value<'i> = Spanned<DeValue<'i>>;
 impl Source {
     fn setting(&self, key: &str, at: usize, value: &Value<'_>) -> anyhow::Result<Setting> {
         let command = options();
-        let known = || command.get_arguments().filter_map(clap::Arg::get_long).filter(|n| !NOT_IN_FILES.contains(n));
         if NOT_IN_FILES.contains(&key) {
             return Err(self.wrong(at, format!("{key} is only valid on the command line")));
         }
         let Some(option) = command.get_arguments().find(|option| option.get_long() == Some(key)) else {
-            return Err(self.wrong(at, unknown("setting", key, known().chain(["export"]))));
+            return Err(self.wrong(at, unknown("setting", key, known(&command).chain(["export"]))));
         };
         let words = match (option.get_action(), value.get_ref()) {
             // Permissions are octal, but a TOML number is octal only with a prefix.
             (_, DeValue::Integer(mode)) if key == "socket-mode" => match mode.radix() {
                 8 => vec![format!("--{key}={}", mode.as_str())],
-                _ => return Err(self.kind(value, "a string, \"0660\", or octal, 0o660")),
+                _ => return Err(self.kind(key, value, "a string, \"0660\", or octal, 0o660")),
             },
             (ArgAction::SetTrue, DeValue::Boolean(on)) => on.then(|| format!("--{key}")).into_iter().collect(),
-            (ArgAction::SetTrue, _) => return Err(self.kind(value, "true or false")),
+            (ArgAction::SetTrue, _) => return Err(self.kind(key, value, "true or false")),
             (ArgAction::Append, DeValue::Array(list)) => {
-                let word = |value| Ok(format!("--{key}={}", self.string(value)?));
+                let item = format!("an item of {key}");
+                let word = |value| Ok(format!("--{key}={}", self.string(&item, value)?));
                 list.iter().map(word).collect::<anyhow::Result<_>>()?
             }
             (ArgAction::Append, DeValue::String(text)) => vec![format!("--{key}={text}")],
-            (ArgAction::Append, _) => return Err(self.kind(value, "a string, or a list of them")),
+            (ArgAction::Append, _) => return Err(self.kind(key, value, "a string, or a list of them")),
             // An option whose value is optional.
             (_, DeValue::Boolean(true)) if option.get_num_args().is_some_and(|n| n.min_values() == 0) => {
                 vec![format!("--{key}")]
             }
-            (_, DeValue::String(_) | DeValue::Integer(_)) => vec![format!("--{key}={}", self.word(value)?)],
-            _ => return Err(self.kind(value, "a string or a number")),
+            (_, DeValue::String(_) | DeValue::Integer(_)) => vec![format!("--{key}={}", self.word(key, value)?)],
+            _ => return Err(self.kind(key, value, &kinds(option))),
         };
         // Check each one individually, so that the error has its place.
         for word in &words {
             if let Err(error) = Cli::try_parse_from(["nbdblk", "serve", "null=1", word]) {
-                return Err(self.wrong(value.span().start, crate::one_line(&error)));
+                return Err(self.wrong(value.span().start, as_setting(&crate::one_line(&error), key)));
             }
         }
         Ok(Setting { key: key.into(), words, at })
     }
 
-    fn exports(&self, value: &Value<'_>) -> anyhow::Result<Vec<Wanted>> {
-        let DeValue::Array(tables) = value.get_ref() else { return Err(self.kind(value, "[[export]]")) };
-        let mut exports: Vec<Wanted> = Vec::new();
+    fn exports(&self, value: &Value<'_>) -> anyhow::Result<Vec<ExportSpec>> {
+        let DeValue::Array(tables) = value.get_ref() else { return Err(self.kind("export", value, "[[export]]")) };
+        let mut exports: Vec<ExportSpec> = Vec::new();
         for value in tables.iter() {
-            let DeValue::Table(table) = value.get_ref() else { return Err(self.kind(value, "[[export]]")) };
+            let DeValue::Table(table) = value.get_ref() else { return Err(self.kind("export", value, "[[export]]")) };
             let export = self.export(table, value.span().start)?;
             if table.get("name").is_none() && !exports.is_empty() {
                 return Err(self.wrong(value.span().start, "the export needs a name: only the first one can have none"));
@@ -206,50 +249,50 @@ impl Source {
         Ok(exports)
     }
 
-    fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<Wanted> {
+    fn export(&self, table: &DeTable<'_>, at: usize) -> anyhow::Result<ExportSpec> {
         let mut device = None;
         let (mut name, mut description) = (String::new(), None);
         let (mut read_only, mut tls_only, mut block_size_required) = (false, false, false);
         let (mut rules, mut on_remove) = (Vec::new(), Removal::default());
         for (key, value) in in_order(table) {
             match key.get_ref().as_ref() {
-                "name" => name = self.told(value)?,
-                "description" => description = Some(self.told(value)?),
+                "name" => name = self.told("name", value)?,
+                "description" => description = Some(self.told("description", value)?),
                 "device" => device = Some((self.device(value)?, value.span().start)),
-                "read-only" => read_only = self.boolean(value)?,
-                "tls-only" => tls_only = self.boolean(value)?,
-                "block-size-required" => block_size_required = self.boolean(value)?,
+                "read-only" => read_only = self.boolean("read-only", value)?,
+                "tls-only" => tls_only = self.boolean("tls-only", value)?,
+                "block-size-required" => block_size_required = self.boolean("block-size-required", value)?,
                 "allow" => {
                     let list = match value.get_ref() {
                         DeValue::Array(list) => list.iter().collect(),
                         _ => vec![value],
                     };
                     for value in list {
-                        rules.push(self.parsed::<Rule>(value)?);
+                        rules.push(self.parsed::<Rule>("allow", value)?);
                     }
                 }
-                "on-remove" => on_remove = self.parsed(value)?,
+                "on-remove" => on_remove = self.parsed("on-remove", value)?,
                 other => {
                     return Err(self.wrong(key.span().start, unknown("setting of an export", other, EXPORT_WORDS)));
                 }
             }
         }
         let Some((settings, at)) = device else { return Err(self.wrong(at, "the export has no device")) };
-        Ok(Wanted { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
+        Ok(ExportSpec { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
     }
 
-    fn boolean(&self, value: &Value<'_>) -> anyhow::Result<bool> {
+    fn boolean(&self, key: &str, value: &Value<'_>) -> anyhow::Result<bool> {
         match value.get_ref() {
             DeValue::Boolean(on) => Ok(*on),
-            _ => Err(self.kind(value, "true or false")),
+            _ => Err(self.kind(key, value, "true or false")),
         }
     }
 
     /// A text that clients get.
-    fn told(&self, value: &Value<'_>) -> anyhow::Result<String> {
-        let text = self.string(value)?;
+    fn told(&self, key: &str, value: &Value<'_>) -> anyhow::Result<String> {
+        let text = self.string(key, value)?;
         match text.len() > NAME_MAX || text.contains('\0') {
-            true => Err(self.wrong(value.span().start, format!("it can have at most {NAME_MAX} bytes, and no NUL"))),
+            true => Err(self.wrong(value.span().start, format!("{key} can have at most {NAME_MAX} bytes, and no NUL"))),
             false => Ok(text.into()),
         }
     }
@@ -264,15 +307,15 @@ impl Source {
                 };
             }
             DeValue::Table(table) => table,
-            _ => return Err(self.kind(value, "a string or a table")),
+            _ => return Err(self.kind("device", value, "a string or a table")),
         };
         let Some(driver) = table.get("driver") else {
             return Err(self.wrong(value.span().start, "the device has no driver"));
         };
-        let found = find(self.string(driver)?).map_err(|error| self.wrong(driver.span().start, error))?;
+        let found = find(self.string("driver", driver)?).map_err(|error| self.wrong(driver.span().start, error))?;
         let mut settings = Settings::new(found);
         for (key, value) in in_order(table).into_iter().filter(|(key, _)| key.get_ref() != "driver") {
-            settings.set(key.get_ref(), &self.word(value)?).map_err(|error| {
+            settings.set(key.get_ref(), &self.word(key.get_ref(), value)?).map_err(|error| {
                 let value_is_wrong = error.errno() == nix::libc::EINVAL;
                 self.wrong(if value_is_wrong { value.span().start } else { key.span().start }, error)
             })?;
@@ -281,28 +324,40 @@ impl Source {
     }
 
     /// The value as it would be on the command line.
-    fn word(&self, value: &Value<'_>) -> anyhow::Result<String> {
+    fn word(&self, key: &str, value: &Value<'_>) -> anyhow::Result<String> {
         match value.get_ref() {
             DeValue::String(text) => Ok(text.as_ref().into()),
             DeValue::Boolean(on) => Ok(on.to_string()),
+            // The parser of the option knows the range.
+            DeValue::Integer(number) if number.radix() == 10 => Ok(number.as_str().into()),
             DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
                 .map(|number| number.to_string())
-                .map_err(|_| self.wrong(value.span().start, "the number is too large")),
-            _ => Err(self.kind(value, "a string, a number, true or false")),
+                .map_err(|_| self.wrong(value.span().start, format!("{key}: the number is too large"))),
+            _ => Err(self.kind(key, value, "a string, a number, true or false")),
         }
     }
 
-    fn string<'a>(&self, value: &'a Value<'_>) -> anyhow::Result<&'a str> {
-        value.get_ref().as_str().ok_or_else(|| self.kind(value, "a string"))
+    fn string<'a>(&self, key: &str, value: &'a Value<'_>) -> anyhow::Result<&'a str> {
+        value.get_ref().as_str().ok_or_else(|| self.kind(key, value, "a string"))
     }
 
-    fn parsed<T: FromStr<Err = io::Error>>(&self, value: &Value<'_>) -> anyhow::Result<T> {
-        self.string(value)?.parse().map_err(|error| self.wrong(value.span().start, error))
+    fn parsed<T: FromStr<Err = io::Error>>(&self, key: &str, value: &Value<'_>) -> anyhow::Result<T> {
+        let text = self.string(key, value)?;
+        text.parse().map_err(|error| self.wrong(value.span().start, format!("{key}: {error}")))
     }
 
-    fn kind(&self, value: &Value<'_>, wanted: &str) -> anyhow::Error {
-        self.wrong(value.span().start, format!("this is a TOML {}, and must be {wanted}", value.get_ref().type_str()))
+    /// An error about the type of a setting.
+    fn kind(&self, key: &str, value: &Value<'_>, wanted: &str) -> anyhow::Error {
+        let kind = value.get_ref().type_str();
+        self.wrong(value.span().start, format!("{key} is a TOML {kind}, and must be {wanted}"))
     }
+}
+
+/// What the value of an option must be, for an error about its type.
+fn kinds(option: &clap::Arg) -> String {
+    let values = option.get_possible_values();
+    let names: Vec<_> = values.iter().map(|value| format!("\"{}\"", value.get_name())).collect();
+    if names.is_empty() { "a string or a number".into() } else { format!("one of {}", names.join(", ")) }
 }
 
 fn unknown<'a>(kind: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
@@ -408,15 +463,16 @@ mod tests {
 
     #[test]
     fn wrong_kinds() {
-        refuse("port = [1]", "1:8", "this is a TOML array, and must be a string or a number");
+        refuse("port = [1]", "1:8", "port is a TOML array, and must be a string or a number");
+        refuse("tls = true", "1:7", "tls is a TOML boolean, and must be one of \"off\", \"on\", \"require\"");
         refuse("port = true", "1:8", "TOML boolean");
         refuse("port = 1.5", "1:8", "TOML float");
         refuse("read-only = \"yes\"", "1:13", "must be true or false");
         refuse("unix = 1", "1:8", "a string, or a list of them");
-        refuse("unix = [\"a\", [\"b\"]]", "1:14", "TOML array");
+        refuse("unix = [\"a\", [\"b\"]]", "1:14", "an item of unix is a TOML array");
         refuse("[export]\nname = \"a\"", "1:1", "must be [[export]]");
         refuse("export = [1]", "1:11", "must be [[export]]");
-        refuse("[[export]]\nname = 1", "2:8", "must be a string");
+        refuse("[[export]]\nname = 1", "2:8", "name is a TOML integer, and must be a string");
         refuse("[[export]]\ndevice = 1", "2:10", "a string or a table");
         refuse("[[export]]\nread-only = 1", "2:13", "true or false");
         refuse("[[export]]\nallow = [1]", "2:10", "must be a string");
@@ -426,9 +482,10 @@ mod tests {
     #[test]
     fn wrong_values() {
         refuse("threads = 1\nport = 65536", "2:8", "65536");
-        refuse("threads = 0", "1:11", "--threads");
+        refuse("threads = 0", "1:11", ": invalid value '0' for threads: it must be a number from 1 to 1024 (in");
         refuse("memory = \"64K\"", "1:10", "at least 1M");
-        refuse("port = 99999999999999999999", "1:8", "");
+        refuse("port = 99999999999999999999", "1:8", "for port: it must be a number from 0 to 65535");
+        refuse("port = 0xffffffffffffffffffff", "1:8", "port: the number is too large");
         refuse("[[export]]\nallow = [\"uid=0\", \"uid=x\"]", "2:19", "\"uid=x\": the value must be a number");
         refuse("[[export]]\non-remove = \"gently\"", "2:13", "\"gently\" is none of \"hide\", \"soft\" and \"hard\"");
         refuse("[[export]]\ndevice = \"null=x\"", "2:10", "null: size=x");
@@ -439,6 +496,62 @@ mod tests {
         refuse(&format!("[[export]]\nname = \"{}\"", "a".repeat(4097)), "2:8", "4096 bytes");
     }
 
+    /// An error names a setting as the file does, not as the command line does.
+    #[test]
+    fn settings_are_named_as_in_the_file() {
+        // Settings, each with an invalid value. For those without one, the type is wrong.
+        let bad = [
+            ("allow", "\"bad\""),
+            ("block-size-required", "1"),
+            ("connections", "0"),
+            ("control", "true"),
+            ("handshake-timeout", "0"),
+            ("ip-addr", "true"),
+            ("ipv4-only", "1"),
+            ("ipv6-only", "1"),
+            ("listen", "\"here\""),
+            ("memory", "\"64K\""),
+            ("pidfile", "\"\""),
+            ("poll", "-1"),
+            ("port", "65536"),
+            ("read-only", "\"yes\""),
+            ("socket-group", "\"no such group\""),
+            ("socket-mode", "\"0999\""),
+            ("socket-owner", "\"no such user\""),
+            ("threads", "0"),
+            ("tls", "\"maybe\""),
+            ("tls-certificates", "true"),
+            ("tls-only", "1"),
+            ("tls-psk", "true"),
+            ("tls-verify-peer", "1"),
+            ("unix", "1"),
+            ("vsock", "-1"),
+        ];
+        let command = options();
+        let all: std::collections::BTreeSet<&str> = known(&command).collect();
+        assert_eq!(bad.map(|(key, _)| key).into_iter().collect::<std::collections::BTreeSet<_>>(), all);
+        for (key, value) in bad {
+            let text = format!("{key} = {value}{EXPORT}");
+            let error = File::parse(Path::new("f.toml"), text.clone()).expect_err(&text).to_string();
+            let (what, _) = error.split_once(" (in \"").expect("it shows the line");
+            assert!(what.starts_with("f.toml:1:") && what.contains(key) && !what.contains("--"), "{error}");
+            assert!(!what.contains("in string") && !what.contains("non-zero type"), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_exclude_each_other() {
+        let psk = "tls-psk = \"p\"\ntls-certificates = \"c\"";
+        refuse(&format!("{psk}{EXPORT}"), "1:1", ": tls-psk cannot be used with tls-certificates (in");
+        let with = |words: &[&str]| parse(&format!("tls-psk = \"p\"{EXPORT}"), words).expect_err("both").to_string();
+        let error = with(&["--tls-certificates", "c"]);
+        assert!(
+            error.starts_with("f.toml:1:1: ") && error.contains("tls-psk") && !error.contains("--tls-psk"),
+            "{error}"
+        );
+        assert!(error.contains("'--tls-certificates <DIR>'"), "{error}");
+    }
+
     #[test]
     fn missing_and_duplicate_settings() {
         refuse("port = 1\n", "2:1", "nothing to serve: there is no [[export]]");
@@ -447,7 +560,7 @@ mod tests {
         refuse(&format!("{EXPORT}{EXPORT}"), "5:1", "needs a name");
         refuse(&format!("{EXPORT}name = \"a\"{EXPORT}name = \"a\""), "7:8", "two exports with the name \"a\"");
         let error = parse(&format!("port = 1{EXPORT}"), &["--port", "2"]).expect_err("twice").to_string();
-        assert_eq!(error, "f.toml:1:1: --port is given on the command line as well (in \"port = 1\")");
+        assert_eq!(error, "f.toml:1:1: port is given on the command line as well, with --port (in \"port = 1\")");
     }
 
     #[test]

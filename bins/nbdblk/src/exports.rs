@@ -17,7 +17,7 @@ pub(crate) const NAME_MAX: usize = 4096;
 
 /// An export as the arguments or the file describe it.
 #[derive(Clone, Debug)]
-pub(crate) struct Wanted {
+pub(crate) struct ExportSpec {
     pub(crate) name: String,
     /// `None`: the driver's name.
     pub(crate) description: Option<String>,
@@ -33,8 +33,8 @@ pub(crate) struct Wanted {
 }
 
 /// Parses the arguments. Finds all their errors before the first device is opened.
-pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
-    let mut all: Vec<Wanted> = Vec::new();
+pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<ExportSpec>> {
+    let mut all: Vec<ExportSpec> = Vec::new();
     for words in words {
         let Spec { name, settings } = Spec::parse(words)?;
         let text = words.display();
@@ -50,7 +50,7 @@ pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
         let (rules, on_remove) = (Vec::new(), Removal::default());
         let (read_only, tls_only, block_size_required) = (false, false, false);
         let description = None;
-        all.push(Wanted {
+        all.push(ExportSpec {
             name,
             description,
             settings,
@@ -66,27 +66,24 @@ pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<Wanted>> {
 }
 
 /// Applies the options for all exports, or for one by its name.
-pub(crate) fn under(mut all: Vec<Wanted>, args: &cli::Serve) -> anyhow::Result<Vec<Wanted>> {
+pub(crate) fn under(mut all: Vec<ExportSpec>, args: &cli::Serve) -> anyhow::Result<Vec<ExportSpec>> {
     for name in args.allow.iter().filter_map(|(name, _)| name.as_ref()) {
-        ensure!(all.iter().any(|wanted| wanted.name == *name), "--allow: there is no export with the name \"{name}\"");
+        ensure!(all.iter().any(|spec| spec.name == *name), "--allow: there is no export with the name \"{name}\"");
     }
     for name in &args.tls.only {
-        ensure!(
-            all.iter().any(|wanted| wanted.name == *name),
-            "--tls-only: there is no export with the name \"{name}\""
-        );
+        ensure!(all.iter().any(|spec| spec.name == *name), "--tls-only: there is no export with the name \"{name}\"");
     }
-    for wanted in &mut all {
-        wanted.tls_only |= args.tls.only.contains(&wanted.name);
-        wanted.read_only |= args.read_only;
-        wanted.settings = restrict(&wanted.settings, wanted.read_only);
-        let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == wanted.name));
-        wanted.rules.extend(rules.map(|(_, rule)| rule.clone()));
+    for spec in &mut all {
+        spec.tls_only |= args.tls.only.contains(&spec.name);
+        spec.read_only |= args.read_only;
+        spec.settings = restrict(&spec.settings, spec.read_only);
+        let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == spec.name));
+        spec.rules.extend(rules.map(|(_, rule)| rule.clone()));
     }
     Ok(all)
 }
 
-impl Wanted {
+impl ExportSpec {
     /// Whether the device of `other` can be used.
     pub(crate) fn has_device_of(&self, other: &Self) -> bool {
         self.name == other.name && self.settings == other.settings && self.read_only == other.read_only
@@ -94,7 +91,7 @@ impl Wanted {
 
     /// Whether clients get the same name and description.
     pub(crate) fn has_words_of(&self, other: &Self) -> bool {
-        let told = |wanted: &Self| (wanted.description.clone(), wanted.tls_only, wanted.block_size_required);
+        let told = |spec: &Self| (spec.description.clone(), spec.tls_only, spec.block_size_required);
         self.rules == other.rules && told(self) == told(other)
     }
 

@@ -198,7 +198,7 @@ impl Sockets {
                 Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
                 Err((host, error)) => {
                     let remedy = match error.kind() {
-                        io::ErrorKind::AddrInUse => ": another program listens there; choose another port with --port",
+                        io::ErrorKind::AddrInUse => ": another program listens there; choose another port",
                         io::ErrorKind::PermissionDenied => ": ports below 1024 need CAP_NET_BIND_SERVICE",
                         _ => "",
                     };

@@ -32,7 +32,10 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::{Parser, error::ErrorKind};
+use clap::{
+    Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
 use crate::cli::{Cli, Command};
 
@@ -49,7 +52,7 @@ fn main() -> ExitCode {
         Command::Drivers(args) => drivers::run(&args),
     };
     let code = outcome.unwrap_or_else(|error| {
-        complain(&format!("{error:#}"));
+        complain(&whole(&error));
         ExitCode::FAILURE
     });
     logger::flush(logger::PATIENCE);
@@ -68,10 +71,23 @@ fn usage(error: &clap::Error) -> ExitCode {
             ExitCode::FAILURE
         }
         _ => {
-            complain(&format!("{}; see nbdblk --help", one_line(error)));
+            complain(&missing(error).unwrap_or_else(|| format!("{}; see nbdblk --help", one_line(error))));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The text if an argument is missing without which the command has nothing to do: what it is, and an example.
+fn missing(error: &clap::Error) -> Option<String> {
+    let Some(ContextValue::Strings(names)) = error.get(ContextKind::InvalidArg) else { return None };
+    let (command, what, example) = match names.first()?.as_str() {
+        "<EXPORT>..." => ("serve", "a device, or a file with --config", "serve io_uring=disk.img"),
+        "<DEVICE>" => ("info", "a device", "info io_uring=disk.img"),
+        "<FILE>" => ("reload", "the file of the server, or --control PATH", "reload /etc/nbdblk.toml"),
+        _ => return None,
+    };
+    let is_missing = error.kind() == ErrorKind::MissingRequiredArgument;
+    is_missing.then(|| format!("{command} needs {what}, for example: nbdblk {example}; see nbdblk {command} --help"))
 }
 
 /// The reason why the arguments are invalid, without the usage.
@@ -80,6 +96,11 @@ fn one_line(error: &clap::Error) -> String {
     let lines = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim);
     let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
     words.join("; ").replace(":; ", ": ").trim_start_matches("error: ").to_owned()
+}
+
+/// The text of an error and its causes, on one line.
+fn whole(error: &anyhow::Error) -> String {
+    blkdev::Context::report(error.as_ref())
 }
 
 /// One line on stderr, for an error.

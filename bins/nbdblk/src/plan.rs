@@ -11,8 +11,8 @@ use nbd_server_core::{Export, Removal, Server};
 
 use crate::{
     cli,
-    config::{File, Setting, Source},
-    exports::{self, Wanted},
+    config::{self, File, Setting, Source},
+    exports::{self, ExportSpec},
     shortage,
     tls::Security,
 };
@@ -20,7 +20,7 @@ use crate::{
 /// The exports to serve, from the command line or a file.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    pub(crate) wanted: Vec<Wanted>,
+    pub(crate) specs: Vec<ExportSpec>,
     /// One device for each export, once they are open.
     devices: Vec<Arc<dyn Device>>,
     file: Option<(Source, Vec<Setting>)>,
@@ -29,8 +29,8 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn from_words(args: &cli::Serve) -> anyhow::Result<Self> {
         ensure!(args.control.is_none(), "--control needs --config: there is no file to read again");
-        let wanted = exports::under(exports::from_words(&args.specs)?, args)?;
-        Ok(Self { wanted, devices: Vec::new(), file: None })
+        let specs = exports::under(exports::from_words(&args.specs)?, args)?;
+        Ok(Self { specs, devices: Vec::new(), file: None })
     }
 
     /// Reads a file, and combines it with the arguments.
@@ -38,28 +38,30 @@ impl Plan {
         let file = File::read(path)?;
         let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
         let File { source, settings, exports } = file;
-        let mut plan = Self { wanted: Vec::new(), devices: Vec::new(), file: Some((source, settings)) };
-        plan.wanted = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
+        let mut plan = Self { specs: Vec::new(), devices: Vec::new(), file: Some((source, settings)) };
+        plan.specs = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
         Ok((plan, args))
     }
 
-    /// Adds the place of the first setting of this kind to an error, if the file has one.
+    /// Adds its place to an error that a setting of the file causes: the one that the error names, or the first of this kind.
     pub(crate) fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
         let Some((source, settings)) = &self.file else { return error };
-        match settings.iter().find(|setting| setting.key.starts_with(kind)) {
-            Some(setting) => source.wrong(setting.at, format!("{error:#}")),
+        let text = crate::whole(&error);
+        let of_kind = || settings.iter().find(|setting| setting.key.starts_with(kind));
+        match config::blamed(settings, &text).or_else(of_kind) {
+            Some(setting) => source.wrong(setting.at, config::in_words_of_files(&text)),
             None => error,
         }
     }
 
     /// Opens all devices, except those that the other plan has open under a name that still means the same device.
     pub(crate) fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
-        for wanted in &self.wanted {
-            let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(wanted))?]));
+        for spec in &self.specs {
+            let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(spec))?]));
             let device = match open.filter(|device| !device.is_replaced()) {
                 Some(device) => Arc::clone(device),
-                None => wanted.open().map_err(|error| match &self.file {
-                    Some((source, _)) => source.wrong(wanted.at, format!("{error:#}")),
+                None => spec.open().map_err(|error| match &self.file {
+                    Some((source, _)) => source.wrong(spec.at, crate::whole(&error)),
                     None => error,
                 })?,
             };
@@ -69,15 +71,15 @@ impl Plan {
     }
 
     pub(crate) fn exports(&self) -> Vec<Export> {
-        self.wanted.iter().zip(&self.devices).map(|(wanted, device)| wanted.export(Arc::clone(device))).collect()
+        self.specs.iter().zip(&self.devices).map(|(spec, device)| spec.export(Arc::clone(device))).collect()
     }
 
-    fn find(&self, test: impl Fn(&Wanted) -> bool) -> Option<usize> {
-        self.wanted.iter().position(test)
+    fn find(&self, test: impl Fn(&ExportSpec) -> bool) -> Option<usize> {
+        self.specs.iter().position(test)
     }
 
     fn named(&self, name: &str) -> Option<usize> {
-        self.find(|wanted| wanted.name == name)
+        self.find(|spec| spec.name == name)
     }
 
     /// Serves the present content of the file: all of it, or, after any error, nothing of it. Returns the plan that is served
@@ -86,15 +88,15 @@ impl Plan {
         let (mut next, args) = Self::from_file(path)?;
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         let open = next.open(Some(self));
-        open.map_err(|error| shortage::advise(error, &args, next.wanted.len()))?;
+        open.map_err(|error| shortage::advise(error, &args, next.specs.len()))?;
         // For an export that changes, the newer setting counts.
         let removal = |name: &str| {
-            let words = next.named(name).map(|n| &next.wanted[n]).or(self.named(name).map(|n| &self.wanted[n]));
-            words.map_or(Removal::default(), |wanted| wanted.on_remove)
+            let words = next.named(name).map(|n| &next.specs[n]).or(self.named(name).map(|n| &self.specs[n]));
+            words.map_or(Removal::default(), |spec| spec.on_remove)
         };
         let server = server.upgrade().context("the server is stopping")?;
         let replaced = server.replace(next.exports(), security.tls, removal).context("starting the exports");
-        let replaced = replaced.map_err(|error| shortage::advise(error, &args, next.wanted.len()));
+        let replaced = replaced.map_err(|error| shortage::advise(error, &args, next.specs.len()));
         replaced.with_context(|| path.display().to_string())?;
         let changes = next.changes_since(self);
         Ok((next, changes))
@@ -103,17 +105,17 @@ impl Plan {
     fn changes_since(&self, old: &Self) -> String {
         let (mut added, mut reopened, mut updated) = (Vec::new(), Vec::new(), Vec::new());
         let (mut set, mut later) = (Vec::new(), Vec::new());
-        for (wanted, device) in self.wanted.iter().zip(&self.devices) {
-            let name = format!("{:?}", wanted.name);
-            match old.named(&wanted.name) {
+        for (spec, device) in self.specs.iter().zip(&self.devices) {
+            let name = format!("{:?}", spec.name);
+            match old.named(&spec.name) {
                 None => added.push(name),
                 Some(n) if !Arc::ptr_eq(device, &old.devices[n]) => reopened.push(name),
-                Some(n) if !wanted.has_words_of(&old.wanted[n]) => updated.push(name),
+                Some(n) if !spec.has_words_of(&old.specs[n]) => updated.push(name),
                 Some(_) => {}
             }
         }
-        let gone = old.wanted.iter().filter(|wanted| self.named(&wanted.name).is_none());
-        let removed: Vec<_> = gone.map(|wanted| format!("{:?} ({})", wanted.name, wanted.on_remove)).collect();
+        let gone = old.specs.iter().filter(|spec| self.named(&spec.name).is_none());
+        let removed: Vec<_> = gone.map(|spec| format!("{:?} ({})", spec.name, spec.on_remove)).collect();
         let settings = |plan: &Self, key: &str| {
             let all = plan.file.iter().flat_map(|(_, settings)| settings);
             all.filter(|setting| setting.key == key).flat_map(|setting| setting.words.clone()).collect::<Vec<_>>()
@@ -181,7 +183,7 @@ mod tests {
     #[test]
     fn a_device_whose_name_means_another_one_is_reopened() {
         let plan = || Plan {
-            wanted: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
+            specs: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
             devices: Vec::new(),
             file: None,
         };

@@ -48,7 +48,7 @@ pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
         Some(path) => Plan::from_file(&path)?,
         None => (Plan::from_words(&args)?, args),
     };
-    let exports = plan.wanted.len();
+    let exports = plan.specs.len();
     serve(plan, &args).map_err(|error| shortage::advise(error, &args, exports))
 }
 
@@ -72,7 +72,7 @@ fn limits(args: &cli::Serve) -> Limits {
 /// Serves the exports of the plan until an event ends it.
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args)?;
-    Sockets::check(args, passed.is_some())?;
+    Sockets::check(args, passed.is_some()).map_err(|error| plan.blame("unix", error))?;
     let control = Control::start(args.config.is_some())?;
     let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     if args.exit_with_parent {
@@ -81,9 +81,9 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
-    let lifted = Lifted::file_size();
+    let unlimited = LimitGuard::file_size();
     plan.open(None)?;
-    drop(lifted);
+    drop(unlimited);
     let ready = Ready::prepare(args)?;
     let Sockets { listeners, addresses, files, .. } = match passed {
         Some(passed) => passed,
@@ -93,15 +93,15 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
 
     let limits = limits(args);
-    let lifted = Lifted::file_size();
+    let unlimited = LimitGuard::file_size();
     let server =
         Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
-    drop(lifted);
+    drop(unlimited);
     control.enter(Phase::Serving);
 
     let words = security.words();
     let uris: Vec<String> =
-        plan.wanted.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
+        plan.specs.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
     announce(ready, uris, args, control.sender())?;
     report_failure(&server, control.sender())?;
 
@@ -234,7 +234,7 @@ impl Reloads {
     }
 
     fn default_name(&self) -> &str {
-        &self.plan.wanted[0].name
+        &self.plan.specs[0].name
     }
 
     fn ask(&mut self, asker: Option<Asker>) {
@@ -256,7 +256,7 @@ impl Reloads {
         let path = self.path.clone().expect("reloads need a file");
         let (plan, server, events) = (Arc::clone(&self.plan), self.server.clone(), self.events.clone());
         let read = move || {
-            let reload = || plan.reload(&path, &server).map_err(|error| format!("{error:#}"));
+            let reload = || plan.reload(&path, &server).map_err(|error| crate::whole(&error));
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
             // Drop the last references to old devices here, and not on the thread that waits for events.
             drop(plan);
@@ -304,9 +304,9 @@ fn raise_descriptors() {
 }
 
 /// A limit that is lifted until this is dropped.
-struct Lifted(Option<(u64, u64)>);
+struct LimitGuard(Option<(u64, u64)>);
 
-impl Lifted {
+impl LimitGuard {
     /// The limit for file sizes (LimitFSIZE=) is meant for disks. But to the kernel, memory that is shared with a device is also
     /// a file. If the limit cannot be lifted, too much memory is an error.
     fn file_size() -> Self {
@@ -318,7 +318,7 @@ impl Lifted {
     }
 }
 
-impl Drop for Lifted {
+impl Drop for LimitGuard {
     fn drop(&mut self) {
         if let Some((soft, hard)) = self.0 {
             // Lowering a limit is always allowed.

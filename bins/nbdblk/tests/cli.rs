@@ -127,13 +127,18 @@ fn help_and_version_are_no_errors() {
 fn wrong_usage_is_one_line_and_status_1() {
     bad(&[], &["nbdblk serve"]);
     bad(&["serv"], &["nbdblk: unrecognized subcommand 'serv'; tip: a similar subcommand exists: 'serve'; "]);
-    bad(&["serve"], &["required", "EXPORT"]);
+    let serve = "nbdblk: serve needs a device, or a file with --config, for example: nbdblk serve io_uring=disk.img; see nbdblk serve --help\n";
+    bad(&["serve"], &[serve]);
+    bad(&["serve", "--unix", "/tmp/nbd.sock", "-v"], &[serve]);
     bad(&["serve", "memory=1M", "--prot", "1"], &["'--prot'", "'--port'"]);
     bad(&["serve", "memory=1M", "--port", "65536"], &["65536"]);
     bad(&["serve", "memory=1M", "--threads", "0"], &["--threads"]);
     bad(&["serve", "memory=1M", "--memory", "lots"], &["--memory", "64K"]);
     bad(&["serve", "memory=1M", "--memory", "64K"], &["--memory", "at least 1M"]);
-    bad(&["info"], &["required"]);
+    bad(&["info"], &["info needs a device, for example: nbdblk info io_uring=disk.img; see nbdblk info --help"]);
+    bad(&["info", "--json"], &["info needs a device"]);
+    bad(&["reload"], &["reload needs the file of the server, or --control PATH, for example: nbdblk reload "]);
+    bad(&["serve", "memory=1M", "--threads"], &["a value is required for '--threads <N>'"]);
 }
 
 #[test]
@@ -292,13 +297,24 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
         "5:10",
         &["/nonexistent/disk"],
     );
-    refuse(&format!("unix = \"/nonexistent\"\n{export}"), "1:1", &["--unix is given on the command line as well"]);
+    refuse(
+        &format!("unix = \"/nonexistent\"\n{export}"),
+        "1:1",
+        &["unix is given on the command line as well, with --unix"],
+    );
     refuse(&format!("ipv4-only = true\nipv6-only = true\n{export}"), "1:1", &["cannot be used with"]);
+    // Errors that only the options together have name the settings as the file does.
+    refuse(&format!("tls-only = \"x\"\n{export}"), "1:1", &[": tls-only: there is no export with the name \"x\""]);
+    refuse(&format!("allow = \"x:uid=0\"\n{export}"), "1:1", &[": allow: there is no export with the name \"x\""]);
+    let verify = format!("threads = 1\ntls-verify-peer = true\n{export}");
+    refuse(&verify, "2:1", &[": tls-verify-peer needs TLS: tls on, or tls require (in"]);
+    fs::write(&file, format!("threads = 1\nsocket-mode = \"0600\"\n{export}")).expect("a file can be written");
+    bad(&["serve", "--config", &file, "-p", "0"], &[&format!("{file}:2:1: socket-mode needs a Unix domain socket")]);
     bad(&["serve", "--config", "/nonexistent/file"], &["reading /nonexistent/file"]);
     bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
     bad(&["serve", "memory=1M", "--control", "x"], &["--control needs --config"]);
-    bad(&["reload"], &["required"]);
-    bad(&["reload", "--timeout", "5s"], &["required"]);
+    bad(&["reload"], &["reload needs the file of the server"]);
+    bad(&["reload", "--timeout", "5s"], &["reload needs the file of the server"]);
     bad(&["reload", "--control", "/nonexistent/socket"], &["cannot reach the server at /nonexistent/socket"]);
     fs::write(&file, export).expect("a file can be written");
     bad(&["reload", &file], &["names no control socket"]);

@@ -12,18 +12,18 @@ pub(crate) fn runs_command() -> bool {
 }
 
 /// An option of nbdkit.
-struct Wanted {
+struct NbdkitOption {
     letter: Option<u8>,
     /// Long names, with the shortest abbreviation of each.
     names: &'static [(&'static [u8], usize)],
 }
 
 /// `--re` is the shortest: there is `--run`, too.
-const READ_ONLY: Wanted = Wanted { letter: Some(b'r'), names: &[(b"readonly", 2), (b"read-only", 2)] };
-const RUN: Wanted = Wanted { letter: None, names: &[(b"run", 2)] };
+const READ_ONLY: NbdkitOption = NbdkitOption { letter: Some(b'r'), names: &[(b"readonly", 2), (b"read-only", 2)] };
+const RUN: NbdkitOption = NbdkitOption { letter: None, names: &[(b"run", 2)] };
 
 /// Parses by nbdkit's rules (getopt_long): options may follow the plugin's name, and long ones may be abbreviated.
-fn is_given(option: &Wanted) -> bool {
+fn is_given(option: &NbdkitOption) -> bool {
     let line = std::fs::read("/proc/self/cmdline").unwrap_or_default();
     has(option, line.split(|&byte| byte == 0).skip(1))
 }
@@ -31,7 +31,7 @@ fn is_given(option: &Wanted) -> bool {
 /// nbdkit's short options with a value: the rest of the argument is that value.
 const VALUED: &[u8] = b"DegiPptuU";
 
-fn has<'a>(option: &Wanted, words: impl Iterator<Item = &'a [u8]>) -> bool {
+fn has<'a>(option: &NbdkitOption, words: impl Iterator<Item = &'a [u8]>) -> bool {
     let mut words = words.take_while(|word| *word != b"--");
     while let Some(word) = words.next() {
         if let Some(name) = word.strip_prefix(b"--") {

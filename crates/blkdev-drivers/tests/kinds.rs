@@ -9,8 +9,10 @@
 ))]
 
 use std::{
-    env, fs,
-    io::{ErrorKind, Read, Write},
+    env,
+    error::Error,
+    fs,
+    io::{self, ErrorKind, Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::PathBuf,
     process, thread,
@@ -40,13 +42,25 @@ impl Drop for Dir {
     }
 }
 
+/// The error of an open that fails.
+fn refuse(spec: &str) -> io::Error {
+    spec.parse::<Spec>().unwrap().settings.open().expect_err(spec)
+}
+
 fn check(spec: &str, kind: ErrorKind) {
-    let parsed: Spec = spec.parse().unwrap();
-    let error = parsed.settings.open().expect_err(spec);
+    let error = refuse(spec);
     assert_eq!(error.kind(), kind, "{spec}: {error}");
     // A report of the whole chain repeats nothing.
-    let source = std::error::Error::source(&error);
-    assert!(source.is_none_or(|source| !error.to_string().contains(&source.to_string())), "{spec}: {error}");
+    assert_eq!(Context::report(&error), error.to_string(), "{spec}");
+}
+
+/// The last error of the chain that begins with `error`.
+fn root(error: &io::Error) -> &io::Error {
+    let mut last: &(dyn Error + 'static) = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.downcast_ref().expect("the system's error is an io::Error")
 }
 
 #[test]
@@ -132,11 +146,26 @@ fn what_a_process_behind_a_socket_does_has_a_kind() {
     check(&format!("vhost-user={}", dir.path("socket")), ErrorKind::ConnectionRefused);
 }
 
+/// A program that follows `source` finds the error of the system call that failed.
 #[test]
-fn the_errno_of_the_system_is_kept() {
-    let errno = |spec: &str| Context::os_error(&spec.parse::<Spec>().unwrap().settings.open().unwrap_err());
-    for spec in ["vdpa=/dev/vhost-vdpa-none", "io_uring=/nonexistent/file", "virtio-pci=ffff:ff:1f.7"] {
-        // ENOENT.
-        assert_eq!(errno(spec), Some(2), "{spec}");
+fn the_source_leads_to_the_error_of_the_system() {
+    let dir = Dir::new("sources");
+    fs::write(dir.path("file"), [0; 4096]).unwrap();
+    drop(UnixListener::bind(dir.path("stale")).unwrap());
+    let check = |spec: &str, errno: i32| {
+        let error = refuse(spec);
+        assert!(error.source().is_some(), "{spec}: {error}");
+        assert_eq!(root(&error).raw_os_error(), Some(errno), "{spec}: {error}");
+        assert_eq!(Context::os_error(&error), Some(errno), "{spec}: {error}");
+    };
+    let (enoent, enotty, econnrefused) = (2, 25, 111);
+    for driver in ["io_uring", "vhost-user", "nvme-io_uring", "vdpa", "nvme", "virtio-pci"] {
+        let absent = if matches!(driver, "nvme" | "virtio-pci") { "ffff:ff:1f.7".into() } else { dir.path("absent") };
+        check(&format!("{driver}={absent}"), enoent);
     }
+    #[cfg(feature = "libblkio")]
+    check(&format!("libblkio=io_uring,path={}", dir.path("absent")), enoent);
+    check(&format!("vhost-user={}", dir.path("stale")), econnrefused);
+    check("vdpa=/dev/null", enotty);
+    check("nvme-io_uring=/dev/null", enotty);
 }

@@ -98,7 +98,7 @@ impl IoUring {
     /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn open(options: Options) -> io::Result<Self> {
         let Options { source, direct, read_only, entries, force_share } = options;
-        let Opened { file, name, path, direct, kin } = match source {
+        let OpenFile { file, name, path, direct, kin } = match source {
             Source::Path(path) => open(path, direct, read_only, force_share)?,
             Source::Fd(fd) => adopt(fd, direct, read_only, force_share)?,
         };
@@ -236,7 +236,7 @@ impl Device for IoUring {
 }
 
 /// A file that was just opened, or passed as a descriptor.
-struct Opened {
+struct OpenFile {
     file: File,
     name: String,
     /// Path and identity, if it was opened by path.
@@ -247,7 +247,7 @@ struct Opened {
 }
 
 /// Opens the file at `path`, and claims a block device.
-fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
+fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::Result<OpenFile> {
     let name = path.display().to_string();
     // Check the type first: opening a tape rewinds it.
     let meta = fs::metadata(&path).map_err(|e| annotate(e, "cannot open", &name))?;
@@ -278,7 +278,7 @@ fn open(path: PathBuf, direct: bool, read_only: bool, force_share: bool) -> io::
     // With O_NONBLOCK io_uring would let requests fail instead of wait.
     let set = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
     fcntl(&file, FcntlArg::F_SETFL(set - OFlag::O_NONBLOCK))?;
-    Ok(Opened { file, name, path: Some(path), direct, kin })
+    Ok(OpenFile { file, name, path: Some(path), direct, kin })
 }
 
 /// The error of a failed open, with the remedy if it is known.
@@ -300,7 +300,7 @@ fn cannot_open(error: io::Error, name: &str, direct: bool, read_only: bool) -> i
 }
 
 /// Takes a descriptor from the caller, whose mode must fit the options.
-fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::Result<Opened> {
+fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::Result<OpenFile> {
     let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .map_or_else(|_| format!("fd {}", fd.as_raw_fd()), |path| path.display().to_string());
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
@@ -326,7 +326,7 @@ fn adopt(fd: OwnedFd, direct: bool, read_only: bool, force_share: bool) -> io::R
         Ok(meta) if !force_share => lock::kin(meta.dev(), meta.ino()),
         _ => None,
     };
-    Ok(Opened { file, name, path: None, direct: is_direct, kin })
+    Ok(OpenFile { file, name, path: None, direct: is_direct, kin })
 }
 
 const _: () = assert!(TRANSFER_MAX.is_multiple_of(65536) && TRANSFER_MAX as usize >= PAGE);

@@ -49,10 +49,10 @@ pub(crate) struct FileQueue {
     detour_until: Option<Instant>,
     /// Duration of the next detour, if the next inline write is slow.
     detour: Duration,
-    /// Receives the replies for `asked`, once there was a `Status`.
+    /// Receives the replies for `queries`, once there was a `Status`.
     mailbox: Option<Arc<Mailbox>>,
     /// All `Status` requests without a reply. While there is one, the ring polls the mailbox.
-    asked: Vec<Asked>,
+    queries: Vec<Query>,
     /// Number of `Status` requests so far.
     questions: u64,
     gone: bool,
@@ -60,7 +60,7 @@ pub(crate) struct FileQueue {
 
 /// A `Status` request at the device's helper thread.
 #[derive(Debug)]
-struct Asked {
+struct Query {
     number: u64,
     tag: u64,
     at: u64,
@@ -68,7 +68,7 @@ struct Asked {
     extents: Vec<Extent>,
 }
 
-impl Asked {
+impl Query {
     fn end(mut self, result: Result<Vec<Extent>, Error>) -> Completion {
         let result = result.map(|found| self.extents = found);
         let Self { tag, at, len, extents, .. } = self;
@@ -163,7 +163,7 @@ impl FileQueue {
             detour_until: None,
             detour: DETOUR_MIN,
             mailbox: None,
-            asked: Vec::new(),
+            queries: Vec::new(),
             questions: 0,
             gone: false,
         })
@@ -172,7 +172,7 @@ impl FileQueue {
     /// Number of requests pushed and not reaped. The poll, which is in the ring while a `Status` is pending, does not count.
     #[inline]
     fn pushed(&self) -> usize {
-        self.ring.in_flight() - usize::from(!self.asked.is_empty()) + self.asked.len() + self.done.len()
+        self.ring.in_flight() - usize::from(!self.queries.is_empty()) + self.queries.len() + self.done.len()
     }
 
     fn finish(&mut self, request: Request, result: Result<(), Error>) {
@@ -225,31 +225,31 @@ impl FileQueue {
 
     /// Sends a `Status` to the helper thread. If there is none, the whole range counts as data.
     fn ask(&mut self, tag: u64, at: u64, len: u64, extents: Vec<Extent>) {
-        let asked = Asked { number: self.questions, tag, at, len, extents };
+        let query = Query { number: self.questions, tag, at, len, extents };
         self.questions += 1;
         let mailbox = match &self.mailbox {
             Some(mailbox) => Ok(Arc::clone(mailbox)),
             None => Mailbox::new(),
         };
         let sent = mailbox.and_then(|mailbox| {
-            self.shared.helper.ask(question(&self.shared, &mailbox, asked.number, at, len))?;
+            self.shared.helper.ask(question(&self.shared, &mailbox, query.number, at, len))?;
             Ok(mailbox)
         });
         match sent {
             Ok(mailbox) => {
-                if self.asked.is_empty() {
+                if self.queries.is_empty() {
                     let poll = self.ring.push(Flight::Poll(Arc::clone(&mailbox)));
                     assert!(poll.is_ok(), "a Status takes no slot of the ring, so there is one for the poll");
                 }
                 self.mailbox = Some(mailbox);
-                self.asked.push(asked);
+                self.queries.push(query);
             }
             Err(e) => {
                 log::debug!(
                     "{}: cannot start a thread for block status, so all is reported as data: {e}",
                     self.shared.info.target
                 );
-                self.done.push(asked.end(Ok(vec![all_data(at, len)])));
+                self.done.push(query.end(Ok(vec![all_data(at, len)])));
             }
         }
     }
@@ -281,15 +281,15 @@ fn question(
 
 /// Completes requests with the replies in `mailbox`. Replies to abandoned requests are dropped.
 #[cold]
-fn collect(mailbox: &Mailbox, asked: &mut Vec<Asked>, done: &mut Vec<Completion>, shared: &Shared) {
+fn collect(mailbox: &Mailbox, queries: &mut Vec<Query>, done: &mut Vec<Completion>, shared: &Shared) {
     for Answer { number, result } in mailbox.take() {
-        let Some(place) = asked.iter().position(|asked| asked.number == number) else { continue };
-        let asked = asked.swap_remove(place);
+        let Some(place) = queries.iter().position(|query| query.number == number) else { continue };
+        let query = queries.swap_remove(place);
         let result = result.map_err(|errno| {
-            shared.failures.report(&shared.info.target, "block status", asked.at, asked.len, errno);
+            shared.failures.report(&shared.info.target, "block status", query.at, query.len, errno);
             Error::from_errno(errno)
         });
-        done.push(asked.end(result));
+        done.push(query.end(result));
     }
 }
 
@@ -349,7 +349,7 @@ impl Queue for FileQueue {
             self.give_up();
         }
         done.append(&mut self.done);
-        let Self { shared, ring, asked, .. } = self;
+        let Self { shared, ring, queries, .. } = self;
         ring.reap(|flight, result| match flight {
             Flight::Request(flight) => match flight.settle(result, shared) {
                 Ok(completion) => {
@@ -359,8 +359,8 @@ impl Queue for FileQueue {
                 Err(flight) => Some(Flight::Request(flight)),
             },
             Flight::Poll(mailbox) => {
-                collect(&mailbox, asked, done, shared);
-                (!asked.is_empty()).then_some(Flight::Poll(mailbox))
+                collect(&mailbox, queries, done, shared);
+                (!queries.is_empty()).then_some(Flight::Poll(mailbox))
             }
         });
     }
@@ -382,7 +382,7 @@ impl Queue for FileQueue {
             }
         });
         // Late replies belong to no request.
-        done.extend(self.asked.drain(..).map(|asked| asked.end(Err(Error::Gone))));
+        done.extend(self.queries.drain(..).map(|query| query.end(Err(Error::Gone))));
     }
 
     fn is_dead(&self) -> bool {
@@ -394,7 +394,7 @@ impl Drop for FileQueue {
     fn drop(&mut self) {
         // The ring's drop also waits for the poll.
         if let Some(mailbox) = &self.mailbox {
-            self.asked.clear();
+            self.queries.clear();
             mailbox.ring();
         }
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);

@@ -36,7 +36,7 @@ use std::{
 };
 
 pub use blkdev;
-use blkdev::{Device, Info, Mapping, PAGE, Queue};
+use blkdev::{Context, Device, Info, Mapping, PAGE, Queue};
 use blkio::{Blkio, Blkioq, Errno, MemoryRegion};
 
 use queue::Home;
@@ -88,8 +88,9 @@ impl Libblkio {
     fn start(driver: &str, properties: &[(String, String)]) -> Result<Self, (Errno, io::Error)> {
         let fail = |what: String| {
             move |error: blkio::Error| {
-                let kind = io::Error::from_raw_os_error(error.errno().raw_os_error()).kind();
-                (error.errno(), io::Error::new(kind, format!("libblkio {driver}: {what}: {}", error.message())))
+                let cause = io::Error::from_raw_os_error(error.errno().raw_os_error());
+                let text = format!("libblkio {driver}: {what}: {}", error.message());
+                (error.errno(), Context::with_kind(cause.kind(), text, cause))
             }
         };
         let set = |blkio: &mut Blkio, early: bool| {

@@ -7,10 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::wake::{Wake, wait};
+use blkdev::{
+    liveness::Liveness,
+    wake::{Wake, wait},
+};
 
 use crate::{
-    liveness::Liveness,
     pair::Pair,
     spec::{self, Command, Completion, IDENTIFY_LEN, Status},
 };
@@ -21,7 +23,7 @@ pub(crate) const SIZE: u16 = 16;
 /// The admin queue. One thread uses it at a time.
 #[derive(Debug)]
 pub(crate) struct Admin {
-    pub(crate) pair: Pair<Asked>,
+    pub(crate) pair: Pair<Purpose>,
     pub(crate) wake: Arc<Wake>,
     pub(crate) life: Arc<Liveness>,
     pub(crate) timeout: Duration,
@@ -35,7 +37,7 @@ pub(crate) struct Admin {
 
 /// Purpose of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Asked {
+pub(crate) enum Purpose {
     /// A thread waits for its completion.
     Now,
     /// Asynchronous Event Request: the controller completes it when an event occurs.
@@ -67,7 +69,7 @@ impl Failure {
 }
 
 impl Admin {
-    pub(crate) fn new(pair: Pair<Asked>, wake: Arc<Wake>, life: Arc<Liveness>, timeout: Duration) -> Self {
+    pub(crate) fn new(pair: Pair<Purpose>, wake: Arc<Wake>, life: Arc<Liveness>, timeout: Duration) -> Self {
         Self { pair, wake, life, timeout, answer: None, events: Vec::new(), is_late: false }
     }
 
@@ -105,7 +107,7 @@ impl Admin {
         if self.is_late {
             return Err(Failure::Late);
         }
-        let pushed = self.pair.push(Asked::Now, |_, list| {
+        let pushed = self.pair.push(Purpose::Now, |_, list| {
             // Clear data from earlier commands, so that it cannot be taken for this one's.
             for word in 0..IDENTIFY_LEN / 8 {
                 list.put(word, 0);
@@ -144,10 +146,10 @@ impl Admin {
     pub(crate) fn collect(&mut self) {
         loop {
             match self.pair.pop() {
-                Ok(Some((Asked::Now, answer))) => self.answer = Some(answer),
-                Ok(Some((Asked::Event, answer))) if answer.status.is_success() => self.events.push(answer.result),
+                Ok(Some((Purpose::Now, answer))) => self.answer = Some(answer),
+                Ok(Some((Purpose::Event, answer))) if answer.status.is_success() => self.events.push(answer.result),
                 // Event requests are not supported, or were aborted with the queue: no events in either case.
-                Ok(Some((Asked::Event, _))) => {}
+                Ok(Some((Purpose::Event, _))) => {}
                 Ok(None) => break,
                 Err(nonsense) => return self.life.end(&format!("admin queue: {nonsense}")),
             }
@@ -158,7 +160,9 @@ impl Admin {
     /// Sends an Asynchronous Event Request.
     pub(crate) fn expect_event(&mut self) {
         let request = Command::new(spec::admin::ASYNC_EVENT_REQUEST, 0);
-        self.pair.push(Asked::Event, |_, _| request).expect("the admin queue has room: one event request is in flight");
+        self.pair
+            .push(Purpose::Event, |_, _| request)
+            .expect("the admin queue has room: one event request is in flight");
         self.pair.publish();
     }
 }

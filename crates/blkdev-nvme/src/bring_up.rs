@@ -10,14 +10,13 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Mapping, wake::Wake};
+use blkdev::{Mapping, liveness::Liveness, wake::Wake};
 use blkdev_vfio::PciDevice;
 
 use crate::{
-    admin::{self, Admin, Asked, Failure},
+    admin::{self, Admin, Failure, Purpose},
     core::{Core, Place, ask_for_events, ask_for_queues},
-    limits::{Found, Shape, absent, check, invalid, is_nsid, unusable},
-    liveness::Liveness,
+    limits::{IdentifyData, Shape, absent, check, invalid, is_nsid, unusable},
     options::Options,
     pair::{Addresses, Bells, Layout, Pair, SIZE_MAX},
     registers::{Registers, stop},
@@ -58,9 +57,9 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     let addresses = Addresses(pci.translation());
     let clock = Arc::new(AtomicU32::new(1));
     let pair = enable(&*pci, &registers, &addresses, &clock)?;
-    let life = Arc::new(Liveness::new(format!("nvme {}", pci.address())));
+    let life = Liveness::new(format!("nvme {}", pci.address()));
     let mut admin = Admin::new(pair, Arc::clone(&wakes[0]), Arc::clone(&life), options.timeout.unwrap_or(ADMIN));
-    let found = find(&mut admin, &registers, options)?;
+    let data = find(&mut admin, &registers, options)?;
 
     let granted = ask_for_queues(&mut admin, wanted)?;
     if options.queues.is_some_and(|queues| queues > granted) {
@@ -69,16 +68,16 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
     let queues = wanted.min(granted);
     wakes.truncate(usize::from(queues) + 1);
 
-    let transfer_max = found.transfer_max(1 << registers.page_shift(), TRANSFER_MAX)?;
+    let transfer_max = data.transfer_max(1 << registers.page_shift(), TRANSFER_MAX)?;
     let queue_layout = queue_layout(&registers, options.queue_size, transfer_max);
-    let target = format!("{}/{}", pci.address(), found.nsid);
-    let (info, disk) = found.describe(shape(options, target, queues, queue_layout, transfer_max));
-    let sgl = found.controller.sgls & 3 != 0 && !addresses.is_translated();
-    let tells = found.controller.oaes & 1 << 8 != 0;
+    let target = format!("{}/{}", pci.address(), data.nsid);
+    let (info, disk) = data.describe(shape(options, target, queues, queue_layout, transfer_max));
+    let sgl = data.controller.sgls & 3 != 0 && !addresses.is_translated();
+    let tells = data.controller.oaes & 1 << 8 != 0;
     ask_for_events(&mut admin, tells);
-    let told = Duration::from_micros(found.controller.shutdown_us.into());
+    let told = Duration::from_micros(data.controller.shutdown_us.into());
     Ok(Core {
-        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
+        capacity: AtomicU64::new(data.namespace.blocks << data.namespace.block_shift),
         life,
         admin: Mutex::new(admin),
         queue_layout,
@@ -138,7 +137,7 @@ fn enable(
     registers: &Registers,
     addresses: &Addresses,
     clock: &Arc<AtomicU32>,
-) -> io::Result<Pair<Asked>> {
+) -> io::Result<Pair<Purpose>> {
     let page_shift = registers.page_shift();
     let page = 1 << page_shift;
     let layout = Layout { size: admin::SIZE, list_len: page.max(spec::IDENTIFY_LEN), page };
@@ -152,7 +151,7 @@ fn enable(
     Ok(pair)
 }
 
-/// The limits of the driver and of the granted queues, for [`Found::describe`].
+/// The limits of the driver and of the granted queues, for [`IdentifyData::describe`].
 fn shape(options: &Options, target: String, queues: u16, layout: Layout, transfer_max: u32) -> Shape {
     Shape {
         driver: "nvme",
@@ -177,7 +176,7 @@ fn queue_layout(registers: &Registers, queue_size: u16, transfer_max: u32) -> La
 }
 
 /// Identifies the controller and its namespace: the requested one, or the first active one.
-fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<Found> {
+fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Result<IdentifyData> {
     let controller = admin.identify(cns::CONTROLLER, 0).map_err(|e| e.explain("cannot identify the controller"))?;
     let controller = Controller::parse(&controller);
     let version = registers.version();
@@ -199,7 +198,7 @@ fn find(admin: &mut Admin, registers: &Registers, options: &Options) -> io::Resu
         None => *active.first().ok_or_else(|| absent("it has no active namespace".to_owned()))?,
     };
     let namespace = identify_namespace(admin, nsid)?;
-    Ok(Found { controller, limits, nsid, namespace })
+    Ok(IdentifyData { controller, limits, nsid, namespace })
 }
 
 /// Identifiers of the active namespaces, in order.

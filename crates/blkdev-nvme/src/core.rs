@@ -9,13 +9,12 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Context, Info, Mapping, wake::Wake};
+use blkdev::{Context, Info, Mapping, liveness::Liveness, wake::Wake};
 use blkdev_vfio::PciDevice;
 
 use crate::{
     admin::{self, Admin},
     limits::Disk,
-    liveness::Liveness,
     pair::{Addresses, Bells, Flights, Layout, Pair, Stage},
     registers::{Registers, stop},
     spec::{self, Command},

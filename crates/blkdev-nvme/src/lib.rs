@@ -35,7 +35,6 @@ mod core;
 mod device;
 mod flight;
 mod limits;
-mod liveness;
 #[cfg(feature = "model")]
 pub mod model;
 mod options;
@@ -48,7 +47,6 @@ pub mod spec;
 mod sys;
 mod target;
 mod watch;
-mod window;
 
 pub use blkdev;
 pub use blkdev::Source;

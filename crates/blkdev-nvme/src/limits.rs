@@ -8,7 +8,7 @@ use crate::spec::{self, BLOCKS_MAX, Command, Controller, Limits, Namespace, RANG
 
 /// The Identify data.
 #[derive(Debug)]
-pub(crate) struct Found {
+pub(crate) struct IdentifyData {
     pub(crate) controller: Controller,
     pub(crate) limits: Limits,
     pub(crate) nsid: u32,
@@ -52,7 +52,7 @@ fn or_max(limit: u64) -> u64 {
     if limit == 0 { u64::MAX } else { limit }
 }
 
-impl Found {
+impl IdentifyData {
     /// Returns the longest transfer in bytes, within the limits of the controller and of the driver (`most`, less than 2^32).
     ///
     /// # Errors

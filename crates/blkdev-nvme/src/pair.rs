@@ -8,13 +8,10 @@ use std::{
     },
 };
 
-use blkdev::Mapping;
+use blkdev::{Mapping, window::Window};
 use blkdev_vfio::{Bar, Translation};
 
-use crate::{
-    spec::{COMMAND_LEN, COMPLETION_LEN, Command, Completion},
-    window::Window,
-};
+use crate::spec::{COMMAND_LEN, COMPLETION_LEN, Command, Completion};
 
 /// The driver side of a queue pair. `T` owns the resources of a command, and comes back when the command has ended.
 #[derive(Debug)]
@@ -259,7 +256,7 @@ impl<T> Pair<T> {
         Self {
             id,
             layout,
-            window: Window::zeroed(mapping),
+            window: Window::zeroed(mapping, 0, mapping.len()),
             addresses: addresses.clone(),
             bells,
             tail: 0,
@@ -284,7 +281,7 @@ impl<T> Pair<T> {
 
     /// Device addresses of the submission and the completion queue.
     pub(crate) fn addresses(&self) -> (u64, u64) {
-        let bus = |at| self.addresses.bus(self.window.iova(at));
+        let bus = |at| self.addresses.bus(self.window.iova(at).get());
         (bus(0), bus(self.layout.completions()))
     }
 
@@ -328,7 +325,7 @@ impl<T> Pair<T> {
         let entry = usize::from(self.tail) * COMMAND_LEN;
         let command = command.id(id);
         for (n, pair) in command.0.chunks_exact(2).enumerate() {
-            self.window.store64(entry + 8 * n, u64::from(pair[0]) | u64::from(pair[1]) << 32);
+            self.window.store64(entry + 8 * n, u64::from(pair[0]) | u64::from(pair[1]) << 32, Ordering::Relaxed);
         }
         // The queue has room: fewer commands are in flight than it has entries, and the controller reads them in order.
         self.tail = if self.tail + 1 == self.layout.size { 0 } else { self.tail + 1 };
@@ -409,7 +406,7 @@ impl<T> Pair<T> {
     pub(crate) fn restart(&mut self, old: u16) -> Vec<(T, bool)> {
         (self.tail, self.rung, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, true);
         for at in (self.layout.completions()..self.layout.lists()).step_by(8) {
-            self.window.store64(at, 0);
+            self.window.store64(at, 0, Ordering::Relaxed);
         }
         let old: Vec<u16> = self.flights.older(old).map(|id| id & (SIZE_MAX - 1)).collect();
         let slots = self.slots.iter_mut().zip(0..);
@@ -451,14 +448,14 @@ impl List<'_> {
     /// The address of the memory, for the device.
     #[inline]
     pub(crate) fn address(&self) -> u64 {
-        self.addresses.bus(self.window.iova(self.at))
+        self.addresses.bus(self.window.iova(self.at).get())
     }
 
     /// Writes 64 bits, little-endian.
     #[inline]
     pub(crate) fn put(&self, index: usize, value: u64) {
         assert!(8 * index < self.len, "the list has room");
-        self.window.store64(self.at + 8 * index, value);
+        self.window.store64(self.at + 8 * index, value, Ordering::Relaxed);
     }
 
     /// Sets the command's data pointer to `len` bytes of payload from `address` on. Up to two pages fit in the command itself;

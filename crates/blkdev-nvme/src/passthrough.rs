@@ -20,7 +20,7 @@ use blkdev_ring::Ring;
 
 use crate::{
     flight::Flight,
-    limits::{Disk, Found, Shape, check, invalid, settle, unusable},
+    limits::{Disk, IdentifyData, Shape, check, invalid, settle, unusable},
     spec::{Controller, Limits, Namespace, RANGES_MAX, Status, cns},
     sys,
 };
@@ -138,13 +138,13 @@ fn check_type(meta: &fs::Metadata) -> io::Result<()> {
 fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
     let meta = file.metadata()?;
     check_type(&meta)?;
-    let found = find(&file, options.read_only)?;
+    let data = find(&file, options.read_only)?;
     let sysfs = Sysfs::new(&meta)?;
     if sysfs.text("zoned").is_some_and(|zoned| zoned != "none") {
         return Err(unusable("the namespace is zoned, which is not supported"));
     }
     // The kernel uses a controller page of at least 4096 bytes; sysfs already accounts for MDTS.
-    let transfer_max = found.transfer_max(PAGE as u64, sysfs.transfer_max().min(32 << 20))?;
+    let transfer_max = data.transfer_max(PAGE as u64, sysfs.transfer_max().min(32 << 20))?;
     let shape = Shape {
         driver: "nvme-io_uring",
         target: name.to_owned(),
@@ -156,9 +156,9 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
         read_only: options.read_only,
         timeout: options.timeout,
     };
-    let (info, disk) = found.describe(shape);
+    let (info, disk) = data.describe(shape);
     Ok(Shared {
-        capacity: AtomicU64::new(found.namespace.blocks << found.namespace.block_shift),
+        capacity: AtomicU64::new(data.namespace.blocks << data.namespace.block_shift),
         sysfs,
         file,
         info,
@@ -171,7 +171,7 @@ fn open(file: File, options: &Wish, name: &str) -> io::Result<Shared> {
 }
 
 /// Identifies the namespace and its controller.
-fn find(file: &File, read_only: bool) -> io::Result<Found> {
+fn find(file: &File, read_only: bool) -> io::Result<IdentifyData> {
     let nsid = sys::nsid(file).map_err(|e| {
         let text = format!("it is not an NVMe namespace: {e}");
         Context::with_kind(io::ErrorKind::InvalidInput, text, e)
@@ -192,7 +192,7 @@ fn find(file: &File, read_only: bool) -> io::Result<Found> {
     check(&namespace, nsid)?;
     // Older controllers do not support it.
     let limits = identify(cns::CONTROLLER_OF_COMMAND_SET, 0)?.map_or_else(|_| Limits::default(), |b| Limits::parse(&b));
-    Ok(Found { controller, limits, nsid, namespace })
+    Ok(IdentifyData { controller, limits, nsid, namespace })
 }
 
 /// The sysfs directory of the block device that belongs to a character device.

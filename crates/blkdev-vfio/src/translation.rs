@@ -15,11 +15,12 @@ use crate::sys;
 /// and each is contiguous for 2 MiB.
 #[derive(Debug, Default)]
 pub struct Translation {
-    mappings: RwLock<Vec<Known>>,
+    mappings: RwLock<Vec<Frames>>,
 }
 
+/// The physical addresses of a mapping.
 #[derive(Debug)]
-struct Known {
+struct Frames {
     start: u64,
     /// The physical address of each huge page.
     pages: Vec<u64>,
@@ -40,10 +41,10 @@ impl Translation {
     /// # Panics
     /// If the address is not in memory that is mapped for DMA.
     pub fn physical(&self, address: u64) -> u64 {
-        let known = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
-        let offset = |k: &Known| address.checked_sub(k.start).filter(|at| *at < k.pages.len() as u64 * HUGE);
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let offset = |f: &Frames| address.checked_sub(f.start).filter(|at| *at < f.pages.len() as u64 * HUGE);
         let (pages, at) =
-            known.iter().find_map(|k| offset(k).map(|at| (&k.pages, at))).expect("the memory is mapped for DMA");
+            mappings.iter().find_map(|f| offset(f).map(|at| (&f.pages, at))).expect("the memory is mapped for DMA");
         pages[(at / HUGE) as usize] + at % HUGE
     }
 
@@ -72,12 +73,12 @@ impl Translation {
             }
             pages.push((entry & FRAME) * 4096);
         }
-        self.mappings.write().unwrap_or_else(PoisonError::into_inner).push(Known { start, pages });
+        self.mappings.write().unwrap_or_else(PoisonError::into_inner).push(Frames { start, pages });
         Ok(())
     }
 
     pub(crate) fn remove(&self, mapping: &Arc<Mapping>) {
         let start = mapping.iova().get();
-        self.mappings.write().unwrap_or_else(PoisonError::into_inner).retain(|known| known.start != start);
+        self.mappings.write().unwrap_or_else(PoisonError::into_inner).retain(|frames| frames.start != start);
     }
 }

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blkdev::Context;
 use nix::{
     errno::Errno,
     sys::{
@@ -23,20 +24,21 @@ use nix::{
 };
 
 pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
-    let fail = |kind, why: &str| Err(io::Error::new(kind, why.to_owned()));
     let address = match UnixAddr::new(path) {
         Ok(address) => address,
-        Err(Errno::ENAMETOOLONG) => {
+        Err(e @ Errno::ENAMETOOLONG) => {
             let why = format!("the path has {} bytes, a socket path at most 107 bytes", path.as_os_str().len());
-            return fail(io::ErrorKind::InvalidInput, &why);
+            return Err(Context::with_kind(io::ErrorKind::InvalidInput, why, e.into()));
         }
         Err(e) => return Err(e.into()),
     };
     // connect(2) cannot distinguish a removed socket of a live back end from a stale socket.
     match fs::metadata(path) {
-        Ok(file) if !file.file_type().is_socket() => return fail(io::ErrorKind::InvalidInput, "it is not a socket"),
+        Ok(file) if !file.file_type().is_socket() => {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a socket"));
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return fail(io::ErrorKind::NotFound, "no such socket; is the back end running?");
+            return Err(Context::wrap("no such socket; is the back end running?", e));
         }
         _ => {}
     }
@@ -50,13 +52,12 @@ pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
         match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
             Ok(()) => return Ok(UnixStream::from(fd)),
             Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => {
+            Err(e @ Errno::EAGAIN) => {
                 let why = format!("not accepted within {timeout:?}; is the back end busy with another front end?");
-                return fail(io::ErrorKind::TimedOut, &why);
+                return Err(Context::with_kind(io::ErrorKind::TimedOut, why, e.into()));
             }
-            Err(Errno::ECONNREFUSED) => {
-                let why = "no process listens on this socket; is the back end running?";
-                return fail(io::ErrorKind::ConnectionRefused, why);
+            Err(e @ Errno::ECONNREFUSED) => {
+                return Err(Context::wrap("no process listens on this socket; is the back end running?", e.into()));
             }
             Err(e) => return Err(e.into()),
         }

@@ -211,7 +211,7 @@ impl Control {
         match error.kind() {
             io::ErrorKind::TimedOut => self.watch.end(LATE),
             io::ErrorKind::ConnectionReset => self.watch.end(GONE),
-            _ => self.watch.end(&format!("{error}; the device is declared dead")),
+            _ => self.watch.end(&error.to_string()),
         }
         error
     }
@@ -311,7 +311,7 @@ impl Control {
         {
             // `fatal` has reported every error except a refusal.
             if is_refusal(e) {
-                let why = format!("the back end refuses a new memory table ({e}); the device is declared dead");
+                let why = format!("the back end refuses a new memory table ({e})");
                 self.watch.end(&why);
             }
         }

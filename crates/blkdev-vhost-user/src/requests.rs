@@ -25,7 +25,7 @@ const READS: usize = 4;
 
 /// Result of [`Requests::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Taken {
+pub(crate) struct Outcome {
     /// The configuration changed.
     pub(crate) changed: bool,
     /// More data may be pending.
@@ -53,8 +53,8 @@ impl Requests {
     }
 
     /// Handles pending requests, without waiting. Handles only a part of a flood.
-    pub(crate) fn take(&mut self) -> Taken {
-        let mut taken = Taken { changed: false, more: true };
+    pub(crate) fn take(&mut self) -> Outcome {
+        let mut outcome = Outcome { changed: false, more: true };
         let mut bytes = [0; 1024];
         for _ in 0..READS {
             match self.stream.read(&mut bytes) {
@@ -62,8 +62,8 @@ impl Requests {
                 Ok(len) => self.received.extend_from_slice(&bytes[..len]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    taken.more = false;
-                    return taken;
+                    outcome.more = false;
+                    return outcome;
                 }
                 Err(_) => self.over = true,
             }
@@ -76,7 +76,7 @@ impl Requests {
                     break;
                 }
                 self.received.drain(..HEADER + len);
-                taken.changed |= request == CONFIG_CHANGE;
+                outcome.changed |= request == CONFIG_CHANGE;
                 if flags & NEED_REPLY != 0 {
                     // Zero means success. CONFIG_CHANGE is the only supported request.
                     let words = [request, VERSION | REPLY, 8, u32::from(request != CONFIG_CHANGE), 0];
@@ -84,11 +84,11 @@ impl Requests {
                 }
             }
             if self.over {
-                taken.more = false;
+                outcome.more = false;
                 break;
             }
         }
-        taken
+        outcome
     }
 
     /// Id, flags and payload length of the first pending message.
@@ -130,7 +130,7 @@ mod tests {
         let mut requests = Requests::new(ours).unwrap();
         let flood = message(&[CONFIG_CHANGE, 1, 0]).repeat(1000);
         theirs.write_all(&flood).unwrap();
-        assert_eq!(requests.take(), Taken { changed: true, more: true });
+        assert_eq!(requests.take(), Outcome { changed: true, more: true });
         let mut parts = 2;
         while requests.take().more {
             parts += 1;

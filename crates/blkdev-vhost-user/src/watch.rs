@@ -15,7 +15,7 @@ use std::{
 };
 
 use blkdev::wake::{Stop, Wake, Watcher};
-use blkdev_virtio::{Liveness, Notifier};
+use blkdev_virtio::{Liveness, Notifier, unblock};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::requests::Requests;
@@ -27,9 +27,9 @@ const LOOK: Duration = Duration::from_millis(500);
 const REST: Duration = Duration::from_millis(20);
 
 /// Reasons for the end of a device.
-pub(crate) const GONE: &str = "the back end closed the connection; the device is declared dead";
-pub(crate) const LATE: &str = "the back end did not reply to a control message in time; the device is declared dead";
-const BLOCKS: &str = "the back end blocked a kick eventfd; the device is declared dead";
+pub(crate) const GONE: &str = "the back end closed the connection";
+pub(crate) const LATE: &str = "the back end did not reply to a control message in time";
+const BLOCKS: &str = "the back end blocked a kick eventfd";
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -154,11 +154,11 @@ impl Shared {
             }
             wake.clear();
             if stop.is_requested() {
-                self.life.unblock(true);
+                unblock(&self.life, true);
                 return;
             }
             over |= self.check(over, woken.gone);
-            self.life.unblock(false);
+            unblock(&self.life, false);
         }
     }
 

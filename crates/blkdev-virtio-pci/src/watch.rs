@@ -74,7 +74,7 @@ impl Shared {
             }
             if removal {
                 self.removal.clear();
-                self.life.end("the device is being removed, or has failed; it is declared dead");
+                self.life.end("it is being removed, or has failed");
             }
             if queues {
                 // Emptied first: a later interrupt makes it readable again.

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Info, Mapping, Op, Request};
+use blkdev::{Info, Mapping, Op, Request, window::Window};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN};
 
@@ -21,7 +21,6 @@ use crate::{
     notifier::Notifier,
     options::WriteCache,
     ring::Virtqueue,
-    shared::Shared,
     slots::Slots,
     transport::{Doorbell, Format, Ring, Transport},
 };
@@ -145,12 +144,12 @@ impl<T: Transport> Core<T> {
         let (layout, memory, place);
         let (bell, call) = if let Some(fixed) = fixed {
             (layout, place) = (self.most(), fixed.place);
-            memory = Shared::window(&self.rings, self.ring_at(index), layout.len());
+            memory = Window::new(&self.rings, self.ring_at(index), layout.len());
             (fixed.bell, fixed.call)
         } else {
             layout = Layout::fitting(self.format, depth, self.config.segments, self.indirect, self.queue_size);
             place = Place::start(self.format);
-            memory = Shared::zeroed(&self.rings, self.ring_at(index), layout.len());
+            memory = Window::zeroed(&self.rings, self.ring_at(index), layout.len());
             self.begin(index, &layout)?
         };
         let slots = Slots::new(memory, layout, self.config.segment_max, depth);
@@ -179,7 +178,7 @@ impl<T: Transport> Core<T> {
                 config::capacity(&bytes[..len], self.config.block_size)
             }
             Err(e) => {
-                return self.end(&format!("cannot read the changed configuration: {e}; the device is declared dead"));
+                return self.end(&format!("cannot read the changed configuration: {e}"));
             }
         };
         match now {
@@ -227,7 +226,7 @@ impl<T: Transport> Core<T> {
     /// Requests the serial number, and reads the first block to learn whether the device reports written lengths.
     pub(crate) fn probe<V: Virtqueue<Request>>(&self) -> io::Result<Probe> {
         let (mut ring, bell, call) = self.start::<V>(0, 1)?;
-        let memory = Shared::zeroed(&self.rings, 0, PROBE);
+        let memory = Window::zeroed(&self.rings, 0, PROBE);
         let mut ask = |kind: u32, len: u32| {
             let chain = Chain { header: [u64::from(kind), 0], data: Data::In(memory.iova(0), len) };
             // A placeholder: this request has no caller.
@@ -276,7 +275,7 @@ impl<T: Transport> Core<T> {
 }
 
 /// The text in the first `len` bytes: up to the first NUL, trimmed, without control characters.
-fn text(memory: &Shared, len: usize) -> String {
+fn text(memory: &Window, len: usize) -> String {
     let bytes: Vec<u8> = (0..len).map(|at| memory.load8(at, Ordering::Relaxed)).take_while(|b| *b != 0).collect();
     String::from_utf8_lossy(&bytes).trim().chars().filter(|c| !c.is_control()).collect()
 }

@@ -21,7 +21,6 @@ mod options;
 mod packed;
 mod queue;
 mod ring;
-mod shared;
 mod slots;
 mod split;
 mod transport;
@@ -29,7 +28,7 @@ mod watch;
 
 pub use blk::VirtioBlk;
 pub use blkdev;
-pub use liveness::Liveness;
+pub use liveness::{Liveness, unblock};
 pub use notifier::Notifier;
 pub use options::{Options, WriteCache};
 pub use transport::{Doorbell, Format, Ring, Transport};

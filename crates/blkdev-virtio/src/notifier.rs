@@ -26,6 +26,8 @@ pub struct Notifier {
     fd: OwnedFd,
     /// Odd during a write. Only the writing thread changes it.
     rings: AtomicU64,
+    /// For [`is_still_stuck`](Self::is_still_stuck).
+    seen: AtomicU64,
 }
 
 impl Notifier {
@@ -35,7 +37,7 @@ impl Notifier {
     /// No file descriptor is left.
     pub fn new() -> io::Result<Self> {
         let fd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { fd: fd.into(), rings: AtomicU64::new(0) })
+        Ok(Self { fd: fd.into(), rings: AtomicU64::new(0), seen: AtomicU64::new(0) })
     }
 
     /// Duplicates the descriptor for another thread. Only one thread at a time may [`ring`](Self::ring) a notifier.
@@ -43,7 +45,7 @@ impl Notifier {
     /// # Errors
     /// No file descriptor is left.
     pub fn duplicate(&self) -> io::Result<Self> {
-        Ok(Self { fd: self.fd.try_clone()?, rings: AtomicU64::new(0) })
+        Ok(Self { fd: self.fd.try_clone()?, rings: AtomicU64::new(0), seen: AtomicU64::new(0) })
     }
 
     /// Wakes the other side. Only one thread at a time may call it.
@@ -83,6 +85,14 @@ impl Notifier {
         let stays = std::mem::replace(seen, now) == now;
         // If the eventfd is writable, the thread is only preempted, not blocked.
         stays && now % 2 == 1 && !self.polls(PollFlags::POLLOUT)
+    }
+
+    /// As [`is_stuck`](Self::is_stuck), since the last call of this. Only one thread at a time may call it.
+    pub(crate) fn is_still_stuck(&self) -> bool {
+        let mut seen = self.seen.load(Ordering::Relaxed);
+        let stuck = self.is_stuck(&mut seen);
+        self.seen.store(seen, Ordering::Relaxed);
+        stuck
     }
 
     /// Frees a thread that is blocked in [`ring`](Self::ring), by emptying the counter. A peer may refill it at once, so this

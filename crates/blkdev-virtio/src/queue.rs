@@ -36,15 +36,40 @@ pub(crate) struct Queue<T: Transport, V: Virtqueue<Request>> {
     drain_call: bool,
     /// Requests that ended in `push`.
     ended: Vec<Completion>,
+    /// Released last: then the window of `ring` on the queue's memory is gone.
+    claim: Claim<T>,
+}
+
+/// The claim of a queue's number, and with it of its memory.
+struct Claim<T: Transport> {
+    core: Arc<Core<T>>,
+    index: u16,
+    /// The device may still use the memory, so the claim stays.
+    is_kept: bool,
+}
+
+impl<T: Transport> Claim<T> {
+    fn new(core: &Arc<Core<T>>) -> io::Result<Self> {
+        Ok(Self { index: core.claim()?, core: Arc::clone(core), is_kept: false })
+    }
+}
+
+impl<T: Transport> Drop for Claim<T> {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.core.release(self.index);
+        }
+    }
 }
 
 impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
     pub(crate) fn open(core: &Arc<Core<T>>, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {
-        let index = core.claim()?;
-        let (ring, bell, call) = core.start::<V>(index, depth).inspect_err(|_| core.release(index))?;
+        let claim = Claim::new(core)?;
+        let index = claim.index;
+        let (ring, bell, call) = core.start::<V>(index, depth)?;
         let core = Arc::clone(core);
         // The eventfd may still be readable from the queue's previous use.
-        Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new() }))
+        Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new(), claim }))
     }
 
     /// Ends all requests of a dead device and abandons their memory. Reads, because the device may still write to it. Writes
@@ -113,7 +138,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
                 Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
                 Ok(None) => return,
                 Err(nonsense) => {
-                    self.core.end(&format!("queue {}: {nonsense}; the device is declared dead", self.index));
+                    self.core.end(&format!("queue {}: {nonsense}", self.index));
                     return self.finish(done);
                 }
             }
@@ -140,11 +165,7 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     }
 
     fn give_up(&mut self) {
-        self.core.end(&format!(
-            "queue {}: abandoned with {} requests in flight; the device is declared dead",
-            self.index,
-            self.ring.in_flight()
-        ));
+        self.core.end(&format!("queue {}: abandoned with {} requests in flight", self.index, self.ring.in_flight()));
     }
 
     fn is_dead(&self) -> bool {
@@ -192,11 +213,12 @@ impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
         self.core.life.unwatch(&self.call);
         if self.core.life.is_dead() {
             // The ring memory must not be reused either: the queue stays claimed.
+            self.claim.is_kept = true;
             return;
         }
-        match self.core.stop(self.index, &self.ring) {
-            Ok(()) => self.core.release(self.index),
-            Err(e) => self.core.end(&format!("cannot stop queue {}: {e}", self.index)),
+        if let Err(e) = self.core.stop(self.index, &self.ring) {
+            self.claim.is_kept = true;
+            self.core.end(&format!("cannot stop queue {}: {e}", self.index));
         }
     }
 }

@@ -5,13 +5,10 @@
 
 use std::sync::atomic::Ordering;
 
-use blkdev::Iova;
+use blkdev::{Iova, window::Window};
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 
-use crate::{
-    layout::{DESCRIPTOR, Data, HEADER, Layout, RingError, Used},
-    shared::Shared,
-};
+use crate::layout::{DESCRIPTOR, Data, HEADER, Layout, RingError, Used};
 
 /// Initial value of a status byte: no status of the specification. It marks a status that the device did not write.
 pub(crate) const UNWRITTEN: u8 = 0xff;
@@ -45,7 +42,7 @@ pub(crate) struct Payload {
 /// The slots of a queue, and the memory of slots and ring.
 #[derive(Debug)]
 pub(crate) struct Slots<T> {
-    pub(crate) memory: Shared,
+    pub(crate) memory: Window,
     pub(crate) layout: Layout,
     pub(crate) segment_max: u32,
     slots: Box<[Slot<T>]>,
@@ -55,7 +52,7 @@ pub(crate) struct Slots<T> {
 
 impl<T> Slots<T> {
     /// Creates `depth` slots, or as many as fit. `memory` covers the whole queue.
-    pub(crate) fn new(memory: Shared, layout: Layout, segment_max: u32, depth: u16) -> Self {
+    pub(crate) fn new(memory: Window, layout: Layout, segment_max: u32, depth: u16) -> Self {
         let depth = depth.min(layout.slots());
         let slots = (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS }).collect();
         let slots = Self { memory, layout, segment_max, slots, free: (0..depth).rev().collect() };

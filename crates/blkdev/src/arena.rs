@@ -447,9 +447,10 @@ impl Mapping {
     /// Divides the memory into `count` arenas of equal size, in whole pages.
     ///
     /// # Panics
-    /// If called twice: every byte has one owner.
+    /// If called twice, or if there is a [`Window`](crate::window::Window): every byte has one owner.
     pub fn arenas(self: &Arc<Self>, count: usize) -> Vec<Arena> {
-        self.divide();
+        // Buffers may outlive the arenas, so this claim has no end.
+        self.claim(0..self.len());
         let each = self.len() / count.max(1) / PAGE * PAGE;
         (0..count).map(|n| Arena::new(Arc::clone(self), n * each, each)).collect()
     }

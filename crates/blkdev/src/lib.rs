@@ -48,6 +48,7 @@ mod gate;
 mod inline;
 mod io;
 mod job;
+pub mod liveness;
 mod mem;
 mod registration;
 mod serve;
@@ -56,6 +57,7 @@ mod slots;
 pub mod socket;
 mod source;
 pub mod wake;
+pub mod window;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -6,10 +6,7 @@ use std::{
     ops::{Deref, DerefMut, Range},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// An I/O address: an address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) creates one, so it always lies
@@ -39,7 +36,8 @@ pub struct Mapping {
     len: usize,
     fd: OwnedFd,
     shareable: bool,
-    divided: AtomicBool,
+    /// The ranges that have an owner.
+    claims: Mutex<Vec<Range<usize>>>,
 }
 
 /// Devices and the IOMMU need large, aligned pieces (SPDK registers memory in steps of 2 MiB).
@@ -105,7 +103,7 @@ impl Mapping {
             // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
             unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         }
-        Ok(Self { base, len, fd, shareable: true, divided: AtomicBool::new(false) })
+        Ok(Self { base, len, fd, shareable: true, claims: Mutex::default() })
     }
 
     /// Memory that is shared only between this process and the kernel, with a memfd that stays empty.
@@ -121,7 +119,7 @@ impl Mapping {
         let base = map(None, len)?;
         // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
         unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        Ok(Self { base, len, fd, shareable: false, divided: AtomicBool::new(false) })
+        Ok(Self { base, len, fd, shareable: false, claims: Mutex::default() })
     }
 
     /// Whether another process can map it. It cannot if the file would exceed the process's limit (`ulimit -f`): then the memfd
@@ -158,12 +156,27 @@ impl Mapping {
         unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
     }
 
-    /// Claims the memory for arenas.
+    /// Claims a range for an owner that accesses it.
     ///
     /// # Panics
-    /// If called twice: every byte has one owner.
-    pub(crate) fn divide(&self) {
-        assert!(!self.divided.swap(true, Ordering::Relaxed), "a mapping is divided once");
+    /// If a part of it has an owner.
+    pub(crate) fn claim(&self, range: Range<usize>) {
+        let mut claims = self.claims();
+        let is_free = claims.iter().all(|claim| range.end <= claim.start || claim.end <= range.start);
+        if is_free {
+            claims.push(range);
+        }
+        drop(claims);
+        assert!(is_free, "every byte of a mapping has one owner");
+    }
+
+    /// Takes back the claim of a range.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        self.claims().retain(|claim| *claim != range);
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Vec<Range<usize>>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The first byte. Use it only for raw, volatile or atomic access: the device writes here.
@@ -252,7 +265,7 @@ impl Drop for Mapping {
 // SAFETY: the pointer is only an address. This type never reads or writes through it. The memory belongs to the owner of each
 // part (an `Arena`'s `Buf`, a driver's ring), not to a thread.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; all methods that take `&self` only return addresses, and `divided` is atomic.
+// SAFETY: as above; all methods that take `&self` only return addresses, and `claims` has a lock.
 unsafe impl Sync for Mapping {}
 
 /// Private memory that reads as zeroes. A page uses memory only after it was written.
@@ -395,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "a mapping is divided once")]
+    #[should_panic(expected = "every byte of a mapping has one owner")]
     fn no_byte_has_two_owners() {
         let m = Mapping::new(1).unwrap();
         let _first = m.arenas(2);

@@ -143,7 +143,7 @@ const READ_MAX: u32 = u32::MAX - 8;
 
 /// A validated request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Judged {
+pub(crate) enum Request {
     Command(Command),
     Write(Write),
     /// A status whose payload, of `len` bytes, names the contexts. [`status`] validates it when the payload is there.
@@ -153,12 +153,12 @@ pub(crate) enum Judged {
 }
 
 /// The reason why a request is refused.
-pub(crate) type Refused = (WireError, &'static str);
+pub(crate) type Reason = (WireError, &'static str);
 
 /// Validates a request, except DISC. If it has several errors, the first of these counts: an unknown command, a flag, a write to
 /// a read-only export, a command that was not advertised, the range, the alignment, the length.
 #[inline]
-pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
+pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Request, Reason> {
     use CommandKind as Kind;
     let Header { flags, kind, at, len, .. } = *header;
     let fua = flags.contains(CommandFlags::FUA);
@@ -178,24 +178,24 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
             let Some(len) = payload(terms, len) else {
                 return Err((WireError::Inval, "write longer than the maximum payload"));
             };
-            Ok(Judged::Write(Write { at, len, fua }))
+            Ok(Request::Write(Write { at, len, fua }))
         }
         Kind::FLUSH => {
             // Offset and length are reserved, and all servers in use but one ignore them (nbd.md, 2.1). So do we; the reply
             // repeats the offset.
             advertised(terms, TransmissionFlags::SEND_FLUSH)?;
-            Ok(Judged::Command(Command::Flush { at }))
+            Ok(Request::Command(Command::Flush { at }))
         }
         Kind::TRIM => {
             writable(terms)?;
             advertised(terms, TransmissionFlags::SEND_TRIM)?;
             range(terms, at, len, WireError::Inval)?;
-            Ok(Judged::Command(Command::Trim { at, len, fua }))
+            Ok(Request::Command(Command::Trim { at, len, fua }))
         }
         Kind::CACHE => {
             advertised(terms, TransmissionFlags::SEND_CACHE)?;
             range(terms, at, len, WireError::Inval)?;
-            Ok(Judged::Command(Command::Cache { at, len }))
+            Ok(Request::Command(Command::Cache { at, len }))
         }
         Kind::WRITE_ZEROES => {
             writable(terms)?;
@@ -203,13 +203,13 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
             range(terms, at, len, WireError::NoSpc)?;
             let unmap = !flags.contains(CommandFlags::NO_HOLE);
             let fast = flags.contains(CommandFlags::FAST_ZERO);
-            Ok(Judged::Command(Command::Zero { at, len, unmap, fast, fua }))
+            Ok(Request::Command(Command::Zero { at, len, unmap, fast, fua }))
         }
         Kind::BLOCK_STATUS => {
             let one = flags.contains(CommandFlags::REQ_ONE);
             match flags.contains(CommandFlags::PAYLOAD_LEN) {
                 true => selection(len, one),
-                false => status(terms, at, len, one, terms.contexts).map(Judged::Command),
+                false => status(terms, at, len, one, terms.contexts).map(Request::Command),
             }
         }
         _ => Err((WireError::Inval, "unknown command")),
@@ -218,26 +218,26 @@ pub(crate) fn judge(terms: &Terms, header: &Header) -> Result<Judged, Refused> {
 
 /// Validates a READ. If the maximum payload is the only reason against it, the error depends on `df`.
 #[inline]
-fn read(terms: &Terms, at: u64, len: u64, df: bool) -> Result<Judged, Refused> {
+fn read(terms: &Terms, at: u64, len: u64, df: bool) -> Result<Request, Reason> {
     range(terms, at, len, WireError::Inval)?;
     let Some(len) = payload(terms, len).filter(|&len| len <= READ_MAX) else {
         let error = if df { WireError::Overflow } else { WireError::Inval };
         return Err((error, "read longer than the maximum payload"));
     };
-    Ok(Judged::Command(Command::Read { at, len, df }))
+    Ok(Request::Command(Command::Read { at, len, df }))
 }
 
 /// Validates the length of a payload that names contexts: 8 bytes, and 4 for each context.
-fn selection(len: u64, one: bool) -> Result<Judged, Refused> {
+fn selection(len: u64, one: bool) -> Result<Request, Reason> {
     let ids = len.wrapping_sub(8);
     match ids.is_multiple_of(4) && ids <= 4 * CONTEXTS_MAX as u64 {
-        true => Ok(Judged::Selection { one }),
+        true => Ok(Request::Selection { one }),
         false => Err((WireError::Inval, "block status payload of a wrong length")),
     }
 }
 
 /// Validates a status request once its contexts are known.
-pub(crate) fn status(terms: &Terms, at: u64, len: u64, one: bool, contexts: ContextSet) -> Result<Command, Refused> {
+pub(crate) fn status(terms: &Terms, at: u64, len: u64, one: bool, contexts: ContextSet) -> Result<Command, Reason> {
     if contexts.is_empty() {
         return Err((WireError::Inval, "block status without a negotiated context"));
     }
@@ -282,7 +282,7 @@ fn wrong_flag(wrong: CommandFlags) -> &'static str {
 }
 
 #[inline]
-fn writable(terms: &Terms) -> Result<(), Refused> {
+fn writable(terms: &Terms) -> Result<(), Reason> {
     match terms.flags.contains(TransmissionFlags::READ_ONLY) {
         false => Ok(()),
         true => Err((WireError::Perm, "the export is read-only")),
@@ -290,7 +290,7 @@ fn writable(terms: &Terms) -> Result<(), Refused> {
 }
 
 #[inline]
-fn advertised(terms: &Terms, flag: TransmissionFlags) -> Result<(), Refused> {
+fn advertised(terms: &Terms, flag: TransmissionFlags) -> Result<(), Reason> {
     match terms.flags.contains(flag) {
         true => Ok(()),
         false => Err((WireError::Inval, "command was not advertised")),
@@ -298,7 +298,7 @@ fn advertised(terms: &Terms, flag: TransmissionFlags) -> Result<(), Refused> {
 }
 
 #[inline]
-fn range(terms: &Terms, at: u64, len: u64, past_end: WireError) -> Result<(), Refused> {
+fn range(terms: &Terms, at: u64, len: u64, past_end: WireError) -> Result<(), Reason> {
     if len > terms.size || at > terms.size - len {
         return Err((past_end, "range ends past the export"));
     }

@@ -1,7 +1,7 @@
 //! Server side of the transmission phase: bytes in, commands out. It counts every payload, so that exactly the bytes of a WRITE
 //! leave the stream, whatever happens to the request. No I/O, no allocation.
 
-use crate::command::{self, Command, Header, Judged, Refused, Rejection, Write};
+use crate::command::{self, Command, Header, Reason, Rejection, Request, Write};
 use crate::limits::SWALLOW_MAX;
 use crate::reader::{Joint, part, take_up_to};
 use crate::terms::{ContextSet, Fatal, Terms};
@@ -40,7 +40,7 @@ pub struct Receiver {
     at: u64,
     /// In `State::Refuse`: the parts of the rejection.
     kind: CommandKind,
-    refused: Refused,
+    reason: Reason,
     /// In `State::Selection`: the contexts read so far.
     selection: Selection,
 }
@@ -82,7 +82,7 @@ impl Receiver {
             cookie: Cookie(0),
             at: 0,
             kind: CommandKind::WRITE,
-            refused: (WireError::Inval, ""),
+            reason: (WireError::Inval, ""),
             selection: Selection::default(),
         }
     }
@@ -185,19 +185,19 @@ impl Receiver {
             return Err(Fatal::PayloadLength(payload));
         };
         match command::judge(&self.terms, header) {
-            Ok(Judged::Command(command)) => Ok(Some(Event::Command(cookie, command))),
-            Ok(Judged::Write(write)) => {
+            Ok(Request::Command(command)) => Ok(Some(Event::Command(cookie, command))),
+            Ok(Request::Write(write)) => {
                 self.enter(if left == 0 { State::Header } else { State::Payload }, left, header);
                 Ok(Some(Event::Write(cookie, write)))
             }
-            Ok(Judged::Selection { one }) => {
+            Ok(Request::Selection { one }) => {
                 self.enter(State::Selection, left, header);
                 self.selection = Selection { one, ..Selection::default() };
                 Ok(self.resume(input))
             }
-            Err(refused) => {
+            Err(reason) => {
                 self.enter(State::Refuse, left, header);
-                self.refuse(header.kind, refused);
+                self.refuse(header.kind, reason);
                 Ok(self.resume(input))
             }
         }
@@ -211,10 +211,10 @@ impl Receiver {
         self.at = header.at;
     }
 
-    fn refuse(&mut self, kind: CommandKind, refused: Refused) {
+    fn refuse(&mut self, kind: CommandKind, reason: Reason) {
         self.state = State::Refuse;
         self.kind = kind;
-        self.refused = refused;
+        self.reason = reason;
     }
 
     /// Returns the next bytes of a payload that the caller wants.
@@ -240,7 +240,7 @@ impl Receiver {
                 }
                 let told = self.state == State::Refuse;
                 self.state = State::Header;
-                told.then(|| self.rejection(self.kind, self.refused))
+                told.then(|| self.rejection(self.kind, self.reason))
             }
         }
     }
@@ -270,17 +270,17 @@ impl Receiver {
         }
         self.state = State::Header;
         let Selection { one, ids, wrong, .. } = self.selection;
-        let judged = match wrong {
+        let request = match wrong {
             true => Err((WireError::Inval, "block status of an unknown context, or of one twice")),
             false => command::status(&self.terms, self.at, len, one, ids),
         };
-        Some(match judged {
+        Some(match request {
             Ok(command) => Event::Command(self.cookie, command),
-            Err(refused) => self.rejection(CommandKind::BLOCK_STATUS, refused),
+            Err(reason) => self.rejection(CommandKind::BLOCK_STATUS, reason),
         })
     }
 
-    fn rejection(&self, kind: CommandKind, (error, text): Refused) -> Event<'static> {
+    fn rejection(&self, kind: CommandKind, (error, text): Reason) -> Event<'static> {
         Event::Reject(self.cookie, Rejection { kind, at: self.at, error, text })
     }
 }

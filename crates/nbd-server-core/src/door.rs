@@ -27,7 +27,7 @@ use crate::{
     limits::Limits,
     listener::{self, Listener, Obstacle},
     peer::{Party, Peer},
-    poll::{Happened, Interest, Poll},
+    poll::{Interest, Poll, Readiness},
     received::{Received, STAGING_MIN},
     roster::{View, Views},
     seat::Ticket,
@@ -166,8 +166,8 @@ impl Door {
         let now = Instant::now();
         let deadlines = self.guests.iter().flatten().map(|g| g.deadline).chain(self.closed_until);
         let timeout = deadlines.min().map(|t| t.saturating_duration_since(now));
-        let happened: Vec<Happened> = self.poll.wait(timeout)?.collect();
-        for event in happened {
+        let events: Vec<Readiness> = self.poll.wait(timeout)?.collect();
+        for event in events {
             if event.token == BELL {
                 let _ = self.bell.read();
             } else if event.token & LISTENER != 0 {

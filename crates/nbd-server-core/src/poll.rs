@@ -36,7 +36,7 @@ impl Interest {
 
 /// An event of the descriptor with this token.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Happened {
+pub(crate) struct Readiness {
     pub(crate) token: u64,
     /// There is something to read, or the end of the stream, or an error.
     pub(crate) readable: bool,
@@ -75,7 +75,7 @@ impl Poll {
     }
 
     /// Waits for events, at most for `timeout`, rounded up to milliseconds.
-    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = Happened> + use<'_>> {
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = Readiness> + use<'_>> {
         let timeout = match timeout {
             None => EpollTimeout::NONE,
             Some(t) => {
@@ -90,7 +90,7 @@ impl Poll {
         };
         Ok(self.events[..count].iter().map(|e| {
             let bad = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
-            Happened {
+            Readiness {
                 token: e.data(),
                 ended: e.events().intersects(EpollFlags::EPOLLRDHUP | bad),
                 readable: e.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | bad),

@@ -115,7 +115,7 @@ struct Leaving {
 }
 
 /// Open channels to a device that the workers do not have yet.
-struct Opened {
+struct NewSeat {
     seat: Arc<Seat>,
     /// Each with the number of the worker that will get it.
     channels: Vec<(usize, Channel)>,
@@ -194,7 +194,7 @@ impl Roster {
         let mut old: Vec<_> =
             before.exports.list().iter().zip(before.seats.iter().map(|ticket| Arc::clone(ticket.seat()))).collect();
         // Do everything that can fail first; publish the change last.
-        let (mut seats, mut opened) = (Vec::new(), Vec::new());
+        let (mut seats, mut added) = (Vec::new(), Vec::new());
         for new in exports.list() {
             let kept = old.iter().position(|(e, _)| e.name == new.name && Arc::ptr_eq(&e.device, &new.device));
             seats.push(match kept {
@@ -204,12 +204,12 @@ impl Roster {
                     let of = |error: io::Error| Context::wrap(format!("export {name:?}: {error}"), error);
                     let new = self.open(state, &new.device).map_err(of)?;
                     let seat = Arc::clone(&new.seat);
-                    opened.push(new);
+                    added.push(new);
                     seat
                 }
             });
         }
-        for Opened { seat, channels } in opened {
+        for NewSeat { seat, channels } in added {
             for (worker, channel) in channels {
                 self.workers[worker].open(Arc::clone(&seat), channel);
             }
@@ -226,7 +226,7 @@ impl Roster {
     }
 
     /// Opens the queues of a device.
-    fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<Opened> {
+    fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<NewSeat> {
         let lane = state.lanes.iter().position(|seat| seat.upgrade().is_none()).unwrap_or(state.lanes.len());
         let living: Vec<usize> = (0..self.workers.len()).filter(|n| self.workers[*n].is_alive()).collect();
         if living.is_empty() {
@@ -244,7 +244,7 @@ impl Roster {
             Some(free) => *free = Arc::downgrade(&seat),
             None => state.lanes.push(Arc::downgrade(&seat)),
         }
-        Ok(Opened { seat, channels })
+        Ok(NewSeat { seat, channels })
     }
 
     fn retire(&self, seat: &Seat, removal: Removal) {

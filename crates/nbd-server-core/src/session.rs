@@ -56,7 +56,7 @@ pub struct Session {
     waiting: VecDeque<Waiting>,
     /// A parsed request that blocks all later ones: a WRITE that waits for memory, or a request that waits for an earlier one to
     /// end.
-    stalled: Option<(Cookie, Asked)>,
+    stalled: Option<(Cookie, Request)>,
     /// The memory that the first waiting request needs.
     wants: Option<Part>,
     /// It waits until the client holds less memory instead: see [`is_held_back`](Self::is_held_back).
@@ -98,8 +98,9 @@ pub enum Stall {
     Turn,
 }
 
+/// A parsed request.
 #[derive(Clone, Copy, Debug)]
-enum Asked {
+enum Request {
     Command(Command),
     Write(Write),
 }
@@ -190,8 +191,8 @@ impl Session {
         if self.disconnecting {
             return Ok(Some(Stall::Disconnect));
         }
-        if let Some((cookie, asked)) = self.stalled
-            && let Some(stall) = self.begin(cookie, asked, channel, grant)
+        if let Some((cookie, request)) = self.stalled
+            && let Some(stall) = self.begin(cookie, request, channel, grant)
         {
             return Ok(Some(stall));
         }
@@ -206,10 +207,10 @@ impl Session {
                     if let Command::Status { .. } | Command::Zero { .. } | Command::Trim { .. } = command {
                         self.spent += SEARCH;
                     }
-                    let stall = self.begin(cookie, Asked::Command(command), channel, grant);
+                    let stall = self.begin(cookie, Request::Command(command), channel, grant);
                     stall.or_else(|| (self.held + self.spent >= enough && !input.is_empty()).then_some(Stall::Turn))
                 }
-                Event::Write(cookie, write) => self.begin(cookie, Asked::Write(write), channel, grant),
+                Event::Write(cookie, write) => self.begin(cookie, Request::Write(write), channel, grant),
                 Event::Payload(bytes) => {
                     self.fill(bytes, channel);
                     None
@@ -518,28 +519,28 @@ impl Session {
 
     /// Starts a request, or keeps it until it can start.
     #[inline]
-    fn begin(&mut self, cookie: Cookie, asked: Asked, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
+    fn begin(&mut self, cookie: Cookie, request: Request, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
         let stall = if !self.has_room() {
             Some(Stall::Calls)
         } else {
-            match asked {
+            match request {
                 _ if self.has_its_share(channel, grant) => Some(Stall::Calls),
-                Asked::Command(Command::Read { at, len, df }) if !self.waiting.is_empty() => {
+                Request::Command(Command::Read { at, len, df }) if !self.waiting.is_empty() => {
                     self.waiting.push_back(Waiting { cookie, at, len, df });
                     None
                 }
-                Asked::Command(command) => match (self.command(cookie, command, channel, grant), command) {
+                Request::Command(command) => match (self.command(cookie, command, channel, grant), command) {
                     (Some(Stall::Memory), Command::Read { at, len, df }) => {
                         self.waiting.push_back(Waiting { cookie, at, len, df });
                         None
                     }
                     (stall, _) => stall,
                 },
-                Asked::Write(_) if !self.waiting.is_empty() && !self.refusing => Some(Stall::Memory),
-                Asked::Write(write) => self.write(cookie, write, channel, grant),
+                Request::Write(_) if !self.waiting.is_empty() && !self.refusing => Some(Stall::Memory),
+                Request::Write(write) => self.write(cookie, write, channel, grant),
             }
         };
-        self.stalled = stall.map(|_| (cookie, asked));
+        self.stalled = stall.map(|_| (cookie, request));
         stall
     }
 

@@ -241,7 +241,7 @@ struct Client {
     mode: Mode,
     encoder: Encoder,
     decoder: Decoder,
-    asked: HashMap<u64, Asked>,
+    requests: HashMap<u64, Request>,
     next: u64,
     /// Encoded requests, not yet at the server.
     wire: Vec<u8>,
@@ -261,7 +261,7 @@ struct Client {
     refused: bool,
 }
 
-struct Asked {
+struct Request {
     kind: Kind,
     at: u64,
     len: u64,
@@ -400,7 +400,7 @@ impl World {
 
     /// All requests are sent, and all have their replies.
     fn is_over(&mut self) -> bool {
-        for client in self.floor.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.asked.is_empty()) {
+        for client in self.floor.clients.iter_mut().filter(|c| !c.goodbye && !c.gone && c.requests.is_empty()) {
             client.goodbye = true;
             client.encoder.disconnect(&mut client.wire, Cookie(0));
         }
@@ -479,7 +479,7 @@ impl World {
         if expected.is_none() {
             self.model.busy.insert((n, cookie), (at, len, changes));
         }
-        client.asked.insert(cookie, Asked { kind, at, len, flags, data, expected });
+        client.requests.insert(cookie, Request { kind, at, len, flags, data, expected });
         self.budget -= 1;
     }
 
@@ -549,32 +549,32 @@ impl World {
             match client.decoder.next(&mut input).expect("the server follows the protocol") {
                 None => break,
                 Some(client::Event::Simple(cookie, result)) => {
-                    let asked = &client.asked[&cookie.0];
-                    assert!(client.mode == Mode::Simple || asked.kind != Kind::READ, "reads are answered in chunks");
-                    if asked.kind == Kind::READ && result.is_ok() && asked.len > 0 {
-                        client.decoder.expect_payload(asked.len as u32);
-                        client.incoming = Some((cookie.0, asked.at));
+                    let request = &client.requests[&cookie.0];
+                    assert!(client.mode == Mode::Simple || request.kind != Kind::READ, "reads are answered in chunks");
+                    if request.kind == Kind::READ && result.is_ok() && request.len > 0 {
+                        client.decoder.expect_payload(request.len as u32);
+                        client.incoming = Some((cookie.0, request.at));
                     } else {
                         self.answered(n, cookie.0, result);
                     }
                 }
                 Some(client::Event::Chunk { cookie, done, chunk, .. }) => {
-                    let asked = &client.asked[&cookie.0];
+                    let request = &client.requests[&cookie.0];
                     match chunk {
                         Chunk::Data { at, len } => {
-                            assert_eq!((asked.kind, at), (Kind::READ, client.part(cookie)));
-                            assert_eq!(done, at + u64::from(len) == asked.at + asked.len, "the last chunk says so");
+                            assert_eq!((request.kind, at), (Kind::READ, client.part(cookie)));
+                            assert_eq!(done, at + u64::from(len) == request.at + request.len, "the last chunk says so");
                             assert!(
-                                !asked.flags.contains(Flags::DF) || done && at == asked.at,
+                                !request.flags.contains(Flags::DF) || done && at == request.at,
                                 "DF asks for one chunk"
                             );
                             client.incoming = Some((cookie.0, at));
                         }
                         Chunk::Hole { at, len } => {
-                            assert_eq!((asked.kind, at), (Kind::READ, client.part(cookie)));
-                            assert!(!asked.flags.contains(Flags::DF), "DF asks for data");
+                            assert_eq!((request.kind, at), (Kind::READ, client.part(cookie)));
+                            assert!(!request.flags.contains(Flags::DF), "DF asks for data");
                             let next = at + u64::from(len);
-                            assert_eq!(done, next == asked.at + asked.len, "the last chunk says so");
+                            assert_eq!(done, next == request.at + request.len, "the last chunk says so");
                             client.incoming = Some((cookie.0, next));
                             self.model.must_be_zero(at, next);
                             if done {
@@ -582,8 +582,8 @@ impl World {
                             }
                         }
                         Chunk::Status { context: 0, extents } => {
-                            let (mut at, end) = (asked.at, asked.at + asked.len);
-                            assert!(!asked.flags.contains(Flags::REQ_ONE) || extents.len() == 1);
+                            let (mut at, end) = (request.at, request.at + request.len);
+                            assert!(!request.flags.contains(Flags::REQ_ONE) || extents.len() == 1);
                             for e in &extents {
                                 if e.flags & 2 != 0 {
                                     self.model.must_be_zero(at, (at + e.len).min(end));
@@ -601,10 +601,10 @@ impl World {
                 Some(client::Event::Payload(bytes)) => {
                     let (cookie, at) = client.incoming.expect("data belongs to a read");
                     self.model.must_hold(at, bytes);
-                    let asked = &client.asked[&cookie];
+                    let request = &client.requests[&cookie];
                     let next = at + bytes.len() as u64;
                     client.incoming = Some((cookie, next));
-                    if next == asked.at + asked.len {
+                    if next == request.at + request.len {
                         self.answered(n, cookie, Ok(()));
                     }
                 }
@@ -614,30 +614,30 @@ impl World {
 
     /// Checks the reply to a request: exactly one, and correct.
     fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
-        let asked = self.floor.clients[n].asked.remove(&cookie).expect("one answer for each request");
+        let request = self.floor.clients[n].requests.remove(&cookie).expect("one answer for each request");
         self.model.busy.remove(&(n, cookie));
         if result == Err(WireError::Shutdown) {
             // Nothing has changed, so the model does not change either.
             return assert!(self.floor.clients[n].refused, "ESHUTDOWN only for refused clients");
         }
-        if let Some(expected) = asked.expected {
-            return assert_eq!(result, Err(expected), "{:?} {:?}", asked.kind, asked.flags);
+        if let Some(expected) = request.expected {
+            return assert_eq!(result, Err(expected), "{:?} {:?}", request.kind, request.flags);
         }
-        let range = asked.at as usize..(asked.at + asked.len) as usize;
+        let range = request.at as usize..(request.at + request.len) as usize;
         match result {
-            Ok(()) => match asked.kind {
+            Ok(()) => match request.kind {
                 Kind::WRITE => {
-                    self.model.bytes[range].iter_mut().zip(&asked.data).for_each(|(byte, new)| *byte = Some(*new));
+                    self.model.bytes[range].iter_mut().zip(&request.data).for_each(|(byte, new)| *byte = Some(*new));
                 }
                 Kind::WRITE_ZEROES => self.model.bytes[range].fill(Some(0)),
                 Kind::TRIM => self.model.bytes[range].fill(None),
                 _ => {}
             },
             // The request must not have changed anything.
-            Err(WireError::NotSup) => assert!(asked.flags.contains(Flags::FAST_ZERO)),
+            Err(WireError::NotSup) => assert!(request.flags.contains(Flags::FAST_ZERO)),
             Err(error) => {
-                assert!(self.faulty, "{:?} of {} at {} failed with {error:?}", asked.kind, asked.len, asked.at);
-                self.model.forget(&asked);
+                assert!(self.faulty, "{:?} of {} at {} failed with {error:?}", request.kind, request.len, request.at);
+                self.model.forget(&request);
             }
         }
     }
@@ -695,8 +695,8 @@ impl World {
         client.session.close();
         self.turns.leave(n as u32);
         self.floor.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
-        for (cookie, asked) in client.asked.drain() {
-            self.model.forget(&asked);
+        for (cookie, request) in client.requests.drain() {
+            self.model.forget(&request);
             // The device may still execute its requests: no other request may touch their ranges until the end.
             if let Some((.., changes)) = self.model.busy.get_mut(&(n, cookie)) {
                 *changes = true;
@@ -709,7 +709,7 @@ impl World {
             assert_eq!(channel.in_flight(), 0);
             assert!(self.faulty || channel.memory_free() == channel.memory(), "every buffer came back");
         }
-        assert!(self.floor.clients.iter().all(|c| c.gone || c.asked.is_empty()), "every request was answered");
+        assert!(self.floor.clients.iter().all(|c| c.gone || c.requests.is_empty()), "every request was answered");
         self.floor.channels.clear();
         let mut content = vec![0; DEVICE as usize];
         self.device.device().read(0, &mut content);
@@ -775,10 +775,10 @@ impl Model {
     }
 
     /// The request may have happened or not: every byte may be old or new.
-    fn forget(&mut self, asked: &Asked) {
-        let range = asked.at as usize..(asked.at + asked.len).min(DEVICE) as usize;
-        match asked.kind {
-            _ if asked.expected.is_some() => {}
+    fn forget(&mut self, request: &Request) {
+        let range = request.at as usize..(request.at + request.len).min(DEVICE) as usize;
+        match request.kind {
+            _ if request.expected.is_some() => {}
             Kind::WRITE | Kind::WRITE_ZEROES | Kind::TRIM => self.bytes[range].fill(None),
             _ => {}
         }
@@ -789,7 +789,7 @@ impl Client {
     /// Where the next part of a reply to a read must begin: parts are consecutive, without gaps.
     fn part(&self, cookie: Cookie) -> u64 {
         let begun = self.incoming.filter(|incoming| incoming.0 == cookie.0);
-        begun.map_or(self.asked[&cookie.0].at, |(_, at)| at)
+        begun.map_or(self.requests[&cookie.0].at, |(_, at)| at)
     }
 
     /// Sends a request whose reply is not checked.
@@ -861,7 +861,7 @@ impl Client {
             mode,
             encoder: Encoder::new(mode),
             decoder: Decoder::new(mode),
-            asked: HashMap::new(),
+            requests: HashMap::new(),
             next: 1,
             wire: Vec::new(),
             arrived: Vec::new(),

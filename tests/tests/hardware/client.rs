@@ -38,10 +38,10 @@ fn kernel(target: &Target, listen: fn(&Dir, &[&str]) -> Nbdblk) {
         Address::Unix(path) => ("-unix".to_owned(), path.display().to_string()),
         Address::Tcp(address) => (address.ip().to_string(), address.port().to_string()),
     };
-    let attached = Attached::new(&[&host, &port, "-N", "disk", "-C", "2"]);
+    let disk = NbdDisk::new(&[&host, &port, "-N", "disk", "-C", "2"]);
     assert_eq!(sockets(&server), idle + 2, "the kernel has two connections");
-    tool("sh").args(["-c", FILE_SYSTEM, &attached.0]).within(dir.path()).ok();
-    drop(attached);
+    tool("sh").args(["-c", FILE_SYSTEM, &disk.0]).within(dir.path()).ok();
+    drop(disk);
     assert!(server.terminate().success());
 }
 
@@ -54,9 +54,9 @@ fn sockets(server: &Nbdblk) -> usize {
 
 /// A disk, `/dev/nbdN`, with a server; detached when dropped.
 #[derive(Debug)]
-struct Attached(String);
+struct NbdDisk(String);
 
-impl Attached {
+impl NbdDisk {
     fn new(args: &[&str]) -> Self {
         // Tests of other devices use disks, too.
         let mut said = String::new();
@@ -71,7 +71,7 @@ impl Attached {
     }
 }
 
-impl Drop for Attached {
+impl Drop for NbdDisk {
     fn drop(&mut self) {
         // A mount left by a failed test would hold the device.
         let _ = tool("umount").args(["-q", "-l", &self.0]).run();

@@ -89,7 +89,7 @@ impl Machine<'_> {
     /// Runs the machine to its end, and passes on what the command says.
     fn attend(&self, qemu: &mut Command, ports: [std::io::Result<UnixListener>; 3], job_max: Duration) -> Result<i32> {
         let start = Instant::now();
-        let mut child = Killed(qemu.spawn().context("starting the machine")?);
+        let mut child = ChildGuard(qemu.spawn().context("starting the machine")?);
         let [control, out, err] = ports.map(|port| accept(&port?, &mut child.0));
         let (control, out, err) = (control?, out?, err?);
         let out = std::thread::spawn(move || pass_on(out, std::io::stdout()));
@@ -282,9 +282,9 @@ const PORTS: [&str; 3] = ["control", "out", "err"];
 
 /// A child that is killed when this is dropped.
 #[derive(Debug)]
-struct Killed(Child);
+struct ChildGuard(Child);
 
-impl Drop for Killed {
+impl Drop for ChildGuard {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

@@ -31,7 +31,7 @@ impl Handshake {
 
     /// Selects contexts by their full names. The caller has already cleared the previous selection.
     pub(super) fn set_contexts(&mut self, data: &[u8], catalog: &dyn Catalog, replies: &mut Replies<'_>) -> Answer {
-        if self.asked.mode == Mode::Simple {
+        if self.choices.mode == Mode::Simple {
             return Err(Refusal::new(Rep::ERR_INVALID, "structured replies must be negotiated first"));
         }
         let request = MetaRequest::parse(data)?;
@@ -47,7 +47,7 @@ impl Handshake {
             }
         }
         self.spend(replies, full)?;
-        self.asked.selection = Some(Selection { name: request.name.to_owned(), contexts });
+        self.choices.selection = Some(Selection { name: request.name.to_owned(), contexts });
         Ok(())
     }
 }

@@ -36,7 +36,7 @@ pub struct Handshake {
     offer: Offer,
     client: ClientFlags,
     secure: bool,
-    asked: Asked,
+    choices: Choices,
     state: State,
     /// The available part of the current header or option, if it arrives in pieces. Never longer than [`OPTION_MAX`].
     have: Vec<u8>,
@@ -46,9 +46,9 @@ pub struct Handshake {
     budget: usize,
 }
 
-/// The state of the negotiation so far, which STARTTLS clears.
+/// The choices of the client so far, which STARTTLS clears.
 #[derive(Debug, Default)]
-struct Asked {
+struct Choices {
     mode: Mode,
     /// The selected contexts, and their export.
     selection: Option<Selection>,
@@ -93,7 +93,7 @@ impl Handshake {
             offer,
             client: ClientFlags::NONE,
             secure: false,
-            asked: Asked::default(),
+            choices: Choices::default(),
             state: State::Flags,
             have: Vec::new(),
             options: 0,
@@ -209,7 +209,7 @@ impl Handshake {
         }
         if opt == Opt::SET_META_CONTEXT {
             // Clear the previous selection, whatever the result of this option (proto.md, "NBD_OPT_SET_META_CONTEXT").
-            self.asked.selection = None;
+            self.choices.selection = None;
         }
         let answer = match self.permit(opt, len) {
             Ok(()) if len > 0 && opt != Opt::ABORT => {
@@ -294,18 +294,18 @@ impl Handshake {
             return Err(Refusal::new(Rep::ERR_POLICY, "TLS is not configured"));
         }
         self.secure = true;
-        self.asked = Asked::default();
+        self.choices = Choices::default();
         Ok(())
     }
 
     fn raise(&mut self, mode: Mode) -> Answer {
-        if mode == self.asked.mode {
+        if mode == self.choices.mode {
             return Err(Refusal::new(Rep::ERR_INVALID, "negotiated already"));
         }
-        if mode < self.asked.mode {
+        if mode < self.choices.mode {
             return Err(Refusal::new(Rep::ERR_EXT_HEADER_REQD, "extended headers were negotiated already"));
         }
-        self.asked.mode = mode;
+        self.choices.mode = mode;
         Ok(())
     }
 
@@ -337,7 +337,7 @@ impl Handshake {
         let request = InfoRequest::parse(data)?;
         self.tell(&request, Opt::INFO, catalog, replies)?;
         if request.asks(InfoKind::BLOCK_SIZE) {
-            self.asked.sized = Some(request.name.to_owned());
+            self.choices.sized = Some(request.name.to_owned());
         }
         Ok(())
     }
@@ -385,12 +385,12 @@ impl Handshake {
     /// Returns the export with this name, under the terms negotiated so far.
     fn find(&self, name: &str, opt: Opt, catalog: &dyn Catalog) -> Result<Negotiated, Refusal> {
         let export = self.export(name, opt, catalog)?;
-        let contexts = match &self.asked.selection {
+        let contexts = match &self.choices.selection {
             Some(selection) if selection.name == name => selection.contexts.clone(),
             _ => Vec::new(),
         };
         let terms = Terms {
-            mode: self.asked.mode,
+            mode: self.choices.mode,
             flags: export.flags,
             size: export.size,
             block: export.block,
@@ -401,7 +401,7 @@ impl Handshake {
             export,
             name: name.to_owned(),
             contexts,
-            block_size_asked: self.asked.sized.as_deref() == Some(name),
+            block_size_asked: self.choices.sized.as_deref() == Some(name),
             secure: self.secure,
             terms: terms.told(),
         })
@@ -433,7 +433,7 @@ impl Handshake {
             return Err(Fatal::ExportName(Rep::ERR_TLS_REQD));
         }
         // proto.md, "NBD_OPT_EXTENDED_HEADERS": MUST NOT be used once they are negotiated.
-        if len as usize > NAME_MAX || self.asked.mode == Mode::Extended {
+        if len as usize > NAME_MAX || self.choices.mode == Mode::Extended {
             return Err(Fatal::ExportName(Rep::ERR_INVALID));
         }
         self.state = State::Data { opt: Opt::EXPORT_NAME, len: len as usize };

@@ -27,7 +27,7 @@ use nix::sys::{eventfd::EventFd, prctl};
 use crate::{
     end::End,
     limits::Limits,
-    poll::{Happened, Poll, bell},
+    poll::{Poll, Readiness, bell},
     turns::Turns,
 };
 use conn::Conn;
@@ -200,7 +200,7 @@ impl Worker {
             self.timeout()
         };
         let mut rung = false;
-        for Happened { token, readable, ended } in self.poll.wait(timeout)? {
+        for Readiness { token, readable, ended } in self.poll.wait(timeout)? {
             if token == BELL {
                 rung = true;
             } else if token & LANE == 0

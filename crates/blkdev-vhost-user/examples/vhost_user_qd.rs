@@ -1,7 +1,7 @@
 //! Measures random 4 KiB reads at one queue depth:
 //!
 //! ```text
-//! cargo run --release -p blkdev-vhost-user --example qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]
+//! cargo run --release -p blkdev-vhost-user --example vhost_user_qd -- SOCKET [DEPTH [poll|wake [SECONDS]]]
 //! ```
 //!
 //! Prints the time of a request and its CPU cost in this process. With polling: the median of the turns that found a completion
@@ -23,7 +23,8 @@ use nix::{
 
 fn main() -> io::Result<()> {
     let mut args = env::args().skip(1);
-    let path = args.next().ok_or_else(|| io::Error::other("usage: qd SOCKET [DEPTH [poll|wake [SECONDS]]]"))?;
+    let path =
+        args.next().ok_or_else(|| io::Error::other("usage: vhost_user_qd SOCKET [DEPTH [poll|wake [SECONDS]]]"))?;
     let depth: u16 = args.next().map_or(Ok(64), |a| a.parse()).map_err(io::Error::other)?;
     let sleep = args.next().is_some_and(|a| a == "wake");
     let seconds: f64 = args.next().map_or(Ok(2.0), |a| a.parse()).map_err(io::Error::other)?;

@@ -1,7 +1,7 @@
 //! Prints the properties and the first 512 bytes of a file or block device, through a single queue:
 //!
 //! ```text
-//! cargo run -p blkdev-io-uring --example read -- disk.img
+//! cargo run -p blkdev-io-uring --example io_uring_read -- disk.img
 //! ```
 
 use std::{env, io, path::PathBuf, process::ExitCode, sync::Arc};
@@ -11,7 +11,7 @@ use blkdev_io_uring::{IoUring, Options};
 
 fn main() -> ExitCode {
     let Some(path) = env::args_os().nth(1) else {
-        eprintln!("usage: read PATH");
+        eprintln!("usage: io_uring_read PATH");
         return ExitCode::from(2);
     };
     match print(path.into()) {

@@ -1,7 +1,7 @@
 //! Measures a queue: random reads or writes at a fixed depth, for two seconds.
 //!
 //! ```text
-//! cargo run --release -p blkdev-io-uring --example qd -- PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]
+//! cargo run --release -p blkdev-io-uring --example io_uring_qd -- PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]
 //! ```
 //!
 //! Prints the time and the CPU time of an operation. With `write` it overwrites the file.
@@ -24,8 +24,9 @@ use nix::{
 
 fn main() -> io::Result<()> {
     let mut args = env::args().skip(1);
-    let path =
-        args.next().ok_or_else(|| io::Error::other("usage: qd PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]"))?;
+    let path = args
+        .next()
+        .ok_or_else(|| io::Error::other("usage: io_uring_qd PATH [read|write] [BLOCK SIZE] [DEPTH] [direct]"))?;
     let write = args.next().as_deref() == Some("write");
     let size: usize = args.next().map_or(4096, |n| n.parse().expect("a block size"));
     let depth: u16 = args.next().map_or(64, |n| n.parse().expect("a depth"));

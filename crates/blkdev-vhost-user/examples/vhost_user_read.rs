@@ -1,7 +1,7 @@
 //! Prints the first 512 bytes of a vhost-user-blk device:
 //!
 //! ```text
-//! cargo run -p blkdev-vhost-user --example read -- vhost.sock
+//! cargo run -p blkdev-vhost-user --example vhost_user_read -- vhost.sock
 //! ```
 
 use std::{env, io, process::ExitCode, sync::Arc};
@@ -11,7 +11,7 @@ use blkdev_vhost_user::{Options, VhostUser};
 
 fn main() -> ExitCode {
     let Some(path) = env::args_os().nth(1) else {
-        eprintln!("usage: read SOCKET");
+        eprintln!("usage: vhost_user_read SOCKET");
         return ExitCode::from(2);
     };
     match first_block(&Options::new(path)) {

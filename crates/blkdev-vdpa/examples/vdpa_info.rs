@@ -1,7 +1,7 @@
 //! Prints the size and the properties of a vhost-vdpa device:
 //!
 //! ```text
-//! cargo run -p blkdev-vdpa --example info -- /dev/vhost-vdpa-0
+//! cargo run -p blkdev-vdpa --example vdpa_info -- /dev/vhost-vdpa-0
 //! ```
 
 use std::{env, process::ExitCode};
@@ -11,7 +11,7 @@ use blkdev_vdpa::{Options, Source, Vdpa};
 
 fn main() -> ExitCode {
     let Some(path) = env::args_os().nth(1) else {
-        eprintln!("usage: info /dev/vhost-vdpa-N");
+        eprintln!("usage: vdpa_info /dev/vhost-vdpa-N");
         return ExitCode::from(2);
     };
     match Vdpa::open(Options::new(Source::Path(path.into()))) {

@@ -1,7 +1,7 @@
 //! Opens a device with a libblkio driver, and prints its size and properties:
 //!
 //! ```text
-//! cargo run -p blkdev-libblkio --example info -- io_uring path=disk.img
+//! cargo run -p blkdev-libblkio --example libblkio_info -- io_uring path=disk.img
 //! ```
 
 use std::{env, io, process::ExitCode};
@@ -12,7 +12,7 @@ use blkdev_libblkio::Libblkio;
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
     let Some(driver) = arguments.next() else {
-        eprintln!("usage: info DRIVER [PROPERTY=VALUE]...");
+        eprintln!("usage: libblkio_info DRIVER [PROPERTY=VALUE]...");
         return ExitCode::from(2);
     };
     match open(&driver, arguments) {

@@ -1,7 +1,7 @@
 //! Serves a RAM disk of 1 GiB on a Unix domain socket until killed, and prints its URI:
 //!
 //! ```text
-//! cargo run --release -p nbd-server-core --example ram_disk -- nbd.sock
+//! cargo run --release -p nbd-server-core --example nbd_ram_disk -- nbd.sock
 //! ```
 
 use std::{os::unix::net::UnixListener, sync::Arc, thread};

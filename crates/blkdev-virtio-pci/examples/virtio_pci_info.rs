@@ -1,7 +1,7 @@
 //! Prints the size and the properties of a virtio-blk PCI device bound to vfio-pci:
 //!
 //! ```text
-//! cargo run -p blkdev-virtio-pci --example info -- 0000:00:07.0
+//! cargo run -p blkdev-virtio-pci --example virtio_pci_info -- 0000:00:07.0
 //! ```
 
 use std::{env, process::ExitCode};
@@ -11,7 +11,7 @@ use blkdev_virtio_pci::{Options, VirtioPci};
 
 fn main() -> ExitCode {
     let Some(address) = env::args().nth(1) else {
-        eprintln!("usage: info ADDRESS");
+        eprintln!("usage: virtio_pci_info ADDRESS");
         return ExitCode::from(2);
     };
     match VirtioPci::open(&Options::new(address)) {

@@ -1,8 +1,8 @@
 //! Prints the size and the properties of an NVMe namespace, of a controller bound to vfio-pci or of the kernel's driver:
 //!
 //! ```text
-//! cargo run -p blkdev-nvme --example info -- 0000:01:00.0/1
-//! cargo run -p blkdev-nvme --example info -- /dev/ng0n1
+//! cargo run -p blkdev-nvme --example nvme_info -- 0000:01:00.0/1
+//! cargo run -p blkdev-nvme --example nvme_info -- /dev/ng0n1
 //! ```
 
 use std::{env, io, process::ExitCode};
@@ -12,7 +12,7 @@ use blkdev_nvme::{Nvme, Options, Passthrough, PassthroughOptions, Target, VfioOp
 
 fn main() -> ExitCode {
     let Some(name) = env::args().nth(1) else {
-        eprintln!("usage: info CONTROLLER[/NSID] | /dev/ngXnY");
+        eprintln!("usage: nvme_info CONTROLLER[/NSID] | /dev/ngXnY");
         return ExitCode::from(2);
     };
     match open(&name) {
