@@ -10,6 +10,28 @@ use crate::{Address, Cmd, Dir, Nbdblk, Pki, Version, tool};
 /// The size of the export that clients read and write.
 pub const SIZE: u64 = 64 << 20;
 
+/// The page with the table of clients.
+const PAGE: &str = include_str!("../../docs/security.md");
+
+/// Runs each client that the table in docs/security.md says "yes" of, in the column `column` of the table.
+///
+/// # Panics
+/// If one of them fails, or a client is missing from the table.
+pub fn check_column(column: &str, dir: &Dir, server: &Nbdblk, credentials: Credentials<'_>, version: Version) {
+    let cells = |line: &'static str| line.split('|').map(str::trim).collect::<Vec<_>>();
+    let mut lines = PAGE.lines().skip_while(|line| !line.starts_with("| client | TLS"));
+    let head = cells(lines.next().expect("the page has the table"));
+    let at = head.iter().position(|cell| *cell == column).unwrap_or_else(|| panic!("the table has no column {column}"));
+    let rows: Vec<_> = lines.take_while(|line| line.starts_with('|')).map(cells).collect();
+    for client in Client::ALL {
+        let row = rows.iter().find(|row| row[1] == client.name()).unwrap_or_else(|| panic!("no row for {client:?}"));
+        match row[at] {
+            "yes" => client.exchange(dir, server, credentials, version),
+            cell => assert_eq!((cell, client), ("no", Client::GnuTls), "only a client with a defect may fail"),
+        }
+    }
+}
+
 /// How clients and server prove who they are.
 #[derive(Debug, Clone, Copy)]
 pub enum Credentials<'a> {
@@ -145,12 +167,9 @@ fn openssl(dir: &Dir, address: SocketAddr, credentials: Credentials<'_>, version
     let protocol = if version == Version::Tls12 { "-tls1_2" } else { "-tls1_3" };
     let client = tool("openssl").args(["s_client", "-connect", &place, protocol, "-servername", "localhost"]);
     let client = match credentials {
-        Credentials::Certificates(pki) => client.args(["-verify_return_error", "-CAfile", &file(pki, "ca-cert.pem")]).args([
-            "-cert",
-            &file(pki, "client-cert.pem"),
-            "-key",
-            &file(pki, "client-key.pem"),
-        ]),
+        Credentials::Certificates(pki) => client
+            .args(["-verify_return_error", "-CAfile", &file(pki, "ca-cert.pem")])
+            .args(["-cert", &file(pki, "client-cert.pem"), "-key", &file(pki, "client-key.pem")]),
         Credentials::Keys(dir) => {
             let ciphers = ["-cipher", "PSK", "-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"];
             client.args(["-psk_identity", "alice", "-psk", &key(dir)]).args(ciphers)
@@ -174,7 +193,7 @@ fn gnutls(dir: &Dir, address: SocketAddr, credentials: Credentials<'_>, version:
             "--priority=NORMAL:-KX-ALL:+ECDHE-PSK:+DHE-PSK:+PSK".into(),
         ]),
     };
-    read_and_change_keys(dir, client.args(["localhost"]), version, "^rekey^", "rekey");
+    read_and_change_keys(dir, client.args(["localhost"]), version, "^rekey^", "Rekey was completed");
 }
 
 /// Returns the address of a relay. It does the start of the NBD handshake on each connection that it accepts, up to STARTTLS: these
@@ -201,11 +220,13 @@ fn after_starttls(server: SocketAddr) -> SocketAddr {
 
 /// Speaks NBD through a client that knows only TLS. `command` makes it change its keys, and `answer` is what it says then.
 fn read_and_change_keys(dir: &Dir, client: Cmd, version: Version, command: &str, answer: &str) {
+    // The last byte of a request is one of its length: a line feed, because gnutls-cli takes a command at the start of a line.
+    const LEN: usize = 0x700 + b'\n' as usize;
     // Text that the client prints as it is.
-    let block = |n: u64| format!("{n:04} of the blocks\n").repeat(100);
+    let block = |n: u64| format!("{n:04} of the blocks\n").repeat(100)[..LEN].to_owned();
     let mode = Mode::Simple;
-    let write = |n: u64| mode.request(0, cmd::WRITE, n, n << 16, block(n).len() as u64, block(n).as_bytes());
-    let read = |n: u64| mode.request(0, cmd::READ, n, n << 16, block(n).len() as u64, b"");
+    let write = |n: u64| mode.request(0, cmd::WRITE, n, n << 16, LEN as u64, block(n).as_bytes());
+    let read = |n: u64| mode.request(0, cmd::READ, n, n << 16, LEN as u64, b"");
     let mut client = client.spawn(dir.at("client.log"));
     client.type_bytes(&[option_bytes(opt::EXPORT_NAME, b""), write(1), read(1)].concat());
     client.await_text(&block(1));

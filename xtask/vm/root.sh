@@ -7,17 +7,22 @@ export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 # No package may start a service here.
 printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
 chmod +x /usr/sbin/policy-rc.d
+# The kernel is that of the backports: TLS in the kernel can change keys from Linux 6.14 on.
+suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+sed -n "s/^\(deb [^ ]*\) $suite .*/\1 $suite-backports main/p" /etc/apt/sources.list > /etc/apt/sources.list.d/backports.list
 apt-get update -qq
 apt-get install -qqy --no-install-recommends \
-    busybox-static e2fsprogs file fio gnutls-bin iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli pciutils procps \
+    busybox-static e2fsprogs file fio gnutls-bin iproute2 kmod libnbd-bin nbd-client nbdkit nvme-cli openssl pciutils procps \
     python3-libnbd qemu-block-extra qemu-system-x86 qemu-utils strace util-linux xz-utils zstd
 
-package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p')
+package=$(apt-cache depends "linux-image-amd64/$suite-backports" | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p')
 version=${package#linux-image-}
 work=$(mktemp -d)
 cd "$work"
-apt-get download -qq -o APT::Sandbox::User=root "$package"
-dpkg-deb -x "$package"_*.deb kernel
+# The kernel and its modules may be in packages of their own.
+parts=$(apt-cache depends "$package" | sed -n "s/.*Depends: \(linux-[a-z]*-$version\)$/\1/p")
+apt-get download -qq -o APT::Sandbox::User=root "$package" $parts
+for deb in *.deb; do dpkg-deb -x "$deb" kernel; done
 [ -e kernel/lib ] || ln -s usr/lib kernel/lib
 depmod -b "$work/kernel" "$version"
 from=$work/kernel/lib/modules/$version
@@ -58,8 +63,8 @@ for deb in linux-headers-*.deb linux-kbuild-*.deb; do dpkg-deb -x "$deb" /; done
 dpkg-deb --fsys-tarfile linux-source-*.deb | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' |
     tar -xJ --strip-components=3 --wildcards 'linux-source-*/drivers/vdpa/virtio_pci'
 echo 'obj-m := vp_vdpa.o' > virtio_pci/Makefile
-# Without BTF, the kernel's types, which would need the kernel itself unpacked.
-make -C "/usr/src/linux-headers-$version" M="$work/virtio_pci" CONFIG_DEBUG_INFO_BTF_MODULES= modules
+# Without BTF, the kernel's types, which would need the kernel itself unpacked, and without objtool, which needs /proc.
+make -C "/usr/src/linux-headers-$version" M="$work/virtio_pci" CONFIG_DEBUG_INFO_BTF_MODULES= CONFIG_OBJTOOL= modules
 mkdir "$to/updates"
 cp virtio_pci/vp_vdpa.ko "$to/updates"
 apt-get purge -qqy --autoremove $tools
@@ -70,7 +75,7 @@ depmod "$version"
 
 # An unpacked kernel spares the guest the unpacking, which is slow without KVM. The packed one follows a loader; zstd
 # complains of what comes after it.
-image=kernel/boot/vmlinuz-$version
+image=$(find kernel -type f -name "vmlinuz*")
 at=$(grep -abom1 -P '\x28\xb5\x2f\xfd' "$image" | head -n1 | cut -d: -f1)
 tail -c +$((at + 1)) "$image" | zstd -dcq > /boot/vmlinux 2> "$work/complaints" || true
 [ "$(head -c4 /boot/vmlinux | tail -c3)" = ELF ] || { cat "$work/complaints" >&2; echo "no kernel in $image" >&2; exit 1; }
