@@ -60,6 +60,8 @@ pub mod wake;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod fault;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod memory;
 pub mod null;
 
