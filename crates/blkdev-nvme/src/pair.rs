@@ -259,7 +259,7 @@ impl<T> Pair<T> {
         Self {
             id,
             layout,
-            window: Window::zeroed(mapping),
+            window: Window::new(mapping),
             addresses: addresses.clone(),
             bells,
             tail: 0,

@@ -1,12 +1,9 @@
 //! [`Window`]: a window of queue memory that the device may write at any time, behind bounds-checked atomic access.
 #![allow(unsafe_code)]
 
-use std::{
-    ptr,
-    sync::{
-        Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 use blkdev::Mapping;
@@ -20,10 +17,8 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// A whole mapping without other users, cleared to zero.
-    pub(crate) fn zeroed(mapping: &Arc<Mapping>) -> Self {
-        // SAFETY: the range is the whole mapping, and no device knows of it as a queue yet.
-        unsafe { ptr::write_bytes(mapping.as_ptr(), 0, mapping.len()) };
+    /// A whole new mapping, which no device knows yet: it is zero.
+    pub(crate) fn new(mapping: &Arc<Mapping>) -> Self {
         Self { mapping: Arc::clone(mapping) }
     }
 
@@ -74,7 +69,7 @@ mod tests {
 
     #[test]
     fn values_are_little_endian() {
-        let window = Window::zeroed(&Mapping::new(1).unwrap());
+        let window = Window::new(&Mapping::new(1).unwrap());
         window.store64(64, 0x0807_0605_0403_0201);
         assert_eq!(window.load64(64, Ordering::Acquire), 0x0807_0605_0403_0201);
         assert_eq!(window.read(64), [1, 2, 3, 4, 5, 6, 7, 8]);
@@ -83,6 +78,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "lies in the window")]
     fn accesses_are_checked() {
-        Window::zeroed(&Mapping::new(1).unwrap()).load64(2 << 20, Ordering::Relaxed);
+        Window::new(&Mapping::new(1).unwrap()).load64(2 << 20, Ordering::Relaxed);
     }
 }

@@ -127,9 +127,9 @@ impl Machine {
         while left > 0 && !ring.held.is_empty() {
             let chain = ring.held.remove(self.script.below(ring.held.len() as u64) as usize);
             if *is_bad && self.script.one_in(4) {
-                self.lie(ring, chain)
+                self.lie(ring, chain);
             } else {
-                self.answer(ring, &chain)
+                self.answer(ring, &chain);
             }
             left -= 1;
         }

@@ -43,6 +43,10 @@ struct State {
     doomed: Vec<Range<u64>>,
     lies: bool,
     cut_off: bool,
+    /// The device was reset: the driver may send requests again, or fail them, in its own time.
+    was_reset: bool,
+    /// Block size that the driver relies on, as a power of two.
+    block_shift: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -124,11 +128,29 @@ impl Ledger {
         Some(flight.tag)
     }
 
-    /// The device forgets the requests that it has received and not answered: a reset. The driver may send them again.
+    /// The device forgets the requests that it has received and not answered: a reset. The driver may send them again, or fail
+    /// them.
     pub fn reset(&self) {
-        for flight in &mut self.state().flights {
+        let mut state = self.state();
+        state.was_reset = true;
+        for flight in &mut state.flights {
             flight.taken &= flight.answer.is_some();
         }
+    }
+
+    /// The block size that the driver relies on, as a power of two, once it is open.
+    pub fn block_shift(&self) -> Option<u32> {
+        self.state().block_shift
+    }
+
+    pub(super) fn open(&self, block_size: u32) {
+        self.state().block_shift = Some(block_size.trailing_zeros());
+    }
+
+    /// Whether a request that the device has answered need not complete at the next look.
+    pub(super) fn may_wait(&self) -> bool {
+        let state = self.state();
+        state.lies || state.was_reset
     }
 
     /// Executes a request correctly: moves its data and records its result.
@@ -182,6 +204,12 @@ impl Ledger {
         self.state().flights.is_empty()
     }
 
+    /// Whether another queue has a request in flight that looks the same to the device.
+    pub(super) fn has_twin(&self, new: &Flight) -> bool {
+        let looks = |flight: &Flight| (flight.kind, flight.at, flight.len, flight.memory.start);
+        self.state().flights.iter().any(|flight| flight.queue != new.queue && looks(flight) == looks(new))
+    }
+
     pub(super) fn push(&self, flight: Flight) {
         self.state().flights.push(flight);
     }
@@ -209,7 +237,7 @@ impl Ledger {
     pub(super) fn complete(&self, queue: u32, completion: &Completion) {
         let mut state = self.state();
         let found = state.flights.iter().position(|f| f.tag == completion.tag && f.queue == queue);
-        let flight = state.flights.swap_remove(found.expect("a request completes once, on its queue"));
+        let flight = state.flights.remove(found.expect("a request completes once, on its queue"));
         let (kind, at, memory) = match &completion.op {
             Op::Read { at, buf } => (Kind::Read, *at, Some(buf)),
             Op::Write { at, buf, .. } => (Kind::Write, *at, Some(buf)),
@@ -232,6 +260,7 @@ impl Ledger {
         assert!(!is_abandoned, "memory is abandoned although the device is alive: {:?}", completion.result);
         match (&flight.answer, completion.result) {
             _ if state.lies => {}
+            (None, Err(_)) if state.was_reset => {}
             (None, result) => panic!("{result:?}, but the device has not answered: {flight:?}"),
             (Some(Answer::Any), _) => {}
             (Some(Answer::Right(_)), Err(e)) => panic!("{e:?}, but the device reported success: {flight:?}"),
@@ -245,9 +274,9 @@ impl Ledger {
     /// The queue was closed: its requests have ended. The device may still access the memory of those that it has not answered.
     pub(super) fn close(&self, queue: u32) {
         let mut state = self.state();
-        let State { flights, doomed, lies, .. } = &mut *state;
+        let State { flights, doomed, lies, was_reset, .. } = &mut *state;
         let closed = flights.extract_if(.., |flight| flight.queue == queue);
-        let lost = closed.filter(|flight| flight.answer.is_none() && !flight.too_late && !*lies);
+        let lost = closed.filter(|flight| flight.answer.is_none() && !flight.too_late && !*lies && !*was_reset);
         doomed.extend(lost.map(|flight| flight.memory));
     }
 
