@@ -1,4 +1,4 @@
-//! The fuzz target without a fuzzer: what it found, and seeded mutations of that.
+//! The fuzz targets without a fuzzer: what they found, and seeded mutations of that.
 
 mod bodies;
 
@@ -6,4 +6,10 @@ mod bodies;
 fn device() {
     let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/virtio");
     blkdev::fuzz::replay(corpus, 4000, bodies::device);
+}
+
+#[test]
+fn config_space() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/config_space");
+    blkdev::fuzz::replay(corpus, 20_000, bodies::config_space);
 }

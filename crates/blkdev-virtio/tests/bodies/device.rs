@@ -52,6 +52,7 @@ struct State {
     /// Does what it likes with control calls as well.
     is_fickle: bool,
     is_running: bool,
+    refuses_features: bool,
 }
 
 impl Machine {
@@ -68,6 +69,7 @@ impl Machine {
             is_bad: temper & 2 != 0,
             is_fickle: temper & 4 != 0,
             is_running: false,
+            refuses_features: false,
         };
         if temper & 8 != 0 {
             state.features |= PACKED;
@@ -83,6 +85,45 @@ impl Machine {
             let len = script.below(state.config.len() as u64 + 1) as usize;
             state.config.truncate(if script.one_in(2) { len } else { usize::MAX });
         }
+        Arc::new(Self {
+            script: script.clone(),
+            ledger: Arc::clone(ledger),
+            dma: Dma::default(),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// A correct device with any features and any configuration. It refuses the driver's features unless it `runs`.
+    pub(super) fn with_config(script: &Script, ledger: &Arc<Ledger>, runs: bool) -> Arc<Self> {
+        let mut config: Vec<u8> = config();
+        match script.below(4) {
+            0 => {}
+            1 => config = (0..script.below(80)).map(|_| script.any()).collect(),
+            _ => {
+                for _ in 0..1 + script.below(6) {
+                    let (at, value) = (*script.pick(&FIELDS), (script.number() as u32).to_le_bytes());
+                    config[at..at + 4].copy_from_slice(&value);
+                }
+                config.truncate(if script.one_in(4) { script.below(61) as usize } else { usize::MAX });
+            }
+        }
+        let state = State {
+            features: if script.one_in(4) {
+                script.any()
+            } else {
+                USUAL ^ script.any::<u64>() & (USUAL | READ_ONLY | PACKED)
+            },
+            accepted: 0,
+            config,
+            queues_max: *script.pick(&[64, 1, 0, u16::MAX]),
+            ring_max: if script.one_in(4) { script.number() as u16 } else { u16::MAX },
+            rings: BTreeMap::new(),
+            is_prompt: true,
+            is_bad: false,
+            is_fickle: false,
+            is_running: false,
+            refuses_features: !runs,
+        };
         Arc::new(Self {
             script: script.clone(),
             ledger: Arc::clone(ledger),
@@ -351,6 +392,9 @@ impl<const RESTARTS: bool> Transport for Wire<RESTARTS> {
         let mut state = self.machine.state();
         assert_eq!(features & !state.features, 0, "a driver accepts only offered features");
         state.accepted = features;
+        if state.refuses_features {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! The body of the fuzz target, as a plain function: the fuzzer calls it, and an ordinary test replays the corpus through it.
+//! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus through
+//! them.
 
 mod device;
 mod ring;
@@ -13,6 +14,20 @@ use device::{Machine, Wire};
 pub(crate) fn device(data: &[u8]) {
     let script = Script::new(data);
     if script.one_in(2) { run::<true>(&script) } else { run::<false>(&script) }
+}
+
+/// The configuration space of a device behind vDPA, or any other transport: the driver refuses it, or keeps the promises of
+/// [`blkdev::Info`].
+pub(crate) fn config_space(data: &[u8]) {
+    let script = Script::new(data);
+    let (options, ledger) = (options(&script), Arc::new(Ledger::default()));
+    // Mostly, the negotiation ends when the driver has read all of it: a running device takes much longer.
+    let runs = script.one_in(16);
+    let machine = Machine::with_config(&script, &ledger, runs);
+    match VirtioBlk::open(Wire::<false>::new(&machine), &options) {
+        Ok(disk) => drop(Client::new(Arc::new(disk), &script, &ledger)),
+        Err(error) => assert!(error.to_string().starts_with("virtio fuzz: "), "an error names the device: {error}"),
+    }
 }
 
 fn run<const RESTARTS: bool>(script: &Script) {
