@@ -11,5 +11,5 @@ fn device() {
 #[test]
 fn config_space() {
     let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/config_space");
-    blkdev::fuzz::replay(corpus, 20_000, bodies::config_space);
+    blkdev::fuzz::replay(corpus, 5000, bodies::config_space);
 }

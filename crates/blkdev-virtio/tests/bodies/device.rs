@@ -477,6 +477,7 @@ pub(super) struct Bell {
 
 impl Doorbell for Bell {
     fn ring(&self) {
+        assert!(!self.machine.ledger.is_cut_off(), "a dead device gets no more requests");
         let mut state = self.machine.state();
         if state.is_prompt || self.machine.ledger.is_idle() {
             self.machine.serve(&mut state, self.index);

@@ -43,6 +43,8 @@ pub struct Client {
     queues: Vec<Open>,
     /// Number of queues and requests so far.
     count: u64,
+    /// Has refreshed the device. Once is enough: a driver may wait before it does so again.
+    has_refreshed: bool,
 }
 
 #[derive(Debug)]
@@ -66,7 +68,7 @@ impl Client {
         device.register(&mapping).ok()?;
         ledger.open(device.info().block_size);
         let (script, ledger, arena) = (script.clone(), Arc::clone(ledger), Some(arena));
-        Some(Self { device, script, ledger, mapping, arena, queues: Vec::new(), count: 0 })
+        Some(Self { device, script, ledger, mapping, arena, queues: Vec::new(), count: 0, has_refreshed: false })
     }
 
     /// Acts until the script is over, and lets the device act by calling `step`. Closes everything at the end.
@@ -129,7 +131,10 @@ impl Client {
     fn rare(&mut self, n: usize) {
         match self.script.below(8) {
             7 => self.queues[n].queue.give_up(),
-            6 => self.device.refresh(),
+            6 if !self.has_refreshed => {
+                self.has_refreshed = true;
+                self.device.refresh();
+            }
             _ => self.reap(n),
         }
     }

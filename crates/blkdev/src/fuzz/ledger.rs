@@ -96,6 +96,11 @@ impl Ledger {
         self.state().cut_off = true;
     }
 
+    /// Whether the driver has declared the device dead.
+    pub fn is_cut_off(&self) -> bool {
+        self.state().cut_off
+    }
+
     /// The device has received a request with these pieces of memory. Returns the tag of the client's request; `None`: there is
     /// none, after a [`lie`](Self::lie) or a [`cut_off`](Self::cut_off).
     ///
@@ -289,7 +294,7 @@ impl Ledger {
     }
 }
 
-/// The content of a sector that was never written: not zeroes, so that a buffer which nobody filled is noticed.
+/// The content of a sector that was never written: not zeroes, so that a buffer without the data of a read is noticed.
 fn unwritten(sector: u64) -> [u8; SECTOR] {
     let word = (sector ^ 0x5a5a).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
     std::array::from_fn(|n| word[n % 8])
