@@ -299,7 +299,7 @@ impl Shared {
                     Some(pair.held.remove(at))
                 });
                 let Some((command, tag)) = found else { return (Status::SUCCESS, 1) };
-                tag.inspect(|tag| self.ledger.answer(*tag));
+                tag.inspect(|tag| self.ledger.abort(*tag));
                 self.put(state, id, command, Status::new(0, 7), 0);
             }
             opcode => panic!("the driver sent admin command {opcode:#x}"),

@@ -22,7 +22,7 @@ pub(crate) fn config_space(data: &[u8]) {
     let script = Script::new(data);
     let (options, ledger) = (options(&script), Arc::new(Ledger::default()));
     // Mostly, the negotiation ends when the driver has read all of it: a running device takes much longer.
-    let runs = script.one_in(16);
+    let runs = script.one_in(128);
     let machine = Machine::with_config(&script, &ledger, runs);
     match VirtioBlk::open(Wire::<false>::new(&machine), &options) {
         Ok(disk) => drop(Client::new(Arc::new(disk), &script, &ledger)),

@@ -43,7 +43,7 @@ struct State {
     doomed: Vec<Range<u64>>,
     lies: bool,
     cut_off: bool,
-    /// The device was reset: the driver may send requests again, or fail them, in its own time.
+    /// The device was reset, or has aborted a request: the driver may send requests again, or fail them, in its own time.
     was_reset: bool,
     /// Block size that the driver relies on, as a power of two.
     block_shift: Option<u32>,
@@ -195,6 +195,12 @@ impl Ledger {
         if let Some(flight) = self.state().flights.iter_mut().find(|flight| flight.tag == tag) {
             flight.answer = Some(Answer::Any);
         }
+    }
+
+    /// The driver made the device abort a request, on a thread of its own. So the client may look just before that.
+    pub fn abort(&self, tag: u64) {
+        self.state().was_reset = true;
+        self.answer(tag);
     }
 
     /// The device has not answered a request after all.
