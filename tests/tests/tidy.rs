@@ -76,6 +76,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("crates/blkdev-virtio/src/model.rs", "a device that reads the rings, for tests"),
     ("crates/blkdev-virtio/src/notifier.rs", "preadv2, which reads an eventfd without blocking"),
     ("crates/blkdev/src/arena.rs", "pieces of a mapping"),
+    ("crates/blkdev/src/fuzz/dma.rs", "a device that reads and writes registered memory, for tests"),
     ("crates/blkdev/src/mem.rs", "the mapping"),
     ("crates/blkdev/src/socket.rs", "recvmsg and sendmsg with device memory, accept4"),
     ("crates/blkdev/src/window.rs", "queue memory shared with the device"),

@@ -1,8 +1,12 @@
-//! Runs a fuzz target with libFuzzer, on the stable toolchain and without cargo-fuzz.
+//! Runs fuzz targets with libFuzzer, on the stable toolchain and without cargo-fuzz.
 
+use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::shell;
 
@@ -12,10 +16,31 @@ const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanit
      -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks \
      -Zsanitizer=address";
 
+/// Longest input, in bytes. Longer ones reach nothing more, but take longer.
+const LONGEST: u32 = 4096;
+
+/// A target that runs longer than this for one input hangs, in seconds.
+const HANG: u32 = 10;
+
+/// A fuzz target: its package, and its name.
+struct Target {
+    package: PathBuf,
+    name: String,
+}
+
+/// How a run of a target ended.
+struct Outcome {
+    name: String,
+    executions: u64,
+    seconds: f64,
+    /// Where libFuzzer's output is, if the target crashed or hung.
+    crash: Option<PathBuf>,
+}
+
 /// Prints every target.
 pub(crate) fn list() -> Result<()> {
-    for (package, target) in targets()? {
-        println!("{target:20} {}", package.display());
+    for Target { package, name } in targets()? {
+        println!("{name:20} {}", package.display());
     }
     Ok(())
 }
@@ -23,46 +48,102 @@ pub(crate) fn list() -> Result<()> {
 /// Runs `target` for `seconds`; a crash ends the run with an error and leaves its input behind.
 pub(crate) fn run(target: &str, seconds: u32) -> Result<()> {
     let all = targets()?;
-    let (package, _) = all
+    let target = all
         .iter()
-        .find(|(_, name)| name == target)
+        .find(|known| known.name == target)
         .with_context(|| format!("no fuzz target {target}; `cargo xtask fuzz` lists them"))?;
-    let triple = host()?;
-    let dir = shell::target_dir()?.join("fuzz");
-    let mut build = shell::cargo();
-    build.args(["build", "--release", "--bin", target, "--target", &triple]);
-    build.arg("--manifest-path").arg(package.join("Cargo.toml")).arg("--target-dir").arg(&dir);
-    // The sanitizer is an unstable option of the compiler; this lets the stable one take it.
-    shell::ok(build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", RUSTFLAGS))?;
-
-    // What it finds goes below the target directory; the corpus in the tree, which tests replay, is only read.
-    let (found, crashes) = (dir.join("corpus").join(target), dir.join("crashes"));
-    std::fs::create_dir_all(&found)?;
-    std::fs::create_dir_all(&crashes)?;
-    let mut fuzz = std::process::Command::new(dir.join(triple).join("release").join(target));
-    fuzz.arg(format!("-max_total_time={seconds}")).arg(format!("-artifact_prefix={}/", crashes.display())).arg(found);
-    fuzz.args([package.join("corpus").join(target)].iter().filter(|seeds| seeds.is_dir()));
+    let mut fuzz = target.command(&target.build()?, seconds)?;
     println!("{}", shell::show(&fuzz));
     shell::ok(&mut fuzz)
 }
 
-/// Runs each target for `seconds`.
-pub(crate) fn run_all(seconds: u32) -> Result<()> {
-    targets()?.iter().try_for_each(|(_, target)| run(target, seconds))
+/// Runs all targets, one after the other, for `minutes` together. A crash ends the run of its target only.
+pub(crate) fn run_all(minutes: u32) -> Result<()> {
+    let all = targets()?;
+    let binaries = all.iter().map(Target::build).collect::<Result<Vec<_>>>()?;
+    let seconds = (60 * minutes / all.len() as u32).max(1);
+    let mut outcomes = Vec::new();
+    for (target, binary) in all.iter().zip(&binaries) {
+        println!("{}: {seconds} s", target.name);
+        let outcome = target.outcome(target.command(binary, seconds)?)?;
+        println!("{outcome}");
+        outcomes.push(outcome);
+    }
+    println!("\n{:16} {:>12} {:>10}  result", "target", "executions", "per second");
+    outcomes.iter().for_each(|outcome| println!("{outcome}"));
+    let crashed = outcomes.iter().filter(|outcome| outcome.crash.is_some()).count();
+    ensure!(crashed == 0, "{crashed} of {} targets crashed", outcomes.len());
+    Ok(())
 }
 
-/// Each package for fuzzing and each target in it.
-fn targets() -> Result<Vec<(PathBuf, String)>> {
+impl Target {
+    /// Builds it. Returns the program.
+    fn build(&self) -> Result<PathBuf> {
+        let (dir, triple) = (directory()?, host()?);
+        let mut build = shell::cargo();
+        build.args(["build", "--release", "--bin", &self.name, "--target", &triple]);
+        build.arg("--manifest-path").arg(self.package.join("Cargo.toml")).arg("--target-dir").arg(&dir);
+        // The sanitizer is an unstable option of the compiler; this lets the stable one take it.
+        shell::ok(build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", RUSTFLAGS))?;
+        Ok(dir.join(triple).join("release").join(&self.name))
+    }
+
+    /// The command that runs it for `seconds`.
+    fn command(&self, binary: &Path, seconds: u32) -> Result<Command> {
+        let dir = directory()?;
+        // What it finds goes below the target directory; the corpus in the tree, which tests replay, is only read.
+        let (found, crashes) = (dir.join("corpus").join(&self.name), dir.join("crashes"));
+        std::fs::create_dir_all(&found)?;
+        std::fs::create_dir_all(&crashes)?;
+        let mut fuzz = Command::new(binary);
+        fuzz.arg(format!("-max_total_time={seconds}")).arg(format!("-artifact_prefix={}/", crashes.display()));
+        fuzz.arg(format!("-max_len={LONGEST}")).arg(format!("-timeout={HANG}")).arg("-print_final_stats=1").arg(found);
+        fuzz.args([self.package.join("corpus").join(&self.name)].iter().filter(|seeds| seeds.is_dir()));
+        Ok(fuzz)
+    }
+
+    /// Runs the command, and reads from its output how far it came.
+    fn outcome(&self, mut fuzz: Command) -> Result<Outcome> {
+        let log = directory()?.join(format!("{}.log", self.name));
+        let start = Instant::now();
+        let status = fuzz.stderr(File::create(&log)?).status()?;
+        let seconds = start.elapsed().as_secs_f64();
+        let text = String::from_utf8_lossy(&std::fs::read(&log)?).into_owned();
+        let executions = text.lines().rev().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+        let executions = executions.and_then(|count| count.trim().parse().ok()).unwrap_or(0);
+        let crash = (!status.success()).then_some(log);
+        Ok(Outcome { name: self.name.clone(), executions, seconds, crash })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let per_second = self.executions as f64 / self.seconds.max(0.001);
+        write!(f, "{:16} {:>12} {per_second:>10.0}  ", self.name, self.executions)?;
+        match &self.crash {
+            None => write!(f, "ok"),
+            Some(log) => write!(f, "CRASHED, see {}", log.display()),
+        }
+    }
+}
+
+/// Where targets are built and run.
+fn directory() -> Result<PathBuf> {
+    Ok(shell::target_dir()?.join("fuzz"))
+}
+
+/// All targets, of all packages for fuzzing.
+fn targets() -> Result<Vec<Target>> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir("crates")? {
+    for entry in std::fs::read_dir("crates")?.chain(std::fs::read_dir("bins")?) {
         let package = entry?.path().join("fuzz");
         for target in files(&package.join("fuzz_targets")) {
             if let Some(name) = target.file_stem().filter(|_| target.extension().is_some_and(|ext| ext == "rs")) {
-                found.push((package.clone(), name.to_string_lossy().into_owned()));
+                found.push(Target { package: package.clone(), name: name.to_string_lossy().into_owned() });
             }
         }
     }
-    found.sort();
+    found.sort_by(|a, b| (&a.package, &a.name).cmp(&(&b.package, &b.name)));
     Ok(found)
 }
 
@@ -71,7 +152,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 fn host() -> Result<String> {
-    let output = std::process::Command::new("rustc").arg("-vV").output()?;
+    let output = Command::new("rustc").arg("-vV").output()?;
     let text = String::from_utf8(output.stdout)?;
     let line = text.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc -vV names no host")?;
     Ok(line.into())

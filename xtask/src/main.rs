@@ -20,13 +20,14 @@ usage: cargo xtask TASK
 
   demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
   test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
-  test --long      run a million seeds of the simulation, and each fuzz target for five minutes
+  test --long      run a million seeds of the simulation, and all fuzz targets for an hour
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
   bench [OPTIONS]  compare nbdblk and its plugin with other NBD servers; `bench --help` lists the options
   fuzz [TARGET] [SECONDS]
                    fuzz a target for some seconds (60); without a target: list the targets
+  fuzz --minutes N fuzz all targets, one after the other, for N minutes in total, and print how far each came
   picture          draw docs/crates.svg, the picture of the crates
   trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
   vm TASK          use a virtual machine with nbdblk's devices: prepare, run, test, shell; `vm help` lists the options
@@ -56,6 +57,7 @@ fn run() -> Result<()> {
         ["dist"] => dist::run(None),
         ["dist", dir] => dist::run(Some(dir)),
         ["fuzz"] => fuzz::list(),
+        ["fuzz", "--minutes", minutes] => fuzz::run_all(minutes.parse()?),
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
         ["picture"] => picture::draw(),

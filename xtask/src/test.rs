@@ -7,9 +7,9 @@ use anyhow::Result;
 
 use crate::{bench, dist, fuzz, picture, setup, shell, trixie, vm};
 
-/// What `--long` runs more of: a million seeds of the simulation, and each fuzz target for some minutes.
+/// What `--long` runs more of: a million seeds of the simulation, and minutes of fuzzing.
 const TIMES: &str = "100";
-const FUZZING: u32 = 300;
+const FUZZING: u32 = 60;
 
 /// Runs what takes too long for every change.
 pub(crate) fn run_long() -> Result<()> {

@@ -87,7 +87,8 @@ impl File {
         Self::parse(path, text)
     }
 
-    fn parse(path: &Path, text: String) -> anyhow::Result<Self> {
+    /// Checks the text of a file.
+    pub(crate) fn parse(path: &Path, text: String) -> anyhow::Result<Self> {
         let source = Source { path: path.into(), text };
         let document = DeTable::parse(&source.text).map_err(|error| {
             let what = error.message().trim().replace('\n', ", ");

@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// The request of a client.
-const REQUEST: &[u8] = b"reload\n";
+pub(crate) const REQUEST: &[u8] = b"reload\n";
 
 /// Time that a client has to send it.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -129,10 +129,10 @@ pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result
 
 /// A client that has not sent its whole request yet.
 #[derive(Debug)]
-struct Silent {
-    socket: UnixStream,
-    request: Vec<u8>,
-    deadline: Instant,
+pub(crate) struct Silent {
+    pub(crate) socket: UnixStream,
+    pub(crate) request: Vec<u8>,
+    pub(crate) deadline: Instant,
 }
 
 /// Waits for an event of any socket. It never waits for one socket alone.
@@ -180,7 +180,7 @@ fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender
 
 impl Silent {
     /// `true`: the request is complete.
-    fn hear(&mut self) -> io::Result<bool> {
+    pub(crate) fn hear(&mut self) -> io::Result<bool> {
         let mut part = [0; REQUEST.len()];
         let len = REQUEST.len() - self.request.len();
         match self.socket.read(&mut part[..len]) {
@@ -193,7 +193,8 @@ impl Silent {
     }
 }
 
-fn answer(client: Silent, events: &mpsc::Sender<Event>) {
+/// Passes a request on as an event, or refuses it.
+pub(crate) fn answer(client: Silent, events: &mpsc::Sender<Event>) {
     let asker = Asker(client.socket);
     if client.request != REQUEST {
         return asker.tell(&Err("unknown request: the control socket accepts \"reload\"".into()));

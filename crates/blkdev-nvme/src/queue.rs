@@ -130,7 +130,8 @@ impl Queue for IoQueue {
 
     #[inline]
     fn kick(&mut self) {
-        if self.is_running() {
+        // A dead device gets no more commands: their requests end, or have ended, with an error.
+        if self.is_running() && !self.is_dead() {
             self.pair.publish();
         }
     }

@@ -122,7 +122,8 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
 
     #[inline]
     fn kick(&mut self) {
-        if self.ring.publish() {
+        // A dead device gets no more requests: those in the ring end, or have ended, with an error.
+        if !self.core.life.is_dead() && self.ring.publish() {
             self.bell.ring();
         }
     }

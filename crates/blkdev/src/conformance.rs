@@ -286,6 +286,11 @@ fn same(at: u64, found: &[u8], expected: &[u8]) {
 
 /// Checks the rules in the documentation of [`Info`].
 fn info(bench: &mut Bench) {
+    promises(&bench.info, bench.capacity);
+}
+
+/// Checks the rules in the documentation of [`Info`].
+pub(crate) fn promises(info: &Info, capacity: u64) {
     let Info {
         driver,
         queues_max,
@@ -299,7 +304,7 @@ fn info(bench: &mut Bench) {
         timeout,
         caps,
         ..
-    } = bench.info.clone();
+    } = info.clone();
     assert!(!driver.is_empty());
     assert!(queues_max >= 1 && depth_max >= 1, "a queue for a request: {queues_max}, {depth_max}");
     assert!(block_size.is_power_of_two() && block_size <= 65536, "block size {block_size}");
@@ -324,5 +329,5 @@ fn info(bench: &mut Bench) {
     );
     assert!(!caps.discard || discard_max > 0, "discards of some length");
     assert!(timeout.is_none_or(|timeout| !timeout.is_zero()), "time to do anything at all");
-    assert!(bench.capacity.is_multiple_of(block_size.into()), "capacity {}", bench.capacity);
+    assert!(capacity.is_multiple_of(block_size.into()), "capacity {capacity}");
 }

@@ -62,6 +62,8 @@ pub mod window;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod fault;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod memory;
 pub mod null;
 

@@ -215,7 +215,8 @@ fn exceeds_file_size(len: usize) -> bool {
 fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<NonNull<u8>> {
     let shared = libc::MAP_SHARED | if fd.is_none() { libc::MAP_ANONYMOUS } else { 0 };
     let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
-    let mut hint = LOWEST;
+    // A fuzzer's AddressSanitizer occupies all low addresses, and a search for room there takes 60 ms.
+    let mut hint = if cfg!(fuzzing) { HIGHEST } else { LOWEST };
     while hint + len <= HIGHEST {
         // SAFETY: NOREPLACE never touches an existing mapping.
         match unsafe { mmap(hint, len, shared | libc::MAP_FIXED_NOREPLACE, fd) } {

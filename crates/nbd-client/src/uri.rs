@@ -250,7 +250,7 @@ impl fmt::Display for Uri {
         let mut words = Vec::new();
         match &self.address {
             Address::Tcp { host, port } => {
-                let host = if host.contains(':') { format!("[{}]", host.replace('%', "%25")) } else { quote(host) };
+                let host = quote_host(host);
                 let port = if *port == PORT { String::new() } else { format!(":{port}") };
                 write!(f, "://{host}{port}")?;
             }
@@ -288,6 +288,18 @@ impl fmt::Display for Address {
     }
 }
 
+/// A host as it stands in a URI: an IPv6 address in brackets, with a percent-encoded zone; any other name percent-encoded.
+fn quote_host(host: &str) -> String {
+    // A slash would end the host.
+    let quote = |text: &str| quote(text).replace('/', "%2F");
+    let (address, zone) = host.split_once('%').map_or((host, None), |(address, zone)| (address, Some(zone)));
+    match (address.parse::<Ipv6Addr>(), zone) {
+        (Ok(_), None) => format!("[{address}]"),
+        (Ok(_), Some(zone)) => format!("[{address}%25{}]", quote(zone)),
+        (Err(_), _) => quote(host),
+    }
+}
+
 /// Percent-encodes all but what is never special, and `/`.
 fn quote(bytes: impl AsRef<[u8]>) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(byte);
@@ -319,6 +331,9 @@ mod tests {
             ("nbd://[::1]", false, tcp("::1", PORT), ""),
             ("nbd://[2001:db8::7]:65535/x", false, tcp("2001:db8::7", 65535), "x"),
             ("nbd://[fe80::1%25lo]:1", false, tcp("fe80::1%lo", 1), ""),
+            ("nbd://a%2Fb/c", false, tcp("a/b", PORT), "c"),
+            ("nbd://a%3Ab", false, tcp("a:b", PORT), ""),
+            ("nbd://[fe80::1%25%5D%2F]/x", false, tcp("fe80::1%]/", PORT), "x"),
             ("nbd+unix:///?socket=/tmp/s", false, unix("/tmp/s"), ""),
             ("nbd+unix://?socket=s", false, unix("s"), ""),
             ("nbds+unix:///x?socket=/a%20b", true, unix("/a b"), "x"),

@@ -1,0 +1,4 @@
+//! The body `config` with any input.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nbdblk::fuzz::config(data));
