@@ -1,4 +1,4 @@
-//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | torture | trixie | vm`.
 
 mod bench;
 mod demo;
@@ -8,6 +8,7 @@ mod picture;
 mod setup;
 mod shell;
 mod test;
+mod torture;
 mod trixie;
 mod vm;
 
@@ -59,6 +60,10 @@ fn run() -> Result<()> {
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
         ["picture"] => picture::draw(),
+        ["torture", ref words @ ..] => torture::run(words),
+        // The processes of a torture.
+        ["torture-client", job] => torture::client(job),
+        ["torture-mischief", work] => torture::mischief(work),
         ["trixie"] => trixie::root().map(|dir| println!("{}", dir.display())),
         ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {
