@@ -21,7 +21,7 @@ usage: cargo xtask TASK
 
   demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
   test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
-  test --long      run a million seeds of the simulation, and each fuzz target for five minutes
+  test --long      run a million seeds of the simulation, ten minutes of torture, and each fuzz target for five minutes
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
@@ -29,10 +29,13 @@ usage: cargo xtask TASK
   fuzz [TARGET] [SECONDS]
                    fuzz a target for some seconds (60); without a target: list the targets
   picture          draw docs/crates.svg, the picture of the crates
+  torture [--seconds N] [--seed S]
+                   inject random faults into a live server with verifying clients, for a minute; `torture --help` says more
   trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
   vm TASK          use a virtual machine with nbdblk's devices: prepare, run, test, shell; `vm help` lists the options
 
-demo and test run setup on their own. No task mounts anything, and only setup may need root.";
+demo, test and torture run setup on their own. Only setup may need root. Only torture mounts something: as root, a small
+file system that it fills.";
 
 fn main() -> ExitCode {
     match run() {
@@ -63,7 +66,7 @@ fn run() -> Result<()> {
         ["torture", ref words @ ..] => torture::run(words),
         // The processes of a torture.
         ["torture-client", job] => torture::client(job),
-        ["torture-mischief", work] => torture::mischief(work),
+        ["torture-bad-clients", work] => torture::bad_clients(work),
         ["trixie"] => trixie::root().map(|dir| println!("{}", dir.display())),
         ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {

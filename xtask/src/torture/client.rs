@@ -72,6 +72,7 @@ struct Client {
     next_tick: Millis,
     compared: u64,
     acknowledged: u64,
+    longest: Option<Wait>,
 }
 
 /// Runs a client until standard input ends.
@@ -103,6 +104,7 @@ pub(crate) fn run(job: &str) -> Result<()> {
         next_tick: 0,
         compared: 0,
         acknowledged: 0,
+        longest: None,
     };
     loop {
         let finishing = client.finish.load(Ordering::Relaxed);
@@ -211,7 +213,7 @@ impl Client {
     /// Sends a request. `false`: the export does not take it.
     fn submit(&mut self, engine: &mut Engine) -> Result<bool> {
         let calm = self.rng.chance(90);
-        self.next_request = now() + self.rng.below(if calm { 8 } else { 60 });
+        self.next_request = now() + self.rng.below(if calm { 4 } else { 60 });
         let sweeps = self.sweep < self.job.blocks;
         if !sweeps && self.rng.chance(3) && engine.export().can_flush() {
             let what = What::Flush(self.journal.acknowledged());
@@ -342,9 +344,12 @@ impl Client {
         Wait { what, from, until: now(), own: self.own - own }
     }
 
-    fn waited(&self, wait: Wait) {
+    fn waited(&mut self, wait: Wait) {
+        let length = |wait: &Wait| (wait.until - wait.from).saturating_sub(wait.own);
         if wait.until - wait.from >= SLOW {
             report(&Report::Slow(wait));
+        } else if self.longest.as_ref().is_none_or(|longest| length(longest) < length(&wait)) {
+            self.longest = Some(wait);
         }
     }
 
@@ -371,6 +376,6 @@ impl Client {
             self.wait(format!("{what} of blocks {:?} of the region", flight.blocks), flight.from, flight.own)
         });
         let (compared, acknowledged) = (std::mem::take(&mut self.compared), std::mem::take(&mut self.acknowledged));
-        report(&Report::Tick { compared, acknowledged, oldest });
+        report(&Report::Tick { compared, acknowledged, longest: self.longest.take(), oldest });
     }
 }

@@ -5,7 +5,7 @@ use std::process::{ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 
 use super::clock::{Millis, now};
@@ -131,10 +131,11 @@ impl Crew {
         let client = member.client();
         let lost = |from, until| noise.within((from, until));
         let verdict = match report {
-            Report::Tick { compared, acknowledged, oldest } => {
+            Report::Tick { compared, acknowledged, longest, oldest } => {
                 self.compared += compared;
                 self.acknowledged += acknowledged;
-                oldest.map_or(Ok(()), |wait| judge.wait(client, &wait, lost(wait.from, wait.until)))
+                let mut waits = longest.into_iter().chain(oldest);
+                waits.try_for_each(|wait| judge.wait(client, &wait, lost(wait.from, wait.until)))
             }
             Report::Slow(wait) => judge.wait(client, &wait, lost(wait.from, wait.until)),
             Report::Failed { wait, error, no_space } => {
@@ -148,7 +149,7 @@ impl Crew {
                 Ok(())
             }
         };
-        verdict.map_err(|what| anyhow::anyhow!("{}: {what}", name(&self.members[n])))
+        verdict.map_err(|what| anyhow!("{}: {what}", name(&self.members[n])))
     }
 
     /// Kills a client, and takes its last reports.

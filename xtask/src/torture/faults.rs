@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nbd_client::{Client, Error, Options};
 
 use super::clock::now;
@@ -15,7 +15,7 @@ use super::judge::{Errors, Scope};
 use super::place;
 use super::plan::{Fault, Planned};
 use super::process::Process;
-use super::report::{Mischief, Misdeed};
+use super::report::{BadClients, Behaviour};
 use super::stage::{Export, Kind, MIB};
 use super::world::World;
 
@@ -29,7 +29,7 @@ pub(crate) enum Active {
     Dead { n: usize, window: u64 },
     Stopped { n: usize, id: u32, window: u64 },
     Unread { flag: Arc<AtomicBool>, _clients: Process },
-    Mischief { _clients: Process },
+    BadClients { _clients: Process },
     Extra { removal: &'static str, _clients: Process },
     Short { image: PathBuf, size: u64, window: u64 },
     Full { filler: PathBuf, window: u64 },
@@ -38,7 +38,6 @@ pub(crate) enum Active {
 /// Begins a fault. `None`: it is over already, or has no target now.
 pub(crate) fn begin(world: &mut World, planned: &Planned) -> Result<Option<Active>> {
     let seed = planned.pick;
-    world.note(&format!("{:?} begins, for {} ms", planned.fault, planned.lasts));
     world.faults += 1;
     match planned.fault {
         Fault::KillClient => kill_client(world, seed).map(|()| None),
@@ -50,12 +49,12 @@ pub(crate) fn begin(world: &mut World, planned: &Planned) -> Result<Option<Activ
             let flag = Arc::clone(&world.server.is_unread);
             flag.store(true, Ordering::Relaxed);
             // Their connections are lines of the log.
-            Ok(Some(Active::Unread { flag, _clients: mischief(world, Misdeed::Vanish, 4, seed)? }))
+            Ok(Some(Active::Unread { flag, _clients: bad_clients(world, Behaviour::Vanish, 4, seed)? }))
         }
-        Fault::SlowReaders => clients(world, Misdeed::ReadSlowly, 6, seed),
-        Fault::SlowWriters => clients(world, Misdeed::WriteSlowly, 6, seed),
-        Fault::Pressure => clients(world, Misdeed::UseMemory, 6, seed),
-        Fault::Vanishing => clients(world, Misdeed::Vanish, 6, seed),
+        Fault::SlowReaders => clients(world, Behaviour::ReadSlowly, 6, seed),
+        Fault::SlowWriters => clients(world, Behaviour::WriteSlowly, 6, seed),
+        Fault::Pressure => clients(world, Behaviour::UseMemory, 6, seed),
+        Fault::Vanishing => clients(world, Behaviour::Vanish, 6, seed),
         Fault::Reload => add_export(world, seed),
         Fault::BadReload => reload_badly(world, seed).map(|()| None),
         Fault::Truncate => truncate(world),
@@ -67,7 +66,6 @@ pub(crate) fn begin(world: &mut World, planned: &Planned) -> Result<Option<Activ
 
 /// Ends a fault.
 pub(crate) fn end(world: &mut World, active: Active) -> Result<()> {
-    world.note(&format!("the end of {active:?}"));
     match active {
         Active::Client { n, id, window } => {
             world.crew.resume(n, id);
@@ -79,7 +77,7 @@ pub(crate) fn end(world: &mut World, active: Active) -> Result<()> {
                 world.back_ends[n].restart()?;
             }
             let reloaded = world.server.reload(&world.stage)?;
-            let changes = reloaded.map_err(|error| anyhow::anyhow!("a reload after a crash of a back end: {error}"))?;
+            let changes = reloaded.map_err(|error| anyhow!("a reload after a crash of a back end: {error}"))?;
             world.note(&format!("reloaded: {changes}"));
             world.judge.close(window, now());
         }
@@ -90,7 +88,7 @@ pub(crate) fn end(world: &mut World, active: Active) -> Result<()> {
             world.judge.close(window, now());
         }
         Active::Unread { flag, .. } => flag.store(false, Ordering::Relaxed),
-        Active::Mischief { .. } => {}
+        Active::BadClients { .. } => {}
         Active::Extra { removal, .. } => remove_export(world, removal)?,
         Active::Short { image, size, window } => {
             File::options().write(true).open(image)?.set_len(size)?;
@@ -146,27 +144,27 @@ fn wild(seed: u64, world: &World) -> &'static Export {
     exports[(seed >> 32) as usize % exports.len()]
 }
 
-fn clients(world: &World, kind: Misdeed, count: usize, seed: u64) -> Result<Option<Active>> {
-    Ok(Some(Active::Mischief { _clients: mischief(world, kind, count, seed)? }))
+fn clients(world: &World, kind: Behaviour, count: usize, seed: u64) -> Result<Option<Active>> {
+    Ok(Some(Active::BadClients { _clients: bad_clients(world, kind, count, seed)? }))
 }
 
-fn mischief(world: &World, kind: Misdeed, count: usize, seed: u64) -> Result<Process> {
+fn bad_clients(world: &World, kind: Behaviour, count: usize, seed: u64) -> Result<Process> {
     let export = wild(seed, world);
     let place = export.wild.context("these exports have room for any client")?;
-    start_mischief(world, export.name, kind, count, place, seed)
+    start_bad_clients(world, export.name, kind, count, place, seed)
 }
 
-fn start_mischief(
+fn start_bad_clients(
     world: &World,
     export: &str,
-    kind: Misdeed,
+    kind: Behaviour,
     count: usize,
     place: (u64, u64),
     seed: u64,
 ) -> Result<Process> {
     let (dir, export) = (world.stage.path().into(), export.into());
-    let work = Mischief { dir, export, kind, count, at: place.0, size: place.1, seed };
-    crew::start("torture-mischief", &serde_json::to_string(&work)?)
+    let work = BadClients { dir, export, kind, count, at: place.0, size: place.1, seed };
+    crew::start("torture-bad-clients", &serde_json::to_string(&work)?)
 }
 
 fn add_export(world: &mut World, seed: u64) -> Result<Option<Active>> {
@@ -176,10 +174,10 @@ fn add_export(world: &mut World, seed: u64) -> Result<Option<Active>> {
     let removal = ["hide", "soft", "hard"][seed as usize % 3];
     world.more = format!("[[export]]\nname = \"{EXTRA}\"\ndevice = \"memory=4M\"\non-remove = \"{removal}\"\n");
     world.stage.configure(&world.more)?;
-    let changes = world.server.reload(&world.stage)?.map_err(|error| anyhow::anyhow!("a reload failed: {error}"))?;
+    let changes = world.server.reload(&world.stage)?.map_err(|error| anyhow!("a reload failed: {error}"))?;
     ensure!(changes.contains("added: \"extra\""), "a reload with a new export: {changes}");
-    let kind = if seed & 0x10 == 0 { Misdeed::UseMemory } else { Misdeed::Vanish };
-    let _clients = start_mischief(world, EXTRA, kind, 2, (0, 4 * MIB), seed)?;
+    let kind = if seed & 0x10 == 0 { Behaviour::UseMemory } else { Behaviour::Vanish };
+    let _clients = start_bad_clients(world, EXTRA, kind, 2, (0, 4 * MIB), seed)?;
     Ok(Some(Active::Extra { removal, _clients }))
 }
 
@@ -187,7 +185,7 @@ fn add_export(world: &mut World, seed: u64) -> Result<Option<Active>> {
 fn remove_export(world: &mut World, removal: &str) -> Result<()> {
     world.more.clear();
     world.stage.configure("")?;
-    let changes = world.server.reload(&world.stage)?.map_err(|error| anyhow::anyhow!("a reload failed: {error}"))?;
+    let changes = world.server.reload(&world.stage)?.map_err(|error| anyhow!("a reload failed: {error}"))?;
     let expected = format!("removed: \"{EXTRA}\" ({removal})");
     ensure!(changes.contains(&expected), "a reload without an export that was there: {changes}");
     let uri = place::uri(world.stage.path(), EXTRA, false).parse()?;

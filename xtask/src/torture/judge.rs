@@ -58,8 +58,8 @@ pub(crate) struct Client<'a> {
 pub(crate) struct Judge {
     windows: Vec<Window>,
     ids: u64,
-    /// The longest wait that no fault explains.
-    pub(crate) longest: Millis,
+    /// The longest wait that no fault explains, and what it was.
+    pub(crate) longest: (Millis, String),
 }
 
 impl Judge {
@@ -101,7 +101,9 @@ impl Judge {
             reached = reached.max(until);
         }
         let rest = (wait.until - wait.from).saturating_sub(explained + wait.own + lost);
-        self.longest = self.longest.max(rest);
+        if rest > self.longest.0 {
+            self.longest = (rest, format!("{}, export {:?}, region {}", wait.what, client.export, client.region));
+        }
         if rest <= LIMIT {
             return Ok(());
         }

@@ -9,13 +9,14 @@
 //! ```
 
 mod backend;
+mod bad_clients;
 mod client;
 mod clock;
 mod crew;
 mod faults;
 mod journal;
 mod judge;
-mod mischief;
+
 mod noise;
 mod pattern;
 mod place;
@@ -39,12 +40,12 @@ use crate::{setup, shell};
 
 use clock::{Millis, now};
 use faults::Active;
-use plan::{Plan, Planned, ROUND};
+use plan::{Fault, Plan, Planned, ROUND};
 use stage::Stage;
 use world::{INTERRUPTED, World};
 
+pub(crate) use bad_clients::run as bad_clients;
 pub(crate) use client::run as client;
-pub(crate) use mischief::run as mischief;
 
 /// Length of a run.
 const SECONDS: u64 = 60;
@@ -88,14 +89,10 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     torture(seconds, seed.unwrap_or_else(clock))
 }
 
-/// Runs with a new seed.
-pub(crate) fn run_for(seconds: u64) -> Result<()> {
-    run(&["--seconds", &seconds.to_string()])
-}
-
 fn torture(seconds: u64, seed: u64) -> Result<()> {
     setup::run()?;
-    let program = shell::build_nbdblk()?;
+    // As for the tests, another program can be named.
+    let program = std::env::var_os("NBDBLK_BIN").map_or_else(shell::build_nbdblk, |path| Ok(path.into()))?;
     watch_signals()?;
     println!("torture: seed {seed}, {seconds} s");
     let stage = Stage::build()?;
@@ -141,16 +138,18 @@ fn rounds(world: &mut World, mut plan: Plan, limit: Millis) -> Result<()> {
 fn round(world: &mut World, planned: &[Planned]) -> Result<()> {
     let start = now();
     let mut planned = planned.iter().peekable();
-    let mut active: Vec<(Millis, Active)> = Vec::new();
+    let mut active: Vec<(Millis, Fault, Active)> = Vec::new();
     loop {
         while let Some(next) = planned.next_if(|next| start + next.at <= now()) {
+            world.note(&format!("{:?} begins, for {} ms", next.fault, next.lasts));
             let begun = faults::begin(world, next).with_context(|| format!("{:?}", next.fault))?;
-            active.extend(begun.map(|active| (now() + next.lasts, active)));
+            active.extend(begun.map(|active| (now() + next.lasts, next.fault, active)));
             world.pump()?;
         }
-        let is_over = |(until, _): &mut (Millis, Active)| *until <= now();
-        for (_, over) in active.extract_if(.., is_over).collect::<Vec<_>>() {
-            faults::end(world, over)?;
+        let is_over = |(until, ..): &mut (Millis, Fault, Active)| *until <= now();
+        for (_, fault, over) in active.extract_if(.., is_over).collect::<Vec<_>>() {
+            world.note(&format!("{fault:?} ends"));
+            faults::end(world, over).with_context(|| format!("the end of {fault:?}"))?;
         }
         world.pump()?;
         if planned.peek().is_none() && active.is_empty() && now() >= start + ROUND {

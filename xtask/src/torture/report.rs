@@ -29,12 +29,12 @@ pub(crate) struct Job {
     pub(crate) seed: u64,
 }
 
-/// The work of clients that are no good.
+/// The work of ill-behaved clients.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Mischief {
+pub(crate) struct BadClients {
     pub(crate) dir: PathBuf,
     pub(crate) export: String,
-    pub(crate) kind: Misdeed,
+    pub(crate) kind: Behaviour,
     /// Connections.
     pub(crate) count: usize,
     /// Where they may write.
@@ -44,7 +44,7 @@ pub(crate) struct Mischief {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Misdeed {
+pub(crate) enum Behaviour {
     ReadSlowly,
     WriteSlowly,
     UseMemory,
@@ -59,7 +59,9 @@ pub(crate) enum Report {
         /// Blocks that it has compared, and requests that were acknowledged, since the last one.
         compared: u64,
         acknowledged: u64,
-        /// What it has waited for longest.
+        /// The longest wait that ended since the last one.
+        longest: Option<Wait>,
+        /// What it waits for now, for longest.
         oldest: Option<Wait>,
     },
     /// A request, or the way to a connection, took long.

@@ -180,7 +180,7 @@ impl Stage {
                     at: *at,
                     blocks: (*size / BLOCK as u64) as u32,
                     depth: if export.kind == Kind::Throttled { 4 } else { 8 },
-                    tcp: region % 2 == 0,
+                    tcp: region.is_multiple_of(2),
                     cached: export.kind == Kind::Qcow2,
                     lossy: export.kind == Kind::Truncated && n > 0,
                     seed,

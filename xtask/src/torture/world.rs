@@ -20,8 +20,8 @@ pub(crate) static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Longest time until descriptors and memory are back after the last client: idle memory is returned within some seconds.
 const RETURN: Millis = 15_000;
-/// Memory that may be in use without a leak: the content of the export in memory, and what the allocator keeps.
-const SLACK: u64 = 16 << 20;
+/// Memory that may be in use without a leak: the content of the export in memory (8 MiB), and what the allocator keeps.
+const SLACK: u64 = 12 << 20;
 /// Interval of progress lines.
 const PROGRESS: Millis = 5_000;
 
@@ -43,10 +43,8 @@ pub(crate) struct World {
     servers: usize,
     begin: Millis,
     next_line: Millis,
-    /// Descriptors of a server without clients.
-    descriptors: usize,
-    /// Memory of this server without clients, after its first clients.
-    memory: Option<u64>,
+    /// What a server uses before its first client.
+    unused: Use,
 }
 
 impl World {
@@ -72,12 +70,11 @@ impl World {
             servers: 1,
             begin,
             next_line: begin + PROGRESS,
-            descriptors: 0,
-            memory: None,
+            unused: Use { descriptors: 0, memory: 0 },
         };
         // Threads of the start may still end.
         std::thread::sleep(Duration::from_millis(500));
-        world.descriptors = world.server.usage()?.descriptors;
+        world.unused = world.server.usage()?;
         Ok(world)
     }
 
@@ -107,12 +104,13 @@ impl World {
 
     pub(crate) fn summary(&self) -> String {
         format!(
-            "{:3} s: {} faults, {} requests acknowledged, {} blocks compared, longest unexplained wait {} ms",
+            "{:3} s: {} faults, {} requests acknowledged, {} blocks compared, longest unexplained wait {} ms ({})",
             self.elapsed() / 1000,
             self.faults,
             self.crew.acknowledged,
             self.crew.compared,
-            self.judge.longest
+            self.judge.longest.0,
+            self.judge.longest.1
         )
     }
 
@@ -142,7 +140,6 @@ impl World {
         }
         self.server = Server::start(&self.program, &self.stage, self.servers)?;
         self.servers += 1;
-        self.memory = None;
         volatile.iter().try_for_each(|n| self.crew.replace(*n))?;
         self.judge.close(window, now());
         Ok(())
@@ -163,21 +160,22 @@ impl World {
         let each = || if INTERRUPTED.load(Ordering::Relaxed) { bail!("interrupted") } else { Ok(()) };
         self.crew.finish(&mut self.judge, &self.noise, each)?;
         self.server.check_log()?;
-        let start = now();
+        let (start, before) = (now(), self.unused);
         loop {
             self.pump()?;
             let Use { descriptors, memory } = self.server.usage()?;
-            let limit = self.memory.map_or(u64::MAX, |memory| memory + SLACK);
-            if descriptors <= self.descriptors && memory <= limit {
+            if descriptors <= before.descriptors && memory <= before.memory + SLACK {
                 self.note(&format!("without clients: {descriptors} descriptors, {} KiB", memory >> 10));
-                self.memory.get_or_insert(memory);
                 return Ok(());
             }
             if now() - start > RETURN + self.noise.within((start, now())) {
                 bail!(
-                    "{RETURN} ms after the last client, the server has {descriptors} descriptors (before: {}) and \
-                     {memory} bytes of memory (at most {limit}); open are:\n{}",
-                    self.descriptors,
+                    "{RETURN} ms after the last client, the server has {descriptors} descriptors (before the first: {}) \
+                     and {} KiB of memory (before: {}, and {} for the export in memory); open are:\n{}",
+                    before.descriptors,
+                    memory >> 10,
+                    before.memory >> 10,
+                    SLACK >> 10,
                     self.server.open_files()
                 );
             }

@@ -1,4 +1,4 @@
-//! Clients that are no good: slow readers, slow writers, users of much memory, clients that vanish. They compare nothing, and run
+//! Ill-behaved clients: slow readers, slow writers, users of much memory, clients that vanish. They compare nothing, and run
 //! until they are killed.
 
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
 use super::place;
-use super::report::{Mischief, Misdeed};
+use super::report::{BadClients, Behaviour};
 use super::rng::Rng;
 
 /// Length of their requests.
@@ -28,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Runs until it is killed.
 pub(crate) fn run(work: &str) -> Result<()> {
     set_pdeathsig(Signal::SIGKILL).context("asking for the end with the parent")?;
-    let work: Mischief = serde_json::from_str(work).context("the work of a client")?;
+    let work: BadClients = serde_json::from_str(work).context("the work of a client")?;
     std::thread::scope(|scope| {
         for n in 0..work.count {
             let (work, mut rng) = (&work, Rng::of(work.seed, n as u64));
@@ -44,16 +44,16 @@ pub(crate) fn run(work: &str) -> Result<()> {
     Ok(())
 }
 
-fn connection(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
+fn connection(work: &BadClients, rng: &mut Rng) -> Result<(), Error> {
     match work.kind {
-        Misdeed::ReadSlowly => read_slowly(work, rng),
-        Misdeed::WriteSlowly => write_slowly(work, rng),
-        Misdeed::UseMemory => use_memory(work, rng),
-        Misdeed::Vanish => vanish(work, rng),
+        Behaviour::ReadSlowly => read_slowly(work, rng),
+        Behaviour::WriteSlowly => write_slowly(work, rng),
+        Behaviour::UseMemory => use_memory(work, rng),
+        Behaviour::Vanish => vanish(work, rng),
     }
 }
 
-fn engine(work: &Mischief, rng: &mut Rng, mode: Mode) -> Result<Engine, Error> {
+fn engine(work: &BadClients, rng: &mut Rng, mode: Mode) -> Result<Engine, Error> {
     let uri: Uri = place::uri(&work.dir, &work.export, rng.chance(50)).parse()?;
     let options = Options::default().mode(mode).connect_timeout(Some(PATIENCE)).handshake_timeout(Some(PATIENCE));
     Engine::connect(&uri, &options)
@@ -65,7 +65,7 @@ fn long_read(engine: &Engine, rng: &mut Rng) -> Request {
 }
 
 /// Requests much, and takes what has come only now and then.
-fn read_slowly(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
+fn read_slowly(work: &BadClients, rng: &mut Rng) -> Result<(), Error> {
     let mut engine = engine(work, rng, Mode::Extended)?;
     for _ in 0..4 * MANY {
         let request = long_read(&engine, rng);
@@ -81,7 +81,7 @@ fn read_slowly(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
 }
 
 /// Sends a part of a payload, and then a little now and then.
-fn write_slowly(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
+fn write_slowly(work: &BadClients, rng: &mut Rng) -> Result<(), Error> {
     let engine = engine(work, rng, Mode::Simple)?;
     let fault = |source| Error::Io { what: "a slow writer".into(), source };
     // Any stream socket will do: only reads and writes follow.
@@ -104,7 +104,7 @@ fn write_slowly(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
 }
 
 /// Has many long requests in flight all the time.
-fn use_memory(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
+fn use_memory(work: &BadClients, rng: &mut Rng) -> Result<(), Error> {
     let mut engine = engine(work, rng, Mode::Extended)?;
     let mut done = Vec::new();
     loop {
@@ -126,7 +126,7 @@ fn use_memory(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
 }
 
 /// Leaves at any point.
-fn vanish(work: &Mischief, rng: &mut Rng) -> Result<(), Error> {
+fn vanish(work: &BadClients, rng: &mut Rng) -> Result<(), Error> {
     let fault = |source| Error::Io { what: "a client that vanishes".into(), source };
     if rng.chance(30) {
         let mut stream = UnixStream::connect(place::socket(&work.dir)).map_err(fault)?;
