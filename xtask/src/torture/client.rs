@@ -64,6 +64,8 @@ struct Client {
     flights: HashMap<u64, Flight>,
     busy: Vec<bool>,
     version: u32,
+    /// First block of the quarter that gets most changes, so that the rest keeps what was acknowledged long ago.
+    hot: u32,
     /// The next block to compare in order; the end of the region: all are compared.
     sweep: u32,
     /// Time that this process has lost in long steps.
@@ -87,7 +89,8 @@ pub(crate) fn run(job: &str) -> Result<()> {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         ended.store(true, Ordering::Relaxed);
     });
-    let (rng, version) = (Rng::of(job.seed, u64::from(job.region) ^ now() << 8), journal.newest());
+    let (mut rng, version) = (Rng::of(job.seed, u64::from(job.region) ^ now() << 8), journal.newest());
+    let hot = rng.below(4) as u32 * (job.blocks / 4);
     let busy = vec![false; job.blocks as usize];
     let flights = HashMap::new();
     let mut client = Client {
@@ -98,6 +101,7 @@ pub(crate) fn run(job: &str) -> Result<()> {
         flights,
         busy,
         version,
+        hot,
         sweep: 0,
         own: 0,
         next_request: 0,
@@ -219,8 +223,14 @@ impl Client {
             let what = What::Flush(self.journal.acknowledged());
             return self.send(engine, Request::Flush, what, 0..0);
         }
-        let Some(blocks) = self.choose(sweeps) else { return Ok(true) };
-        if sweeps || self.rng.chance(50) {
+        let reads = sweeps || self.rng.chance(50);
+        let start = match reads || self.rng.chance(5) {
+            _ if sweeps => self.sweep,
+            true => self.rng.below(self.job.blocks.into()) as u32,
+            false => self.hot + self.rng.below(u64::from(self.job.blocks / 4)) as u32,
+        };
+        let Some(blocks) = self.choose(start, sweeps) else { return Ok(true) };
+        if reads {
             if sweeps {
                 self.sweep = blocks.end;
             }
@@ -234,8 +244,8 @@ impl Client {
         self.send(engine, request, What::Change(self.version), blocks)
     }
 
-    /// Blocks that no request in flight uses.
-    fn choose(&mut self, sweeps: bool) -> Option<Range<u32>> {
+    /// Blocks from `start` on that no request in flight uses.
+    fn choose(&mut self, start: u32, sweeps: bool) -> Option<Range<u32>> {
         let most = match self.rng.below(20) {
             _ if sweeps => 64,
             0 => 256,
@@ -243,7 +253,6 @@ impl Client {
             5..12 => 16,
             _ => 1,
         };
-        let start = if sweeps { self.sweep } else { self.rng.below(self.job.blocks.into()) as u32 };
         let most = if sweeps { most } else { self.rng.between(1, most) };
         let ahead = &self.busy[start as usize..];
         let free = ahead.iter().take(most as usize).take_while(|busy| !**busy).count();

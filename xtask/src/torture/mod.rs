@@ -5,7 +5,7 @@
 //!   World     a server (Server), its back ends (BackEnd), its verifying clients (Crew, each a process of its own: client.rs)
 //!   faults    begin and end each fault
 //!   Journal   what was acknowledged: a file, so that a client that is killed forgets nothing
-//!   Judge     which waits and errors the faults explain, with what the machine itself loses (Noise)
+//!   Judge     which waits and errors the faults explain, with what the machine itself loses (Noise, Others)
 //! ```
 
 mod backend;
@@ -18,6 +18,7 @@ mod journal;
 mod judge;
 
 mod noise;
+mod others;
 mod pattern;
 mod place;
 mod plan;

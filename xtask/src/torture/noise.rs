@@ -1,5 +1,5 @@
-//! [`Noise`]: how slow the machine itself is. Two threads do what any process does, without the server: one sleeps and wakes, the
-//! other writes to the disk. What they lose is not the server's fault.
+//! [`Noise`]: how slow the machine itself is. One thread sleeps and wakes, one writes to the disk, and one measures what other
+//! programs take. What they lose is not the server's fault.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::clock::{Millis, now, overlap};
+use super::others::Others;
 
 /// Pauses between two looks at the processors and at the disk.
 const LOOKS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
@@ -55,6 +56,7 @@ impl Delays {
 pub(crate) struct Noise {
     processors: Arc<Delays>,
     disk: Arc<Delays>,
+    others: Arc<Others>,
     over: Arc<AtomicBool>,
 }
 
@@ -62,10 +64,12 @@ impl Noise {
     /// Watches the processors, and the file system of this directory.
     pub(crate) fn watch(dir: &Path) -> io::Result<Self> {
         let file = File::create(dir.join("noise"))?;
-        let noise = Self { processors: Arc::default(), disk: Arc::default(), over: Arc::default() };
+        let over = Arc::default();
+        let noise = Self { processors: Arc::default(), disk: Arc::default(), others: Arc::default(), over };
         let (processors, disk) = (Arc::clone(&noise.processors), Arc::clone(&noise.disk));
-        let over = [Arc::clone(&noise.over), Arc::clone(&noise.over)];
-        let [awake, written] = over.map(|over| move || !over.load(Ordering::Relaxed));
+        let others = Arc::clone(&noise.others);
+        let [awake, written, measured] =
+            [(); 3].map(|()| Arc::clone(&noise.over)).map(|over| move || !over.load(Ordering::Relaxed));
         std::thread::spawn(move || {
             while awake() {
                 processors.step(LOOKS[0].as_millis() as Millis, || std::thread::sleep(LOOKS[0]));
@@ -79,12 +83,14 @@ impl Noise {
                 disk.step(LOOKS[1].as_millis() as Millis, || std::thread::sleep(LOOKS[1]));
             }
         });
+        std::thread::spawn(move || others.watch(|| std::thread::sleep(LOOKS[1]), measured));
         Ok(noise)
     }
 
     /// Time that the machine has lost in a span.
     pub(crate) fn within(&self, span: (Millis, Millis)) -> Millis {
-        self.processors.within(span) + self.disk.within(span)
+        let lost = self.processors.within(span) + self.disk.within(span) + self.others.within(span);
+        lost.min(span.1.saturating_sub(span.0))
     }
 }
 
