@@ -18,6 +18,8 @@ const TICK: u64 = 10;
 struct Spent {
     /// Of everything on the machine, and what its host took from it.
     all: u64,
+    /// Of nothing.
+    idle: u64,
     /// Of this process and its children.
     own: u64,
 }
@@ -39,7 +41,9 @@ impl Others {
             let Some((old, new)) = before.zip(after) else { return };
             // Processes that have ended are missing for a moment.
             let own = new.own.saturating_sub(old.own);
-            let others = new.all.saturating_sub(old.all).saturating_sub(own) * TICK / processors;
+            let others = new.all.saturating_sub(old.all).saturating_sub(own);
+            // While a processor is idle, others take nothing from it.
+            let others = others.saturating_sub(new.idle.saturating_sub(old.idle)) * TICK / processors;
             let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
             shares.retain(|(_, until, _)| until + KEPT > end);
             shares.push((begin, end, others.min(end - begin)));
@@ -64,13 +68,15 @@ fn spent() -> Option<Spent> {
     let entries = fs::read_dir("/proc").ok()?.flatten();
     let names = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(|c: char| c.is_ascii_digit()));
     let stats = names.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
-    Some(Spent { all: all(&stat)?, own: stats.filter_map(|stat| of_process(&stat, own)).sum() })
+    let (all, idle) = of_machine(&stat)?;
+    Some(Spent { all, idle, own: stats.filter_map(|stat| of_process(&stat, own)).sum() })
 }
 
-/// All but idle time, of the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal.
-fn all(stat: &str) -> Option<u64> {
+/// Time of work and idle time, of the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal.
+fn of_machine(stat: &str) -> Option<(u64, u64)> {
     let fields: Vec<u64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
-    Some(fields.iter().enumerate().take(8).filter(|(n, _)| ![3, 4].contains(n)).map(|(_, ticks)| ticks).sum())
+    let [user, nice, system, idle, iowait, irq, softirq, steal] = *fields.first_chunk()?;
+    Some((user + nice + system + irq + softirq + steal, idle + iowait))
 }
 
 /// The ticks of a process, from its line in /proc, if it is `own` or a child of it; those of its children that have ended too.
@@ -94,7 +100,7 @@ mod tests {
         assert_eq!(of_process(stat, 77), Some(433));
         assert_eq!(of_process(stat, 5), Some(433));
         assert_eq!(of_process(stat, 6), None);
-        assert_eq!(all("cpu  1 20 300 9999 9999 4000 50000 600000 7 7\ncpu0 1"), Some(654_321));
+        assert_eq!(of_machine("cpu  1 20 300 7 80 4000 50000 600000 7 7\ncpu0 1"), Some((654_321, 87)));
     }
 
     #[test]
