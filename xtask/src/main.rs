@@ -1,4 +1,4 @@
-//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | torture | trixie | vm`.
 
 mod bench;
 mod demo;
@@ -8,6 +8,7 @@ mod picture;
 mod setup;
 mod shell;
 mod test;
+mod torture;
 mod trixie;
 mod vm;
 
@@ -20,7 +21,7 @@ usage: cargo xtask TASK
 
   demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
   test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
-  test --long      run a million seeds of the simulation, and all fuzz targets for an hour
+  test --long      run a million seeds of the simulation, ten minutes of torture, and all fuzz targets for an hour
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
@@ -29,10 +30,13 @@ usage: cargo xtask TASK
                    fuzz a target for some seconds (60); without a target: list the targets
   fuzz --minutes N fuzz all targets, one after the other, for N minutes in total, and print how far each came
   picture          draw docs/crates.svg, the picture of the crates
+  torture [--seconds N] [--seed S]
+                   inject random faults into a live server with verifying clients, for a minute; `torture --help` says more
   trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
   vm TASK          use a virtual machine with nbdblk's devices: prepare, run, test, shell; `vm help` lists the options
 
-demo and test run setup on their own. No task mounts anything, and only setup may need root.";
+demo, test and torture run setup on their own. Only setup may need root. Only torture mounts something: as root, a small
+file system that it fills.";
 
 fn main() -> ExitCode {
     match run() {
@@ -61,6 +65,10 @@ fn run() -> Result<()> {
         ["fuzz", target] => fuzz::run(target, 60),
         ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
         ["picture"] => picture::draw(),
+        ["torture", ref words @ ..] => torture::run(words),
+        // The processes of a torture.
+        ["torture-client", job] => torture::client(job),
+        ["torture-bad-clients", work] => torture::bad_clients(work),
         ["trixie"] => trixie::root().map(|dir| println!("{}", dir.display())),
         ["vm", ref words @ ..] => vm::run(words),
         ["help" | "-h" | "--help"] => {

@@ -7,8 +7,9 @@ use anyhow::Result;
 
 use crate::{bench, dist, fuzz, picture, setup, shell, trixie, vm};
 
-/// What `--long` runs more of: a million seeds of the simulation, and minutes of fuzzing.
+/// What `--long` runs more of: a million seeds of the simulation, ten minutes of torture, and an hour of fuzzing.
 const TIMES: &str = "100";
+const TORTURE: &str = "600";
 const FUZZING: u32 = 60;
 
 /// Runs what takes too long for every change.
@@ -16,6 +17,7 @@ pub(crate) fn run_long() -> Result<()> {
     let mut simulation = shell::cargo();
     simulation.args(["test", "--release", "-p", "nbd-server-core", "--test", "simulation"]);
     step(simulation.env("SIMULATION_TIMES", TIMES).env("RUST_BACKTRACE", "0"))?;
+    step(Command::new(std::env::current_exe()?).args(["torture", "--seconds", TORTURE]))?;
     fuzz::run_all(FUZZING)
 }
 
@@ -58,6 +60,8 @@ pub(crate) fn run() -> Result<()> {
         Err(error) => println!("\n!!! SKIPPED: Debian trixie's nbdkit and libnbd: {error:#}"),
     }
     step(shell::cargo().args(["test", "--workspace", "--all-features", "--doc"]))?;
+    // A process of its own, because it handles signals.
+    step(Command::new(std::env::current_exe()?).arg("torture"))?;
     announce("cargo xtask bench --check");
     bench::check()?;
     announce("cargo xtask vm test");

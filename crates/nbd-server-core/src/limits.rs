@@ -28,7 +28,7 @@ pub struct Limits {
     /// device.
     pub block_size_required: bool,
     /// Longest time that a client may need for a WRITE payload while others wait for the memory. The server measures its pace
-    /// over a fifth of this, and disconnects a client that is too slow. For its replies, a client has a tenth of this, measured
+    /// over a twelfth of this, and disconnects a client that is too slow. For its replies, a client has a tenth of this, measured
     /// over a 200th. The replies of a slower client lose their memory, and the server reads them again when the client continues.
     pub stall_timeout: Duration,
     /// Grace period of clients whose export is removed [softly](crate::Removal::Soft).

@@ -46,9 +46,10 @@ impl Limit {
         Self { all: Duration::MAX, window: stall_timeout / 10 }
     }
 
-    /// For sending payloads. A slower client is disconnected.
+    /// For sending payloads. A slower client is disconnected. A client that stops right after a burst passes one window and fails
+    /// the next, so others wait for two: together less than two seconds.
     pub(crate) fn sending(stall_timeout: Duration) -> Self {
-        Self { all: stall_timeout, window: stall_timeout / 5 }
+        Self { all: stall_timeout, window: stall_timeout / 12 }
     }
 
     /// Interval of the checks.
@@ -82,18 +83,34 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::Limits;
 
     #[test]
     fn a_client_must_keep_up_with_its_share() {
-        let (start, limit) = (Instant::now(), Limit::sending(Duration::from_secs(10)));
+        let (start, limit) = (Instant::now(), Limit::sending(Duration::from_secs(12)));
         let at = |ms| start + Duration::from_millis(ms);
         let mut pace = None;
-        assert!(!Pace::is_too_slow(&mut pace, 0, 1000, at(0), limit));
-        assert!(!Pace::is_too_slow(&mut pace, 0, 1000, at(1900), limit), "not before the window has passed");
-        assert!(!Pace::is_too_slow(&mut pace, 200, 800, at(2000), limit));
-        assert!(Pace::is_too_slow(&mut pace, 300, 700, at(4000), limit), "140 were due");
-        assert!(!Pace::is_too_slow(&mut pace, 300, 0, at(4100), limit), "nothing is due");
-        assert!(!Pace::is_too_slow(&mut pace, 300, 1, at(9000), limit), "the measurement begins again");
-        assert!(Pace::is_too_slow(&mut pace, 300, 1, at(11_000), limit), "no byte at all");
+        assert!(!Pace::is_too_slow(&mut pace, 0, 1200, at(0), limit));
+        assert!(!Pace::is_too_slow(&mut pace, 0, 1200, at(900), limit), "not before the window has passed");
+        assert!(!Pace::is_too_slow(&mut pace, 100, 1100, at(1000), limit));
+        assert!(Pace::is_too_slow(&mut pace, 180, 1020, at(2000), limit), "85 were due");
+        assert!(!Pace::is_too_slow(&mut pace, 180, 0, at(2100), limit), "nothing is due");
+        assert!(!Pace::is_too_slow(&mut pace, 180, 1, at(9000), limit), "the measurement begins again");
+        assert!(Pace::is_too_slow(&mut pace, 180, 1, at(10_000), limit), "no byte at all");
+    }
+
+    /// Others wait for its memory that long, and no healthy client may wait for more than two seconds.
+    #[test]
+    fn a_client_that_stops_in_a_payload_is_found_within_two_seconds() {
+        let timeout = Limits::default().stall_timeout;
+        let (start, limit, interval) = (Instant::now(), Limit::sending(timeout), Limit::taking(timeout).interval());
+        for burst in [0, 1, 500, 999] {
+            let (mut pace, mut now) = (None, start);
+            assert!(!Pace::is_too_slow(&mut pace, 0, 1000, now, limit));
+            while !Pace::is_too_slow(&mut pace, burst, 1000 - burst as usize, now, limit) {
+                now += interval;
+                assert!(now < start + Duration::from_millis(1900), "after {burst} bytes of 1000");
+            }
+        }
     }
 }
