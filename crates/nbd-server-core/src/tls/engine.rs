@@ -20,8 +20,8 @@ pub(super) const REST_MAX: usize = RECORD_MAX + 256;
 /// A TLS connection without its socket. A library does the work. Each function appends the bytes that must be sent to `out`, also if
 /// it fails: then these are the alert with the reason.
 pub(super) trait Engine: fmt::Debug + Send {
-    /// Continues the handshake with the bytes that were `received`. `true`: the handshake is over. If data came with its last record,
-    /// it is appended to `early`.
+    /// Continues the handshake with the bytes that were `received`. `true`: the handshake is over. Data that came with its last
+    /// record is appended to `early`.
     fn shake(&mut self, received: &[u8], early: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool>;
 
     /// The client's identity, after the handshake.

@@ -14,8 +14,8 @@ use blkdev::{Buf, socket};
 use nix::{
     cmsg_space, libc,
     sys::socket::{
-        ControlMessageOwned, MsgFlags, TlsGetRecordType, recvmsg, setsockopt,
-        sockopt::{TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo},
+        ControlMessageOwned, MsgFlags, TlsGetRecordType, getsockopt, recvmsg, setsockopt,
+        sockopt::{SocketError, TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo},
     },
 };
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, kernel::KernelConnection, server::ServerConnectionData};
@@ -62,8 +62,10 @@ pub(super) fn can_take(socket: BorrowedFd<'_>, suite: Suite) -> bool {
     static KNOWN: Mutex<Option<HashMap<Suite, bool>>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let known = known.get_or_insert_default();
-    *known.entry(suite).or_insert_with(|| probe(suite).is_ok())
-        && setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
+    let takes = known.entry(suite).or_insert_with(|| {
+        probe(suite).inspect_err(|e| log::debug!("the kernel does not continue {suite}: {e}")).is_ok()
+    });
+    *takes && setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
 }
 
 /// Tries the kernel on a connection of our own. TLS 1.3 needs one that can change keys, which Linux can from 6.14 on: clients change
@@ -105,7 +107,9 @@ impl Kernel {
             match Received::from(socket, landing, staging) {
                 Ok(received) => {
                     self.updates = 0;
-                    return Ok(received);
+                    // The kernel stops before a record that is not data, so less than the buffers hold does not mean that the socket is
+                    // empty.
+                    return Ok(received.map(|received| Received { more: true, ..received }));
                 }
                 // The next record is not data.
                 Err(e) if e.raw_os_error() == Some(libc::EIO) => {
@@ -115,6 +119,8 @@ impl Kernel {
                 }
                 Err(e) => {
                     if e.raw_os_error() == Some(libc::EBADMSG) {
+                        // Until it is read, the error of the socket makes sending fail as well.
+                        let _ = getsockopt(&socket, SocketError);
                         let _ = socket::send_record(socket, ALERT, &BAD_RECORD_MAC);
                     }
                     return Err(e);

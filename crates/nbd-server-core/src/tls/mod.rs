@@ -6,6 +6,8 @@
 mod certificates;
 mod engine;
 mod files;
+#[cfg(all(any(test, fuzzing), feature = "tls-psk"))]
+pub mod fuzz;
 mod handshake;
 mod kernel;
 mod names;

@@ -34,7 +34,7 @@ impl Offer {
         Ok(Self::of(keys)?)
     }
 
-    fn of(keys: HashMap<String, Vec<u8>>) -> Result<Self, ErrorStack> {
+    pub(super) fn of(keys: HashMap<String, Vec<u8>>) -> Result<Self, ErrorStack> {
         let index: Index<Ssl, Arc<OnceLock<String>>> = Ssl::new_ex_index()?;
         let mut builder = SslContext::builder(SslMethod::tls_server())?;
         builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;

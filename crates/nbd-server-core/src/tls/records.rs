@@ -1,6 +1,6 @@
 //! [`Records`]: a TLS connection of rustls, which does the handshake and the records.
 
-use std::{fmt, io, sync::Arc};
+use std::{fmt, io, mem, sync::Arc};
 
 use rustls::{
     CipherSuite, ExtractedSecrets, ProtocolVersion, ServerConfig,
@@ -20,12 +20,14 @@ pub(super) struct Records {
     connection: UnbufferedServerConnection,
     /// Received bytes that the library has not used up. Each of its calls needs them: it remembers offsets in them.
     rest: Vec<u8>,
+    /// The library must not be called any more.
+    has_failed: bool,
 }
 
 impl Records {
     pub(super) fn new(config: &Arc<ServerConfig>) -> io::Result<Self> {
         let connection = UnbufferedServerConnection::new(Arc::clone(config)).map_err(io::Error::other)?;
-        Ok(Self { connection, rest: Vec::new() })
+        Ok(Self { connection, rest: Vec::new(), has_failed: false })
     }
 
     /// Appends what the library has ready to be sent to `out`, and calls `write` once it accepts plain text.
@@ -34,6 +36,7 @@ impl Records {
         out: &mut Vec<u8>,
         write: impl FnOnce(WriteTraffic<'_, ServerConnectionData>) -> io::Result<T>,
     ) -> io::Result<T> {
+        self.check()?;
         loop {
             match self.connection.process_tls_records(&mut self.rest).state.map_err(io::Error::other)? {
                 ConnectionState::EncodeTlsData(data) => append(data, out)?,
@@ -47,11 +50,18 @@ impl Records {
         }
     }
 
-    /// Appends the alert with the reason of a failure.
-    fn explain(&mut self, out: &mut Vec<u8>) {
-        while let Ok(ConnectionState::EncodeTlsData(data)) = self.connection.process_tls_records(&mut self.rest).state
-            && append(data, out).is_ok()
-        {}
+    fn check(&self) -> io::Result<()> {
+        if self.has_failed { Err(broken("the connection has failed")) } else { Ok(()) }
+    }
+
+    /// Ends the connection after a failure. Appends the alert with the reason.
+    fn fail(&mut self, out: &mut Vec<u8>) {
+        // The alert is the only message that the library has ready. If it has none, it fails once more.
+        if !mem::replace(&mut self.has_failed, true)
+            && let Ok(ConnectionState::EncodeTlsData(data)) = self.connection.process_tls_records(&mut self.rest).state
+        {
+            let _ = append(data, out);
+        }
     }
 
     fn suite(&self) -> Option<Suite> {
@@ -88,6 +98,7 @@ fn append(mut data: EncodeTlsData<'_, ServerConnectionData>, out: &mut Vec<u8>) 
 
 impl Engine for Records {
     fn shake(&mut self, received: &[u8], early: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
+        self.check()?;
         self.rest.extend_from_slice(received);
         loop {
             let UnbufferedStatus { discard, state } = self.connection.process_tls_records(&mut self.rest);
@@ -103,7 +114,7 @@ impl Engine for Records {
                     while let Some(Ok(record)) = data.next_record() {
                         early.extend_from_slice(record.payload);
                     }
-                    Ok(Some(true))
+                    Ok(None)
                 }
                 Ok(_) => Err(broken("the client ended the handshake")),
                 Err(e) => Err(io::Error::other(e)),
@@ -113,7 +124,7 @@ impl Engine for Records {
                 Ok(None) => {}
                 Ok(Some(over)) => return Ok(over),
                 Err(e) => {
-                    self.explain(out);
+                    self.fail(out);
                     return Err(e);
                 }
             }
@@ -134,6 +145,7 @@ impl Engine for Records {
     }
 
     fn open(&mut self, staging: &mut [u8], end: usize, out: &mut Vec<u8>) -> io::Result<Opening> {
+        self.check()?;
         let (mut plain, mut at, mut has_ended) = (0, PLAIN_MAX, false);
         let result = loop {
             let (front, back) = staging.split_at_mut(at);
@@ -175,7 +187,7 @@ impl Engine for Records {
             Ok(()) if self.rest.len() > REST_MAX => Err(broken("a handshake message is too long")),
             Ok(()) => Ok(Opening { plain, has_ended }),
             Err(e) => {
-                self.explain(out);
+                self.fail(out);
                 Err(e)
             }
         }
@@ -202,7 +214,7 @@ impl Engine for Records {
         match sealed {
             Ok(len) => Ok(&room[..len]),
             Err(e) => {
-                self.explain(out);
+                self.fail(out);
                 Err(e)
             }
         }

@@ -30,7 +30,8 @@ pub(crate) struct Secure {
 
 impl Secure {
     pub(super) fn new(engine: Box<dyn Engine>, early: Vec<u8>) -> Self {
-        Self { engine, early, is_fresh: true, unsent: Vec::new(), has_ended: false }
+        let is_fresh = engine.rest() > 0;
+        Self { engine, early, is_fresh, unsent: Vec::new(), has_ended: false }
     }
 
     /// At least the number of received bytes that are not opened yet.
@@ -45,7 +46,11 @@ impl Secure {
 
     /// Whether the kernel can continue the connection from here: see [`into_kernel`](Self::into_kernel).
     pub(crate) fn suits_kernel(&self, socket: BorrowedFd<'_>) -> bool {
-        let is_idle = self.engine.rest() == 0 && self.unsent.is_empty() && !self.is_fresh && !self.has_ended;
+        let is_idle = self.engine.rest() == 0
+            && self.early.is_empty()
+            && self.unsent.is_empty()
+            && !self.is_fresh
+            && !self.has_ended;
         is_idle && self.engine.suite_for_kernel().is_some_and(|suite| kernel::can_take(socket, suite))
     }
 
@@ -64,10 +69,10 @@ impl Secure {
         if self.has_ended {
             return Ok(None);
         }
-        let early = mem::take(&mut self.early);
-        if !early.is_empty() {
-            staging[..early.len()].copy_from_slice(&early);
-            return Ok(Some(Received { landed: 0, staged: early.len(), more: true }));
+        if !self.early.is_empty() {
+            let len = self.early.len().min(staging.len());
+            self.early.drain(..len).zip(staging).for_each(|(byte, place)| *place = byte);
+            return Ok(Some(Received { landed: 0, staged: len, more: true }));
         }
         let is_fresh = mem::take(&mut self.is_fresh);
         let start = PLAIN_MAX + self.engine.load(staging);
@@ -108,7 +113,7 @@ impl Secure {
             if sealed.is_empty() {
                 return self.flush(socket);
             }
-            // What the library has sent by itself comes first.
+            // What the library has sent on its own comes first.
             let sent = if self.unsent.is_empty() { push(socket, sealed)? } else { 0 };
             self.unsent.extend_from_slice(&sealed[sent..]);
         }
