@@ -4,5 +4,5 @@ mod bodies;
 
 #[test]
 fn nvme() {
-    blkdev::fuzz::replay(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/nvme"), 1500, bodies::nvme);
+    blkdev::fuzz::replay(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/nvme"), 300, bodies::nvme);
 }

@@ -162,7 +162,7 @@ impl Shared {
             && let Some(pair) = state.pairs.get_mut(&id).filter(|pair| pair.head != pair.tail)
         {
             let mut bytes = [0; 64];
-            let is_there = self.dma.read(pair.submission + 64 * u64::from(pair.head), &mut bytes);
+            let is_there = self.dma.read(pair.submission.wrapping_add(64 * u64::from(pair.head)), &mut bytes);
             assert!(is_there || self.ledger.lies(), "the submission queue is in registered memory");
             pair.head = (pair.head + 1) % pair.size;
             let words = std::array::from_fn(|n| u32::from_le_bytes(std::array::from_fn(|k| bytes[4 * n + k])));
@@ -212,7 +212,7 @@ impl Shared {
             _ => {
                 self.ledger.lie();
                 let Some(pair) = state.pairs.get(&queue) else { return };
-                let at = pair.completion + 4 * self.script.below(4 * u64::from(pair.size));
+                let at = pair.completion.wrapping_add(4 * self.script.below(4 * u64::from(pair.size)));
                 let _ = self.dma.write(at, &self.script.any::<u32>().to_le_bytes());
             }
         }
@@ -236,7 +236,7 @@ impl Shared {
         }
         let (low, high) = entry.halves(pair.phase);
         let bytes = u128::from(low) | u128::from(high) << 64;
-        let is_there = self.dma.write(pair.completion + 16 * u64::from(pair.next), &bytes.to_le_bytes());
+        let is_there = self.dma.write(pair.completion.wrapping_add(16 * u64::from(pair.next)), &bytes.to_le_bytes());
         assert!(is_there || self.ledger.lies(), "the completion queue is in registered memory");
         pair.next = following;
         pair.phase ^= following == 0;
@@ -363,7 +363,7 @@ impl Shared {
                 let (mut start, mut end) = (None, 0);
                 for n in 0..u64::from(words[10] & 0xff) + 1 {
                     let mut range = [0; 16];
-                    if !self.dma.read(first + 16 * n, &mut range) {
+                    if !self.dma.read(first.wrapping_add(16 * n), &mut range) {
                         return Err("no memory for the ranges");
                     }
                     let range = u128::from_le_bytes(range);
@@ -372,10 +372,10 @@ impl Shared {
                         return Err("ranges with gaps");
                     }
                     start = start.or(Some(block));
-                    end = block + u64::from(blocks);
+                    end = block.wrapping_add(blocks.into());
                 }
                 let start = start.unwrap_or(0);
-                return Ok((Kind::Discard, start << shift, (end - start) << shift, Vec::new()));
+                return Ok((Kind::Discard, start << shift, end.wrapping_sub(start) << shift, Vec::new()));
             }
             _ => return Err("an unknown opcode"),
         };
@@ -390,7 +390,7 @@ impl Shared {
         } else if left > 0 {
             for n in 0..left.div_ceil(page) {
                 let mut entry = [0; 8];
-                if !self.dma.read(second + 8 * n, &mut entry) {
+                if !self.dma.read(second.wrapping_add(8 * n), &mut entry) {
                     return Err("no memory for the list");
                 }
                 pieces.push((u64::from_le_bytes(entry), left.min(page)));
@@ -409,7 +409,8 @@ impl Shared {
             let (size, vector) = (((state.aqa & 0xfff) + 1) as u16, 0);
             state.pairs.insert(0, Pair::new(state.asq, state.acq, size, vector));
             state.status = 1;
-            state.lag = self.script.below(3) as u8;
+            // Rarely, because the driver sleeps between two looks.
+            state.lag = self.script.one_in(32).into();
             if state.is_odd && self.script.one_in(16) {
                 state.status = *self.script.pick(&[3, 2, u32::MAX]);
             }

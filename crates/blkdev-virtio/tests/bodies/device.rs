@@ -201,7 +201,7 @@ impl Machine {
             return Err("no memory for the header");
         }
         let header = u128::from_le_bytes(header);
-        let (code, at) = (header as u32, (header >> 64) as u64 * 512);
+        let (code, at) = (header as u32, ((header >> 64) as u64).wrapping_mul(512));
         let kind = match code {
             0 => Kind::Read,
             1 => Kind::Write,
@@ -226,7 +226,7 @@ impl Machine {
                     return Err("no memory for the segment");
                 }
                 let segment = u128::from_le_bytes(segment);
-                let (at, len) = (segment as u64 * 512, u64::from((segment >> 64) as u32) * 512);
+                let (at, len) = ((segment as u64).wrapping_mul(512), u64::from((segment >> 64) as u32) * 512);
                 Ok(self.ledger.take(kind, at, len, &[]))
             }
             _ => Err("data of the wrong length"),
@@ -242,7 +242,7 @@ impl Machine {
         if let Some(tag) = chain.tag {
             self.ledger.execute(tag, &self.dma);
         }
-        let written = chain.parts.iter().filter(|part| part.2).map(|part| part.1).sum();
+        let written = chain.written();
         self.status(chain, 0);
         ring.give(&self.dma, chain.id.into(), written, chain.count, self.script.any::<u8>() & 1 == 0);
     }
@@ -256,7 +256,7 @@ impl Machine {
     /// Answers a request wrongly.
     fn lie(&self, ring: &mut Ring, chain: Chain) {
         let (script, dma, id) = (&self.script, &self.dma, u32::from(chain.id));
-        let written = chain.parts.iter().filter(|part| part.2).map(|part| part.1).sum();
+        let written = chain.written();
         if let Some(tag) = chain.tag {
             self.ledger.answer(tag);
         }

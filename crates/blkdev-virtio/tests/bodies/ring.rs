@@ -24,6 +24,13 @@ pub(super) struct Chain {
     pub(super) tag: Option<u64>,
 }
 
+impl Chain {
+    /// Length of the parts that the device writes, in bytes. After a lie, the ring may hold anything.
+    pub(super) fn written(&self) -> u32 {
+        self.parts.iter().filter(|part| part.2).fold(0, |sum, part| sum.wrapping_add(part.1))
+    }
+}
+
 /// A started virtqueue.
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -88,7 +95,7 @@ impl Ring {
                 return Err(format!("descriptor {at} of {size} in a chain of {}", parts.len()));
             }
             count += u16::from(in_ring);
-            let (address, len, flags, next) = descriptor(dma, table + 16 * u64::from(at))?;
+            let (address, len, flags, next) = descriptor(dma, table.wrapping_add(16 * u64::from(at)))?;
             if flags & INDIRECT != 0 {
                 if !in_ring || !parts.is_empty() || flags & NEXT != 0 || len % 16 != 0 {
                     return Err(format!("an indirect table of {len} bytes with flags {flags:#x}"));
@@ -123,7 +130,7 @@ impl Ring {
                     return Err(format!("an indirect table of {len} bytes with flags {flags:#x}"));
                 }
                 for n in 0..len / 16 {
-                    let (address, len, _, flags) = descriptor(dma, address + 16 * u64::from(n))?;
+                    let (address, len, _, flags) = descriptor(dma, address.wrapping_add(16 * u64::from(n)))?;
                     parts.push((address, len, flags & WRITE != 0));
                 }
             } else {
