@@ -39,7 +39,7 @@ impl Offer {
         let mut builder = SslContext::builder(SslMethod::tls_server())?;
         builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
         // A cipher with SHA-256, which pre-shared keys are bound to, with AEAD, and with ephemeral secrets. OpenSSL does not change
-        // keys by itself, so a key of AES-GCM would be used beyond its limit (RFC 8446, 5.5). This cipher has none.
+        // keys on its own, so a key of AES-GCM would be used beyond its limit (RFC 8446, 5.5). This cipher has none.
         builder.set_ciphersuites("TLS_CHACHA20_POLY1305_SHA256")?;
         builder.set_cipher_list("ECDHE-PSK-CHACHA20-POLY1305")?;
         builder
