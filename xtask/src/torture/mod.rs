@@ -105,6 +105,7 @@ fn torture(seconds: u64, seed: u64) -> Result<()> {
             Ok(())
         }
         Err(error) => {
+            world.note(&format!("{error:#}"));
             let kept = keep(&world, seed).unwrap_or_else(|error| format!("nowhere: {error:#}"));
             let (seconds, machine) = (world.elapsed() / 1000, world.machine());
             bail!(
