@@ -98,6 +98,20 @@ impl BackEnd {
         self.process.iter().for_each(|process| process.signal(Signal::SIGCONT));
     }
 
+    /// Makes it serve, after its front end has gone: continues it, or starts it again. Returns whether it had ended on its own:
+    /// QEMU 10.0 may abort if its front end disconnects with requests in the ring (`vhost_user_server_inc_in_flight`).
+    pub(crate) fn revive(&mut self) -> Result<bool> {
+        self.resume();
+        let had_ended = match &mut self.process {
+            Some(process) => process.ended()?.is_some(),
+            None => false,
+        };
+        if had_ended || self.process.is_none() {
+            self.restart()?;
+        }
+        Ok(had_ended)
+    }
+
     /// Fails if it has ended on its own.
     pub(crate) fn check(&mut self) -> Result<()> {
         if let Some(process) = &mut self.process

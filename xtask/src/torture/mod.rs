@@ -101,12 +101,17 @@ fn torture(seconds: u64, seed: u64) -> Result<()> {
     match rounds(&mut world, Plan::new(seed), seconds * 1000) {
         Ok(()) => {
             println!("torture: passed; seed {seed}; {}", world.summary().trim_start());
+            println!("torture: the machine: {}", world.machine());
             Ok(())
         }
         Err(error) => {
+            world.note(&format!("{error:#}"));
             let kept = keep(&world, seed).unwrap_or_else(|error| format!("nowhere: {error:#}"));
-            let seconds = world.elapsed() / 1000;
-            bail!("torture: seed {seed}, after {seconds} s: {error:#}\nthe logs and the faults so far are in {kept}")
+            let (seconds, machine) = (world.elapsed() / 1000, world.machine());
+            bail!(
+                "torture: seed {seed}, after {seconds} s: {error:#}\nthe machine: {machine}\n\
+                 the logs and the faults so far are in {kept}"
+            )
         }
     }
 }

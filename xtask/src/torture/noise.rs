@@ -93,6 +93,14 @@ impl Noise {
         let lost = self.processors.within(span) + self.disk.within(span) + self.others.within(span);
         lost.min(span.1.saturating_sub(span.0) / 4 * 3)
     }
+
+    /// How much of a span each of them has lost.
+    pub(crate) fn describe(&self, span: (Millis, Millis)) -> String {
+        let length = (span.1 - span.0).max(1);
+        let parts = [self.processors.within(span), self.disk.within(span), self.others.within(span)];
+        let [processors, disk, others] = parts.map(|lost| 100 * lost / length);
+        format!("late to wake {processors} %, waiting for the disk {disk} %, taken by other programs {others} %")
+    }
 }
 
 impl Drop for Noise {

@@ -102,6 +102,11 @@ impl World {
         Ok(())
     }
 
+    /// How slow the machine was in the last minutes.
+    pub(crate) fn machine(&self) -> String {
+        self.noise.describe((self.begin.max(now().saturating_sub(300_000)), now()))
+    }
+
     pub(crate) fn summary(&self) -> String {
         format!(
             "{:3} s: {} faults, {} requests acknowledged, {} blocks compared, longest unexplained wait {} ms ({})",
@@ -123,13 +128,7 @@ impl World {
             self.server.crash()?;
         }
         self.server.check_log()?;
-        // A server starts only with all of its back ends.
-        for back_end in &mut self.back_ends {
-            back_end.resume();
-            if !back_end.is_alive() {
-                back_end.restart()?;
-            }
-        }
+        self.revive()?;
         // The content of the export in memory is gone, and its clients cannot know that.
         let is_volatile = |n: &usize| self.crew.members[*n].export.kind == Kind::Memory;
         let volatile: Vec<usize> = (0..self.crew.members.len()).filter(is_volatile).collect();
@@ -138,11 +137,37 @@ impl World {
             let journal = self.stage.at(&format!("journal-{}", self.crew.members[*n].job.region));
             fs::remove_file(journal).context("removing a journal")?;
         }
-        self.server = Server::start(&self.program, &self.stage, self.servers)?;
-        self.servers += 1;
+        self.server = self.start_server()?;
         volatile.iter().try_for_each(|n| self.crew.replace(*n))?;
         self.judge.close(window, now());
         Ok(())
+    }
+
+    /// Makes all back ends serve. Returns whether one had ended on its own.
+    fn revive(&mut self) -> Result<bool> {
+        let mut any = false;
+        for n in 0..self.back_ends.len() {
+            if self.back_ends[n].revive()? {
+                any = true;
+                let text = format!("the back end of {} ended after its front end", self.back_ends[n].export.name);
+                println!("  {text}; it was started again");
+                self.note(&text);
+            }
+        }
+        Ok(any)
+    }
+
+    /// A server starts only with all of its back ends. One of them may end while it starts: then once more.
+    fn start_server(&mut self) -> Result<Server> {
+        loop {
+            let started = Server::start(&self.program, &self.stage, self.servers);
+            self.servers += 1;
+            match started {
+                Err(error) if !self.revive()? => return Err(error),
+                Err(_) => {}
+                Ok(server) => return Ok(server),
+            }
+        }
     }
 
     /// SIGTERM, and the end of the server in good time.
