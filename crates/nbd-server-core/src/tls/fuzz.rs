@@ -87,6 +87,11 @@ struct Session {
     from_client: Vec<u8>,
     from_server: Vec<u8>,
     has_closed: bool,
+    /// The server has seen that, or has failed.
+    has_ended: bool,
+    client_has_failed: bool,
+    /// Changes of the client's keys without data between them.
+    updates: u32,
 }
 
 /// A whole connection: data in both directions, keys that change, a network that delivers in pieces and damages bytes.
@@ -106,6 +111,9 @@ pub fn session(data: &[u8]) {
         from_client: Vec::new(),
         from_server: Vec::new(),
         has_closed: false,
+        has_ended: false,
+        client_has_failed: false,
+        updates: 0,
     };
     for _ in 0..ACTIONS {
         if session.script.is_over() || !session.act() {
@@ -127,6 +135,9 @@ impl Session {
                 if self.is_over {
                     // TLS 1.2 cannot.
                     let _ = self.client.refresh_traffic_keys();
+                    // Without data between them, the server refuses the 33rd.
+                    self.updates += 1;
+                    self.is_honest &= self.updates <= 32;
                 }
             }
             14 => self.damage(),
@@ -147,6 +158,9 @@ impl Session {
     }
 
     fn server_receives(&mut self) -> bool {
+        if self.has_ended {
+            return false;
+        }
         self.collect();
         let mut out = Vec::new();
         let room = self.staging.len() - PLAIN_MAX - REST_MAX;
@@ -159,7 +173,8 @@ impl Session {
             let start = PLAIN_MAX + self.engine.load(&mut self.staging);
             self.staging[start..start + bytes.len()].copy_from_slice(&bytes);
             self.engine.open(&mut self.staging, start + bytes.len(), &mut out).map(|opening| {
-                assert!(opening.has_ended <= (self.has_closed || !self.is_honest), "nobody has ended it");
+                assert!(!opening.has_ended || self.has_closed || !self.is_honest, "nobody has ended it");
+                self.has_ended = opening.has_ended;
                 self.staging[..opening.plain].to_vec()
             })
         } else {
@@ -179,12 +194,17 @@ impl Session {
             }
             Err(error) => {
                 assert!(!self.is_honest || self.has_closed, "an honest client was refused: {error}");
+                self.has_ended = true;
                 false
             }
         }
     }
 
     fn client_receives(&mut self) -> bool {
+        // rustls asserts that a side which has closed its direction never fails.
+        if self.client_has_failed || self.has_closed {
+            return self.has_closed;
+        }
         let mut input = &self.to_client[..];
         while !input.is_empty() {
             if self.client.read_tls(&mut input).expect("memory can be read") == 0 {
@@ -192,6 +212,7 @@ impl Session {
             }
             if let Err(error) = self.client.process_new_packets() {
                 assert!(!self.is_honest, "the server sent nonsense: {error}");
+                self.client_has_failed = true;
                 return false;
             }
             let mut text = Vec::new();
@@ -219,6 +240,7 @@ impl Session {
         let text = self.text();
         let taken = self.client.writer().write(&text).expect("memory takes everything");
         self.from_client.extend(&text[..taken]);
+        self.updates = if taken > 0 { 0 } else { self.updates };
     }
 
     fn server_writes(&mut self) -> bool {

@@ -122,6 +122,10 @@ impl Engine for Records {
             self.rest.drain(..discard);
             match result {
                 Ok(None) => {}
+                Ok(Some(true)) if self.rest.len() > REST_MAX => {
+                    self.fail(out);
+                    return Err(broken("a handshake message is too long"));
+                }
                 Ok(Some(over)) => return Ok(over),
                 Err(e) => {
                     self.fail(out);
@@ -182,7 +186,8 @@ impl Engine for Records {
             }
         };
         self.rest.clear();
-        self.rest.extend_from_slice(&staging[at..end]);
+        // What follows a closure alert does not count (RFC 8446, 6.1).
+        self.rest.extend_from_slice(if has_ended { &[] } else { &staging[at..end] });
         match result {
             Ok(()) if self.rest.len() > REST_MAX => Err(broken("a handshake message is too long")),
             Ok(()) => Ok(Opening { plain, has_ended }),
@@ -241,5 +246,110 @@ impl fmt::Debug for Records {
             Some(suite) => fmt::Display::fmt(&suite, f),
             None => f.write_str("TLS"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use rcgen::{CertifiedKey, generate_simple_self_signed};
+    use rustls::{
+        ClientConfig, ClientConnection, RootCertStore, SupportedCipherSuite, SupportedProtocolVersion,
+        Tls12CipherSuite, Tls13CipherSuite,
+        crypto::{CipherSuiteCommon, CryptoProvider, ring::default_provider},
+        pki_types::PrivateKeyDer,
+        version::{TLS12, TLS13},
+    };
+
+    use super::*;
+
+    /// Records after which the keys of these tests are worn.
+    const LIMIT: u64 = 20;
+
+    /// The ciphers of rustls, with keys that are worn after [`LIMIT`] records.
+    fn short_lived() -> CryptoProvider {
+        let common = |of: &CipherSuiteCommon| CipherSuiteCommon {
+            suite: of.suite,
+            hash_provider: of.hash_provider,
+            confidentiality_limit: LIMIT,
+        };
+        let suites = default_provider().cipher_suites.into_iter().map(|suite| match suite {
+            SupportedCipherSuite::Tls12(suite) => SupportedCipherSuite::Tls12(Box::leak(Box::new(Tls12CipherSuite {
+                common: common(&suite.common),
+                ..*suite
+            }))),
+            SupportedCipherSuite::Tls13(suite) => SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
+                common: common(&suite.common),
+                ..*suite
+            }))),
+        });
+        CryptoProvider { cipher_suites: suites.collect(), ..default_provider() }
+    }
+
+    /// Both sides after their handshake.
+    fn pair(version: &'static SupportedProtocolVersion) -> (Records, ClientConnection) {
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["localhost".into()]).unwrap();
+        let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
+        let mut roots = RootCertStore::empty();
+        roots.add(cert.der().clone()).unwrap();
+        let builder = ServerConfig::builder_with_provider(short_lived().into()).with_protocol_versions(&[version]);
+        let server = builder.unwrap().with_no_client_auth().with_single_cert(vec![cert.der().clone()], key).unwrap();
+        let builder = ClientConfig::builder_with_provider(default_provider().into()).with_protocol_versions(&[version]);
+        let client = builder.unwrap().with_root_certificates(roots).with_no_client_auth();
+        let mut client = ClientConnection::new(client.into(), "localhost".try_into().unwrap()).unwrap();
+        let mut server = Records::new(&server.into()).unwrap();
+        let (mut early, mut over) = (Vec::new(), false);
+        while !over || client.is_handshaking() {
+            let (mut input, mut out) = (Vec::new(), Vec::new());
+            while client.wants_write() {
+                client.write_tls(&mut input).unwrap();
+            }
+            over = server.shake(&input, &mut early, &mut out).unwrap();
+            let mut out = &out[..];
+            while !out.is_empty() {
+                client.read_tls(&mut out).unwrap();
+                client.process_new_packets().unwrap();
+            }
+        }
+        (server, client)
+    }
+
+    /// Sends a byte in a record of its own.
+    fn send(server: &mut Records, client: &mut ClientConnection, byte: u8) -> io::Result<()> {
+        let (mut staging, mut out, mut is_sent) = (vec![0; PLAIN_MAX + 2 * SEALED_MAX], Vec::new(), false);
+        let fill = &mut |room: &mut [u8]| {
+            room[0] = byte;
+            usize::from(!mem::replace(&mut is_sent, true))
+        };
+        let sealed = server.seal(&mut staging, fill, &mut out).map(<[_]>::to_vec);
+        for mut bytes in [&out[..], sealed.as_deref().unwrap_or_default()] {
+            while !bytes.is_empty() {
+                client.read_tls(&mut bytes).unwrap();
+                client.process_new_packets().unwrap();
+            }
+        }
+        sealed.map(drop)
+    }
+
+    #[test]
+    fn tls_13_changes_worn_keys() {
+        let (mut server, mut client) = pair(&TLS13);
+        for n in 0..5 * LIMIT as u8 {
+            send(&mut server, &mut client, n).unwrap();
+            let mut got = [0];
+            client.reader().read_exact(&mut got).unwrap();
+            assert_eq!(got, [n]);
+        }
+    }
+
+    #[test]
+    fn tls_12_ends_with_a_worn_key() {
+        let (mut server, mut client) = pair(&TLS12);
+        let sent = (0..5 * LIMIT as u8).take_while(|n| send(&mut server, &mut client, *n).is_ok()).count();
+        assert!(sent < LIMIT as usize, "{sent} records");
+        let mut got = Vec::new();
+        client.reader().read_to_end(&mut got).expect("a closure alert tells the client that nothing is missing");
+        assert_eq!(got.len(), sent);
     }
 }
