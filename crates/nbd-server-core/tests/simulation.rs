@@ -1,10 +1,13 @@
 //! Simulates a whole server without sockets and without a clock: clients, sessions, the policy of a worker ([`Turns`]), channels,
-//! and a device that completes requests out of order. A seed drives everything, and a model checks it.
+//! and devices that complete requests out of order. A seed drives everything, and a model checks it.
 //!
-//! Each seed makes another device (block sizes, limits, capabilities), another protocol mode, another set of faults, and several
-//! clients at once. Their bytes arrive and leave in pieces of any size; some clients vanish in the middle of a request. In every
-//! run, each request of a living client gets exactly one reply, which is correct; acknowledged data is there; no buffer is lost;
-//! the worker sleeps while nothing happens; and everything ends.
+//! Each seed makes one to three exports with other devices (block sizes, limits, capabilities), other protocol modes, another set of
+//! faults, and several clients of each at once. Their bytes arrive and leave in pieces of any size; some clients vanish in the middle
+//! of a request; exports are added and removed. Only the first export has faults, and the others must not notice. In every run, each
+//! request of a living client gets exactly one reply, which is correct; acknowledged data is there; no buffer is lost; the worker
+//! sleeps while nothing happens; and everything ends.
+//!
+//! TLS has a simulation of its own: the fuzz target `tls_session`, which the tests of `tls::fuzz` replay.
 
 use std::{
     collections::HashMap,
@@ -109,14 +112,9 @@ fn greedy_clients_do_not_delay_others() {
 #[test]
 fn a_flood_of_requests_does_not_fill_the_queue() {
     for seed in 50_000..50_050 {
-        let mut world = World::new(seed, |_, _| {});
-        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
-        let depth = world.rng.range(1, 32) as u16;
-        world.floor.channels = plan(1 << 20, 128 << 10, depth).open(&device, 1).unwrap();
-        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
-        let count = world.rng.range(1, 60) as usize;
-        world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
-        world.seat();
+        let mut rng = Rng::new(seed);
+        let (depth, count) = (rng.range(1, 32) as u16, rng.range(1, 60) as usize);
+        let mut world = World::with(seed, count, depth);
         // Unaligned zeroes wait for each other before they reach the queue.
         let (kind, at, len) =
             *world.rng.pick(&[(Kind::FLUSH, 0, 0), (Kind::READ, 0, 512), (Kind::WRITE_ZEROES, 1, 100)]);
@@ -127,7 +125,7 @@ fn a_flood_of_requests_does_not_fill_the_queue() {
             (0..count).for_each(|n| world.arrive(n, usize::MAX));
             world.turn();
             let most = (1..=count).map(|n| 2 * usize::from(depth) / n + 1).sum::<usize>() + 2 * usize::from(depth);
-            let in_flight = world.floor.channels[0].in_flight();
+            let in_flight = world.floor.lane(0).in_flight();
             assert!(
                 in_flight <= most,
                 "seed {seed}: {in_flight} in flight of {count} clients, the queue takes {depth}"
@@ -208,23 +206,34 @@ fn run_seeds(group: u64, count: u64, worsen: fn(&mut Rng, &mut Faults)) {
 
 struct World {
     rng: Rng,
-    device: Arc<Fault<Memory>>,
-    model: Model,
+    /// Each is an export. Only the first one can have faults.
+    disks: Vec<Disk>,
     floor: Floor,
     /// The policy of a worker, unchanged.
     turns: Turns,
     /// Number of requests that the clients have still to send.
     budget: u32,
-    /// The longest of them, in bytes.
-    longest: u64,
-    faulty: bool,
     /// The time that the channels see.
     now: Instant,
 }
 
+/// An export with its device.
+struct Disk {
+    device: Arc<Fault<Memory>>,
+    exports: Exports,
+    plan: Plan,
+    model: Model,
+    /// The longest of the requests of its clients, in bytes.
+    longest: u64,
+    faulty: bool,
+    /// Its export was removed, and its clients were disconnected.
+    is_removed: bool,
+}
+
 /// The state that a worker serves.
 struct Floor {
-    channels: Vec<Channel>,
+    /// By lane. `None`: closed.
+    channels: Vec<Option<Channel>>,
     clients: Vec<Client>,
 }
 
@@ -237,7 +246,8 @@ struct Model {
 
 struct Client {
     session: Session,
-    channel: usize,
+    disk: usize,
+    lane: usize,
     mode: Mode,
     encoder: Encoder,
     decoder: Decoder,
@@ -276,11 +286,10 @@ const DEVICE: u64 = 256 << 10;
 /// See `Limits::stall_timeout`.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-impl World {
-    fn new(seed: u64, worsen: fn(&mut Rng, &mut Faults)) -> Self {
-        let mut rng = Rng::new(seed);
+impl Disk {
+    fn new(rng: &mut Rng, worsen: fn(&mut Rng, &mut Faults)) -> Self {
         let mut faults = Faults::new(rng.next());
-        worsen(&mut rng, &mut faults);
+        worsen(rng, &mut faults);
         let silent = faults.lost > 0.0;
         let faulty = silent || faults.death.is_some() || faults.bug.is_some() || faults.errors.read > 0.0;
         let block = *rng.pick(&[1u32, 512, 4096]);
@@ -307,38 +316,106 @@ impl World {
         let device = Arc::new(Fault::new(memory, faults));
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
         let plan = plan(*rng.pick(&[64 << 10, 256 << 10]), *rng.pick(&[0, 8 << 10]), rng.range(1, 32) as u16);
-        let channels = plan.open(&dynamic, rng.range(1, 4) as usize).unwrap();
-        let export = export(dynamic, rng.chance(0.1));
-        let exports = Exports::new(vec![export], 1 << 20).unwrap();
-        let clients = (0..rng.range(1, 5))
-            .map(|n| Client::shake_hands(&exports, n as usize, rng.below(channels.len() as u64) as usize, &mut rng))
-            .collect();
+        let exports = Exports::new(vec![export(dynamic, rng.chance(0.1))], 1 << 20).unwrap();
         let model = Model { bytes: content.into_iter().map(Some).collect(), busy: HashMap::new() };
-        let budget = rng.range(20, 200) as u32;
         // The longest request that fits the memory at any offset. With more memory, reads are long enough to have holes.
         let longest = plan.memory as u64 * 3 / 5;
-        let (floor, turns) = (Floor { channels, clients }, Turns::default());
-        let mut world = Self { rng, device, model, floor, turns, budget, longest, faulty, now: Instant::now() };
-        world.seat();
+        Self { device, exports, plan, model, longest, faulty, is_removed: false }
+    }
+}
+
+impl World {
+    fn new(seed: u64, worsen: fn(&mut Rng, &mut Faults)) -> Self {
+        let mut rng = Rng::new(seed);
+        let budget = rng.range(20, 200) as u32;
+        let floor = Floor { channels: Vec::new(), clients: Vec::new() };
+        let mut world = Self { rng, disks: Vec::new(), floor, turns: Turns::default(), budget, now: Instant::now() };
+        world.add(worsen);
+        for _ in 0..*world.rng.pick(&[0, 0, 1, 2]) {
+            world.add(|_, _| {});
+        }
         world
+    }
+
+    /// Adds an export, with its lanes and its clients.
+    fn add(&mut self, worsen: fn(&mut Rng, &mut Faults)) {
+        let disk = Disk::new(&mut self.rng, worsen);
+        let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&disk.device);
+        let channels = disk.plan.open(&dynamic, self.rng.range(1, 4) as usize).unwrap();
+        let first = self.floor.channels.len();
+        for channel in channels {
+            self.turns.open(self.floor.channels.len(), channel.depth());
+            self.floor.channels.push(Some(channel));
+        }
+        let lanes = (self.floor.channels.len() - first) as u64;
+        self.disks.push(disk);
+        for _ in 0..self.rng.range(1, 5) {
+            let lane = first + self.rng.below(lanes) as usize;
+            self.enter(self.disks.len() - 1, lane);
+        }
+    }
+
+    /// A client enters.
+    fn enter(&mut self, disk: usize, lane: usize) {
+        let number = self.floor.clients.len();
+        let client = Client::shake_hands(&self.disks[disk].exports, number, disk, lane, &mut self.rng);
+        self.floor.clients.push(client);
+        self.turns.enter(number as u32, lane);
+    }
+
+    /// The export is removed, and its clients are disconnected.
+    fn remove(&mut self, disk: usize) {
+        self.disks[disk].is_removed = true;
+        for n in 0..self.floor.clients.len() {
+            if self.floor.clients[n].disk == disk {
+                self.kill(n);
+            }
+        }
+    }
+
+    /// Closes the lanes of removed exports, once no client has a request there.
+    fn close_lanes(&mut self) {
+        for lane in 0..self.floor.channels.len() {
+            let clients = || self.floor.clients.iter().filter(|client| client.lane == lane);
+            let Some(disk) = clients().map(|client| client.disk).next() else { continue };
+            if self.disks[disk].is_removed
+                && clients().all(|client| client.session.in_flight() == 0)
+                && let Some(channel) = self.floor.channels[lane].take()
+            {
+                self.turns.close(lane);
+                self.check_memory(disk, &channel);
+            }
+        }
+    }
+
+    fn check_memory(&self, disk: usize, channel: &Channel) {
+        assert!(self.disks[disk].faulty || channel.memory_free() == channel.memory(), "every buffer came back");
     }
 
     /// A server with 1 MiB of memory and `count` clients.
     fn crowd(seed: u64, count: usize) -> Self {
+        Self::with(seed, count, 32)
+    }
+
+    /// The same, with a queue for `depth` requests.
+    fn with(seed: u64, count: usize, depth: u16) -> Self {
         let mut world = Self::new(seed, |_, _| {});
-        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.device);
-        let plan = plan(1 << 20, 128 << 10, 32);
-        world.floor.channels = plan.open(&device, 1).unwrap();
-        let exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
-        world.floor.clients = (0..count).map(|n| Client::shake_hands(&exports, n, 0, &mut world.rng)).collect();
-        world.seat();
+        world.disks.truncate(1);
+        world.turns = Turns::default();
+        world.floor = Floor { channels: Vec::new(), clients: Vec::new() };
+        let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&world.disks[0].device);
+        let channel = plan(1 << 20, 128 << 10, depth).open(&device, 1).unwrap().remove(0);
+        world.turns.open(0, channel.depth());
+        world.floor.channels.push(Some(channel));
+        world.disks[0].exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
+        (0..count).for_each(|_| world.enter(0, 0));
         world
     }
 
     /// Clients take most of the memory, with one request each, and do nothing more. Returns the first client without memory.
     fn take_memory(&mut self, kind: Kind, len: u64) -> usize {
         for n in 0.. {
-            if self.floor.channels[0].memory_free() < len as usize {
+            if self.floor.lane(0).memory_free() < len as usize {
                 return n;
             }
             self.floor.clients[n].socket_len = 1;
@@ -347,17 +424,6 @@ impl World {
             self.sleep();
         }
         unreachable!("the memory is bounded")
-    }
-
-    /// All clients enter.
-    fn seat(&mut self) {
-        self.turns = Turns::default();
-        for (lane, channel) in self.floor.channels.iter().enumerate() {
-            self.turns.open(lane, channel.depth());
-        }
-        for (n, client) in self.floor.clients.iter().enumerate() {
-            self.turns.enter(n as u32, client.channel);
-        }
     }
 
     fn run(mut self) {
@@ -372,6 +438,14 @@ impl World {
                     self.kill(n);
                 }
             }
+            if self.rng.chance(0.0005) {
+                let disk = self.rng.below(self.disks.len() as u64) as usize;
+                self.remove(disk);
+            }
+            if self.rng.chance(0.0005) && self.disks.len() < 5 {
+                self.add(|_, _| {});
+            }
+            self.close_lanes();
             if self.rng.chance(0.001) {
                 // Its export is removed softly.
                 let client = self.rng.below(self.floor.clients.len() as u64) as usize;
@@ -428,7 +502,8 @@ impl World {
             Kind::BLOCK_STATUS,
             Kind(77),
         ]);
-        let longest = *rng.pick(&[600, 9000, 40_000, self.longest]);
+        let disk = &mut self.disks[client.disk];
+        let longest = *rng.pick(&[600, 9000, 40_000, disk.longest]);
         let mut len = rng.range(1, longest);
         let mut at = rng.below(DEVICE - len);
         if rng.chance(0.4) {
@@ -465,7 +540,7 @@ impl World {
             _ if at + len > DEVICE => Some(WireError::Inval),
             _ => None,
         };
-        if expected.is_none() && !self.model.is_free(at, len, changes) {
+        if expected.is_none() && !disk.model.is_free(at, len, changes) {
             return;
         }
         let (cookie, mut data) = (client.next, Vec::new());
@@ -477,7 +552,7 @@ impl World {
             client.wire.extend_from_slice(&data);
         }
         if expected.is_none() {
-            self.model.busy.insert((n, cookie), (at, len, changes));
+            disk.model.busy.insert((n, cookie), (at, len, changes));
         }
         client.requests.insert(cookie, Request { kind, at, len, flags, data, expected });
         self.budget -= 1;
@@ -517,10 +592,10 @@ impl World {
         while idle < 100 {
             let mut lanes = 0..self.floor.channels.len();
             let is_due = |lane: usize| {
-                let unused = || self.floor.channels[lane].memory_unused();
-                self.turns.due(lane, unused, STALL_TIMEOUT) == Some(Duration::ZERO)
+                let Some(channel) = &self.floor.channels[lane] else { return false };
+                self.turns.due(lane, || channel.memory_unused(), STALL_TIMEOUT) == Some(Duration::ZERO)
             };
-            let in_flight = self.floor.channels.iter().map(Channel::in_flight).sum::<usize>();
+            let in_flight = self.floor.channels.iter().flatten().map(Channel::in_flight).sum::<usize>();
             if self.turns.is_empty() && in_flight == 0 && !lanes.any(is_due) {
                 return;
             }
@@ -576,7 +651,7 @@ impl World {
                             let next = at + u64::from(len);
                             assert_eq!(done, next == request.at + request.len, "the last chunk says so");
                             client.incoming = Some((cookie.0, next));
-                            self.model.must_be_zero(at, next);
+                            self.disks[client.disk].model.must_be_zero(at, next);
                             if done {
                                 self.answered(n, cookie.0, Ok(()));
                             }
@@ -586,7 +661,7 @@ impl World {
                             assert!(!request.flags.contains(Flags::REQ_ONE) || extents.len() == 1);
                             for e in &extents {
                                 if e.flags & 2 != 0 {
-                                    self.model.must_be_zero(at, (at + e.len).min(end));
+                                    self.disks[client.disk].model.must_be_zero(at, (at + e.len).min(end));
                                 }
                                 at += e.len;
                             }
@@ -600,7 +675,7 @@ impl World {
                 }
                 Some(client::Event::Payload(bytes)) => {
                     let (cookie, at) = client.incoming.expect("data belongs to a read");
-                    self.model.must_hold(at, bytes);
+                    self.disks[client.disk].model.must_hold(at, bytes);
                     let request = &client.requests[&cookie];
                     let next = at + bytes.len() as u64;
                     client.incoming = Some((cookie, next));
@@ -614,11 +689,13 @@ impl World {
 
     /// Checks the reply to a request: exactly one, and correct.
     fn answered(&mut self, n: usize, cookie: u64, result: Result<(), WireError>) {
-        let request = self.floor.clients[n].requests.remove(&cookie).expect("one answer for each request");
-        self.model.busy.remove(&(n, cookie));
+        let client = &mut self.floor.clients[n];
+        let request = client.requests.remove(&cookie).expect("one answer for each request");
+        let disk = &mut self.disks[client.disk];
+        disk.model.busy.remove(&(n, cookie));
         if result == Err(WireError::Shutdown) {
             // Nothing has changed, so the model does not change either.
-            return assert!(self.floor.clients[n].refused, "ESHUTDOWN only for refused clients");
+            return assert!(client.refused, "ESHUTDOWN only for refused clients");
         }
         if let Some(expected) = request.expected {
             return assert_eq!(result, Err(expected), "{:?} {:?}", request.kind, request.flags);
@@ -627,17 +704,17 @@ impl World {
         match result {
             Ok(()) => match request.kind {
                 Kind::WRITE => {
-                    self.model.bytes[range].iter_mut().zip(&request.data).for_each(|(byte, new)| *byte = Some(*new));
+                    disk.model.bytes[range].iter_mut().zip(&request.data).for_each(|(byte, new)| *byte = Some(*new));
                 }
-                Kind::WRITE_ZEROES => self.model.bytes[range].fill(Some(0)),
-                Kind::TRIM => self.model.bytes[range].fill(None),
+                Kind::WRITE_ZEROES => disk.model.bytes[range].fill(Some(0)),
+                Kind::TRIM => disk.model.bytes[range].fill(None),
                 _ => {}
             },
             // The request must not have changed anything.
             Err(WireError::NotSup) => assert!(request.flags.contains(Flags::FAST_ZERO)),
             Err(error) => {
-                assert!(self.faulty, "{:?} of {} at {} failed with {error:?}", request.kind, request.len, request.at);
-                self.model.forget(&request);
+                assert!(disk.faulty, "{:?} of {} at {} failed with {error:?}", request.kind, request.len, request.at);
+                disk.model.forget(&request);
             }
         }
     }
@@ -649,12 +726,13 @@ impl World {
     }
 
     fn turn_now(&mut self) {
-        self.floor.channels.iter_mut().for_each(|channel| channel.tick(self.now));
+        self.floor.channels.iter_mut().flatten().for_each(|channel| channel.tick(self.now));
         self.turns.round(&mut self.floor);
         for lane in 0..self.floor.channels.len() {
             let mut done: Vec<Done> = Vec::new();
-            self.floor.channels[lane].kick();
-            self.floor.channels[lane].reap(&mut done);
+            let Some(channel) = &mut self.floor.channels[lane] else { continue };
+            channel.kick();
+            channel.reap(&mut done);
             for done in done {
                 let n = Session::number_of(done.tag);
                 let client = &mut self.floor.clients[n as usize];
@@ -674,7 +752,7 @@ impl World {
             let in_flight = client.session.in_flight();
             self.turns.count(n as u32, in_flight);
             if client.session.is_broken() {
-                assert!(self.faulty, "only a faulty device cannot be read again");
+                assert!(self.disks[client.disk].faulty, "only a faulty device cannot be read again");
                 self.kill(n);
             } else if client.is_ready(in_flight == 0) {
                 self.turns.enqueue(n as u32);
@@ -694,26 +772,40 @@ impl World {
         client.gone = true;
         client.session.close();
         self.turns.leave(n as u32);
-        self.floor.channels[client.channel].cancel(|tag| Session::number_of(tag) == n as u32);
+        let channel = self.floor.channels[client.lane].as_mut().expect("a client has a lane");
+        channel.cancel(|tag| Session::number_of(tag) == n as u32);
+        let model = &mut self.disks[client.disk].model;
         for (cookie, request) in client.requests.drain() {
-            self.model.forget(&request);
+            model.forget(&request);
             // The device may still execute its requests: no other request may touch their ranges until the end.
-            if let Some((.., changes)) = self.model.busy.get_mut(&(n, cookie)) {
+            if let Some((.., changes)) = model.busy.get_mut(&(n, cookie)) {
                 *changes = true;
             }
         }
     }
 
     fn check_the_end(mut self) {
-        for channel in &self.floor.channels {
+        for (lane, channel) in self.floor.channels.iter().enumerate() {
+            let Some(channel) = channel else { continue };
             assert_eq!(channel.in_flight(), 0);
-            assert!(self.faulty || channel.memory_free() == channel.memory(), "every buffer came back");
+            let client = self.floor.clients.iter().find(|client| client.lane == lane);
+            if let Some(client) = client {
+                self.check_memory(client.disk, channel);
+            }
         }
         assert!(self.floor.clients.iter().all(|c| c.gone || c.requests.is_empty()), "every request was answered");
         self.floor.channels.clear();
-        let mut content = vec![0; DEVICE as usize];
-        self.device.device().read(0, &mut content);
-        self.model.must_hold(0, &content);
+        for disk in &self.disks {
+            let mut content = vec![0; DEVICE as usize];
+            disk.device.device().read(0, &mut content);
+            disk.model.must_hold(0, &content);
+        }
+    }
+}
+
+impl Floor {
+    fn lane(&self, lane: usize) -> &Channel {
+        self.channels[lane].as_ref().expect("the lane is open")
     }
 }
 
@@ -726,7 +818,7 @@ impl Connections for Floor {
 
     fn feed(&mut self, number: u32, grant: &mut Grant) -> Option<Fed> {
         let client = &mut self.clients[number as usize];
-        let channel = &mut self.channels[client.channel];
+        let channel = self.channels[client.lane].as_mut().expect("a client has a lane");
         client.is_active = true;
         if let Some((buf, at)) = client.session.landing() {
             // Directly into the buffer, as `receive` does it; further bytes go through `take`.
@@ -746,7 +838,7 @@ impl Connections for Floor {
     }
 
     fn memory_unused(&self, lane: usize) -> usize {
-        self.channels[lane].memory_unused()
+        self.lane(lane).memory_unused()
     }
 
     fn progress(&mut self, number: u32) -> Progress {
@@ -824,7 +916,7 @@ impl Client {
     }
 
     /// Runs the handshake of both sides, in pieces of any size.
-    fn shake_hands(exports: &Exports, number: usize, channel: usize, rng: &mut Rng) -> Self {
+    fn shake_hands(exports: &Exports, number: usize, disk: usize, lane: usize, rng: &mut Rng) -> Self {
         let mode = *rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let contexts = if rng.chance(0.8) { vec!["base:allocation".to_owned()] } else { Vec::new() };
         let name = rng.pick(&["", "disk"]).to_string();
@@ -857,7 +949,8 @@ impl Client {
         let mode = agreed.terms.mode;
         Self {
             session: Session::new(&negotiated, number as u32),
-            channel,
+            disk,
+            lane,
             mode,
             encoder: Encoder::new(mode),
             decoder: Decoder::new(mode),
