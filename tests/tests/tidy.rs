@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use nbdblk_tests::{files, root};
+use nbdblk_tests::{files, root, tool};
 use serde_json::Value;
 
 /// Which of our packages each of our packages may be built on; some are still to come.
@@ -334,6 +334,16 @@ const SPELLING: &[(&str, &str)] = &[
     ("whoever", "the party: a client, a worker, the caller"),
     ("withdrawn", "cancelled"),
 ];
+
+/// Words that codespell takes for others: terms, and misspelled words of tests.
+const NO_MISTAKES: &str = "conectix,crate,crates,exprot,keypair,nd,ore,ot,pahts,siez,te";
+
+#[test]
+fn words_are_spelled_correctly() {
+    let files = files(&[".rs", ".md", ".toml", ".pod", ".sh"]).into_iter().map(|(name, _)| name);
+    let said = tool("codespell").within(root()).args(["-L", NO_MISTAKES]).args(files).run();
+    assert!(said.status.success(), "misspelled words:\n{}{}", said.out, said.err);
+}
 
 /// The words of a text in lower case, without punctuation, with one space on each side.
 fn spaced(text: &str) -> String {

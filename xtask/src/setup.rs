@@ -39,6 +39,7 @@ const NEEDS: &[Need] = &[
     Need { program: "openssl/ssl.h", packages: &["libssl-dev"], purpose: "TLS with pre-shared keys" },
     Need { program: "pod2man", packages: &["perl"], purpose: "makes the manual page of the plugin" },
     Need { program: "valgrind", packages: &["valgrind"], purpose: "counts instructions of the data path" },
+    Need { program: "codespell", packages: &["codespell"], purpose: "finds misspelled words" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];
