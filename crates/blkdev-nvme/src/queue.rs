@@ -66,8 +66,7 @@ impl IoQueue {
             if again {
                 self.pair.push_again(request, |request, list| describe(&core.disk, core.sgl, &request.op, &list));
             } else {
-                let Request { tag, op } = request;
-                done.push(Completion { tag, op, result: Err(Error::Io) });
+                done.push(request.refuse(Error::Io));
             }
         }
         self.again = true;
@@ -90,22 +89,16 @@ impl IoQueue {
         }
     }
 
-    /// Ends all requests of a dead device and abandons their memory. Reads, because the device may still write to it. Writes
-    /// too: a write that is still in flight would put the memory's next content on the disk.
+    /// Ends all requests of a dead device.
     #[cold]
     fn finish(&mut self, done: &mut Vec<Completion>) {
-        done.extend(self.pair.take_all().map(|Request { tag, mut op }| {
-            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
-                buf.abandon();
-            }
-            Completion { tag, op, result: Err(Error::Gone) }
-        }));
+        done.extend(self.pair.take_all().map(Request::lose));
     }
 
     /// Ends a request without sending it to the device.
     #[cold]
     fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
-        self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
+        self.ended.push(request.refuse(error));
         Ok(())
     }
 }

@@ -72,22 +72,16 @@ impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
         Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new(), claim }))
     }
 
-    /// Ends all requests of a dead device and abandons their memory. Reads, because the device may still write to it. Writes
-    /// too: a slow back end may still have one in flight, and would put the memory's next content on its disk.
+    /// Ends all requests of a dead device.
     #[cold]
     fn finish(&mut self, done: &mut Vec<Completion>) {
-        done.extend(self.ring.take_all().map(|Request { tag, mut op }| {
-            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
-                buf.abandon();
-            }
-            Completion { tag, op, result: Err(Error::Gone) }
-        }));
+        done.extend(self.ring.take_all().map(Request::lose));
     }
 
     /// Ends a request without sending it to the device.
     #[cold]
     fn refuse(&mut self, request: Request, error: Error) -> Result<(), Request> {
-        self.ended.push(Completion { tag: request.tag, op: request.op, result: Err(error) });
+        self.ended.push(request.refuse(error));
         Ok(())
     }
 }

@@ -214,16 +214,10 @@ impl Queue for BlockingQueue {
         let mut state = self.pool.lock();
         let state = &mut *state;
         state.dead = true;
-        let waiting = state.waiting.drain(..);
-        let serving = state.serving.iter_mut().filter_map(Option::take).map(|mut request| {
-            // A thread still uses it.
-            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut request.op {
-                buf.abandon();
-            }
-            request
-        });
-        let gone = |Request { tag, op }| Completion { tag, op, result: Err(Error::Gone) };
-        state.done.extend(waiting.chain(serving).map(gone));
+        let waiting = state.waiting.drain(..).map(|request| request.refuse(Error::Gone));
+        // A thread still uses their memory.
+        let serving = state.serving.iter_mut().filter_map(Option::take).map(Request::lose);
+        state.done.extend(waiting.chain(serving));
         self.pool.wake_up(state);
     }
 

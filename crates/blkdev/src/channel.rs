@@ -519,7 +519,7 @@ impl Channel {
     fn retire(&mut self) {
         self.driver.retire();
         // These completions may be false.
-        self.completions.drain(..).for_each(|completion| completion.op.abandon());
+        self.completions.drain(..).for_each(|mut completion| completion.op.abandon());
         self.fail_all();
     }
 
@@ -914,7 +914,7 @@ impl Channel {
     /// The driver has completed a request that it did not have, so it is not trusted any more: [`reap`](Self::reap) ends
     /// everything.
     #[cold]
-    fn doubt(&self, Request { tag, op }: Request) {
+    fn doubt(&self, Request { tag, mut op }: Request) {
         self.driver.fail(format_args!(
             "the driver is faulty: it completed {op:?} with the tag {tag}, but has no such request in flight"
         ));

@@ -108,6 +108,22 @@ pub struct Request {
     pub op: Op,
 }
 
+impl Request {
+    /// Ends it with an error. The device does not know it, or no longer uses its memory.
+    #[cold]
+    pub fn refuse(self, error: Error) -> Completion {
+        Completion { tag: self.tag, op: self.op, result: Err(error) }
+    }
+
+    /// Ends it for a device that has died with it. Its memory is [abandoned](Buf::abandon): for a read, because the device may still
+    /// write to it; for a write, because the device may still carry it out, and would put the memory's next content on the disk.
+    #[cold]
+    pub fn lose(mut self) -> Completion {
+        self.op.abandon();
+        self.refuse(Error::Gone)
+    }
+}
+
 /// A request that has ended.
 #[derive(Debug)]
 pub struct Completion {
@@ -178,8 +194,8 @@ pub enum Op {
 
 impl Op {
     /// [Abandons](Buf::abandon) its memory, if it has some.
-    pub(crate) fn abandon(self) {
-        if let Self::Read { mut buf, .. } | Self::Write { mut buf, .. } = self {
+    pub(crate) fn abandon(&mut self) {
+        if let Self::Read { buf, .. } | Self::Write { buf, .. } = self {
             buf.abandon();
         }
     }

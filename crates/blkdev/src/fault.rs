@@ -296,11 +296,8 @@ impl FaultQueue {
 
 /// The device has died with this request, and may use its memory forever: it fills the memory, or writes data to the disk that
 /// the next owner put there.
-fn gone(tag: u64, mut op: Op) -> Completion {
-    if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
-        buf.abandon();
-    }
-    Completion { tag, op, result: Err(Error::Gone) }
+fn gone(tag: u64, op: Op) -> Completion {
+    Request { tag, op }.lose()
 }
 
 impl Shared {
