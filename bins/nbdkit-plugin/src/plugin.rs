@@ -280,5 +280,5 @@ fn device(settings: &Settings) -> Result<(Arc<dyn Device>, Settings), Fault> {
 }
 
 fn fault(error: &io::Error) -> Fault {
-    Fault { errno: error.raw_os_error().unwrap_or(libc::EIO), text: error.to_string() }
+    Fault { errno: blkdev::Context::os_error(error).unwrap_or(libc::EIO), text: error.to_string() }
 }
