@@ -377,8 +377,8 @@ impl Queue for FileQueue {
         self.gone = true;
         let done = &mut self.done;
         self.ring.give_up(|flight| {
-            if let Flight::Request(Moving { request: Request { tag, op }, .. }) = flight {
-                done.push(Completion { tag, op, result: Err(Error::Gone) });
+            if let Flight::Request(moving) = flight {
+                done.push(moving.request.refuse(Error::Gone));
             }
         });
         // Late replies belong to no request.

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Buf, Completion, Error, Mapping, Op, Queue, Request};
+use blkdev::{Completion, Error, Mapping, Op, Queue, Request};
 use blkio::{Blkio, Blkioq, Errno, ReqFlags};
 
 use crate::lock;
@@ -135,8 +135,7 @@ impl LibblkioQueue {
 impl Queue for LibblkioQueue {
     fn push(&mut self, request: Request) -> Result<(), Request> {
         let Some(queue) = &mut self.queue else {
-            let Request { tag, op } = request;
-            self.ready.push(Completion { tag, op, result: Err(Error::Gone) });
+            self.ready.push(request.refuse(Error::Gone));
             return Ok(());
         };
         // Never more than fit in the ring: requests that wait inside libblkio may wait forever.
@@ -156,8 +155,8 @@ impl Queue for LibblkioQueue {
             Op::Flush => queue.flush(slot, none),
             Op::Status { .. } | Op::Prefetch { .. } => {
                 self.free.push(slot);
-                let Request { tag, op } = self.slots[slot].take().expect("the request was stored above");
-                self.ready.push(Completion { tag, op, result: Err(Error::NotSupported) });
+                let request = self.slots[slot].take().expect("the request was stored above");
+                self.ready.push(request.refuse(Error::NotSupported));
             }
         }
         Ok(())
@@ -208,13 +207,9 @@ impl Queue for LibblkioQueue {
             mem::forget(Arc::clone(&self.home));
         }
         for (n, slot) in self.slots.iter_mut().enumerate() {
-            let Some(Request { tag, mut op }) = slot.take() else { continue };
-            // For a write, too: the device could otherwise read the next owner's data.
-            if let Op::Read { buf, .. } | Op::Write { buf, .. } = &mut op {
-                Buf::abandon(buf);
-            }
+            let Some(request) = slot.take() else { continue };
             self.free.push(n);
-            self.ready.push(Completion { tag, op, result: Err(Error::Gone) });
+            self.ready.push(request.lose());
         }
     }
 

@@ -317,8 +317,7 @@ impl Queue for PassthroughQueue {
             _ => None,
         };
         if let Some(error) = refusal {
-            let Request { tag, op } = request;
-            self.done.push(Completion { tag, op, result: Err(error) });
+            self.done.push(request.refuse(error));
             return Ok(());
         }
         let disk = &self.shared.disk;
@@ -377,9 +376,7 @@ impl Queue for PassthroughQueue {
         }
         self.gone = true;
         let done = &mut self.done;
-        self.ring.give_up(|Flight { request: Request { tag, op }, .. }| {
-            done.push(Completion { tag, op, result: Err(Error::Gone) });
-        });
+        self.ring.give_up(|flight| done.push(flight.request.refuse(Error::Gone)));
     }
 
     fn is_dead(&self) -> bool {

@@ -183,7 +183,7 @@ impl Queue for BlockingQueue {
         self.in_flight += 1;
         let mut state = self.pool.lock();
         if state.dead {
-            state.done.push(Completion { tag: request.tag, op: request.op, result: Err(Error::Gone) });
+            state.done.push(request.refuse(Error::Gone));
         } else {
             state.waiting.push_back(request);
             self.pool.begun.notify_one();

@@ -7,10 +7,10 @@ use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, tool};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-/// The user ID of `nobody`.
+/// User and group ID of an account without rights, `nobody` on Debian.
 const NOBODY: &str = "65534";
 
-/// A client that runs as `nobody`.
+/// A client of that account.
 fn as_nobody(name: &str) -> Cmd {
     tool("setpriv").args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]).args([tool(name).path()])
 }

@@ -7,7 +7,7 @@ use std::{
     io::{self, IoSliceMut},
     net::{TcpListener, TcpStream},
     os::fd::{AsRawFd, BorrowedFd},
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
 };
 
 use blkdev::{Buf, socket};
@@ -60,7 +60,7 @@ pub(crate) struct Kernel {
 /// Whether the kernel does TLS on this socket with this suite. If it does not, nothing has changed.
 pub(super) fn can_take(socket: BorrowedFd<'_>, suite: Suite) -> bool {
     static KNOWN: Mutex<Option<HashMap<Suite, bool>>> = Mutex::new(None);
-    let mut known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_default();
     let takes = known.entry(suite).or_insert_with(|| {
         probe(suite).inspect_err(|e| log::debug!("the kernel does not continue {suite}: {e}")).is_ok()

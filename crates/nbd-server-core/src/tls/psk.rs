@@ -186,6 +186,7 @@ impl Engine for Connection {
         // The plain text of these records, and of one that was incomplete before, fits.
         let result = loop {
             match self.stream.ssl_read(&mut staging[plain..]) {
+                Ok(0) => break Err(broken("more plain text than records")),
                 Ok(got) => plain += got,
                 Err(e) if e.code() == ErrorCode::WANT_READ => break Ok(()),
                 Err(e) if e.code() == ErrorCode::ZERO_RETURN => {

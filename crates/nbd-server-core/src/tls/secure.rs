@@ -113,9 +113,16 @@ impl Secure {
             if sealed.is_empty() {
                 return self.flush(socket);
             }
-            // What the library has sent on its own comes first.
-            let sent = if self.unsent.is_empty() { push(socket, sealed)? } else { 0 };
-            self.unsent.extend_from_slice(&sealed[sent..]);
+            if !self.unsent.is_empty() {
+                // What the library sends on its own comes first.
+                self.unsent.extend_from_slice(sealed);
+                continue;
+            }
+            let sent = push(socket, sealed)?;
+            if sent < sealed.len() {
+                self.unsent.extend_from_slice(&sealed[sent..]);
+                return Ok(false);
+            }
         }
     }
 
