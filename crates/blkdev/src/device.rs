@@ -41,6 +41,11 @@ pub trait Device: Send + Sync {
     /// whatever the device does.
     fn refresh(&self) {}
 
+    /// Whether it works.
+    fn state(&self) -> State {
+        State::Working
+    }
+
     /// Whether the name by which the device was opened now names another device.
     fn is_replaced(&self) -> bool {
         false
@@ -52,6 +57,18 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// No queue is left ([`ResourceBusy`](io::ErrorKind::ResourceBusy)), or the kernel or the peer refused.
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+}
+
+/// Whether a device works. There may be more states later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum State {
+    /// It carries out requests.
+    Working,
+    /// The connection to it broke, and is being made again. Requests wait, or fail after a time.
+    Reconnecting,
+    /// Every request ends with [`Error::Gone`].
+    Dead,
 }
 
 /// Data plane: one owner, hot. No method waits for the device, allocates, or calls back. A queue can move to another thread,

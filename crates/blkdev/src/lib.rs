@@ -71,7 +71,7 @@ pub use arena::{Arena, Buf, PAGE};
 pub use blocking::Blocking;
 pub use channel::{Channel, Plan};
 pub use context::Context;
-pub use device::{Caps, Completion, Device, Info, Op, Queue, Request};
+pub use device::{Caps, Completion, Device, Info, Op, Queue, Request, State};
 pub use error::Error;
 pub use extent::{Extent, ExtentKind};
 pub use inline::Inline;
