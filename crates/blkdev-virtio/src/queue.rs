@@ -72,10 +72,23 @@ impl<T: Transport, V: Virtqueue<Request>> Queue<T, V> {
         Ok(Box::new(Self { core, index, ring, bell, call, drain_call: true, ended: Vec::new(), claim }))
     }
 
-    /// Ends all requests of a dead device.
-    #[cold]
-    fn finish(&mut self, done: &mut Vec<Completion>) {
-        done.extend(self.ring.take_all().map(Request::lose));
+    /// Takes what the device has completed. `false`: it is dead, and its requests in flight are still in the ring.
+    #[inline]
+    fn collect(&mut self, done: &mut Vec<Completion>) -> bool {
+        done.append(&mut self.ended);
+        if self.core.life.is_dead() {
+            return false;
+        }
+        loop {
+            match self.ring.pop() {
+                Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
+                Ok(None) => return true,
+                Err(nonsense) => {
+                    self.core.end(&format!("queue {}: {nonsense}", self.index));
+                    return false;
+                }
+            }
+        }
     }
 
     /// Ends a request without sending it to the device.
@@ -124,19 +137,15 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.ended);
-        if self.core.life.is_dead() {
-            return self.finish(done);
+        if !self.collect(done) {
+            done.extend(self.ring.take_all().map(Request::lose));
         }
-        loop {
-            match self.ring.pop() {
-                Ok(Some(used)) => done.push(complete(used, self.core.clear_reads)),
-                Ok(None) => return,
-                Err(nonsense) => {
-                    self.core.end(&format!("queue {}: {nonsense}", self.index));
-                    return self.finish(done);
-                }
-            }
+    }
+
+    #[inline]
+    fn reap_unfinished(&mut self, done: &mut Vec<Completion>, unfinished: &mut Vec<Request>) {
+        if !self.collect(done) {
+            unfinished.extend(self.ring.take_all());
         }
     }
 

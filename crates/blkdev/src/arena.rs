@@ -50,6 +50,11 @@ impl Arena {
         Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0, floor: 0 }
     }
 
+    /// The memory that it is a part of.
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.pool.mapping
+    }
+
     /// Reserves the first `len` bytes for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
     pub(crate) fn reserve(&mut self, len: usize) {
         self.reserved = len.div_ceil(WORD * PAGE).min(self.pool.used.len());
@@ -389,6 +394,20 @@ impl Buf {
     /// Leaves an empty buffer.
     pub fn abandon(&mut self) {
         (self.pages, self.len) = (0, 0);
+    }
+
+    /// Whether it is a part of another buffer, which frees the memory.
+    #[inline]
+    pub(crate) fn is_loan(&self) -> bool {
+        self.pages == 0 && self.len > 0
+    }
+
+    /// Moves the memory to another buffer. Leaves an empty one.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Self {
+        let taken = Self { pool: Arc::clone(&self.pool), ..*self };
+        (self.pages, self.len) = (0, 0);
+        taken
     }
 
     /// Takes all free pages of the buffer's arena for good.

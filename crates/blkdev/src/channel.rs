@@ -158,6 +158,8 @@ pub struct Channel {
     stalled: bool,
     /// The device was stalled or dead at the last `reap`.
     refuses: bool,
+    /// The queue returns memory soon, though no request is in flight: see [`Queue::relieve`](crate::Queue::relieve).
+    relieved: bool,
     /// Payload memory of overdue requests.
     overdue_bytes: u64,
 }
@@ -199,6 +201,7 @@ impl Channel {
             prompt: false,
             stalled: false,
             refuses: false,
+            relieved: false,
             overdue_bytes: 0,
             info,
         })
@@ -238,9 +241,9 @@ impl Channel {
     }
 
     /// Whether the device may still complete something: requests in flight, and requests that were reported as failed because it
-    /// had not completed them in time.
+    /// had not completed them in time. Or [`alloc`](Self::alloc) failed, and the queue will return memory.
     pub fn awaits_device(&self) -> bool {
-        self.slots.in_use + self.slots.overdue > 0 && !self.driver.is_retired()
+        (self.slots.in_use + self.slots.overdue > 0 || self.relieved) && !self.driver.is_retired()
     }
 
     /// Whether the device is dead: every request ends with [`Error::Gone`].
@@ -267,13 +270,37 @@ impl Channel {
     #[inline]
     pub fn alloc(&mut self, at: u64, len: usize) -> Option<Buf> {
         let (before, after) = margins(at, len as u64, self.info.block_size);
+        match self.arena.alloc_with_margins(before, len, after) {
+            None => self.alloc_again(before, len, after),
+            buf => buf,
+        }
+    }
+
+    /// Asks the queue for memory that it keeps.
+    #[cold]
+    fn alloc_again(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+        self.relieved = self.driver.relieve();
         self.arena.alloc_with_margins(before, len, after)
+    }
+
+    /// How often the device has lost changes that had completed: see [`Queue::losses`](crate::Queue::losses).
+    pub fn losses(&self) -> u32 {
+        self.driver.losses()
     }
 
     /// As [`alloc`](Self::alloc), from the [reserve](Plan::reserve).
     #[inline]
     pub fn alloc_reserved(&mut self, at: u64, len: usize) -> Option<Buf> {
         let (before, after) = margins(at, len as u64, self.info.block_size);
+        match self.arena.alloc_reserved(before, len, after) {
+            None => self.alloc_reserved_again(before, len, after),
+            buf => buf,
+        }
+    }
+
+    #[cold]
+    fn alloc_reserved_again(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+        self.relieved = self.driver.relieve();
         self.arena.alloc_reserved(before, len, after)
     }
 
@@ -359,6 +386,9 @@ impl Channel {
             self.retire();
         }
         self.refuses = self.stalled || self.driver.is_dead();
+        if self.relieved {
+            self.relieved = self.driver.relieves();
+        }
         if !self.completions.is_empty() {
             self.ages.advance();
             let mut completions = std::mem::take(&mut self.completions);
@@ -479,7 +509,11 @@ impl Channel {
         let now = self.ages.now();
         let ages = self.slots.list.iter().filter_map(born).filter(|&born| born != NEVER);
         let Some(oldest) = ages.max_by_key(|born| now.wrapping_sub(*born)) else { return };
-        match self.ages.judge(oldest) {
+        let verdict = self.ages.judge(oldest);
+        if verdict != Verdict::Fine && self.driver.recover() {
+            return self.rejuvenate();
+        }
+        match verdict {
             Verdict::Fine => return,
             Verdict::Stalled => return self.stall(),
             Verdict::Lost => {}
@@ -497,6 +531,20 @@ impl Channel {
         // Requests that the device never returns must not leave others without memory.
         if self.overdue_bytes > self.memory() as u64 / 4 {
             self.stall();
+        }
+    }
+
+    /// The queue sends all requests again, so they are as young as new ones.
+    #[cold]
+    fn rejuvenate(&mut self) {
+        self.ages.advance();
+        let now = self.ages.now();
+        for slot in &mut self.slots.list {
+            match slot {
+                Slot::Direct { born, .. } if *born != NEVER => *born = now,
+                Slot::Job(job) if job.born != NEVER => job.born = now,
+                _ => {}
+            }
         }
     }
 
@@ -596,15 +644,21 @@ impl Channel {
     /// Takes back a part of an overdue request, or all of it.
     #[cold]
     fn forget(&mut self, number: u32, op: Op) {
+        let lost = op.has_lost_memory();
         // Drop a loan before its original.
         drop(op);
         let Slot::Overdue(overdue) = &mut self.slots.list[number as usize] else {
             unreachable!("only overdue requests are forgotten")
         };
         if let Some(job) = &mut overdue.job {
+            job.lost |= lost;
             job.out -= 1;
             if job.out > 0 {
                 return;
+            }
+            let edges = overdue.edges.take_if(|_| job.lost);
+            for memory in job.take_lost().into_iter().chain(edges) {
+                self.driver.confine(memory);
             }
         }
         self.overdue_bytes -= overdue.held;
@@ -805,7 +859,10 @@ impl Channel {
     }
 
     fn finish(&mut self, slot: u32) {
-        let Slot::Job(job) = self.slots.remove(slot) else { unreachable!("only jobs finish here") };
+        let Slot::Job(mut job) = self.slots.remove(slot) else { unreachable!("only jobs finish here") };
+        if let Some(memory) = job.take_lost() {
+            self.driver.confine(memory);
+        }
         if job.inside {
             self.pass.leave();
         }
@@ -898,17 +955,23 @@ impl Channel {
             (Some(Slot::Job(job)), op) if job.out > 0 => {
                 job.out -= 1;
                 job.born = self.ages.now();
-                let memory_lost = job.take_back(op, result);
-                if memory_lost {
-                    // The device was declared dead, and may still write to the memory that was lent to it.
-                    self.edges.abandon();
-                    self.zeroes.abandon();
+                if job.take_back(op, result) && job.uses_edges() {
+                    self.replace_edges();
                 }
                 self.run(slot);
             }
             (Some(Slot::Overdue(_)), op) => self.forget(slot, op),
             (_, op) => self.doubt(Request { tag, op }),
         }
+    }
+
+    /// Replaces the buffer for edges, if there is memory: the device has died, and may still access it.
+    #[cold]
+    fn replace_edges(&mut self) {
+        let len = edges_len(&self.info);
+        let fresh = self.arena.alloc_reserved(0, len, 0).or_else(|| self.arena.alloc(len));
+        let edges = std::mem::replace(&mut self.edges, fresh.unwrap_or_else(|| self.arena.empty()));
+        self.driver.confine(edges);
     }
 
     /// The driver has completed a request that it did not have, so it is not trusted any more: [`reap`](Self::reap) ends

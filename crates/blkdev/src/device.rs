@@ -2,7 +2,7 @@
 
 use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
-use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping};
+use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping, peer::Peer};
 
 /// Control plane of a block device: shared between threads, cold.
 pub trait Device: Send + Sync {
@@ -40,6 +40,11 @@ pub trait Device: Send + Sync {
     /// Updates the capacity of a device that does not report changes on its own. Returns within a fraction of a second,
     /// whatever the device does.
     fn refresh(&self) {}
+
+    /// The process that shares registered memory, if there is one: see [`Peer`].
+    fn peer(&self) -> Option<Arc<Peer>> {
+        None
+    }
 
     /// Whether it works.
     fn state(&self) -> State {
@@ -113,6 +118,41 @@ pub trait Queue: Send {
     /// Whether the device is dead: every request ends with [`Error::Gone`].
     fn is_dead(&self) -> bool {
         false
+    }
+
+    /// As [`reap`](Self::reap), but appends the requests in flight of a dead device to `unfinished`, in the order in which they
+    /// were pushed and with their memory. The device may still access that memory until it is closed, and a
+    /// [peer](Device::peer) until it ends.
+    fn reap_unfinished(&mut self, done: &mut Vec<Completion>, unfinished: &mut Vec<Request>) {
+        let _ = unfinished;
+        self.reap(done);
+    }
+
+    /// The device has completed nothing for its time-out. Returns whether the queue takes care of the requests in flight, so that
+    /// their owner must go on waiting.
+    fn recover(&mut self) -> bool {
+        false
+    }
+
+    /// The owner is short of memory. Returns whether the queue holds memory of requests that have completed, and will return it
+    /// soon: then the queue must be armed and reaped, even if nothing is in flight.
+    fn relieve(&mut self) -> bool {
+        false
+    }
+
+    /// Whether it still does what [`relieve`](Self::relieve) has promised.
+    fn relieves(&self) -> bool {
+        false
+    }
+
+    /// Takes memory that a dead device may still access, until it cannot any more; or forever.
+    fn confine(&mut self, mut memory: Buf) {
+        memory.abandon();
+    }
+
+    /// How often the device has lost changes that had completed. A user from before the loss must not go on.
+    fn losses(&self) -> u32 {
+        0
     }
 }
 
@@ -215,6 +255,11 @@ impl Op {
         if let Self::Read { buf, .. } | Self::Write { buf, .. } = self {
             buf.abandon();
         }
+    }
+
+    /// Whether it came back without its memory.
+    pub(crate) fn has_lost_memory(&self) -> bool {
+        matches!(self, Self::Read { buf, .. } | Self::Write { buf, .. } if buf.is_empty())
     }
 }
 

@@ -175,6 +175,34 @@ impl Driver {
         self.call(|queue| queue.arm()).unwrap_or(false) && !self.has_failed()
     }
 
+    /// As [`Queue::recover`].
+    #[cold]
+    pub(crate) fn recover(&mut self) -> bool {
+        self.call(|queue| queue.recover()).unwrap_or(false)
+    }
+
+    /// As [`Queue::relieve`].
+    #[cold]
+    pub(crate) fn relieve(&mut self) -> bool {
+        self.call(|queue| queue.relieve()).unwrap_or(false)
+    }
+
+    /// As [`Queue::relieves`].
+    pub(crate) fn relieves(&self) -> bool {
+        self.registered.call(|| self.queue.relieves()).unwrap_or(false)
+    }
+
+    /// As [`Queue::confine`].
+    #[cold]
+    pub(crate) fn confine(&mut self, memory: Buf) {
+        self.call(|queue| queue.confine(memory));
+    }
+
+    /// As [`Queue::losses`].
+    pub(crate) fn losses(&self) -> u32 {
+        self.registered.call(|| self.queue.losses()).unwrap_or(0)
+    }
+
     pub(crate) fn give_up(&mut self) {
         self.call(|queue| queue.give_up());
     }

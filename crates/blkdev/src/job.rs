@@ -31,6 +31,8 @@ pub(crate) struct Job {
     pub(crate) out: u32,
     /// The first error; nothing more is sent after it.
     pub(crate) error: Option<Error>,
+    /// A piece came back without its memory, which the device may still access.
+    pub(crate) lost: bool,
     /// The device has refused to make zeroes.
     refused: bool,
     pub(crate) born: u32,
@@ -98,7 +100,8 @@ impl Job {
             }
         };
         let (cursor, end, out, error, inside, refused, born) = (0, 0, 0, None, false, false, NEVER);
-        let mut job = Self { tag, io, at, len, way, inside, stage, cursor, end, out, error, refused, born };
+        let lost = false;
+        let mut job = Self { tag, io, at, len, way, inside, stage, cursor, end, out, error, lost, refused, born };
         job.enter(stage, info);
         Ok(job)
     }
@@ -182,17 +185,12 @@ impl Job {
         Some(op)
     }
 
-    /// Takes back a piece. `true`: it came back without its memory, which the device may still write to.
+    /// Takes back a piece. `true`: it came back without its memory, which the device may still access.
     pub(crate) fn take_back(&mut self, op: Op, result: Result<(), Error>) -> bool {
-        let mut lost = false;
+        let lost = op.has_lost_memory();
+        self.lost |= lost;
         match op {
-            Op::Read { buf, .. } | Op::Write { buf, .. } if buf.is_empty() => {
-                lost = true;
-                if let Io::Read { buf, .. } | Io::Write { buf, .. } = &mut self.io {
-                    buf.abandon();
-                }
-                self.error = self.error.or(Some(Error::Gone));
-            }
+            Op::Read { .. } | Op::Write { .. } if lost => self.error = self.error.or(Some(Error::Gone)),
             Op::Status { extents: found, .. } => {
                 if let Io::Status { extents, .. } = &mut self.io {
                     *extents = clip(&found, self.at, self.at + self.len);
@@ -215,6 +213,19 @@ impl Job {
             (Err(error), ..) => self.error = self.error.or(Some(error)),
         }
         lost
+    }
+
+    /// Whether its pieces use the channel's buffer for edges.
+    pub(crate) fn uses_edges(&self) -> bool {
+        matches!(self.stage, Stage::Merge | Stage::EdgesIn | Stage::EdgesOut)
+    }
+
+    /// Takes the memory out of a job that has [lost](Self::lost) some, when no piece is out any more.
+    pub(crate) fn take_lost(&mut self) -> Option<Buf> {
+        match &mut self.io {
+            Io::Read { buf, .. } | Io::Write { buf, .. } if self.lost => Some(buf.take()),
+            _ => None,
+        }
     }
 
     /// Enters the next stage; all pieces of the present one have succeeded. `false`: the job is over.

@@ -117,6 +117,13 @@ impl Watcher {
         &self.stop.wake
     }
 
+    /// Makes the thread return, and does not wait for that.
+    pub fn detach(&mut self) {
+        self.stop.is_requested.store(true, Ordering::Release);
+        self.stop.wake.ring();
+        self.thread = None;
+    }
+
     /// Makes the thread return, and waits for that.
     pub fn stop(&mut self) {
         self.stop.is_requested.store(true, Ordering::Release);

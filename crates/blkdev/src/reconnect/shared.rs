@@ -1,0 +1,252 @@
+//! [`Shared`]: what a [`Reconnect`](super::Reconnect), its queues and its thread have in common.
+
+use std::{
+    fmt, io,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use crate::{
+    arena::{Arena, Buf},
+    device::{Device, Info, Op, Queue, State as DeviceState},
+    mem::Mapping,
+    peer::Peer,
+    wake::Wake,
+};
+
+use super::{Options, Reopen, Unflushed, berth::Berth, log::Kept};
+
+pub(super) struct Shared {
+    /// That of the device at first.
+    pub(super) info: Info,
+    pub(super) pins_memory: bool,
+    pub(super) shares_memory: bool,
+    pub(super) options: Options,
+    pub(super) reopen: Reopen,
+    /// `None` while the device is dead.
+    current: RwLock<Option<Arc<dyn Device>>>,
+    /// In bytes, as last seen.
+    capacity: AtomicU64,
+    state: Mutex<State>,
+    /// Wakes the thread.
+    bell: OnceLock<Arc<Wake>>,
+    /// Number of the next change.
+    pub(super) number: AtomicU64,
+    /// All changes before this number are durable.
+    pub(super) flushed: AtomicU64,
+    /// Most memory of changes that a queue keeps, in bytes.
+    pub(super) bound: AtomicUsize,
+    /// Queues that have not sent everything again yet.
+    pub(super) resending: AtomicUsize,
+    /// The window is over: requests fail instead of waiting.
+    pub(super) is_expired: AtomicBool,
+    /// Changes were lost with the device: its users must end.
+    pub(super) is_lost: AtomicBool,
+    pub(super) losses: AtomicU32,
+    pub(super) is_closed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Counts the devices.
+    pub(super) generation: u64,
+    /// The device that died. The thread drops it, since closing a device may take long.
+    pub(super) dead: Option<Arc<dyn Device>>,
+    pub(super) peer: Option<Arc<Peer>>,
+    pub(super) mappings: Vec<Arc<Mapping>>,
+    pub(super) berths: Vec<Arc<Berth>>,
+    /// Changes of queues that were closed.
+    pub(super) orphans: Vec<Kept>,
+    /// Memory that took the place of memory in quarantine.
+    pub(super) spares: Vec<Arena>,
+    /// Memory that a peer of a dead device may still access.
+    pub(super) quarantine: Vec<(Vec<Arc<Peer>>, Buf)>,
+}
+
+impl Shared {
+    pub(super) fn new(device: Arc<dyn Device>, reopen: Reopen, options: Options) -> Arc<Self> {
+        let state = State { generation: 1, peer: device.peer(), ..State::default() };
+        Arc::new(Self {
+            info: device.info().clone(),
+            pins_memory: device.pins_memory(),
+            shares_memory: device.shares_memory(),
+            options,
+            reopen,
+            capacity: AtomicU64::new(device.capacity()),
+            current: RwLock::new(Some(device)),
+            state: Mutex::new(state),
+            bell: OnceLock::new(),
+            number: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            bound: AtomicUsize::new(0),
+            resending: AtomicUsize::new(0),
+            is_expired: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
+            losses: AtomicU32::new(0),
+            is_closed: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn set_bell(&self, bell: Arc<Wake>) {
+        let _ = self.bell.set(bell);
+    }
+
+    pub(super) fn ring(&self) {
+        if let Some(bell) = self.bell.get() {
+            bell.ring();
+        }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device, unless it is known to be dead.
+    pub(super) fn device(&self) -> Option<Arc<dyn Device>> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_device(&self, device: Option<Arc<dyn Device>>) -> Option<Arc<dyn Device>> {
+        std::mem::replace(&mut *self.current.write().unwrap_or_else(PoisonError::into_inner), device)
+    }
+
+    pub(super) fn capacity(&self) -> u64 {
+        match &*self.current.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(device) => {
+                let now = device.capacity();
+                if now != self.capacity.load(Ordering::Relaxed) {
+                    self.capacity.store(now, Ordering::Relaxed);
+                }
+                now
+            }
+            None => self.capacity.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether changes that were not flushed matter.
+    pub(super) fn tracks(&self) -> bool {
+        self.info.caps.flush && self.options.unflushed != Unflushed::Trust
+    }
+
+    pub(super) fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        let mut state = self.state();
+        if let Some(device) = self.device() {
+            let registered = device.register(mapping);
+            // A device that has died gets the memory when it is back.
+            if registered.is_err() && device.state() != DeviceState::Dead {
+                return registered;
+            }
+        }
+        state.mappings.push(Arc::clone(mapping));
+        self.share_out(&state);
+        Ok(())
+    }
+
+    pub(super) fn unregister(&self, mapping: &Arc<Mapping>) {
+        let mut state = self.state();
+        state.mappings.retain(|known| !Arc::ptr_eq(known, mapping));
+        self.share_out(&state);
+        if let Some(device) = self.device() {
+            device.unregister(mapping);
+        }
+    }
+
+    /// Divides the memory for changes among the queues.
+    fn share_out(&self, state: &State) {
+        let registered: usize = state.mappings.iter().map(|mapping| mapping.len()).sum();
+        let all = self.options.unflushed_memory.unwrap_or(registered / 4);
+        self.bound.store(all / state.berths.len().max(1), Ordering::Relaxed);
+    }
+
+    /// A place for a new queue, and the queue of the device, if it is alive.
+    pub(super) fn board(&self, depth: u16) -> io::Result<Boarding> {
+        let mut state = self.state();
+        let mut queue = None;
+        if let Some(device) = self.device() {
+            match device.open_queue(depth) {
+                Ok(open) => queue = Some(open),
+                Err(e) if device.state() != DeviceState::Dead => return Err(e),
+                Err(_) => self.bury(&mut state),
+            }
+        }
+        let berth = Berth::new(depth, state.generation, queue.is_none())?;
+        state.berths.push(Arc::clone(&berth));
+        self.share_out(&state);
+        let (generation, peer) = (state.generation, state.peer.clone());
+        Ok(Boarding { berth, queue, generation, peer })
+    }
+
+    /// A queue is closed.
+    pub(super) fn leave(&self, berth: &Arc<Berth>) {
+        let mut state = self.state();
+        state.berths.retain(|known| !Arc::ptr_eq(known, berth));
+        let mut place = berth.place();
+        place.log.forget(self.flushed.load(Ordering::Acquire));
+        state.orphans.extend(place.log.take());
+        let offer = place.offer.take();
+        drop(place);
+        self.share_out(&state);
+        drop(state);
+        drop(offer);
+        self.ring();
+    }
+
+    /// The device of this generation has died.
+    pub(super) fn report_death(&self, generation: u64) {
+        let mut state = self.state();
+        if state.generation == generation {
+            self.bury(&mut state);
+        }
+    }
+
+    fn bury(&self, state: &mut State) {
+        if let Some(dead) = self.set_device(None) {
+            state.dead = Some(dead);
+        }
+        self.ring();
+    }
+
+    /// A queue has sent everything again.
+    pub(super) fn has_resent(&self) {
+        if self.resending.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.wake_all();
+        }
+    }
+
+    pub(super) fn wake_all(&self) {
+        self.state().berths.iter().for_each(|berth| berth.wake());
+    }
+
+    /// Takes the memory of a request that ends, if the peer of the device that had it may still access the memory.
+    pub(super) fn confine(&self, op: &mut Op, peer: Option<&Arc<Peer>>) {
+        let Some(peer) = peer.filter(|peer| peer.may_live()) else { return };
+        if let Op::Read { buf, .. } | Op::Write { buf, .. } = op {
+            if buf.is_loan() {
+                return buf.abandon();
+            }
+            let taken = buf.take();
+            self.state().quarantine.push((vec![Arc::clone(peer)], taken));
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+        self.ring();
+    }
+}
+
+/// What a new queue begins with.
+pub(super) struct Boarding {
+    pub(super) berth: Arc<Berth>,
+    pub(super) queue: Option<Box<dyn Queue>>,
+    pub(super) generation: u64,
+    pub(super) peer: Option<Arc<Peer>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("info", &self.info).field("options", &self.options).finish_non_exhaustive()
+    }
+}
