@@ -213,6 +213,12 @@ pub(crate) fn nvme_queue_size(value: &Value) -> Checked {
 pub(crate) fn some_time(value: &Value) -> Checked {
     match value {
         Value::Time(Duration::ZERO) => Err("Value must be greater than 0".into()),
+        _ => a_week(value),
+    }
+}
+
+pub(crate) fn a_week(value: &Value) -> Checked {
+    match value {
         // Longer than any device takes, and short enough to be added to the time of day.
         Value::Time(time) if *time > Duration::from_secs(7 * 86400) => {
             Err("Value must be at most a week, 604800s".into())

@@ -28,4 +28,9 @@ impl Driver {
     pub fn properties(&self) -> impl Iterator<Item = &'static Property> {
         self.own.iter().chain(COMMON)
     }
+
+    /// Whether it has a property of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.properties().any(|property| property.name == name)
+    }
 }

@@ -75,6 +75,7 @@ mod fd;
 mod format;
 mod narrow;
 mod property;
+mod reconnect;
 mod settings;
 mod spec;
 mod suggest;

@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc};
 
-use blkdev::{Device, Info, Mapping, Queue};
+use blkdev::{Device, Info, Mapping, Peer, Queue, State};
 
 use crate::error::Error;
 
@@ -55,6 +55,14 @@ impl Device for Narrow {
 
     fn refresh(&self) {
         self.device.refresh();
+    }
+
+    fn peer(&self) -> Option<Arc<Peer>> {
+        self.device.peer()
+    }
+
+    fn state(&self) -> State {
+        self.device.state()
     }
 
     fn is_replaced(&self) -> bool {

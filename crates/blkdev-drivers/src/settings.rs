@@ -1,6 +1,12 @@
 //! [`Settings`]: a driver with what has been set on it, from the first word to the open device.
 
-use std::{ffi::OsStr, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ffi::OsStr,
+    io,
+    path::{self, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use blkdev::Device;
 
@@ -8,6 +14,7 @@ use crate::{
     driver::Driver,
     error::Error,
     property::{Access, Kind, Property, Value},
+    reconnect,
     suggest::nearest,
 };
 
@@ -135,7 +142,7 @@ impl Settings {
     ///
     /// For other errors of the system, [`Context::os_error`](blkdev::Context::os_error) returns the errno.
     pub fn open(&self) -> io::Result<Arc<dyn Device>> {
-        (self.driver.open)(self)
+        reconnect::open(self)
     }
 
     pub(crate) fn property(&self, name: &str) -> Result<&'static Property, Error> {
@@ -206,6 +213,19 @@ impl Settings {
     pub(crate) fn missing(&self, name: &str) -> io::Error {
         let (driver, value) = (self.driver.name, self.driver.value);
         Error::invalid(format!("{driver} needs a {name}: {driver}={}", value.to_uppercase())).into()
+    }
+
+    /// The same settings, with absolute paths.
+    pub(crate) fn absolute(&self) -> io::Result<Self> {
+        let mut settings = self.clone();
+        for (_, value) in &mut settings.values {
+            if let Value::Path(path) = value
+                && !path.as_os_str().is_empty()
+            {
+                *path = path::absolute(&*path)?;
+            }
+        }
+        Ok(settings)
     }
 
     /// Properties that are not in the table, in the order in which they were set.

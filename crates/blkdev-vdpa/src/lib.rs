@@ -171,6 +171,14 @@ impl Device for Vdpa {
         self.name.as_ref().is_some_and(named)
     }
 
+    fn peer(&self) -> Option<Arc<blkdev::Peer>> {
+        self.device.peer()
+    }
+
+    fn state(&self) -> blkdev::State {
+        self.device.state()
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         self.device.open_queue(depth)
     }

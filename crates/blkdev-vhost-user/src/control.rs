@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use blkdev::{Context, Mapping};
+use blkdev::{Context, Mapping, Peer};
 use blkdev_virtio::{Doorbell, Format, Liveness, Notifier, Ring, Transport};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
@@ -53,6 +53,7 @@ pub(crate) struct Control {
     life: Arc<Liveness>,
     timeout: Duration,
     huge_pages: bool,
+    peer: Arc<Peer>,
     features: u64,
     protocol: VhostUserProtocolFeatures,
     queues_max: u16,
@@ -143,6 +144,8 @@ impl Control {
             life,
             timeout: left,
             huge_pages,
+            // Linux before 6.5 does not know it.
+            peer: Arc::new(Peer::new(getsockopt(&stream, sockopt::PeerPidfd).ok())),
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             queues_max: 1,
@@ -472,6 +475,10 @@ impl Transport for Control {
 
     fn shares_memory(&self) -> bool {
         !self.huge_pages
+    }
+
+    fn peer(&self) -> Option<Arc<Peer>> {
+        Some(Arc::clone(&self.peer))
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {

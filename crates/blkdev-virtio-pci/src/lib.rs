@@ -118,6 +118,14 @@ impl Device for VirtioPci {
         self.device.is_replaced()
     }
 
+    fn peer(&self) -> Option<Arc<blkdev::Peer>> {
+        self.device.peer()
+    }
+
+    fn state(&self) -> blkdev::State {
+        self.device.state()
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         self.device.open_queue(depth)
     }

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blkdev::{Context, Device, Info, Mapping, Request};
+use blkdev::{Context, Device, Info, Mapping, Peer, Request, State};
 use virtio_bindings::{
     virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
     virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
@@ -263,6 +263,14 @@ impl<T: Transport> Device for VirtioBlk<T> {
 
     fn is_replaced(&self) -> bool {
         self.core.transport.is_replaced()
+    }
+
+    fn peer(&self) -> Option<Arc<Peer>> {
+        self.core.transport.peer()
+    }
+
+    fn state(&self) -> State {
+        if self.core.life.is_dead() { State::Dead } else { State::Working }
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
-use blkdev::{Iova, Mapping};
+use blkdev::{Iova, Mapping, Peer};
 
 use crate::{config::TRANSFER_MAX, liveness::Liveness};
 
@@ -83,6 +83,11 @@ pub trait Transport: Send + Sync + 'static {
     /// Whether another process maps registered memory, and is not trusted with reserved huge pages.
     fn shares_memory(&self) -> bool {
         false
+    }
+
+    /// The process that maps registered memory, if there is one.
+    fn peer(&self) -> Option<Arc<Peer>> {
+        None
     }
 
     /// Starts queue `index`. The device may use the ring when this returns; if queues cannot be [restarted](Self::RESTARTS),

@@ -14,6 +14,7 @@ use crate::{
     device::{Completion, Device, Info, Op, Queue, Request},
     error::Error,
     mem::Mapping,
+    peer::Peer,
     wake::Wake,
 };
 
@@ -154,6 +155,10 @@ impl<D: Device> Device for Fault<D> {
 
     fn refresh(&self) {
         self.device.refresh();
+    }
+
+    fn peer(&self) -> Option<Arc<Peer>> {
+        self.device.peer()
     }
 
     fn is_replaced(&self) -> bool {

@@ -9,6 +9,7 @@ use crate::{
     },
     driver::Driver,
     property::{Kind, Property, Value},
+    reconnect::{RECONNECT, UNFLUSHED, UNFLUSHED_MEMORY},
 };
 
 pub(crate) const DRIVER: Driver = Driver {
@@ -36,6 +37,9 @@ pub(crate) const DRIVER: Driver = Driver {
         Property::connected("queue-size", Kind::I32, Some("256"), "number of entries per queue, 2 to 1024")
             .checked(nvme_queue_size),
         REQUEST_TIMEOUT,
+        RECONNECT,
+        UNFLUSHED,
+        UNFLUSHED_MEMORY,
         Property::constant("driver", Kind::Str, "nvme", "name of the driver; libblkio has no such driver"),
         Property::told(
             "max-queue-size",

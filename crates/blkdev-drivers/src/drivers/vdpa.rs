@@ -9,6 +9,7 @@ use crate::{
     },
     driver::Driver,
     property::{Kind, Property},
+    reconnect::{RECONNECT, UNFLUSHED, UNFLUSHED_MEMORY},
     virtio,
 };
 
@@ -28,6 +29,9 @@ pub(crate) const DRIVER: Driver = Driver {
         RING,
         WRITE_CACHE,
         REQUEST_TIMEOUT,
+        RECONNECT,
+        UNFLUSHED,
+        UNFLUSHED_MEMORY,
         Property::constant("driver", Kind::Str, "virtio-blk-vhost-vdpa", DRIVER_ABOUT),
         MAX_QUEUE_SIZE,
         can_add_queues("false"),

@@ -9,6 +9,7 @@ use crate::{
     },
     driver::Driver,
     property::{Kind, Property},
+    reconnect::{RECONNECT, UNFLUSHED, UNFLUSHED_MEMORY},
     virtio,
 };
 
@@ -34,6 +35,9 @@ pub(crate) const DRIVER: Driver = Driver {
         )
         .checked(some_time),
         REQUEST_TIMEOUT,
+        RECONNECT,
+        UNFLUSHED,
+        UNFLUSHED_MEMORY,
         Property::created(
             "huge-pages",
             Kind::Bool,

@@ -9,6 +9,7 @@ use crate::{
     },
     driver::Driver,
     property::{Kind, Property},
+    reconnect::{RECONNECT, UNFLUSHED, UNFLUSHED_MEMORY},
     virtio,
 };
 
@@ -27,6 +28,9 @@ pub(crate) const DRIVER: Driver = Driver {
         RING,
         WRITE_CACHE,
         REQUEST_TIMEOUT,
+        RECONNECT,
+        UNFLUSHED,
+        UNFLUSHED_MEMORY,
         Property::connected(
             "num-vectors",
             Kind::I32,
