@@ -12,6 +12,7 @@
 //! Every external program has a deadline and dies with the test. If a program is not installed, the test fails and names `cargo
 //! xtask setup`. No test asserts on times: deadlines only distinguish a hang from slowness.
 
+pub mod checker;
 mod dir;
 mod forger;
 mod image;

@@ -16,7 +16,7 @@ use crate::{
     affinity::Affinity,
     config::{Choice, Fault, Words, is_named, restrict, unreadable},
     host, options,
-    pool::Pool,
+    pool::{Place, Pool},
 };
 
 /// Global, because nbdkit's callbacks have no argument for state.
@@ -147,10 +147,10 @@ pub(crate) fn open() -> Result<Connection, Fault> {
         _ => return Err(Fault { errno: libc::ESHUTDOWN, text: "the device is not open".into() }),
     };
     // Better than an export whose requests all fail.
-    let lane = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
+    let place = plugin.pool.pick().ok_or_else(|| plugin.is_dead())?;
     plugin.tell()?;
     let home = plugin.choice.pin.then(Affinity::new);
-    Ok(Connection { plugin, lane, home })
+    Ok(Connection { plugin, place, home })
 }
 
 /// Closes the device after the last connection, within the time-out of a request.
@@ -211,7 +211,7 @@ impl Plugin {
 #[derive(Debug)]
 pub(crate) struct Connection {
     plugin: Arc<Plugin>,
-    lane: usize,
+    place: Place,
     /// `None`: its threads run where they like.
     home: Option<Affinity>,
 }
@@ -231,23 +231,23 @@ impl Connection {
 
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let _request = self.home.as_ref().map(Affinity::enter);
-        self.plugin.pool.read(self.lane, at, bytes)
+        self.plugin.pool.read(self.place, at, bytes)
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
         let _request = self.home.as_ref().map(Affinity::enter);
-        self.plugin.pool.write(self.lane, at, bytes, fua)
+        self.plugin.pool.write(self.place, at, bytes, fua)
     }
 
     /// Runs a request without payload.
     pub(crate) fn run(&self, io: Io) -> Result<(), Error> {
         let _request = self.home.as_ref().map(Affinity::enter);
-        self.plugin.pool.run(self.lane, io)
+        self.plugin.pool.run(self.place, io)
     }
 
     pub(crate) fn status(&self, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
         let _request = self.home.as_ref().map(Affinity::enter);
-        self.plugin.pool.status(self.lane, at, len)
+        self.plugin.pool.status(self.place, at, len)
     }
 
     #[cfg(feature = "panic-test")]

@@ -43,6 +43,9 @@ const QUIET: Duration = if cfg!(test) { Duration::from_millis(300) } else { Dura
 /// Interval at which a thread that waits for memory checks whether the device is dead.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Interval at which it checks whether the queue has returned memory that it kept.
+const BRIEFLY: Duration = Duration::from_millis(1);
+
 /// Number of sleeps after which a lane that does not poll tries it again.
 const TRIAL: u32 = 32;
 
@@ -79,20 +82,23 @@ impl Pool {
         self.device.capacity()
     }
 
-    /// Returns a lane for one more connection; `None`: the device is dead. All threads of a connection share one lane: with more
+    /// Returns the place of one more connection; `None`: the device is dead. All threads of a connection share one lane: with more
     /// threads, each wake-up brings more completions, and fewer wake-ups are needed.
-    pub(crate) fn pick(&self) -> Option<usize> {
+    pub(crate) fn pick(&self) -> Option<Place> {
         let (first, count) = (self.connections.fetch_add(1, Ordering::Relaxed), self.lanes.len());
-        (0..count).map(|n| first.wrapping_add(n) % count).find(|lane| self.lanes[*lane].is_alive())
+        (0..count).map(|n| first.wrapping_add(n) % count).find_map(|lane| {
+            let losses = self.lanes[lane].losses()?;
+            Some(Place { lane, losses })
+        })
     }
 
     /// Fills `bytes` from the device.
-    pub(crate) fn read(&self, lane: usize, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        let lane = &self.lanes[lane];
+    pub(crate) fn read(&self, place: Place, at: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let lane = &self.lanes[place.lane];
         let _down = Down(lane);
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (state, buf) = lane.alloc(at, len)?;
-            match lane.run(state, Io::Read { at, buf }) {
+            match lane.run(place, state, Io::Read { at, buf }) {
                 Ok(Io::Read { buf, .. }) => {
                     buf.copy_to(0, &mut bytes[from..from + len]);
                     lane.give_back(buf);
@@ -105,8 +111,8 @@ impl Pool {
     }
 
     /// Writes `bytes` to the device.
-    pub(crate) fn write(&self, lane: usize, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
-        let lane = &self.lanes[lane];
+    pub(crate) fn write(&self, place: Place, at: u64, bytes: &[u8], fua: bool) -> Result<(), Error> {
+        let lane = &self.lanes[place.lane];
         let _down = Down(lane);
         for (at, from, len) in pieces(at, bytes.len(), self.piece) {
             let (mut state, mut buf) = lane.alloc(at, len)?;
@@ -119,7 +125,7 @@ impl Pool {
             }
             // Where FUA is a flush, the last piece's does for all.
             let fua = fua && (self.info.caps.fua || from + len == bytes.len());
-            match lane.run(state, Io::Write { at, buf, fua }) {
+            match lane.run(place, state, Io::Write { at, buf, fua }) {
                 Ok(Io::Write { buf, .. }) => lane.give_back(buf),
                 Ok(io) => unreachable!("a write comes back as one, not as {io:?}"),
                 Err(error) => return Err(error),
@@ -129,17 +135,17 @@ impl Pool {
     }
 
     /// Runs a request without payload.
-    pub(crate) fn run(&self, lane: usize, io: Io) -> Result<(), Error> {
-        let lane = &self.lanes[lane];
+    pub(crate) fn run(&self, place: Place, io: Io) -> Result<(), Error> {
+        let lane = &self.lanes[place.lane];
         let _down = Down(lane);
-        lane.run(lane.lock()?, io).map(drop)
+        lane.run(place, lane.lock()?, io).map(drop)
     }
 
     /// Returns the status of the range, at least from its start.
-    pub(crate) fn status(&self, lane: usize, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
-        let lane = &self.lanes[lane];
+    pub(crate) fn status(&self, place: Place, at: u64, len: u64) -> Result<Vec<Extent>, Error> {
+        let lane = &self.lanes[place.lane];
         let _down = Down(lane);
-        match lane.run(lane.lock()?, Io::Status { at, len, extents: Vec::new() })? {
+        match lane.run(place, lane.lock()?, Io::Status { at, len, extents: Vec::new() })? {
             Io::Status { extents, .. } => Ok(extents),
             io => unreachable!("a question comes back as one, not as {io:?}"),
         }
@@ -162,6 +168,14 @@ fn pieces(at: u64, len: usize, piece: usize) -> impl Iterator<Item = (u64, usize
         from += step;
         (step > 0).then_some(part)
     })
+}
+
+/// The place of a connection in the pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    lane: usize,
+    /// Those of the channel when the connection began. After a loss it must not go on.
+    losses: u32,
 }
 
 /// A Channel, and the threads that have requests on it.
@@ -278,9 +292,10 @@ impl Lane {
         self.state.lock().map_err(|_| Error::Gone)
     }
 
-    /// Whether new requests can succeed.
-    fn is_alive(&self) -> bool {
-        self.lock().is_ok_and(|state| !state.channel.is_dead())
+    /// See [`Channel::losses`]. `None`: no request can succeed.
+    fn losses(&self) -> Option<u32> {
+        let state = self.lock().ok()?;
+        (!state.channel.is_dead()).then(|| state.channel.losses())
     }
 
     /// Returns a buffer, and the lock with it. Waits in turn while others hold the memory.
@@ -315,7 +330,7 @@ impl Lane {
                     self.held.fetch_add(1, Ordering::SeqCst);
                     break Some(buf);
                 }
-                if held == 0 {
+                if held == 0 && !state.channel.awaits_memory() {
                     // No caller holds any, but it is not there: it was lost to a device that was declared dead.
                     break None;
                 }
@@ -323,7 +338,15 @@ impl Lane {
             if state.channel.refuses() || state.channel.is_dead() {
                 break None;
             }
-            state = match self.memory.wait_timeout(state, LOOK) {
+            let mut pause = LOOK;
+            if state.channel.awaits_memory() {
+                if state.lead == Lead::Vacant {
+                    // No request is in flight, so no other thread reaps.
+                    state.turn();
+                }
+                pause = BRIEFLY;
+            }
+            state = match self.memory.wait_timeout(state, pause) {
                 Ok((state, _)) => state,
                 Err(_) => return Err(Error::Gone),
             };
@@ -333,6 +356,12 @@ impl Lane {
         state.served += 1;
         self.memory.notify_all();
         found.map(|buf| (state, buf)).ok_or(Error::Gone)
+    }
+
+    fn give_back_of(&self, io: Io) {
+        if let Io::Read { buf, .. } | Io::Write { buf, .. } = io {
+            self.give_back(buf);
+        }
     }
 
     /// Frees a buffer, and wakes callers that wait for memory.
@@ -348,7 +377,12 @@ impl Lane {
     }
 
     /// Sends a request and waits for its end. The caller has a [`Down`].
-    fn run(&self, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+    fn run(&self, place: Place, mut state: MutexGuard<'_, State>, io: Io) -> Result<Io, Error> {
+        if state.channel.losses() != place.losses {
+            drop(state);
+            self.give_back_of(io);
+            return Err(Error::Gone);
+        }
         let seat = SEAT.take().unwrap_or_else(Seat::new);
         seat.calls.store(0, Ordering::Relaxed);
         let buffer = matches!(io, Io::Read { .. } | Io::Write { .. });
@@ -704,9 +738,9 @@ mod tests {
                     let pool = &pool;
                     scope.spawn(move || {
                         let mut bytes = vec![0; 256 << 10];
-                        let ended = (0..1000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
+                        let ended = (0..1000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
                         assert_eq!(ended, Some(Error::Gone), "seed {seed}");
-                        assert_eq!(pool.write(0, 0, &bytes, false), Err(Error::Gone), "seed {seed}");
+                        assert_eq!(pool.write(Place::default(), 0, &bytes, false), Err(Error::Gone), "seed {seed}");
                     });
                 }
             });
@@ -766,7 +800,7 @@ mod tests {
                     let pool = &pool;
                     scope.spawn(move || {
                         let mut bytes = vec![0; 4096];
-                        let ended = (0..10_000).find_map(|_| pool.read(0, n * MIB as u64, &mut bytes).err());
+                        let ended = (0..10_000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
                         assert_eq!(ended, Some(Error::Gone));
                     });
                 }
@@ -786,8 +820,8 @@ mod tests {
                     fill(&mut bytes, n);
                     let mut back = vec![0; bytes.len()];
                     for _ in 0..20 {
-                        pool.write(0, n * 5 * MIB as u64, &bytes, false).unwrap();
-                        pool.read(0, n * 5 * MIB as u64, &mut back).unwrap();
+                        pool.write(Place::default(), n * 5 * MIB as u64, &bytes, false).unwrap();
+                        pool.read(Place::default(), n * 5 * MIB as u64, &mut back).unwrap();
                         assert!(bytes == back);
                     }
                 });
@@ -817,15 +851,15 @@ mod tests {
             assert!(held.len() > 1000);
             thread::scope(|scope| {
                 // A waiting request comes first.
-                let reader = scope.spawn(|| pool.read(0, 0, &mut [0; 4096]));
+                let reader = scope.spawn(|| pool.read(Place::default(), 0, &mut [0; 4096]));
                 while pool.lanes[0].hungry.load(Ordering::SeqCst) == 0 {
                     thread::yield_now();
                 }
-                assert_eq!(pool.run(0, Io::Flush), Ok(()));
+                assert_eq!(pool.run(Place::default(), Io::Flush), Ok(()));
                 let zero = Io::Zero { at: 7, len: MIB as u64, fua: true, unmap: false, fast: false };
-                assert_eq!(pool.run(0, zero), Ok(()));
-                assert_eq!(pool.run(0, Io::Discard { at: 0, len: MIB as u64, fua: true }), Ok(()));
-                assert!(pool.status(0, 0, MIB as u64).is_ok());
+                assert_eq!(pool.run(Place::default(), zero), Ok(()));
+                assert_eq!(pool.run(Place::default(), Io::Discard { at: 0, len: MIB as u64, fua: true }), Ok(()));
+                assert!(pool.status(Place::default(), 0, MIB as u64).is_ok());
                 held.into_iter().for_each(|buf| pool.lanes[0].give_back(buf));
                 assert_eq!(reader.join().unwrap(), Ok(()));
             });
@@ -840,11 +874,11 @@ mod tests {
         // Never returned.
         let held = drain(&pool.lanes[0]);
         thread::scope(|scope| {
-            let waiting: Vec<_> = (0..3).map(|_| scope.spawn(|| pool.read(0, 0, &mut [0; 4096]))).collect();
+            let waiting: Vec<_> = (0..3).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut [0; 4096]))).collect();
             while pool.lanes[0].hungry.load(Ordering::SeqCst) < 3 {
                 thread::yield_now();
             }
-            let ended = (0..100).find_map(|_| pool.status(0, 0, MIB as u64).err());
+            let ended = (0..100).find_map(|_| pool.status(Place::default(), 0, MIB as u64).err());
             assert_eq!(ended, Some(Error::Gone));
             for reader in waiting {
                 assert_eq!(reader.join().unwrap(), Err(Error::Gone));
@@ -852,7 +886,7 @@ mod tests {
         });
         assert_eq!(pool.pick(), None, "a new client is refused");
         drop(held);
-        assert_eq!(pool.read(0, 0, &mut [0; 4096]), Err(Error::Gone));
+        assert_eq!(pool.read(Place::default(), 0, &mut [0; 4096]), Err(Error::Gone));
     }
 
     #[test]
@@ -860,7 +894,7 @@ mod tests {
         let device = Memory::new(64 * MIB as u64).with(|info| info.timeout = None);
         let pool = pool(Fault::new(device, Faults { lost: 1.0, ..Faults::new(1) }), 1, 8 * MIB);
         thread::scope(|scope| {
-            let waiting: Vec<_> = (0..40).map(|_| scope.spawn(|| pool.read(0, 0, &mut vec![0; MIB]))).collect();
+            let waiting: Vec<_> = (0..40).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut vec![0; MIB]))).collect();
             thread::sleep(3 * QUIET);
             assert!(!waiting.iter().any(thread::ScopedJoinHandle::is_finished), "a device may be slow");
             pool.lanes[0].is_ending.store(true, Ordering::SeqCst);
@@ -874,11 +908,11 @@ mod tests {
     #[test]
     fn errors_reach_their_callers() {
         let pool = pool(Memory::new(1 << 20), 1, 8 * MIB);
-        assert_eq!(pool.read(0, 1 << 20, &mut [0; 512]), Err(Error::OutOfRange));
-        assert_eq!(pool.write(0, (1 << 20) - 1, &[0; 2], false), Err(Error::OutOfRange));
-        assert_eq!(pool.run(0, Io::Discard { at: 0, len: 2 << 20, fua: false }), Err(Error::OutOfRange));
-        assert_eq!(pool.read(0, 0, &mut [0; 512]), Ok(()));
-        let extents = pool.status(0, 0, 1 << 20).unwrap();
+        assert_eq!(pool.read(Place::default(), 1 << 20, &mut [0; 512]), Err(Error::OutOfRange));
+        assert_eq!(pool.write(Place::default(), (1 << 20) - 1, &[0; 2], false), Err(Error::OutOfRange));
+        assert_eq!(pool.run(Place::default(), Io::Discard { at: 0, len: 2 << 20, fua: false }), Err(Error::OutOfRange));
+        assert_eq!(pool.read(Place::default(), 0, &mut [0; 512]), Ok(()));
+        let extents = pool.status(Place::default(), 0, 1 << 20).unwrap();
         assert_eq!(extents[0].at, 0);
         assert!(extents[0].kind != ExtentKind::Data, "nothing was written");
     }

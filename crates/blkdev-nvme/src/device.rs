@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use blkdev::{Context, Device, Info, Mapping};
+use blkdev::{Context, Device, Info, Mapping, Peer, State};
 use blkdev_vfio::{PciDevice, Vfio};
 
 use crate::{bring_up::bring_up, options::Options, owner::Owner, queue::IoQueue, target::Target, watch::Watch};
@@ -74,6 +74,15 @@ impl Device for Nvme {
         if let Err(e) = core.pci.dma_unmap(mapping) {
             log::warn!("nvme {}: cannot unmap {} MiB of memory: {e}", core.info.target, mapping.len() >> 20);
         }
+    }
+
+    /// Without an IOMMU nothing stops a dead device.
+    fn peer(&self) -> Option<Arc<Peer>> {
+        self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::new(None)))
+    }
+
+    fn state(&self) -> State {
+        if self.owner.core.life.is_dead() { State::Dead } else { State::Working }
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn blkdev::Queue>> {

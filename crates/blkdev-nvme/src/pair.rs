@@ -34,6 +34,8 @@ pub(crate) struct Pair<T> {
     slots: Box<[Slot<T>]>,
     /// Free slots, last used on top.
     free: Vec<u16>,
+    /// Number of commands so far, modulo 2^32.
+    pushed: u32,
     flights: Arc<Flights>,
 }
 
@@ -43,6 +45,8 @@ struct Slot<T> {
     sequence: u16,
     /// The command in it was also sent before the last reset of the controller.
     again: bool,
+    /// Number of commands of the pair before this one, modulo 2^32.
+    order: u32,
     owner: Option<T>,
 }
 
@@ -264,7 +268,8 @@ impl<T> Pair<T> {
             head: 0,
             acknowledged: 0,
             phase: true,
-            slots: (0..slots).map(|_| Slot { sequence: 0, again: false, owner: None }).collect(),
+            slots: (0..slots).map(|_| Slot { sequence: 0, again: false, order: 0, owner: None }).collect(),
+            pushed: 0,
             free: (0..slots).rev().collect(),
             flights: Arc::new(Flights {
                 now: Arc::clone(now),
@@ -314,7 +319,8 @@ impl<T> Pair<T> {
                 page: self.layout.page,
             },
         );
-        let Slot { sequence, again, owner: place } = &mut self.slots[usize::from(slot)];
+        let Slot { sequence, again, order, owner: place } = &mut self.slots[usize::from(slot)];
+        (*order, self.pushed) = (self.pushed, self.pushed.wrapping_add(1));
         *sequence = sequence.wrapping_add(1);
         *again = false;
         *place = Some(owner);
@@ -392,13 +398,17 @@ impl<T> Pair<T> {
         }
     }
 
-    /// Removes and returns all commands in flight, permanently.
-    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> {
+    /// Removes and returns all commands in flight, permanently, in the order in which they were pushed.
+    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> + use<T> {
         for flight in &self.flights.slots {
             flight.store(0, Ordering::Relaxed);
         }
         self.free = (0..self.layout.slots()).rev().collect();
-        self.slots.iter_mut().filter_map(|slot| slot.owner.take())
+        let pushed = self.pushed;
+        let taken = self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
+        let mut taken: Vec<_> = taken.collect();
+        taken.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
+        taken.into_iter().map(|(_, owner)| owner)
     }
 
     /// Starts over after a reset of the controller. Returns the commands that were in flight, each with a flag: true if it

@@ -58,7 +58,7 @@ impl IoQueue {
         }
         self.pop(done);
         if self.is_dead() {
-            return self.finish(done);
+            return;
         }
         let core = &*self.owner.core;
         let old = self.pair.flights().old();
@@ -89,10 +89,27 @@ impl IoQueue {
         }
     }
 
-    /// Ends all requests of a dead device.
-    #[cold]
-    fn finish(&mut self, done: &mut Vec<Completion>) {
-        done.extend(self.pair.take_all().map(Request::lose));
+    /// Takes what the device has completed. `false`: it is dead, and its requests in flight are still in the pair.
+    #[inline]
+    fn collect(&mut self, done: &mut Vec<Completion>) -> bool {
+        done.append(&mut self.ended);
+        if self.is_dead() {
+            return false;
+        }
+        if !self.is_running() {
+            self.stand_by(done);
+            return !self.is_dead();
+        }
+        if self.again {
+            self.again = false;
+            self.pair.publish();
+        }
+        self.pop(done);
+        if self.is_dead() {
+            return false;
+        }
+        self.pair.acknowledge();
+        true
     }
 
     /// Ends a request without sending it to the device.
@@ -131,22 +148,16 @@ impl Queue for IoQueue {
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.ended);
-        if self.is_dead() {
-            return self.finish(done);
+        if !self.collect(done) {
+            done.extend(self.pair.take_all().map(Request::lose));
         }
-        if !self.is_running() {
-            return self.stand_by(done);
+    }
+
+    #[inline]
+    fn reap_unfinished(&mut self, done: &mut Vec<Completion>, unfinished: &mut Vec<Request>) {
+        if !self.collect(done) {
+            unfinished.extend(self.pair.take_all());
         }
-        if self.again {
-            self.again = false;
-            self.pair.publish();
-        }
-        self.pop(done);
-        if self.is_dead() {
-            return self.finish(done);
-        }
-        self.pair.acknowledge();
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -283,6 +283,11 @@ impl Channel {
         self.arena.alloc_with_margins(before, len, after)
     }
 
+    /// Whether [`alloc`](Self::alloc) failed, and the queue will return memory that it keeps. [`reap`](Self::reap) takes it back.
+    pub fn awaits_memory(&self) -> bool {
+        self.relieved
+    }
+
     /// How often the device has lost changes that had completed: see [`Queue::losses`](crate::Queue::losses).
     pub fn losses(&self) -> u32 {
         self.driver.losses()

@@ -81,6 +81,8 @@ pub struct Session {
     disconnecting: bool,
     /// The export is being removed: no further request begins.
     refusing: bool,
+    /// See [`lose`](Self::lose).
+    lost: bool,
     /// The connection is closed: replies are not needed.
     closed: bool,
 }
@@ -146,6 +148,7 @@ impl Session {
             broken: false,
             disconnecting: false,
             refusing: false,
+            lost: false,
             closed: false,
         }
     }
@@ -368,6 +371,11 @@ impl Session {
         self.refusing = true;
     }
 
+    /// The device has lost changes that the client knows to be done. Requests in flight end, and then the connection.
+    pub fn lose(&mut self) {
+        (self.refusing, self.lost) = (true, true);
+    }
+
     /// As [`take`](Self::take), while the export is being removed.
     #[cold]
     fn refuse_all(&mut self, input: &mut &[u8], channel: &mut Channel) -> Result<Option<Stall>, Fatal> {
@@ -502,7 +510,8 @@ impl Session {
     /// Whether the client has sent NBD_CMD_DISC and got every reply.
     #[inline]
     pub fn is_over(&self) -> bool {
-        self.disconnecting && self.calls.in_use == 0 && self.waiting.is_empty() && self.outbox.is_empty()
+        let is_ending = self.lost || self.disconnecting && self.waiting.is_empty();
+        is_ending && self.calls.in_use == 0 && self.outbox.is_empty()
     }
 
     /// Releases the resources of a closed connection. Requests at the device come back through `complete`.

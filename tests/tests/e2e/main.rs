@@ -14,6 +14,7 @@ mod original;
 mod process;
 mod reload;
 mod requests;
+mod restarts;
 mod tls;
 mod vhost_user;
 

@@ -187,8 +187,9 @@ impl Floor {
 
     /// Rings the devices, and turns their completions into replies. Returns the number of completions.
     pub(super) fn reap(&mut self, turns: &mut Turns) -> usize {
-        let mut in_flight = 0;
-        for lane in self.lanes.iter_mut().flatten() {
+        let (mut in_flight, mut lost) = (0, Vec::new());
+        for (number, lane) in self.lanes.iter_mut().enumerate() {
+            let Some(lane) = lane else { continue };
             // Cancel first: when reaped, the channel sends the requests that it held back.
             if std::mem::take(&mut lane.cancels) {
                 let conns = &self.conns;
@@ -198,7 +199,11 @@ impl Floor {
             lane.channel.kick();
             lane.channel.reap(&mut self.done);
             in_flight += lane.channel.in_flight();
+            if lane.has_lost() {
+                lost.push(number);
+            }
         }
+        lost.into_iter().for_each(|lane| self.lose(lane));
         let mut done = std::mem::take(&mut self.done);
         let count = done.len();
         if count > 0 {
@@ -210,6 +215,17 @@ impl Floor {
         }
         self.done = done;
         count
+    }
+
+    /// The device of a lane has lost changes that clients know to be done.
+    #[cold]
+    fn lose(&mut self, lane: usize) {
+        for (number, conn) in self.conns.iter_mut().enumerate() {
+            if let Some(conn) = conn.as_mut().filter(|conn| conn.lane == lane && conn.stream.is_some()) {
+                conn.session.lose();
+                activate(&mut self.active, number as u32, conn);
+            }
+        }
     }
 
     #[inline]

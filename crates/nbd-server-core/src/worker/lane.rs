@@ -29,6 +29,8 @@ pub(super) struct Lane {
     pub(super) leaving: Option<Leaving>,
     /// Closed connections have requests to cancel.
     pub(super) cancels: bool,
+    /// As last seen: see [`Channel::losses`].
+    losses: u32,
 }
 
 /// The state of a lane that is being removed.
@@ -52,7 +54,15 @@ pub(super) enum Step {
 
 impl Lane {
     pub(super) fn new(channel: Channel, seat: Arc<Seat>) -> Self {
-        Self { channel, seat, clients: 0, conns: 0, leaving: None, cancels: false }
+        let losses = channel.losses();
+        Self { channel, seat, clients: 0, conns: 0, leaving: None, cancels: false, losses }
+    }
+
+    /// Whether the device has lost changes since the last call, so that present clients must end.
+    #[inline]
+    pub(super) fn has_lost(&mut self) -> bool {
+        let losses = self.channel.losses();
+        std::mem::replace(&mut self.losses, losses) != losses
     }
 
     /// Whether it refuses new clients. A hidden lane still serves clients that were admitted before.
