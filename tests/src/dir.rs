@@ -11,10 +11,20 @@ impl Dir {
     /// Creates a directory with a short name, because the path of a socket in it has room for 107 bytes only.
     #[expect(clippy::new_without_default, reason = "making one has an effect on the file system")]
     pub fn new() -> Self {
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// As [`new`](Self::new), in memory if there is such a file system: for files that would take long to write or to remove.
+    pub fn in_memory() -> Self {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() { Self::below(memory) } else { Self::new() }
+    }
+
+    fn below(parent: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         loop {
             let count = COUNT.fetch_add(1, Ordering::Relaxed);
-            let path = std::env::temp_dir().join(format!("nbdblk-{}-{count}", std::process::id()));
+            let path = parent.join(format!("nbdblk-{}-{count}", std::process::id()));
             match std::fs::create_dir(&path) {
                 Ok(()) => return Self(path),
                 // Left by a killed test whose process had the same number.

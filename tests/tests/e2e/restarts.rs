@@ -31,7 +31,7 @@ fn export(format: &'static str) -> Export {
 
 /// Kills the back end at random moments while four clients verify what they write.
 fn kill_under_load(format: &'static str, properties: &str, durability: Durability) {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, format);
     let first = Qsd::start(&dir, &image, export(format));
     let mut server = Nbdblk::unix(&dir, &[&format!("{}{properties}", first.spec())]);
@@ -99,7 +99,7 @@ fn a_back_end_with_a_raw_file_is_trusted_if_asked() {
 /// What the server does on its own is what saves the data: without it, the same back end loses writes.
 #[test]
 fn qcow2_loses_writes_if_it_is_trusted() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "qcow2");
     let qsd = Qsd::start(&dir, &image, export("qcow2"));
     let server = Nbdblk::unix(&dir, &[&format!("{},unflushed=trust", qsd.spec())]);
@@ -116,7 +116,7 @@ fn qcow2_loses_writes_if_it_is_trusted() {
 /// With `unflushed=fail`, clients of the time before are told of the loss, and new ones are served.
 #[test]
 fn a_loss_ends_present_clients_if_asked() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "qcow2");
     let qsd = Qsd::start(&dir, &image, export("qcow2"));
     let server = Nbdblk::unix(&dir, &[&format!("{},unflushed=fail", qsd.spec())]);
@@ -139,7 +139,7 @@ fn a_loss_ends_present_clients_if_asked() {
 /// Without unflushed changes nothing is lost, so clients go on.
 #[test]
 fn nothing_is_lost_after_a_flush() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "qcow2");
     let qsd = Qsd::start(&dir, &image, export("qcow2"));
     let server = Nbdblk::unix(&dir, &[&format!("{},unflushed=fail", qsd.spec())]);
@@ -153,7 +153,7 @@ fn nothing_is_lost_after_a_flush() {
 
 #[test]
 fn requests_fail_after_the_window_and_succeed_when_the_device_is_back() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "raw");
     let qsd = Qsd::start(&dir, &image, export("raw"));
     let mut server = Nbdblk::unix(&dir, &[&format!("{},reconnect=200ms", qsd.spec())]);
@@ -175,7 +175,7 @@ fn requests_fail_after_the_window_and_succeed_when_the_device_is_back() {
 
 #[test]
 fn a_device_that_came_back_different_is_refused() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "raw");
     let qsd = Qsd::start(&dir, &image, export("raw"));
     let server = Nbdblk::unix(&dir, &[&qsd.spec()]);
@@ -203,7 +203,7 @@ fn a_device_that_came_back_different_is_refused() {
 /// A back end that hangs for longer than the time-out is disconnected, and reached again when it goes on.
 #[test]
 fn clients_go_on_after_a_hang() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = dir.at("disk.raw");
     write_runs(&image, SIZE, [(0, SIZE)]);
     let qsd = Qsd::start(&dir, &image, export("raw"));
@@ -236,10 +236,10 @@ fn write_zeroes(raw: &mut Raw, at: u64, len: u32) {
 /// Memory of kept writes is returned when a request needs it, although nothing is in flight.
 #[test]
 fn kept_writes_leave_memory_for_large_requests() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "qcow2");
     let qsd = Qsd::start(&dir, &image, export("qcow2"));
-    let server = Nbdblk::unix(&dir, &[&format!("{},unflushed-memory=1G", qsd.spec()), "--memory=8M", "--workers=1"]);
+    let server = Nbdblk::unix(&dir, &[&format!("{},unflushed-memory=1G", qsd.spec()), "--memory=8M", "--threads=1"]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     for n in 0..4096 {
         raw.write(n * 8192, &[n as u8; 4096]);
@@ -255,7 +255,7 @@ fn kept_writes_leave_memory_for_large_requests() {
 /// A server that waits for its device ends when told to.
 #[test]
 fn a_server_without_its_device_ends_when_told_to() {
-    let dir = Dir::new();
+    let dir = Dir::in_memory();
     let image = image(&dir, "raw");
     let qsd = Qsd::start(&dir, &image, export("raw"));
     let server = Nbdblk::unix(&dir, &[&qsd.spec()]);
