@@ -143,6 +143,13 @@ pub(crate) struct Serve {
     #[command(flatten)]
     pub(crate) tls: Tls,
 
+    /// Wait at start for devices that are not there yet, at most for this time [default: 0s]
+    ///
+    /// A device is not there yet if its path, socket or address does not exist, no process listens on its socket, or another
+    /// process uses it. The server listens and is ready when all devices are open.
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
+    pub(crate) wait: Option<Duration>,
+
     /// Refuse writes, and open the devices read-only
     #[arg(short, long, visible_alias = "readonly")]
     pub(crate) read_only: bool,

@@ -9,6 +9,7 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow, ensure};
@@ -34,8 +35,8 @@ const NOT_IN_FILES: &[&str] =
 const SIZE_MAX: u64 = 16 << 20;
 
 /// The settings of an export.
-const EXPORT_WORDS: [&str; 8] =
-    ["name", "description", "device", "read-only", "tls-only", "block-size-required", "allow", "on-remove"];
+const EXPORT_WORDS: [&str; 9] =
+    ["name", "description", "device", "read-only", "tls-only", "block-size-required", "allow", "on-remove", "wait"];
 
 /// The content of a file.
 #[derive(Debug)]
@@ -254,7 +255,7 @@ impl Source {
         let mut device = None;
         let (mut name, mut description) = (String::new(), None);
         let (mut read_only, mut tls_only, mut block_size_required) = (false, false, false);
-        let (mut rules, mut on_remove) = (Vec::new(), Removal::default());
+        let (mut rules, mut on_remove, mut wait) = (Vec::new(), Removal::default(), Duration::ZERO);
         for (key, value) in in_order(table) {
             match key.get_ref().as_ref() {
                 "name" => name = self.told("name", value)?,
@@ -273,13 +274,25 @@ impl Source {
                     }
                 }
                 "on-remove" => on_remove = self.parsed("on-remove", value)?,
+                "wait" => wait = self.time("wait", value)?,
                 other => {
                     return Err(self.wrong(key.span().start, unknown("setting of an export", other, EXPORT_WORDS)));
                 }
             }
         }
         let Some((settings, at)) = device else { return Err(self.wrong(at, "the export has no device")) };
-        Ok(ExportSpec { name, description, settings, read_only, rules, tls_only, block_size_required, on_remove, at })
+        Ok(ExportSpec {
+            name,
+            description,
+            settings,
+            read_only,
+            rules,
+            tls_only,
+            block_size_required,
+            on_remove,
+            wait,
+            at,
+        })
     }
 
     fn boolean(&self, key: &str, value: &Value<'_>) -> anyhow::Result<bool> {
@@ -287,6 +300,13 @@ impl Source {
             DeValue::Boolean(on) => Ok(*on),
             _ => Err(self.kind(key, value, "true or false")),
         }
+    }
+
+    fn time(&self, key: &str, value: &Value<'_>) -> anyhow::Result<Duration> {
+        let text = self.string(key, value)?;
+        let wrong =
+            |error: String| self.wrong(value.span().start, format!("{key}: {}", error.replacen("Value", "it", 1)));
+        blkdev_drivers::parse_time(text).map_err(wrong)
     }
 
     /// A text that clients get.

@@ -1,6 +1,6 @@
 //! From arguments to exports: parses them, and opens devices that are not open yet.
 
-use std::{ffi::OsString, sync::Arc};
+use std::{ffi::OsString, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail, ensure};
 use blkdev::Device;
@@ -10,6 +10,7 @@ use nbd_server_core::{Access, Export, Removal, Rule};
 use crate::{
     cli,
     info::{human, restrict},
+    patience,
 };
 
 /// Longest export name, in bytes (doc/proto.md of NBD, "Values": string limits).
@@ -28,6 +29,8 @@ pub(crate) struct ExportSpec {
     pub(crate) block_size_required: bool,
     /// What happens to its clients when it is removed.
     pub(crate) on_remove: Removal,
+    /// How long the start waits for its device.
+    pub(crate) wait: Duration,
     /// Position of its device in the file.
     pub(crate) at: usize,
 }
@@ -59,6 +62,7 @@ pub(crate) fn from_words(words: &[OsString]) -> anyhow::Result<Vec<ExportSpec>> 
             tls_only,
             block_size_required,
             on_remove,
+            wait: Duration::ZERO,
             at: 0,
         });
     }
@@ -76,6 +80,9 @@ pub(crate) fn under(mut all: Vec<ExportSpec>, args: &cli::Serve) -> anyhow::Resu
     for spec in &mut all {
         spec.tls_only |= args.tls.only.contains(&spec.name);
         spec.read_only |= args.read_only;
+        if spec.wait.is_zero() {
+            spec.wait = args.wait.unwrap_or_default();
+        }
         spec.settings = restrict(&spec.settings, spec.read_only);
         let rules = args.allow.iter().filter(|(of, _)| of.as_ref().is_none_or(|of| *of == spec.name));
         spec.rules.extend(rules.map(|(_, rule)| rule.clone()));
@@ -95,9 +102,9 @@ impl ExportSpec {
         self.rules == other.rules && told(self) == told(other)
     }
 
-    /// Opens the device.
-    pub(crate) fn open(&self) -> anyhow::Result<Arc<dyn Device>> {
-        let open = self.settings.open();
+    /// Opens the device. Waits for one that is not there yet, at most for `time`.
+    pub(crate) fn open_within(&self, time: Duration) -> anyhow::Result<Arc<dyn Device>> {
+        let open = patience::open(&self.settings, &self.name, time);
         let device = match self.name.is_empty() {
             true => open?,
             false => open.with_context(|| format!("export \"{}\"", self.name))?,

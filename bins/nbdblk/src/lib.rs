@@ -19,6 +19,7 @@ mod info;
 mod listen;
 mod logger;
 mod parent;
+mod patience;
 mod place;
 mod plan;
 mod ready;

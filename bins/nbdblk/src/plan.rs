@@ -3,10 +3,11 @@
 use std::{
     path::Path,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use anyhow::{Context, ensure};
-use blkdev::Device;
+use blkdev::{Device, State};
 use nbd_server_core::{Export, Removal, Server};
 
 use crate::{
@@ -23,6 +24,8 @@ pub(crate) struct Plan {
     pub(crate) specs: Vec<ExportSpec>,
     /// One device for each export, once they are open.
     devices: Vec<Arc<dyn Device>>,
+    /// Their sizes when the plan was made, in bytes.
+    sizes: Vec<u64>,
     file: Option<(Source, Vec<Setting>)>,
 }
 
@@ -30,7 +33,7 @@ impl Plan {
     pub(crate) fn from_words(args: &cli::Serve) -> anyhow::Result<Self> {
         ensure!(args.control.is_none(), "--control needs --config: there is no file to read again");
         let specs = exports::under(exports::from_words(&args.specs)?, args)?;
-        Ok(Self { specs, devices: Vec::new(), file: None })
+        Ok(Self { specs, devices: Vec::new(), sizes: Vec::new(), file: None })
     }
 
     /// Reads a file, and combines it with the arguments.
@@ -38,7 +41,8 @@ impl Plan {
         let file = File::read(path)?;
         let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
         let File { source, settings, exports } = file;
-        let mut plan = Self { specs: Vec::new(), devices: Vec::new(), file: Some((source, settings)) };
+        let file = Some((source, settings));
+        let mut plan = Self { specs: Vec::new(), devices: Vec::new(), sizes: Vec::new(), file };
         plan.specs = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
         Ok((plan, args))
     }
@@ -54,17 +58,26 @@ impl Plan {
         }
     }
 
-    /// Opens all devices, except those that the other plan has open under a name that still means the same device.
+    /// Opens all devices, except those that the other plan has open, that work, and whose name still means the same device. A
+    /// first plan waits for devices that are not there yet.
     pub(crate) fn open(&mut self, other: Option<&Self>) -> anyhow::Result<()> {
         for spec in &self.specs {
             let open = other.and_then(|other| Some(&other.devices[other.find(|old| old.has_device_of(spec))?]));
-            let device = match open.filter(|device| !device.is_replaced()) {
-                Some(device) => Arc::clone(device),
-                None => spec.open().map_err(|error| match &self.file {
-                    Some((source, _)) => source.wrong(spec.at, crate::whole(&error)),
-                    None => error,
-                })?,
+            let device = match open.filter(|device| device.state() != State::Dead && !device.is_replaced()) {
+                Some(device) => {
+                    device.refresh();
+                    Arc::clone(device)
+                }
+                None => {
+                    spec.open_within(if other.is_none() { spec.wait } else { Duration::ZERO }).map_err(|error| {
+                        match &self.file {
+                            Some((source, _)) => source.wrong(spec.at, crate::whole(&error)),
+                            None => error,
+                        }
+                    })?
+                }
             };
+            self.sizes.push(device.capacity());
             self.devices.push(device);
         }
         Ok(())
@@ -104,12 +117,18 @@ impl Plan {
 
     fn changes_since(&self, old: &Self) -> String {
         let (mut added, mut reopened, mut updated) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut set, mut later) = (Vec::new(), Vec::new());
-        for (spec, device) in self.specs.iter().zip(&self.devices) {
+        let (mut set, mut later, mut resized) = (Vec::new(), Vec::new(), Vec::new());
+        for ((spec, device), size) in self.specs.iter().zip(&self.devices).zip(&self.sizes) {
             let name = format!("{:?}", spec.name);
             match old.named(&spec.name) {
                 None => added.push(name),
-                Some(n) if !Arc::ptr_eq(device, &old.devices[n]) => reopened.push(name),
+                Some(n) if !Arc::ptr_eq(device, &old.devices[n]) => {
+                    let was_dead = old.devices[n].state() == State::Dead;
+                    reopened.push(if was_dead { format!("{name} (it was dead)") } else { name });
+                }
+                Some(n) if *size != old.sizes[n] => {
+                    resized.push(format!("{name} (from {} to {size} bytes)", old.sizes[n]));
+                }
                 Some(n) if !spec.has_words_of(&old.specs[n]) => updated.push(name),
                 Some(_) => {}
             }
@@ -134,6 +153,7 @@ impl Plan {
             ("added", added),
             ("removed", removed),
             ("reopened", reopened),
+            ("resized", resized),
             ("updated", updated),
             ("set", set),
             ("not before the next start", later),
@@ -185,6 +205,7 @@ mod tests {
         let plan = || Plan {
             specs: exports::from_words(&["a:memory=1M".into(), "b:memory=1M".into()]).expect("good words"),
             devices: Vec::new(),
+            sizes: Vec::new(),
             file: None,
         };
         let mut old = plan();

@@ -738,7 +738,8 @@ mod tests {
                     let pool = &pool;
                     scope.spawn(move || {
                         let mut bytes = vec![0; 256 << 10];
-                        let ended = (0..1000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
+                        let ended =
+                            (0..1000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
                         assert_eq!(ended, Some(Error::Gone), "seed {seed}");
                         assert_eq!(pool.write(Place::default(), 0, &bytes, false), Err(Error::Gone), "seed {seed}");
                     });
@@ -800,7 +801,8 @@ mod tests {
                     let pool = &pool;
                     scope.spawn(move || {
                         let mut bytes = vec![0; 4096];
-                        let ended = (0..10_000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
+                        let ended =
+                            (0..10_000).find_map(|_| pool.read(Place::default(), n * MIB as u64, &mut bytes).err());
                         assert_eq!(ended, Some(Error::Gone));
                     });
                 }
@@ -874,7 +876,8 @@ mod tests {
         // Never returned.
         let held = drain(&pool.lanes[0]);
         thread::scope(|scope| {
-            let waiting: Vec<_> = (0..3).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut [0; 4096]))).collect();
+            let waiting: Vec<_> =
+                (0..3).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut [0; 4096]))).collect();
             while pool.lanes[0].hungry.load(Ordering::SeqCst) < 3 {
                 thread::yield_now();
             }
@@ -894,7 +897,8 @@ mod tests {
         let device = Memory::new(64 * MIB as u64).with(|info| info.timeout = None);
         let pool = pool(Fault::new(device, Faults { lost: 1.0, ..Faults::new(1) }), 1, 8 * MIB);
         thread::scope(|scope| {
-            let waiting: Vec<_> = (0..40).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut vec![0; MIB]))).collect();
+            let waiting: Vec<_> =
+                (0..40).map(|_| scope.spawn(|| pool.read(Place::default(), 0, &mut vec![0; MIB]))).collect();
             thread::sleep(3 * QUIET);
             assert!(!waiting.iter().any(thread::ScopedJoinHandle::is_finished), "a device may be slow");
             pool.lanes[0].is_ending.store(true, Ordering::SeqCst);

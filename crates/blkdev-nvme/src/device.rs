@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use blkdev::{Context, Device, Info, Mapping, Peer, State};
+use blkdev::{Context, Device, Info, Mapping, Peer, State, wake::Wake};
 use blkdev_vfio::{PciDevice, Vfio};
 
 use crate::{bring_up::bring_up, options::Options, owner::Owner, queue::IoQueue, target::Target, watch::Watch};
@@ -79,6 +79,10 @@ impl Device for Nvme {
     /// Without an IOMMU nothing stops a dead device.
     fn peer(&self) -> Option<Arc<Peer>> {
         self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::new(None)))
+    }
+
+    fn ring_at_death(&self, bell: &Arc<Wake>) {
+        self.owner.core.life.ring_at_end(bell);
     }
 
     fn state(&self) -> State {

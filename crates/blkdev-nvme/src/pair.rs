@@ -405,7 +405,8 @@ impl<T> Pair<T> {
         }
         self.free = (0..self.layout.slots()).rev().collect();
         let pushed = self.pushed;
-        let taken = self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
+        let taken =
+            self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
         let mut taken: Vec<_> = taken.collect();
         taken.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
         taken.into_iter().map(|(_, owner)| owner)

@@ -146,6 +146,10 @@ impl Device for VhostUser {
         self.device.peer()
     }
 
+    fn ring_at_death(&self, bell: &Arc<blkdev::wake::Wake>) {
+        self.device.ring_at_death(bell);
+    }
+
     fn state(&self) -> blkdev::State {
         self.device.state()
     }

@@ -122,6 +122,10 @@ impl Device for VirtioPci {
         self.device.peer()
     }
 
+    fn ring_at_death(&self, bell: &Arc<blkdev::wake::Wake>) {
+        self.device.ring_at_death(bell);
+    }
+
     fn state(&self) -> blkdev::State {
         self.device.state()
     }

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blkdev::{Context, Device, Info, Mapping, Peer, Request, State};
+use blkdev::{Context, Device, Info, Mapping, Peer, Request, State, wake::Wake};
 use virtio_bindings::{
     virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
     virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1},
@@ -267,6 +267,10 @@ impl<T: Transport> Device for VirtioBlk<T> {
 
     fn peer(&self) -> Option<Arc<Peer>> {
         self.core.transport.peer()
+    }
+
+    fn ring_at_death(&self, bell: &Arc<Wake>) {
+        self.core.life.ring_at_end(bell);
     }
 
     fn state(&self) -> State {

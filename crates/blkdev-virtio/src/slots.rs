@@ -58,7 +58,8 @@ impl<T> Slots<T> {
     /// Creates `depth` slots, or as many as fit. `memory` covers the whole queue.
     pub(crate) fn new(memory: Window, layout: Layout, segment_max: u32, depth: u16) -> Self {
         let depth = depth.min(layout.slots());
-        let slots = (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS, order: 0 }).collect();
+        let slots =
+            (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS, order: 0 }).collect();
         let slots = Self { memory, layout, segment_max, slots, free: (0..depth).rev().collect(), pushed: 0 };
         for slot in 0..depth {
             slots.memory.store8(slots.status_at(slot), UNWRITTEN, Ordering::Relaxed);
@@ -73,7 +74,8 @@ impl<T> Slots<T> {
     /// Removes and returns all requests, in the order in which they were pushed. For a dead device.
     pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> + use<T> {
         let pushed = self.pushed;
-        let taken = self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
+        let taken =
+            self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
         let mut taken: Vec<_> = taken.collect();
         taken.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
         taken.into_iter().map(|(_, owner)| owner)

@@ -2,7 +2,7 @@
 
 use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
-use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping, peer::Peer};
+use crate::{arena::Buf, error::Error, extent::Extent, mem::Mapping, peer::Peer, wake::Wake};
 
 /// Control plane of a block device: shared between threads, cold.
 pub trait Device: Send + Sync {
@@ -49,6 +49,11 @@ pub trait Device: Send + Sync {
     /// Whether it works.
     fn state(&self) -> State {
         State::Working
+    }
+
+    /// Rings `bell` when the device dies, if it can tell without a request.
+    fn ring_at_death(&self, bell: &Arc<Wake>) {
+        let _ = bell;
     }
 
     /// Whether the name by which the device was opened now names another device.

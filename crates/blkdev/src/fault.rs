@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    device::{Completion, Device, Info, Op, Queue, Request},
+    device::{Completion, Device, Info, Op, Queue, Request, State},
     error::Error,
     mem::Mapping,
     peer::Peer,
@@ -155,6 +155,10 @@ impl<D: Device> Device for Fault<D> {
 
     fn refresh(&self) {
         self.device.refresh();
+    }
+
+    fn state(&self) -> State {
+        if self.shared.dead.load(Ordering::Acquire) { State::Dead } else { self.device.state() }
     }
 
     fn peer(&self) -> Option<Arc<Peer>> {

@@ -34,18 +34,33 @@ pub struct Liveness<S = Wake> {
     wakes_may_block: bool,
     dead: AtomicBool,
     sleepers: Mutex<Vec<Arc<S>>>,
+    /// Rung at the end. Only this process has them.
+    bells: Mutex<Vec<Arc<Wake>>>,
 }
 
 impl<S: Sleeper> Liveness<S> {
     /// A live device whose eventfds are shared with the kernel only. `name` (driver and target) is for log messages.
     pub fn new(name: String) -> Arc<Self> {
-        Arc::new(Self { name, wakes_may_block: false, dead: AtomicBool::new(false), sleepers: Mutex::default() })
+        Arc::new(Self::with(name, false))
     }
 
     /// As [`new`](Self::new), for a device in another process that holds the eventfds and is not trusted with them. The driver
     /// must free a thread that blocks when it wakes one of the [`sleepers`](Self::sleepers).
     pub fn in_another_process(name: String) -> Arc<Self> {
-        Arc::new(Self { name, wakes_may_block: true, dead: AtomicBool::new(false), sleepers: Mutex::default() })
+        Arc::new(Self::with(name, true))
+    }
+
+    fn with(name: String, wakes_may_block: bool) -> Self {
+        let (sleepers, bells) = (Mutex::default(), Mutex::default());
+        Self { name, wakes_may_block, dead: AtomicBool::new(false), sleepers, bells }
+    }
+
+    /// Rings `bell` when the device dies; now, if it is dead.
+    pub fn ring_at_end(&self, bell: &Arc<Wake>) {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(bell));
+        if self.is_dead() {
+            bell.ring();
+        }
     }
 
     /// Whether the device is dead. Data that it wrote earlier can be read, but must not be trusted.
@@ -68,6 +83,7 @@ impl<S: Sleeper> Liveness<S> {
         if self.dead.swap(true, Ordering::SeqCst) {
             return false;
         }
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|bell| bell.ring());
         // A wake may block, so wake without the lock, and on a separate thread that nothing waits for.
         let sleepers = self.sleepers();
         let wake = move || sleepers.iter().for_each(|sleeper| sleeper.wake());

@@ -20,4 +20,3 @@ impl Peer {
         self.0.as_ref().is_none_or(|pidfd| !wake::wait([pidfd.as_fd()], Some(std::time::Duration::ZERO))[0])
     }
 }
-

@@ -79,6 +79,10 @@ struct Guest {
     /// Bytes that came after the last option.
     sent: Vec<u8>,
     ending: Option<Ending>,
+    /// Options that wait for a device that is dead.
+    paused: Option<Vec<u8>>,
+    /// They wait until then.
+    patience: Instant,
     deadline: Instant,
     /// When the client last sent something; at first, when it connected.
     heard: Instant,
@@ -104,6 +108,12 @@ const OPTIONS_EACH: u32 = 8;
 /// When the server has no room for another connection, it disconnects a client that has been silent in its handshake for this
 /// long. Otherwise a silent client keeps its place until the handshake times out.
 const SILENT: Duration = Duration::from_secs(1);
+
+/// Interval of looks at a device that a client waits for.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// A client that waits for a device gets its error this long before the handshake times out.
+const NOTICE: Duration = Duration::from_secs(1);
 
 /// Pause before the next accept when the process has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -164,7 +174,9 @@ impl Door {
 
     fn turn(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        let deadlines = self.guests.iter().flatten().map(|g| g.deadline).chain(self.closed_until);
+        let retry = |guest: &Guest| if guest.paused.is_some() { now + RETRY } else { guest.deadline };
+        let guests = self.guests.iter().flatten();
+        let deadlines = guests.map(|guest| guest.deadline.min(retry(guest))).chain(self.closed_until);
         let timeout = deadlines.min().map(|t| t.saturating_duration_since(now));
         let events: Vec<Readiness> = self.poll.wait(timeout)?.collect();
         for event in events {
@@ -177,6 +189,11 @@ impl Door {
                 if let Some(guest) = self.guests[number].as_mut().filter(|_| event.readable) {
                     guest.heard = now;
                 }
+                self.talk(number);
+            }
+        }
+        for number in 0..self.guests.len() {
+            if self.guests[number].as_ref().is_some_and(|guest| guest.paused.is_some()) {
                 self.talk(number);
             }
         }
@@ -291,8 +308,10 @@ impl Door {
         let handshake = Handshake::new(offer, &mut out);
         let (stream, sent, heard) = (socket.into(), Vec::new(), Instant::now());
         let deadline = heard + self.limits.handshake_timeout;
-        let (shaking, ending) = (None, None);
-        let guest = Guest { stream, tls, shaking, peer, over, handshake, out, sent, ending, deadline, heard };
+        let patience = deadline - NOTICE.min(self.limits.handshake_timeout / 4);
+        let (shaking, ending, paused) = (None, None, None);
+        let guest =
+            Guest { stream, tls, shaking, peer, over, handshake, out, sent, ending, paused, patience, deadline, heard };
         if number == self.guests.len() {
             self.guests.push(None);
         }
@@ -386,6 +405,13 @@ impl Guest {
                 }
                 _ => return Ok(true),
             }
+            if let Some(options) = self.paused.take() {
+                self.take(&options, views)?;
+                if self.paused.is_some() {
+                    return Ok(false);
+                }
+                continue;
+            }
             let staged = match self.stream.receive(None, staging) {
                 Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(Some(Received { staged, .. })) => staged,
@@ -393,25 +419,43 @@ impl Guest {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
-            let mut input = &staging[..staged];
-            let view = views.look();
-            self.check_policy(&view)?;
-            let seen = view.exports.seen_by(&self.peer, self.handshake.secure());
-            match self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)? {
-                Step::More => {}
-                Step::Done(negotiated) => {
-                    self.sent = input.to_vec();
-                    let position =
-                        seen.position(&negotiated.name).expect("the handshake has just found it in this view");
-                    let ticket = view.ticket(position);
-                    self.ending = Some(Ending::Serve(negotiated, ticket));
-                }
-                // A client must wait for our reply. Data sent earlier could have been injected (CVE-2021-3716).
-                Step::StartTls if !input.is_empty() => return Err(io::Error::other("plain text after STARTTLS")),
-                Step::StartTls => self.ending = Some(Ending::StartTls),
-                Step::Closed => self.ending = Some(Ending::Close),
+            self.take(&staging[..staged], views)?;
+            if self.paused.is_some() {
+                return Ok(false);
             }
         }
+    }
+
+    /// Takes options of the client.
+    fn take(&mut self, options: &[u8], views: &Views) -> io::Result<()> {
+        let mut input = options;
+        let view = views.look();
+        self.check_policy(&view)?;
+        let seen = view.exports.seen_by(&self.peer, self.handshake.secure());
+        let is_patient = seen.may_wait() && Instant::now() < self.patience;
+        let before = is_patient.then(|| (self.handshake.clone(), self.out.len()));
+        let step = self.handshake.next(&mut input, &seen, &mut self.out).map_err(io::Error::other)?;
+        if let Some((handshake, len)) = before.filter(|_| seen.is_awaited()) {
+            // As if nothing had been asked: it will be asked again.
+            self.handshake = handshake;
+            self.out.truncate(len);
+            self.paused = Some(options.to_vec());
+            return Ok(());
+        }
+        match step {
+            Step::More => {}
+            Step::Done(negotiated) => {
+                self.sent = input.to_vec();
+                let position = seen.position(&negotiated.name).expect("the handshake has just found it in this view");
+                let ticket = view.ticket(position);
+                self.ending = Some(Ending::Serve(negotiated, ticket));
+            }
+            // A client must wait for our reply. Data sent earlier could have been injected (CVE-2021-3716).
+            Step::StartTls if !input.is_empty() => return Err(io::Error::other("plain text after STARTTLS")),
+            Step::StartTls => self.ending = Some(Ending::StartTls),
+            Step::Closed => self.ending = Some(Ending::Close),
+        }
+        Ok(())
     }
 
     /// Fails if the TLS policy has changed since the handshake began: the present exports may not be meant for a client without

@@ -1,9 +1,9 @@
 //! [`Export`]: a device under a name, and the properties that clients see.
 
-use std::{collections::HashSet, io, sync::Arc};
+use std::{cell::Cell, collections::HashSet, io, sync::Arc};
 
 use crate::{access::Access, peer::Peer};
-use blkdev::Device;
+use blkdev::{Device, State};
 use nbd_proto::{
     BlockSizes, Catalog, Refusal, limits,
     wire::{BASE_ALLOCATION, Rep, TransmissionFlags as Flag},
@@ -131,7 +131,7 @@ impl Exports {
 
     /// The exports that `peer` may open. `secure`: its connection uses TLS.
     pub fn seen_by<'a>(&'a self, peer: &'a Peer, secure: bool) -> Seen<'a> {
-        Seen { exports: self, peer, secure }
+        Seen { exports: self, peer, secure, is_awaited: Cell::new(false) }
     }
 
     /// Returns the index of the export with this name.
@@ -148,12 +148,24 @@ pub struct Seen<'a> {
     exports: &'a Exports,
     peer: &'a Peer,
     secure: bool,
+    /// The client has asked for an export whose device is dead.
+    is_awaited: Cell<bool>,
 }
 
 impl Seen<'_> {
     /// Returns the index of the export that the client names; `None`: it has no such export.
     pub fn position(&self, name: &str) -> Option<usize> {
         self.exports.position(name).filter(|&n| self.may_open(&self.exports.list[n]))
+    }
+
+    /// Whether the device of some export is dead, perhaps for a moment only.
+    pub(crate) fn may_wait(&self) -> bool {
+        self.exports.list.iter().any(|export| export.device.state() != State::Working)
+    }
+
+    /// Whether the client has asked for such an export.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.is_awaited.get()
     }
 
     fn may_open(&self, export: &Export) -> bool {
@@ -179,6 +191,10 @@ impl Catalog for Seen<'_> {
 
     fn find(&self, name: &str) -> Result<nbd_proto::Export, Refusal> {
         let position = self.position(name).ok_or_else(|| self.refuse(name))?;
+        if self.exports.list[position].device.state() != State::Working {
+            self.is_awaited.set(true);
+            return Err(Refusal::new(Rep::ERR_SHUTDOWN, "the device of this export does not answer; try again later"));
+        }
         Ok(self.exports.list[position].told(self.exports.payload_max, self.exports.multi_conn))
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use nbdblk_tests::checker::{BLOCK, Checker, Durability};
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
-use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, Rng, eventually, tool, write_runs};
+use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, Rng, eventually, nbdblk, tool, write_runs};
+use nix::sys::signal::Signal;
 
 use crate::MIB;
 
@@ -120,7 +121,8 @@ fn a_loss_ends_present_clients_if_asked() {
     let image = image(&dir, "qcow2");
     let qsd = Qsd::start(&dir, &image, export("qcow2"));
     let server = Nbdblk::unix(&dir, &[&format!("{},unflushed=fail", qsd.spec())]);
-    let (mut busy, idle) = (Raw::enter(server.address(), Mode::Simple, ""), Raw::enter(server.address(), Mode::Simple, ""));
+    let (mut busy, idle) =
+        (Raw::enter(server.address(), Mode::Simple, ""), Raw::enter(server.address(), Mode::Simple, ""));
     busy.write(0, &[7; 65536]);
     qsd.kill();
     server.await_log("were not flushed and may be lost");
@@ -265,4 +267,112 @@ fn a_server_without_its_device_ends_when_told_to() {
     raw.request_reads(&[(0, 4096); 64]);
     eventually("the server notices", || server.log().contains("reconnecting"));
     assert!(server.terminate().success());
+}
+
+/// A client that connects while the device is away is served when the device is back. Other exports do not wait.
+#[test]
+fn a_new_client_waits_for_the_device() {
+    let dir = Dir::in_memory();
+    let image = image(&dir, "raw");
+    let qsd = Qsd::start(&dir, &image, export("raw"));
+    let server = Nbdblk::unix(&dir, &[&format!("a:{}", qsd.spec()), "b:memory=1M"]);
+    qsd.kill();
+    eventually("the server notices", || server.log().contains("reconnecting"));
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| Raw::enter(server.address(), Mode::Structured, "a").size);
+        assert_eq!(Raw::enter(server.address(), Mode::Structured, "b").size, MIB);
+        assert!(!waiting.is_finished());
+        let _qsd = Qsd::start(&dir, &image, export("raw"));
+        assert_eq!(waiting.join().expect("it is served"), SIZE);
+    });
+}
+
+#[test]
+fn a_new_client_gets_an_error_if_the_device_stays_away() {
+    let dir = Dir::in_memory();
+    let image = image(&dir, "raw");
+    let qsd = Qsd::start(&dir, &image, export("raw"));
+    let server = Nbdblk::unix(&dir, &[&qsd.spec(), "--handshake-timeout=1s"]);
+    qsd.kill();
+    eventually("the server notices", || server.log().contains("reconnecting"));
+    let late = tool("nbdinfo").args([&server.uri()]).run();
+    assert!(!late.status.success() && late.err.contains("does not answer"), "{late:?}");
+}
+
+/// A configuration with one export, and its control socket.
+fn configure(dir: &Dir, device: &str) -> String {
+    let file = format!("control = \"control.sock\"\n[[export]]\nname = \"x\"\ndevice = \"{device}\"\n");
+    std::fs::write(dir.at("nbdblk.toml"), file).unwrap();
+    dir.text("nbdblk.toml")
+}
+
+fn reload(dir: &Dir) -> String {
+    let output = nbdblk().args(["reload", "nbdblk.toml"]).within(dir.path()).run();
+    assert!(output.status.success(), "{output:?}");
+    output.out.trim().to_owned()
+}
+
+#[test]
+fn reload_opens_a_dead_device_again_although_it_is_the_only_one() {
+    let dir = Dir::in_memory();
+    let image = image(&dir, "raw");
+    let qsd = Qsd::start(&dir, &image, export("raw"));
+    let file = configure(&dir, &format!("{},reconnect=0", qsd.spec()));
+    let server = Nbdblk::unix(&dir, &["--config", &file]);
+    assert_eq!(reload(&dir), "nothing has changed");
+    qsd.kill();
+    server.await_log("the device is declared dead");
+    let _qsd = Qsd::start(&dir, &image, export("raw"));
+    assert_eq!(reload(&dir), "reopened: \"x\" (it was dead)");
+    assert_eq!(Raw::enter(server.address(), Mode::Structured, "x").size, SIZE);
+}
+
+#[test]
+fn reload_reports_a_new_size() {
+    let dir = Dir::in_memory();
+    let image = dir.sparse("disk.raw", MIB);
+    let file = configure(&dir, "io_uring=disk.raw");
+    let server = Nbdblk::unix(&dir, &["--config", &file]);
+    let old = Raw::enter(server.address(), Mode::Structured, "x");
+    for (before, after) in [(MIB, 3 * MIB), (3 * MIB, 2 * MIB)] {
+        std::fs::File::options().write(true).open(&image).unwrap().set_len(after).unwrap();
+        // A new client gets the new size even without a reload.
+        assert_eq!(Raw::enter(server.address(), Mode::Structured, "x").size, after);
+        assert_eq!(reload(&dir), format!("resized: \"x\" (from {before} to {after} bytes)"));
+    }
+    assert_eq!(old.size, MIB, "a client keeps the size that it has got");
+}
+
+#[test]
+fn the_start_waits_for_a_device_if_asked() {
+    let dir = Dir::in_memory();
+    let image = image(&dir, "raw");
+    let spec = format!("vhost-user={}", dir.text("vhost.sock"));
+    let socket = dir.text("nbd.sock");
+    let mut waiting =
+        nbdblk().args(["serve", &spec, "--wait=60s", "--print-uri", "--unix", &socket]).spawn(dir.at("wait.log"));
+    waiting.await_text("waiting up to 60s for its device");
+    assert!(!dir.at("nbd.sock").exists(), "it listens when the device is open");
+    let _qsd = Qsd::start(&dir, &image, export("raw"));
+    waiting.await_text("nbd+unix://");
+    assert_eq!(Raw::enter(&Address::Unix(dir.at("nbd.sock")), Mode::Structured, "").size, SIZE);
+}
+
+#[test]
+fn a_wait_ends_with_a_signal_or_with_its_time() {
+    let dir = Dir::in_memory();
+    let spec = format!("vhost-user={}", dir.text("vhost.sock"));
+    let socket = dir.text("nbd.sock");
+    let mut waiting = nbdblk().args(["serve", &spec, "--wait=600s", "--unix", &socket]).spawn(dir.at("wait.log"));
+    waiting.await_text("waiting up to 600s");
+    waiting.signal(Signal::SIGTERM);
+    waiting.await_end();
+    let late = nbdblk().args(["serve", &spec, "--wait=300ms", "--unix", &socket]).run();
+    assert_eq!(late.status.code(), Some(1));
+    assert!(late.err.contains("not there after 300ms") && late.err.contains("no such socket"), "{late:?}");
+    // An error that does not pass.
+    std::fs::write(dir.at("file"), "no socket").unwrap();
+    let wrong = nbdblk().args(["serve", &format!("vhost-user={}", dir.text("file")), "--wait=600s"]).run();
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(wrong.err.contains("it is not a socket") && !wrong.err.contains("waiting"), "{wrong:?}");
 }

@@ -70,8 +70,11 @@ fn more_queues_than_the_device_has_is_an_error_at_start() {
 /// The device dies under load: every client gets an error in bounded time, and the server lives on.
 #[test]
 fn a_device_killed_under_load_is_an_error_and_not_a_hang() {
-    let stand = Behind::VhostUser.stand(64 * MIB, &[(0, 64 * MIB)]);
-    let mut server = stand.server;
+    let dir = Dir::new();
+    let image = dir.at("disk.raw");
+    write_runs(&image, 64 * MIB, [(0, 64 * MIB)]);
+    let qsd = Qsd::start(&dir, &image, Export::default());
+    let mut server = Nbdblk::unix(&dir, &[&format!("{},reconnect=0", qsd.spec()), "--handshake-timeout=1s"]);
     let script = "
 import sys
 n = 0
@@ -84,13 +87,13 @@ try:
         if n == 10: print('under load'); sys.stdout.flush()
 except nbd.Error as error:
     print('ended by', error.errno)";
-    let mut load = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(stand.dir.at("load.log"));
+    let mut load = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("load.log"));
     // In addition, a client with many requests in flight, and an idle one.
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     let mut idle = Raw::enter(server.address(), Mode::Simple, "");
     load.await_text("under load");
     raw.request_reads(&[(MIB, 65536); 64]);
-    stand.qsd.expect("vhost-user has a process").kill();
+    qsd.kill();
 
     load.await_text("ended by");
     assert!(!load.log().contains("ended by None"), "{}", load.log());
@@ -137,7 +140,7 @@ fn a_device_that_hangs_is_declared_dead() {
     let dir = Dir::new();
     let image = dir.sparse("disk.raw", 64 * MIB);
     let qsd = Qsd::start(&dir, &image, Export::default());
-    let mut server = Nbdblk::unix(&dir, &[&format!("{},request-timeout=1s", qsd.spec())]);
+    let mut server = Nbdblk::unix(&dir, &[&format!("{},request-timeout=1s,reconnect=0", qsd.spec())]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     raw.read(0, 512);
     qsd.freeze();

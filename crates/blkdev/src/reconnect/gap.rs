@@ -64,6 +64,7 @@ impl Shared {
 
     /// Does what is due. Returns the time until the next step.
     pub(super) fn step(&self, gap: &mut Option<Gap>, now: Instant) -> Option<Duration> {
+        self.look();
         if self.device().is_some() {
             *gap = None;
             return self.sweep().then_some(SWEEP);
@@ -225,7 +226,8 @@ impl Shared {
     /// Frees memory that no peer can access any more, and memory that took its place. Returns whether some is left.
     fn sweep(&self) -> bool {
         let mut state = self.state();
-        let freed: Vec<_> = state.quarantine.extract_if(.., |(peers, _)| peers.iter().all(|peer| !peer.may_live())).collect();
+        let freed: Vec<_> =
+            state.quarantine.extract_if(.., |(peers, _)| peers.iter().all(|peer| !peer.may_live())).collect();
         let spares: Vec<_> = state.spares.extract_if(.., |spare| spare.free() == spare.capacity()).collect();
         let left = !state.quarantine.is_empty() || !state.spares.is_empty();
         drop(state);

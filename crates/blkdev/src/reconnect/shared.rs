@@ -90,7 +90,18 @@ impl Shared {
     }
 
     pub(super) fn set_bell(&self, bell: Arc<Wake>) {
+        if let Some(device) = self.device() {
+            device.ring_at_death(&bell);
+        }
         let _ = self.bell.set(bell);
+    }
+
+    /// Looks whether the device has died while no request was in flight.
+    pub(super) fn look(&self) {
+        if self.device().is_some_and(|device| device.state() == DeviceState::Dead) {
+            self.bury(&mut self.state());
+            self.wake_all();
+        }
     }
 
     pub(super) fn ring(&self) {
@@ -109,6 +120,9 @@ impl Shared {
     }
 
     pub(super) fn set_device(&self, device: Option<Arc<dyn Device>>) -> Option<Arc<dyn Device>> {
+        if let (Some(device), Some(bell)) = (&device, self.bell.get()) {
+            device.ring_at_death(bell);
+        }
         std::mem::replace(&mut *self.current.write().unwrap_or_else(PoisonError::into_inner), device)
     }
 

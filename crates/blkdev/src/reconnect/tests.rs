@@ -323,8 +323,14 @@ impl Known {
 
 enum Asked {
     /// For each block what it may have held since the request.
-    Read { first: u64, held: Vec<Vec<u64>> },
-    Change { first: u64, values: Vec<u64> },
+    Read {
+        first: u64,
+        held: Vec<Vec<u64>>,
+    },
+    Change {
+        first: u64,
+        values: Vec<u64>,
+    },
     /// How many values of each block had been acknowledged.
     Flush(Vec<usize>),
 }

@@ -31,7 +31,7 @@ pub enum Step {
 }
 
 /// The server side of one connection's handshake.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Handshake {
     offer: Offer,
     client: ClientFlags,
@@ -47,7 +47,7 @@ pub struct Handshake {
 }
 
 /// The choices of the client so far, which STARTTLS clears.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Choices {
     mode: Mode,
     /// The selected contexts, and their export.
@@ -56,13 +56,13 @@ struct Choices {
     sized: Option<String>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Selection {
     name: String,
     contexts: Vec<(u32, String)>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Flags,
     Header,
