@@ -1,11 +1,14 @@
 //! The nbdkit plugin as its users meet it: real nbdkit, its filters and its TLS, real clients, real devices.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nbdblk_tests::checker::{Checker, Durability};
+use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{
-    Daemon, Dir, Export, Nbdkit, Qsd, assert_equal, daemonised, eventually, nbdinfo, nbdkit, nbdsh, nbdsh_unconnected,
-    panicking_plugin, plugin, tool, write_runs,
+    Address, Daemon, Dir, Export, Nbdkit, Qsd, assert_equal, daemonised, eventually, nbdinfo, nbdkit, nbdsh,
+    nbdsh_unconnected, panicking_plugin, plugin, tool, write_runs,
 };
 
 const MIB: u64 = 1 << 20;
@@ -303,7 +306,7 @@ fn a_path_need_not_be_utf8() {
 fn a_client_of_a_dead_device_is_refused() {
     let dir = Dir::new();
     let qsd = vhost_user(&dir, 8 * MIB, Export::default());
-    let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
+    let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock", "reconnect=0"]);
     nbdsh(&server.uri(), "h.pread(512, 0)");
     qsd.kill();
     let script = "try:\n  h.connect_uri(uri)\n  print('accepted')\nexcept nbd.Error: print('refused')\n";
@@ -313,6 +316,76 @@ fn a_client_of_a_dead_device_is_refused() {
     assert!(server.log().contains("vhost.sock: the device is dead"), "{}", server.log());
     assert!(server.is_alive());
     assert!(server.terminate().success());
+}
+
+/// The back end is killed again and again while clients verify what they write, and no client notices.
+#[test]
+fn no_write_is_lost_when_the_back_end_is_killed() {
+    let dir = Dir::in_memory();
+    let image = dir.at("disk.img");
+    tool("qemu-img").args(["create", "-q", "-f", "qcow2", text(&image), "64M"]).ok();
+    let export = Export { format: "qcow2", queues: 2, writable: true };
+    let mut qsd = Some(Qsd::start(&dir, &image, export));
+    let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
+    let address = Address::Unix(server.socket().to_owned());
+    let (stop, count) = (AtomicBool::new(false), 4096);
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = [Durability::None, Durability::Often, Durability::None]
+            .into_iter()
+            .enumerate()
+            .map(|(n, durability)| {
+                let (address, stop) = (&address, &stop);
+                scope.spawn(move || {
+                    let raw = Raw::enter(address, Mode::Structured, "");
+                    let mut checker = Checker::new(raw, (n * count) as u64, count, durability);
+                    while !stop.load(Ordering::Relaxed) {
+                        checker.round();
+                    }
+                    checker
+                })
+            })
+            .collect();
+        for _ in 0..restarts() {
+            std::thread::sleep(Duration::from_millis(200));
+            qsd.take().expect("it runs").kill();
+            qsd = Some(Qsd::start(&dir, &image, export));
+        }
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            let mut checker = client.join().expect("no client sees an error");
+            checker.flush();
+            checker.verify_all();
+        }
+    });
+    assert!(server.is_alive());
+    assert!(server.terminate().success());
+}
+
+/// With `unflushed=fail` a client from before the loss gets errors, and a new one is served.
+#[test]
+fn a_loss_ends_present_clients_if_asked() {
+    let dir = Dir::in_memory();
+    let qsd = vhost_user(&dir, 8 * MIB, Export::default());
+    let server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock", "unflushed=fail"]);
+    let address = Address::Unix(server.socket().to_owned());
+    let mut old = Raw::enter(&address, Mode::Simple, "");
+    old.write(0, &[7; 512]);
+    qsd.kill();
+    let _qsd = Qsd::start(&dir, &dir.at("disk.img"), Export::default());
+    eventually("the device is back", || {
+        nbdsh_unconnected(
+            &server.uri(),
+            "try:\n  h.connect_uri(uri)\n  h.pread(512, 0)\n  print('ok')\nexcept nbd.Error: pass",
+        ) == "ok\n"
+    });
+    for _ in 0..2 {
+        assert_ne!(old.call(0, cmd::READ, 0, 512, b"").error, 0);
+    }
+}
+
+/// As in the tests of the server.
+fn restarts() -> u32 {
+    std::env::var("NBDBLK_RESTARTS").map_or(4, |number| number.parse().expect("a number"))
 }
 
 /// What trips the stock plugin up (each row was seen to fail there).
@@ -397,7 +470,7 @@ mod stock_fails {
     fn a_back_end_that_dies() {
         let dir = Dir::new();
         let qsd = vhost_user(&dir, 8 * MIB, Export::default());
-        let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
+        let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock", "reconnect=0"]);
         let (uri, reading) = (server.uri(), dir.at("reading"));
         // Under load until the first error, and then once more.
         let script = format!(
@@ -420,7 +493,7 @@ mod stock_fails {
     fn a_back_end_that_hangs() {
         let dir = Dir::new();
         let qsd = vhost_user(&dir, 8 * MIB, Export::default());
-        let server = Nbdkit::start(&dir, &["vhost-user", "path=vhost.sock", "request-timeout=1s"]);
+        let server = Nbdkit::start(&dir, &["vhost-user", "path=vhost.sock", "request-timeout=1s", "reconnect=0"]);
         let uri = server.uri();
         nbdsh(&uri, "h.pread(512, 0)");
         qsd.freeze();

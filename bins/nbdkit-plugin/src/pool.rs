@@ -294,7 +294,13 @@ impl Lane {
 
     /// See [`Channel::losses`]. `None`: no request can succeed.
     fn losses(&self) -> Option<u32> {
-        let state = self.lock().ok()?;
+        let mut state = self.lock().ok()?;
+        for _ in 0..2 {
+            // Without requests in flight no other thread reaps. The first call sees a loss, the next one that the device is back.
+            if state.lead == Lead::Vacant {
+                state.turn();
+            }
+        }
         (!state.channel.is_dead()).then(|| state.channel.losses())
     }
 

@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -117,11 +117,19 @@ impl Watcher {
         &self.stop.wake
     }
 
-    /// Makes the thread return, and does not wait for that.
-    pub fn detach(&mut self) {
+    /// As [`stop`](Self::stop), but waits for `time` at most. A thread that takes longer ends later.
+    pub fn stop_within(&mut self, time: Duration) {
         self.stop.is_requested.store(true, Ordering::Release);
         self.stop.wake.ring();
-        self.thread = None;
+        let start = Instant::now();
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            if start.elapsed() >= time {
+                self.thread = None;
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.stop();
     }
 
     /// Makes the thread return, and waits for that.

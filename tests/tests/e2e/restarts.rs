@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use nbdblk_tests::checker::{BLOCK, Checker, Durability};
-use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, opt};
 use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, Rng, eventually, nbdblk, tool, write_runs};
 use nix::sys::signal::Signal;
 
@@ -295,8 +295,10 @@ fn a_new_client_gets_an_error_if_the_device_stays_away() {
     let server = Nbdblk::unix(&dir, &[&qsd.spec(), "--handshake-timeout=1s"]);
     qsd.kill();
     eventually("the server notices", || server.log().contains("reconnecting"));
-    let late = tool("nbdinfo").args([&server.uri()]).run();
-    assert!(!late.status.success() && late.err.contains("does not answer"), "{late:?}");
+    let mut late = Raw::greeted(server.address());
+    let answers = late.ask(opt::GO, &info_query("", &[]));
+    let text = String::from_utf8_lossy(&answers[0].1);
+    assert!(answers.len() == 1 && text.contains("does not answer; try again later"), "{answers:?}");
 }
 
 /// A configuration with one export, and its control socket.

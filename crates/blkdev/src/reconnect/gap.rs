@@ -88,6 +88,7 @@ impl Shared {
             return until(gap_now.next);
         }
         match self.attempt(gap_now) {
+            _ if self.is_closed.load(Ordering::Acquire) => None,
             Ok(()) => {
                 self.report_return(gap_now, now);
                 *gap = None;

@@ -42,6 +42,9 @@ use crate::{
 
 use self::{queue::ReconnectQueue, shared::Shared};
 
+/// Longest wait for the thread when the device is closed.
+const CLOSE: Duration = Duration::from_millis(500);
+
 /// Opens the device again.
 pub type Reopen = Box<dyn Fn() -> io::Result<Arc<dyn Device>> + Send + Sync>;
 
@@ -148,11 +151,11 @@ impl Device for Reconnect {
 }
 
 impl Drop for Reconnect {
-    /// The thread may be about to open the device, which can take some seconds. Its owner does not wait for that.
+    /// The thread may be about to open the device, which can take some seconds. The owner does not wait so long.
     fn drop(&mut self) {
         self.shared.close();
         if let Some(watcher) = &mut self.watcher {
-            watcher.detach();
+            watcher.stop_within(CLOSE);
         }
     }
 }

@@ -248,6 +248,8 @@ impl Shared {
     pub(super) fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         self.ring();
+        let dead = self.state().dead.take();
+        drop((self.set_device(None), dead));
     }
 }
 
