@@ -74,6 +74,7 @@ mod fd;
 #[cfg(feature = "io-uring")]
 mod format;
 mod narrow;
+mod open;
 mod property;
 mod reconnect;
 mod settings;

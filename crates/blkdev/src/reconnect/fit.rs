@@ -68,20 +68,18 @@ mod tests {
         };
         assert_eq!(fits(&|_| {}, 1 << 20), Ok(()));
         assert_eq!(fits(&|new| (new.caps.fua, new.transfer_max) = (true, 2 << 20), 2 << 20), Ok(()));
-        let worse: [(&dyn Fn(&mut Info), u64, &str); 8] = [
-            (&|_| {}, 4096, "4096 bytes, but clients rely on 1048576"),
-            (&|new| new.block_size = 512, 1 << 20, "blocks of 512 bytes instead of 1"),
-            (&|new| new.caps.read_only = true, 1 << 20, "read-only"),
-            (&|new| new.serial = "two".into(), 1 << 20, "the serial number \"two\" instead of \"one\""),
-            (&|new| new.queues_max = 1, 1 << 20, "1 queues, but 2 are in use"),
-            (&|new| new.caps.flush = false, 1 << 20, "without flush"),
-            (&|new| new.transfer_max = 4096, 1 << 20, "a longest transfer of 4096 bytes instead of 1048576"),
-            (&|new| new.zero_max = 4096, 1 << 20, "a longest write of zeroes of 4096 bytes"),
-        ];
-        for (change, capacity, why) in worse {
+        let refuses = |change: &dyn Fn(&mut Info), capacity, why: &str| {
             let refused = fits(change, capacity).unwrap_err();
             assert!(refused.contains(why), "{refused}");
-        }
+        };
+        refuses(&|_| {}, 4096, "4096 bytes, but clients rely on 1048576");
+        refuses(&|new| new.block_size = 512, 1 << 20, "blocks of 512 bytes instead of 1");
+        refuses(&|new| new.caps.read_only = true, 1 << 20, "read-only");
+        refuses(&|new| new.serial = "two".into(), 1 << 20, "the serial number \"two\" instead of \"one\"");
+        refuses(&|new| new.queues_max = 1, 1 << 20, "1 queues, but 2 are in use");
+        refuses(&|new| new.caps.flush = false, 1 << 20, "without flush");
+        refuses(&|new| new.transfer_max = 4096, 1 << 20, "a longest transfer of 4096 bytes instead of 1048576");
+        refuses(&|new| new.zero_max = 4096, 1 << 20, "a longest write of zeroes of 4096 bytes");
         let old = Info::new("test", "here");
         let mut new = old.clone();
         new.caps.flush = true;

@@ -97,7 +97,9 @@ impl Log {
     /// Forgets the changes before number `end`.
     #[inline]
     pub(super) fn forget(&mut self, end: u64) {
-        while let Some(kept) = self.kept.pop_front_if(|kept| kept.number < end) {
+        while self.kept.front().is_some_and(|kept| kept.number < end)
+            && let Some(kept) = self.kept.pop_front()
+        {
             self.memory -= kept.change.memory();
         }
     }

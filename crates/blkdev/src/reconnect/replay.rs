@@ -9,6 +9,7 @@ use std::{
 use crate::{
     arena::{Arena, PAGE},
     device::{Device, Op, Queue, Request},
+    error::Error,
     mem::Mapping,
     registration::Registration,
     wake,
@@ -125,7 +126,7 @@ impl Replay {
     }
 }
 
-fn failed(op: &Op, error: crate::Error) -> io::Error {
+fn failed(op: &Op, error: Error) -> io::Error {
     let what = match op {
         Op::Write { at, buf, .. } => format!("a write of {} bytes at {at}", buf.len()),
         Op::Zero { at, len, .. } => format!("a write of {len} zeroes at {at}"),
