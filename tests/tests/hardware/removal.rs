@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nbdblk_tests::{Dir, Nbdblk, eventually, nbdsh, tool};
 use nix::fcntl::OFlag;
@@ -19,7 +19,12 @@ fn io_uring() {
 
 #[test]
 fn nvme() {
-    check(NVME.address, || NVME.removed("vfio-pci", |address| format!("nvme={address}")));
+    check(NVME.address, || NVME.removed("vfio-pci", |address| format!("nvme={address},reconnect=0")));
+}
+
+#[test]
+fn nvme_that_comes_back() {
+    check(NVME.address, || NVME.replaced(|address| format!("nvme={address},reconnect=600s")));
 }
 
 #[test]
@@ -29,7 +34,12 @@ fn nvme_io_uring() {
 
 #[test]
 fn virtio_pci() {
-    check(VIRTIO.address, || VIRTIO.removed("vfio-pci", |address| format!("virtio-pci={address}")));
+    check(VIRTIO.address, || VIRTIO.removed("vfio-pci", |address| format!("virtio-pci={address},reconnect=0")));
+}
+
+#[test]
+fn virtio_pci_that_comes_back() {
+    check(VIRTIO.address, || VIRTIO.replaced(|address| format!("virtio-pci={address},reconnect=600s")));
 }
 
 /// A device that can be removed and inserted again.
@@ -74,10 +84,7 @@ except nbd.Error as error:
 ";
         let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", script]).spawn(dir.at("client"));
         client.await_text("writing");
-        // One slot at a time. While a device is being removed, each change of any slot makes QEMU repeat the eject request. After
-        // the removal, a repeated request would eject the new device.
-        static SLOTS: Mutex<()> = Mutex::new(());
-        let _slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let _slots = slots();
         monitor(&format!("device_del {}", self.id));
         let (status, log) = client.await_end();
         assert!(status.success() && log.contains("failed with EIO"), "{status}: {log}");
@@ -93,17 +100,53 @@ except nbd.Error as error:
         assert!(server.is_alive(), "{}", server.log());
         assert!(server.terminate().success());
 
+        self.insert(&address, &dir);
+    }
+
+    /// Replaces the device under load by one that looks the same. The client only sees a pause.
+    fn replaced(&self, spec: impl FnOnce(&str) -> String) {
+        let address = expand(self.address);
+        bind("vfio-pci", &address).unwrap_or_else(|error| panic!("giving {address} to vfio-pci: {error}"));
+        let dir = Dir::new();
+        let server = Nbdblk::unix(&dir, &[&spec(&address)]);
+        let script = format!(
+            "import os\nn = 0\nprint('writing', flush=True)\nwhile not os.path.exists('{}'):\n    h.pwrite(bytes(65536), n % 256 * \
+             65536)\n    n += 1\nprint('went on', flush=True)",
+            dir.text("stop")
+        );
+        let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
+        client.await_text("writing");
+        let _slots = slots();
+        monitor(&format!("device_del {}", self.id));
+        server.await_log("reconnecting");
+        self.insert(&address, &dir);
+        server.await_log("back after");
+        std::fs::write(dir.at("stop"), "").unwrap();
+        let (status, log) = client.await_end();
+        assert!(status.success() && log.contains("went on"), "{status}: {log}");
+        assert!(server.terminate().success());
+    }
+
+    /// Inserts a new device when the old one is gone.
+    fn insert(&self, address: &str, dir: &Dir) {
         // The kernel first releases the device and then ejects it; only then does QEMU release it.
-        let device = Path::new("/sys/bus/pci/devices").join(&address);
-        eventually("that the device has gone", || !device.exists() && !is_occupied(&address));
+        let device = Path::new("/sys/bus/pci/devices").join(address);
+        eventually("that the device has gone", || !device.exists() && !is_occupied(address));
         // QEMU releases a drive after its device, but not at once: so each has another name.
         let drive = format!("new-{}", std::process::id()) + &dir.path().display().to_string().replace('/', "-");
         let id = self.id;
         monitor(&format!("drive_add 0 if=none,id={drive},driver=null-co,read-zeroes=on,size=128M,snapshot=on"));
         monitor(&format!("device_add {},id={id},serial={id},drive={drive}", self.next));
         eventually("a new device with a driver", || device.join("driver").exists());
-        bind("vfio-pci", &address).expect("vfio-pci takes the new device");
+        bind("vfio-pci", address).expect("vfio-pci takes the new device");
     }
+}
+
+/// One slot at a time. While a device is being removed, each change of any slot makes QEMU repeat the eject request. After the
+/// removal, a repeated request would eject the new device.
+fn slots() -> MutexGuard<'static, ()> {
+    static SLOTS: Mutex<()> = Mutex::new(());
+    SLOTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The process behind a VDUSE device is killed. The kernel cannot report that: the request times out.
@@ -118,7 +161,7 @@ fn vdpa() {
         let add = || tool("vdpa").args(["dev", "add", "name", "gone", "mgmtdev", "vduse"]).run().status.success();
         eventually("a vDPA device", add);
         let node = vhost_vdpa("gone");
-        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},request-timeout=3s", node.display())]);
+        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},request-timeout=3s,reconnect=0", node.display())]);
         nbdsh(&server.uri(), "h.pwrite(bytes(65536), 0)");
         drop(qsd); // SIGKILL
         for _ in 0..2 {
