@@ -90,7 +90,8 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = T> {
-        self.slots.take_all()
+        let (next, size) = (self.next.at, self.slots.layout.size);
+        self.slots.take_all(move |at| if at <= next { next - at } else { next + (size - at) })
     }
 
     #[inline(always)]
@@ -120,7 +121,7 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
             }
             self.write(slot, status.get(), 1, VRING_DESC_F_WRITE as u16);
         }
-        self.slots.fill(slot, chain.header, &payload, owner);
+        self.slots.fill(slot, chain.header, &payload, owner, self.next.at);
         Ok(())
     }
 

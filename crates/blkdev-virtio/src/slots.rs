@@ -26,8 +26,8 @@ struct Slot<T> {
     segments: u16,
     /// Number of data descriptors that the constant descriptors are written for, or [`SHAPELESS`].
     shape: u16,
-    /// Number of requests that were pushed before the current or last one, modulo 2^32.
-    order: u32,
+    /// Position in the ring of the current or last request.
+    at: u16,
 }
 
 /// The data of a request, in the form of its descriptors.
@@ -50,17 +50,14 @@ pub(crate) struct Slots<T> {
     slots: Box<[Slot<T>]>,
     /// A stack: under light load, requests reuse a few cache-warm slots.
     free: Vec<u16>,
-    /// Number of requests that were pushed, modulo 2^32.
-    pushed: u32,
 }
 
 impl<T> Slots<T> {
     /// Creates `depth` slots, or as many as fit. `memory` covers the whole queue.
     pub(crate) fn new(memory: Window, layout: Layout, segment_max: u32, depth: u16) -> Self {
         let depth = depth.min(layout.slots());
-        let slots =
-            (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS, order: 0 }).collect();
-        let slots = Self { memory, layout, segment_max, slots, free: (0..depth).rev().collect(), pushed: 0 };
+        let slots = (0..depth).map(|_| Slot { owner: None, chain: 0, segments: 0, shape: SHAPELESS, at: 0 }).collect();
+        let slots = Self { memory, layout, segment_max, slots, free: (0..depth).rev().collect() };
         for slot in 0..depth {
             slots.memory.store8(slots.status_at(slot), UNWRITTEN, Ordering::Relaxed);
         }
@@ -71,11 +68,10 @@ impl<T> Slots<T> {
         self.slots.len() - self.free.len()
     }
 
-    /// Removes and returns all requests, in the order in which they were pushed. For a dead device.
-    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = T> + use<T> {
-        let pushed = self.pushed;
-        let taken =
-            self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
+    /// Removes and returns all requests, in the order in which they were pushed. For a dead device. `age` is how far a position in
+    /// the ring lies back.
+    pub(crate) fn take_all<F: Fn(u16) -> u16>(&mut self, age: F) -> impl Iterator<Item = T> + use<T, F> {
+        let taken = self.slots.iter_mut().filter_map(|slot| Some((age(slot.at), slot.owner.take()?)));
         let mut taken: Vec<_> = taken.collect();
         taken.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
         taken.into_iter().map(|(_, owner)| owner)
@@ -136,9 +132,9 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Puts a request into a claimed slot: its header and its owner.
+    /// Puts a request into a claimed slot: its header, its owner, and its position in the ring.
     #[inline(always)]
-    pub(crate) fn fill(&mut self, slot: u16, header: [u64; 2], payload: &Payload, owner: T) {
+    pub(crate) fn fill(&mut self, slot: u16, header: [u64; 2], payload: &Payload, owner: T, position: u16) {
         let at = self.layout.slot(slot) + self.layout.header;
         self.memory.store64(at, header[0], Ordering::Relaxed);
         self.memory.store64(at + 8, header[1], Ordering::Relaxed);
@@ -146,8 +142,7 @@ impl<T> Slots<T> {
         private.chain = HEADER as u32 + payload.len + 1;
         private.segments = payload.segments;
         private.owner = Some(owner);
-        private.order = self.pushed;
-        self.pushed = self.pushed.wrapping_add(1);
+        private.at = position;
     }
 
     /// Total descriptor length, in bytes, of the current or last request of a slot.

@@ -58,7 +58,8 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = T> {
-        self.slots.take_all()
+        let next = self.staged;
+        self.slots.take_all(move |at| next.wrapping_sub(at))
     }
 
     #[inline(always)]
@@ -76,7 +77,7 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
             let descriptor = table + (usize::from(n) + 1) * DESCRIPTOR;
             self.slots.descriptor(descriptor, at, len, flags, u32::from(first + n + 2));
         });
-        self.slots.fill(slot, chain.header, &payload, owner);
+        self.slots.fill(slot, chain.header, &payload, owner, self.staged);
 
         let head = if layout.indirect { slot } else { first };
         let entry = layout.driver + 4 + 2 * usize::from(self.staged & (layout.size - 1));

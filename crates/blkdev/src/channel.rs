@@ -270,17 +270,17 @@ impl Channel {
     #[inline]
     pub fn alloc(&mut self, at: u64, len: usize) -> Option<Buf> {
         let (before, after) = margins(at, len as u64, self.info.block_size);
-        match self.arena.alloc_with_margins(before, len, after) {
-            None => self.alloc_again(before, len, after),
-            buf => buf,
+        let buf = self.arena.alloc_with_margins(before, len, after);
+        if buf.is_none() {
+            self.ask_for_memory();
         }
+        buf
     }
 
     /// Asks the queue for memory that it keeps.
     #[cold]
-    fn alloc_again(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
+    fn ask_for_memory(&mut self) {
         self.relieved = self.driver.relieve();
-        self.arena.alloc_with_margins(before, len, after)
     }
 
     /// Whether [`alloc`](Self::alloc) failed, and the queue will return memory that it keeps. [`reap`](Self::reap) takes it back.
@@ -297,16 +297,11 @@ impl Channel {
     #[inline]
     pub fn alloc_reserved(&mut self, at: u64, len: usize) -> Option<Buf> {
         let (before, after) = margins(at, len as u64, self.info.block_size);
-        match self.arena.alloc_reserved(before, len, after) {
-            None => self.alloc_reserved_again(before, len, after),
-            buf => buf,
+        let buf = self.arena.alloc_reserved(before, len, after);
+        if buf.is_none() {
+            self.ask_for_memory();
         }
-    }
-
-    #[cold]
-    fn alloc_reserved_again(&mut self, before: usize, len: usize, after: usize) -> Option<Buf> {
-        self.relieved = self.driver.relieve();
-        self.arena.alloc_reserved(before, len, after)
+        buf
     }
 
     /// Returns payload memory to the system that was not used since the last call, if the device allows it

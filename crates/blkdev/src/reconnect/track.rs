@@ -141,9 +141,9 @@ impl Track {
     pub(super) fn shorten(&mut self, berth: &Berth, shared: &Shared) -> bool {
         let mut place = berth.place();
         place.log.forget(shared.flushed.load(Ordering::Acquire));
-        self.kept = place.log.memory();
+        let before = std::mem::replace(&mut self.kept, place.log.memory());
         self.is_due |= self.kept > 0 && !self.flushes_itself;
-        self.shortens()
+        self.kept < before || self.shortens()
     }
 
     /// Whether the log becomes shorter soon.
