@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::Context;
 
-use crate::{activation, cli, files::OwnFile};
+use crate::{activation, cli, clock, files::OwnFile};
 
 /// The variable that names the service manager's socket (sd_notify(3)).
 pub(crate) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
@@ -26,7 +26,7 @@ pub(crate) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The receivers of the report that the server is ready.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Ready {
     pid: Option<(OwnFile, PathBuf)>,
     pipe: Option<File>,
@@ -56,6 +56,19 @@ impl Ready {
         }
         Ok(())
     }
+}
+
+/// Reports that the server reads its configuration again or is being replaced (Type=notify-reload); READY=1 reports the end.
+pub(crate) fn reloading() {
+    match clock::now() {
+        Ok(now) => notify(&format!("RELOADING=1\nMONOTONIC_USEC={}", now / 1000), PATIENCE),
+        Err(error) => log::warn!("cannot report a reload to the service manager: {error:#}"),
+    }
+}
+
+/// Reports that the server serves again.
+pub(crate) fn again() {
+    notify("READY=1", PATIENCE);
 }
 
 /// Sends a state to the service manager, if there is one.
