@@ -31,6 +31,7 @@ mod serve;
 mod shortage;
 mod single;
 mod state;
+mod stored;
 mod sys;
 mod tls;
 mod upgrade;

@@ -31,6 +31,8 @@ pub(crate) struct Service {
     pub(crate) socket: Option<OwnedFd>,
     /// The command of `--run`, once it has been started.
     pub(crate) child: Option<Child>,
+    /// Names of the listening sockets that the service manager keeps.
+    pub(crate) kept: Vec<String>,
 }
 
 /// The meaning of signals from the start: the server has been serving.
@@ -72,5 +74,5 @@ pub(crate) fn resume(
         let _ = events.send(Event::Announced(Ok(Ready::default())));
     };
     thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
-    Ok(Service { server, addresses, files, socket, child })
+    Ok(Service { server, addresses, files, socket, child, kept: state.kept })
 }

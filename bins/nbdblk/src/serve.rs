@@ -33,6 +33,7 @@ use crate::{
     replace::{self, Facts, Prepared},
     resume::{self, Service},
     shortage, single,
+    stored::{self, Store},
     tls::Security,
     upgrades::Upgrades,
     uri::Address,
@@ -80,7 +81,8 @@ fn limits(args: &cli::Serve) -> Limits {
 /// Serves the exports of the plan until an event ends it.
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let before = replace::inherited()?;
-    let passed = if before.is_none() { Sockets::passed(args)? } else { None };
+    let (store, passed) = if before.is_none() { stored::passed()? } else { Default::default() };
+    let passed = Sockets::passed(args, passed)?;
     let has_sockets = passed.is_some() || before.is_some();
     Sockets::check(args, has_sockets).map_err(|error| plan.blame("unix", error))?;
     let control = Control::start(args.config.is_some(), before.as_ref().map_or(Phase::Opening, resume::phase))?;
@@ -92,9 +94,9 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         raise_descriptors();
     }
     let (tls, limits) = (security.tls.clone(), limits(args));
-    let Service { server, addresses, files, socket, child } = match before {
+    let Service { server, addresses, files, socket, child, kept } = match before {
         Some(before) => resume::resume(&mut plan, tls, limits, &control, before)?,
-        None => begin(&mut plan, args, passed, &security, limits, &control)?,
+        None => begin(&mut plan, args, (passed, store), &security, limits, &control)?,
     };
     report_failure(&server, control.sender())?;
 
@@ -111,6 +113,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         upgrades,
         child,
         announced: None,
+        kept: &kept,
         queue: VecDeque::new(),
     };
     let ended = run.until_the_end();
@@ -119,9 +122,10 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     drop(queue);
     control.enter(Phase::Stopping);
     // First, so that the files are gone when a second signal comes.
-    within(TIDYING, || {
+    within(TIDYING, move || {
         files::remove_all();
         ready::notify("STOPPING=1", TIDYING);
+        kept.iter().for_each(|name| ready::forget(name));
     });
     drop((files, announced));
     reloads.stop();
@@ -138,7 +142,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
 fn begin(
     plan: &mut Plan,
     args: &cli::Serve,
-    passed: Option<Sockets>,
+    (passed, store): (Option<Sockets>, Store),
     security: &Security,
     limits: Limits,
     control: &Control,
@@ -146,12 +150,14 @@ fn begin(
     let unlimited = LimitGuard::file_size();
     plan.open(None)?;
     drop(unlimited);
-    let ready = Ready::prepare(args)?;
-    let Sockets { listeners, addresses, mut files, .. } = match passed {
+    let mut ready = Ready::prepare(args)?;
+    let Sockets { listeners, addresses, mut files, store, .. } = match passed {
         Some(passed) => passed,
         None if args.single => Sockets { listeners: vec![single::client(control)?], ..Sockets::default() },
-        None => Sockets::bind(args)?,
+        None => Sockets::bind(args, store)?,
     };
+    (ready.kept, ready.forgotten) = store.into_parts();
+    let kept = ready.kept.iter().map(|(_, name)| name.clone()).collect();
     let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
     let socket = socket.map(|(socket, file)| {
         files.push(file);
@@ -167,7 +173,7 @@ fn begin(
     let uris: Vec<String> =
         plan.specs.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
     announce(ready, uris, args, control.sender())?;
-    Ok(Service { server, addresses, files, socket, child: None })
+    Ok(Service { server, addresses, files, socket, child: None, kept })
 }
 
 /// Reports in a thread that the server is ready, and where.
@@ -212,6 +218,8 @@ struct Run<'a> {
     /// The files of the announcement, once it is complete.
     announced: Option<Ready>,
     upgrades: Upgrades,
+    /// Names of sockets that the service manager keeps.
+    kept: &'a [String],
     /// Events that came during an upgrade that failed.
     queue: VecDeque<Event>,
 }
@@ -278,6 +286,7 @@ impl Run<'_> {
         };
         let mut facts = Facts::default();
         facts.state.addresses = self.addresses.iter().map(Into::into).collect();
+        facts.state.kept = self.kept.to_vec();
         facts.state.child = self.child.as_ref().map(Child::pid);
         facts.volatile = self.reloads.plan.volatile().map(str::to_owned);
         self.upgrades.ask(asker, program, obstacle, facts);

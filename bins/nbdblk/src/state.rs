@@ -62,6 +62,8 @@ pub(crate) struct State {
     pub(crate) askers: Vec<RawFd>,
     /// The command of `--run`.
     pub(crate) child: Option<i32>,
+    /// Names of the listening sockets that the service manager keeps.
+    pub(crate) kept: Vec<String>,
     listeners: Vec<RawFd>,
     guests: Vec<OldGuest>,
     connections: Vec<OldConnection>,
