@@ -12,12 +12,14 @@ use nix::{
     spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn},
     sys::{
         signal::{SigSet, Signal, kill},
-        wait::{WaitStatus, waitpid},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
     unistd::Pid,
 };
 
-use crate::{activation, control::Control, events::Event, ready::NOTIFY_SOCKET, tls::Security, uri::Address};
+use crate::{
+    activation, control::Control, events::Event, ready::NOTIFY_SOCKET, replace::VARIABLE, tls::Security, uri::Address,
+};
 
 /// A running command.
 #[derive(Debug)]
@@ -46,9 +48,16 @@ impl Child {
         let words = [c"sh".to_owned(), c"-c".to_owned(), command];
         let pid = posix_spawn("/bin/sh", &PosixSpawnFileActions::init()?, &attributes, &words, &environment)
             .context("starting /bin/sh")?;
+        Self::watch(pid, control)
+    }
+
+    /// Waits for the end of a command that was started before this program.
+    pub(crate) fn watch(pid: Pid, control: &Control) -> anyhow::Result<Self> {
         let events = control.sender();
         let wait = move || {
-            let status = match waitpid(pid, None) {
+            // The status stays there for a program that replaces this one before the event is handled.
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+            let status = match waitid(Id::Pid(pid), flags) {
                 Ok(WaitStatus::Exited(_, status)) => status as u8,
                 Ok(WaitStatus::Signaled(_, signal, _)) => {
                     log::warn!("the command was killed by {signal}");
@@ -64,6 +73,10 @@ impl Child {
         };
         thread::Builder::new().name("command".into()).spawn(wait).context("starting a thread")?;
         Ok(Self { pid })
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw()
     }
 
     /// Sends SIGTERM to the command.
@@ -87,7 +100,9 @@ fn environment(addresses: &[Address], export: &str, security: &Security) -> anyh
     });
     let mut variables: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
     // These are for the server only.
-    variables.retain(|name, _| name != NOTIFY_SOCKET && activation::VARIABLES.iter().all(|ours| name != ours));
+    variables.retain(|name, _| {
+        name != NOTIFY_SOCKET && name != VARIABLE && activation::VARIABLES.iter().all(|ours| name != ours)
+    });
     variables.insert("nbd".into(), uri.clone().into());
     variables.insert("uri".into(), uri.into());
     variables.insert("unixsocket".into(), unix.unwrap_or_default());

@@ -33,6 +33,11 @@ pub(crate) enum Command {
     Serve(Box<Serve>),
     /// Make a server read its file again
     Reload(Reload),
+    /// Make a server replace its program without losing a client
+    Upgrade(Upgrade),
+    /// Judge whether this program can replace a server
+    #[command(hide = true)]
+    Judge(Judge),
     /// Open a device and print its size, limits, capabilities and properties
     Info(Info),
     /// List the drivers, or the properties of one of them
@@ -59,7 +64,7 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with = "specs")]
     pub(crate) config: Option<PathBuf>,
 
-    /// With --config: listen for "nbdblk reload" on this Unix domain socket, for this user and root only
+    /// Listen for "nbdblk reload" and "nbdblk upgrade" on this Unix domain socket, for this user and root only
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
 
@@ -246,6 +251,49 @@ pub(crate) struct Reload {
     /// Longest wait for the server [default: 60s]
     #[arg(long, value_name = "TIME", value_parser = timeout)]
     pub(crate) timeout: Option<Duration>,
+}
+
+/// Make a server replace its program without losing a client
+///
+/// The process of the server executes the program again, or another version of it, which continues all connections; clients only
+/// see a pause. First, the new program judges the configuration and the state of the server. If that fails, or a device does not
+/// complete its requests within 5 seconds, prints the reason and exits with status 1; the server goes on as before. Clients that
+/// use TLS are disconnected.
+///
+/// SIGUSR2 does the same.
+#[derive(Args, Debug)]
+pub(crate) struct Upgrade {
+    /// The file of "nbdblk serve --config", which names the control socket
+    #[arg(value_name = "FILE", required_unless_present = "control")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// The new program [default: the one that the server was started with, as it is now]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) program: Option<PathBuf>,
+
+    /// Longest wait for the server [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// The question of a server that wants to be replaced.
+#[derive(Args, Debug)]
+pub(crate) struct Judge {
+    /// The version of the server's state.
+    #[arg(long)]
+    pub(crate) version: u32,
+
+    /// Standard input has the state.
+    #[arg(long)]
+    pub(crate) state: bool,
+
+    /// The arguments of the server, with its name.
+    #[arg(last = true)]
+    pub(crate) args: Vec<OsString>,
 }
 
 #[derive(Args, Debug)]

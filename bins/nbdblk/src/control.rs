@@ -2,9 +2,11 @@
 //! reads signals, and the one that waits for events, never wait for a file system or for stderr.
 
 use std::{
-    fs, process,
+    fs,
+    os::fd::AsFd,
+    process,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
         mpsc,
     },
@@ -15,6 +17,7 @@ use std::{
 use anyhow::Context;
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
@@ -43,21 +46,27 @@ pub(crate) struct Control {
     events: mpsc::Receiver<Event>,
     sender: mpsc::Sender<Event>,
     phase: Arc<AtomicU8>,
+    /// Held while a signal is read and handled.
+    gate: Arc<Mutex<()>>,
 }
 
 impl Control {
     /// Blocks the signals and reads them. `has_file`: SIGHUP makes the server read its file again.
-    pub(crate) fn start(has_file: bool) -> anyhow::Result<Self> {
+    pub(crate) fn start(has_file: bool, first: Phase) -> anyhow::Result<Self> {
         // nohup(1) ignores SIGHUP, and blocking it would undo that.
         let hangs_up = !is_ignored(Signal::SIGHUP);
         let set = blocked();
         set.thread_block().context("blocking signals")?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("opening a signalfd")?;
+        let signals =
+            SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("opening a signalfd")?;
         let (sender, events) = mpsc::channel();
-        let phase = Arc::new(AtomicU8::new(Phase::Opening as u8));
-        let control = Self { events, sender: sender.clone(), phase: phase.clone() };
+        let phase = Arc::new(AtomicU8::new(first as u8));
+        let gate = Arc::new(Mutex::new(()));
+        let control = Self { events, sender: sender.clone(), phase: phase.clone(), gate: gate.clone() };
         let listen = move || {
             loop {
+                let _ = poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+                let _gate = lock(&gate);
                 let info = match signals.read_signal() {
                     Ok(Some(info)) => info,
                     Ok(None) | Err(Errno::EINTR) => continue,
@@ -73,6 +82,11 @@ impl Control {
                         log::info!("{signal}: reading the configuration again");
                         let _ = sender.send(Event::Reload(None));
                         false
+                    }
+                    Signal::SIGUSR2 => {
+                        log::info!("{signal}: replacing the program");
+                        let _ = sender.send(Event::Upgrade(None, None));
+                        continue;
                     }
                     // These may come twice without a second request: for a closed terminal, and every second beyond the CPU
                     // limit.
@@ -112,10 +126,26 @@ impl Control {
         self.sender.clone()
     }
 
+    /// Reads no signal until the result is dropped: signals stay pending, also for a program that replaces this one. `None`: a
+    /// signal has stopped the server.
+    pub(crate) fn hold_signals(&self) -> Option<MutexGuard<'_, ()>> {
+        let held = lock(&self.gate);
+        (self.phase.load(Ordering::SeqCst) != Phase::Stopping as u8).then_some(held)
+    }
+
+    /// The next event, if there is one already.
+    pub(crate) fn pending(&self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
     /// Sleeps until something happens.
     pub(crate) fn wait(&self) -> Event {
         self.events.recv().expect("a sender is kept here")
     }
+}
+
+fn lock(gate: &Mutex<()>) -> MutexGuard<'_, ()> {
+    gate.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends the process without waiting for any other thread.

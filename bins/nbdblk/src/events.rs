@@ -1,8 +1,10 @@
 //! [`Event`]: an event that a running server handles.
 
+use std::path::PathBuf;
+
 use nix::sys::signal::Signal;
 
-use crate::{asker::Asker, plan::Plan, ready::Ready};
+use crate::{asker::Asker, plan::Plan, ready::Ready, replace::Prepared};
 
 /// The result of a reload: the plan that is served now and the changes, or the reason of the failure.
 pub(crate) type Outcome = Result<(Plan, String), String>;
@@ -22,4 +24,8 @@ pub(crate) enum Event {
     Reload(Option<Asker>),
     /// The file was read again.
     Reloaded(Outcome),
+    /// Replace the program, by another one if it is named. A client of the control socket may wait for the result.
+    Upgrade(Option<Asker>, Option<PathBuf>),
+    /// The server is paused and can be replaced, or the reason why not.
+    Prepared(Result<Box<Prepared>, String>),
 }

@@ -11,6 +11,8 @@ use std::{
 
 use anyhow::{Context, ensure};
 
+use crate::state::OldFile;
+
 /// A file or an empty directory that is removed when this is dropped, unless it was replaced.
 #[derive(Debug)]
 pub(crate) struct OwnFile {
@@ -39,6 +41,13 @@ impl OwnFile {
         let number = all.0;
         all.1.push(Entry { number, path: path.into(), identity });
         Ok(Self { number })
+    }
+
+    /// Takes a file of the program that this process was before, unless it was replaced.
+    pub(crate) fn adopt(file: &OldFile) -> Option<Self> {
+        let path = PathBuf::from(&file.path);
+        let (dev, ino, _) = identity(&path).ok()?;
+        if (dev, ino) == (file.dev, file.ino) { Self::new(&path).ok() } else { None }
     }
 
     /// Writes the number of this process to a file next to `path`. It is [moved](Self::move_to) there when the server is ready.
@@ -88,6 +97,12 @@ impl Drop for OwnFile {
             entry.remove();
         }
     }
+}
+
+/// All files, for a program that replaces this one.
+pub(crate) fn list() -> Vec<OldFile> {
+    let old = |entry: &Entry| OldFile { path: entry.path.clone().into(), dev: entry.identity.0, ino: entry.identity.1 };
+    all().1.iter().map(old).collect()
 }
 
 /// Removes all files, the newest first.

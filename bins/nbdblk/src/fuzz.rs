@@ -15,7 +15,7 @@ use blkdev::fuzz::Script;
 use crate::{
     config::File,
     events::Event,
-    reload::{REQUEST, Silent, answer},
+    reload::{REQUEST, REQUEST_MAX, Silent, answer},
 };
 
 /// A file: it has exports and valid options, or an error with a place in the file.
@@ -55,7 +55,8 @@ pub fn control(data: &[u8]) {
         theirs.write_all(&piece).expect("the buffer has room");
         sent.extend(piece);
         let is_complete = client.hear().expect("the client is connected");
-        assert_eq!(is_complete, sent.len() >= REQUEST.len(), "a request is complete with its last byte");
+        let has_line = sent.contains(&b'\n') || sent.len() >= REQUEST_MAX;
+        assert_eq!(is_complete, has_line, "a request is complete with its last byte");
         if is_complete {
             break;
         }
@@ -64,6 +65,9 @@ pub fn control(data: &[u8]) {
     drop(events);
     if sent.starts_with(REQUEST) {
         let Ok(Event::Reload(Some(asker))) = received.recv() else { panic!("a reload is an event") };
+        asker.tell(&Err("line\nline".into()));
+    } else if let Ok(Event::Upgrade(Some(asker), program)) = received.try_recv() {
+        assert!(sent.starts_with(b"upgrade") && program.is_none_or(|path| path.is_absolute()));
         asker.tell(&Err("line\nline".into()));
     }
     assert!(received.recv().is_err(), "there is one event at most");

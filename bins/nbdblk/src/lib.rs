@@ -7,6 +7,7 @@ mod activation;
 mod asker;
 mod child;
 mod cli;
+mod clock;
 mod config;
 mod control;
 mod drivers;
@@ -16,6 +17,7 @@ mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod info;
+mod judge;
 mod listen;
 mod logger;
 mod parent;
@@ -24,11 +26,17 @@ mod place;
 mod plan;
 mod ready;
 mod reload;
+mod replace;
+mod resume;
 mod serve;
 mod shortage;
 mod single;
+mod state;
+mod stored;
 mod sys;
 mod tls;
+mod upgrade;
+mod upgrades;
 mod uri;
 
 use std::{
@@ -54,6 +62,8 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Reload(args) => reload::run(&args),
+        Command::Upgrade(args) => upgrade::run(&args),
+        Command::Judge(args) => judge::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Drivers(args) => drivers::run(&args),
     };
@@ -73,7 +83,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            complain("no command: use nbdblk serve, nbdblk reload, nbdblk info or nbdblk drivers; see nbdblk --help");
+            complain("no command: use nbdblk serve, reload, upgrade, info or drivers; see nbdblk --help");
             ExitCode::FAILURE
         }
         _ => {

@@ -30,10 +30,10 @@ use nix::{
 };
 
 use crate::{
-    activation,
     cli::Serve,
     files::OwnFile,
     place::Place,
+    stored::{self, Store},
     uri::{Address, PORT},
 };
 
@@ -76,6 +76,8 @@ pub(crate) struct Sockets {
     pub(crate) files: Vec<OwnFile>,
     /// The TCP addresses of the listeners.
     pub(crate) bound: Vec<SocketAddr>,
+    /// Sockets that the service manager has kept, or should keep.
+    pub(crate) store: Store,
 }
 
 impl Sockets {
@@ -91,7 +93,7 @@ impl Sockets {
     }
 
     /// Binds all sockets that the arguments name.
-    pub(crate) fn bind(args: &Serve) -> anyhow::Result<Self> {
+    pub(crate) fn bind(args: &Serve, store: Store) -> anyhow::Result<Self> {
         let family = match (args.ipv4_only, args.ipv6_only) {
             (true, _) => Family::V4,
             (_, true) => Family::V6,
@@ -102,17 +104,12 @@ impl Sockets {
         // Alone, `::` means all addresses of the machine. Together with `0.0.0.0`, it leaves IPv4 to that.
         let is_v4 = |place: &Place| matches!(place, Place::Tcp(hosts, _) if hosts.iter().any(|host| host == "0.0.0.0"));
         let v6_only = family == Family::V6 || places.iter().any(is_v4);
-        let mut sockets = Self::default();
+        let mut sockets = Self { store, ..Self::default() };
         for place in &places {
             match place {
                 Place::Private => sockets.add_private()?,
                 Place::Unix(path) => sockets.add_unix(path, &access)?,
-                Place::Abstract(name) => {
-                    let shown = format!("@{}", String::from_utf8_lossy(name));
-                    let bound = unix::SocketAddr::from_abstract_name(name).and_then(|a| UnixListener::bind_addr(&a));
-                    sockets.listeners.push(bound.with_context(|| format!("listening on {shown}"))?.into());
-                    sockets.addresses.push(Address::Unix(shown.into()));
-                }
+                Place::Abstract(name) => sockets.add_abstract(name)?,
                 Place::Tcp(hosts, port) if hosts.is_empty() => sockets.add_loopback(*port, family)?,
                 Place::Tcp(hosts, port) => sockets.add_tcp(hosts, *port, family, v6_only)?,
                 Place::Vsock(port) => sockets.add_vsock(*port)?,
@@ -125,8 +122,7 @@ impl Sockets {
     ///
     /// # Errors
     /// One of them is unusable, or the arguments name others.
-    pub(crate) fn passed(args: &Serve) -> anyhow::Result<Option<Self>> {
-        let passed = activation::sockets()?;
+    pub(crate) fn passed(args: &Serve, passed: Vec<(OwnedFd, String)>) -> anyhow::Result<Option<Self>> {
         if passed.is_empty() {
             return Ok(None);
         }
@@ -162,9 +158,27 @@ impl Sockets {
         Ok(())
     }
 
+    fn add_abstract(&mut self, name: &[u8]) -> anyhow::Result<()> {
+        let shown = format!("@{}", String::from_utf8_lossy(name));
+        let stored = stored::in_namespace(name);
+        let bind = || unix::SocketAddr::from_abstract_name(name).and_then(|a| UnixListener::bind_addr(&a));
+        let bound = self.store.take(&stored).map_or_else(|| bind().map(OwnedFd::from), Ok);
+        let bound = bound.with_context(|| format!("listening on {shown}"))?;
+        self.store.keep(&bound, stored)?;
+        self.listeners.push(Listener::Listening(bound));
+        self.addresses.push(Address::Unix(shown.into()));
+        Ok(())
+    }
+
     fn add_unix(&mut self, path: &Path, access: &Access) -> anyhow::Result<()> {
-        let (bound, file) = bind_unix(path, access).with_context(|| format!("listening on {}", path.display()))?;
-        self.listeners.push(bound.into());
+        let stored = stored::file(path).ok().and_then(|name| self.store.take(&name));
+        let bound = match stored {
+            Some(socket) => OwnFile::new(&absolute(path)?).map(|file| (socket, file)),
+            None => bind_unix(path, access).map(|(socket, file)| (socket.into(), file)),
+        };
+        let (bound, file) = bound.with_context(|| format!("listening on {}", path.display()))?;
+        self.store.keep(&bound, stored::file(path)?)?;
+        self.listeners.push(Listener::Listening(bound));
         self.files.push(file);
         self.addresses.push(Address::Unix(absolute(path).context("cannot get the current directory")?));
         Ok(())
@@ -194,7 +208,7 @@ impl Sockets {
     fn add_hosts(&mut self, hosts: &[(String, Vec<SocketAddr>)], port: u16, v6_only: bool) -> anyhow::Result<()> {
         // A port that is free at one address may be in use at another.
         for attempt in 0.. {
-            match bind_all(hosts, port, v6_only, &self.bound) {
+            match bind_all(hosts, port, v6_only, &self.bound, &mut self.store) {
                 Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse && port == 0 && attempt < 16 => {}
                 Err((host, error)) => {
                     let remedy = match error.kind() {
@@ -206,6 +220,7 @@ impl Sockets {
                 }
                 Ok((bound, port)) => {
                     for (address, socket) in bound {
+                        self.store.keep(&socket, stored::tcp(address))?;
                         self.bound.push(address);
                         self.listeners.push(Listener::Listening(socket));
                     }
@@ -230,8 +245,12 @@ impl Sockets {
             Ok(socket)
         };
         let context = || format!("listening on vsock, port {port}");
-        let bound = listening().with_context(context)?;
-        self.addresses.push(address_of(&bound).with_context(context)?);
+        let bound = self.store.take(&stored::vsock(port)).map_or_else(listening, Ok).with_context(context)?;
+        let address = address_of(&bound).with_context(context)?;
+        if let Address::Vsock(port) = address {
+            self.store.keep(&bound, stored::vsock(port))?;
+        }
+        self.addresses.push(address);
         self.listeners.push(Listener::Listening(bound));
         Ok(())
     }
@@ -324,6 +343,7 @@ fn bind_all(
     mut port: u16,
     v6_only: bool,
     before: &[SocketAddr],
+    store: &mut Store,
 ) -> Result<(Bound, u16), (String, io::Error)> {
     let mut all: Bound = Vec::new();
     let mut absent = vec![None; hosts.len()];
@@ -342,7 +362,8 @@ fn bind_all(
             served[n] = true;
             continue;
         }
-        match bind_tcp(address, v6_only).and_then(|socket| Ok((port_of(&socket)?, socket))) {
+        let stored = if port == 0 { None } else { store.take(&stored::tcp(address)) };
+        match stored.map_or_else(|| bind_tcp(address, v6_only), Ok).and_then(|socket| Ok((port_of(&socket)?, socket))) {
             Err(error) if is_absent(&error) => absent[n] = error.raw_os_error(),
             Err(error) => {
                 let (host, ip) = (&hosts[n].0, address.ip().to_string());
@@ -423,18 +444,21 @@ mod tests {
         };
         // 192.0.2.0/24 and 2001:db8::/32 are for documentation: no machine has them.
         let check = |hosts: &[(String, Vec<SocketAddr>)], count| {
-            let (bound, port) = bind_all(hosts, 0, false, &[]).expect("the machine has one of them");
+            let (bound, port) =
+                bind_all(hosts, 0, false, &[], &mut Store::default()).expect("the machine has one of them");
             assert_eq!(bound.len(), count, "{hosts:?}");
             assert!(bound.iter().all(|(address, _)| address.port() == port && port != 0));
             let addresses: Vec<_> = bound.iter().map(|(address, _)| *address).collect();
-            let (again, _) = bind_all(hosts, port, false, &addresses).expect("all are bound already");
+            let (again, _) =
+                bind_all(hosts, port, false, &addresses, &mut Store::default()).expect("all are bound already");
             assert!(again.is_empty(), "{again:?}");
         };
         check(&[row("twice", &["127.0.0.1", "127.0.0.1"])], 1);
         check(&[row("a", &["127.0.0.1"]), row("b", &["127.0.0.1", "127.0.0.2"])], 2);
         check(&[row("mixed", &["2001:db8::1", "127.0.0.1", "192.0.2.1"])], 1);
         check(&[row("one", &["127.0.0.1"]), row("any", &["0.0.0.0"])], 1);
-        let (host, error) = bind_all(&[row("a", &["127.0.0.1"]), row("b", &["192.0.2.1"])], 0, false, &[]).unwrap_err();
+        let hosts = [row("a", &["127.0.0.1"]), row("b", &["192.0.2.1"])];
+        let (host, error) = bind_all(&hosts, 0, false, &[], &mut Store::default()).unwrap_err();
         assert!(host == "b" && is_absent(&error), "{host}: {error}");
     }
 

@@ -1,9 +1,11 @@
 //! [`Plan`]: the exports to serve, and the differences from the ones being served.
 
 use std::{
+    ffi::OsString,
     path::Path,
     sync::{Arc, Weak},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
@@ -31,15 +33,19 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn from_words(args: &cli::Serve) -> anyhow::Result<Self> {
-        ensure!(args.control.is_none(), "--control needs --config: there is no file to read again");
         let specs = exports::under(exports::from_words(&args.specs)?, args)?;
         Ok(Self { specs, devices: Vec::new(), sizes: Vec::new(), file: None })
     }
 
     /// Reads a file, and combines it with the arguments.
     pub(crate) fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve)> {
+        Self::from_file_with(path, &std::env::args_os().collect::<Vec<_>>())
+    }
+
+    /// As [`from_file`](Self::from_file), for the arguments of another process.
+    pub(crate) fn from_file_with(path: &Path, words: &[OsString]) -> anyhow::Result<(Self, cli::Serve)> {
         let file = File::read(path)?;
-        let args = file.merge(&std::env::args_os().collect::<Vec<_>>())?;
+        let args = file.merge(words)?;
         let File { source, settings, exports } = file;
         let file = Some((source, settings));
         let mut plan = Self { specs: Vec::new(), devices: Vec::new(), sizes: Vec::new(), file };
@@ -81,6 +87,37 @@ impl Plan {
             self.devices.push(device);
         }
         Ok(())
+    }
+
+    /// Opens the devices that the replaced program had open. A device may need a moment to notice that, or may have gone: then its
+    /// export is left out, unless it is the only one.
+    pub(crate) fn open_again(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + REOPENING;
+        let specs = std::mem::take(&mut self.specs);
+        for spec in specs {
+            let mut open = spec.open_within(Duration::ZERO);
+            while open.is_err() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(10));
+                open = spec.open_within(Duration::ZERO);
+            }
+            match open {
+                Ok(device) => {
+                    self.specs.push(spec);
+                    self.sizes.push(device.capacity());
+                    self.devices.push(device);
+                }
+                Err(error) => log::error!("its clients are disconnected: {}", crate::whole(&error)),
+            }
+        }
+        ensure!(!self.specs.is_empty(), "no device can be opened again");
+        Ok(())
+    }
+
+    /// An export whose content would be lost with this process.
+    pub(crate) fn volatile(&self) -> Option<&str> {
+        let is_volatile = |device: &Arc<dyn Device>| device.info().driver == "memory";
+        let position = self.devices.iter().position(is_volatile);
+        position.map(|position| self.specs[position].name.as_str())
     }
 
     pub(crate) fn exports(&self) -> Vec<Export> {
@@ -163,6 +200,9 @@ impl Plan {
         if said.is_empty() { "nothing has changed".into() } else { said.join("; ") }
     }
 }
+
+/// Longest time to open the devices again after an upgrade.
+const REOPENING: Duration = Duration::from_secs(2);
 
 /// Settings that take effect with the exports, in addition to those of TLS.
 const AT_ONCE: &[&str] = &["allow", "read-only"];

@@ -1,10 +1,15 @@
-//! `nbdblk reload` and the server's side of it: a unix socket with a single request, which makes the server read its file again.
+//! `nbdblk reload`, and the control socket of the server: a unix socket for one request of each client, in one line. `reload` makes
+//! the server read its file again, `upgrade` and `upgrade PATH` make it replace its program.
 
 use std::{
+    ffi::OsString,
     io::{self, ErrorKind, Read, Write},
     os::{
-        fd::AsFd,
-        unix::net::{UnixListener, UnixStream},
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::OsStringExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     process::ExitCode,
@@ -30,8 +35,11 @@ use crate::{
     listen::{Access, bind_unix, connect_unix},
 };
 
-/// The request of a client.
+/// The request to read the file again.
 pub(crate) const REQUEST: &[u8] = b"reload\n";
+
+/// Longest request, in bytes: the longest path, and a word.
+pub(crate) const REQUEST_MAX: usize = 4096 + 16;
 
 /// Time that a client has to send it.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -44,16 +52,26 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Makes a server read its file again.
 pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
-    let path = match (&args.control, &args.file) {
-        (Some(path), _) => path.clone(),
+    request(args.control.as_deref(), args.file.as_deref(), REQUEST, args.timeout)
+}
+
+/// Sends a request to the server with this control socket, or with this file. Prints the answer.
+pub(crate) fn request(
+    control: Option<&Path>,
+    file: Option<&Path>,
+    request: &[u8],
+    limit: Option<Duration>,
+) -> anyhow::Result<ExitCode> {
+    let path = match (control, file) {
+        (Some(path), _) => path.to_owned(),
         (None, Some(file)) => named_in(file)?,
         (None, None) => bail!("neither a file nor --control was given"),
     };
-    let limit = args.timeout.unwrap_or(TIMEOUT);
-    let answer = ask(&path, limit).map_err(|error| match error.kind() {
+    let limit = limit.unwrap_or(TIMEOUT);
+    let answer = ask(&path, request, limit).map_err(|error| match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => {
             let (path, limit) = (path.display(), Value::Time(limit));
-            anyhow!("the server at {path} has not answered within {limit}; it may still reload: see its log")
+            anyhow!("the server at {path} has not answered within {limit}; it may still do it: see its log")
         }
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
             anyhow!("cannot reach the server at {}: {error}; is it running?", path.display())
@@ -67,7 +85,7 @@ pub(crate) fn run(args: &cli::Reload) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn ask(path: &Path, limit: Duration) -> io::Result<String> {
+fn ask(path: &Path, request: &[u8], limit: Duration) -> io::Result<String> {
     let deadline = Instant::now() + limit;
     let rest = || match deadline.saturating_duration_since(Instant::now()) {
         Duration::ZERO => Err(io::Error::from(ErrorKind::TimedOut)),
@@ -84,7 +102,7 @@ fn ask(path: &Path, limit: Duration) -> io::Result<String> {
     };
     socket.set_nonblocking(false)?;
     socket.set_write_timeout(Some(rest()?))?;
-    socket.write_all(REQUEST)?;
+    socket.write_all(request)?;
     let (mut answer, mut part) = (Vec::new(), [0; 4096]);
     loop {
         socket.set_read_timeout(Some(rest()?))?;
@@ -107,11 +125,18 @@ fn named_in(file: &Path) -> anyhow::Result<PathBuf> {
     })
 }
 
-/// Listens for [`run`], and passes requests on as events. Only the server's own user and root may send them.
-pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result<OwnFile> {
+/// Listens for clients, and passes their requests on as events. Only the server's own user and root may send them. Returns another
+/// descriptor of the socket, for a program that replaces this one.
+pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result<(OwnedFd, OwnFile)> {
     let access = Access { mode: Some(0o600), ..Access::default() };
     let (listener, file) = bind_unix(path, &access).with_context(|| format!("listening on {}", path.display()))?;
+    Ok((serve(listener, events)?, file))
+}
+
+/// As [`listen`], on a socket that listens already.
+pub(crate) fn serve(listener: UnixListener, events: mpsc::Sender<Event>) -> anyhow::Result<OwnedFd> {
     listener.set_nonblocking(true)?;
+    let copy = listener.as_fd().try_clone_to_owned()?;
     let serve = move || {
         let mut silent = Vec::new();
         loop {
@@ -124,7 +149,7 @@ pub(crate) fn listen(path: &Path, events: mpsc::Sender<Event>) -> anyhow::Result
         }
     };
     thread::Builder::new().name("control".into()).spawn(serve).context("starting a thread")?;
-    Ok(file)
+    Ok(copy)
 }
 
 /// A client that has not sent its whole request yet.
@@ -163,7 +188,7 @@ fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender
         socket.set_nonblocking(true)?;
         let uid = getsockopt(&socket, PeerCredentials)?.uid();
         if uid != 0 && uid != geteuid().as_raw() {
-            Asker(socket).tell(&Err("only the server's user and root may request a reload".into()));
+            Asker(socket).tell(&Err("only the server's user and root may send requests".into()));
             continue;
         }
         let mut client = Silent { socket, request: Vec::new(), deadline: Instant::now() + PATIENCE };
@@ -181,25 +206,37 @@ fn turn(listener: &UnixListener, silent: &mut Vec<Silent>, events: &mpsc::Sender
 impl Silent {
     /// `true`: the request is complete.
     pub(crate) fn hear(&mut self) -> io::Result<bool> {
-        let mut part = [0; REQUEST.len()];
-        let len = REQUEST.len() - self.request.len();
+        let mut part = [0; REQUEST_MAX];
+        let len = REQUEST_MAX - self.request.len();
         match self.socket.read(&mut part[..len]) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(len) => self.request.extend_from_slice(&part[..len]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error),
         }
-        Ok(self.request.len() == REQUEST.len())
+        Ok(self.request.len() == REQUEST_MAX || self.request.contains(&b'\n'))
     }
 }
 
 /// Passes a request on as an event, or refuses it.
 pub(crate) fn answer(client: Silent, events: &mpsc::Sender<Event>) {
     let asker = Asker(client.socket);
-    if client.request != REQUEST {
-        return asker.tell(&Err("unknown request: the control socket accepts \"reload\"".into()));
-    }
-    if let Err(mpsc::SendError(Event::Reload(Some(asker)))) = events.send(Event::Reload(Some(asker))) {
+    let line = client.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let event = match line {
+        b"reload" => Event::Reload(Some(asker)),
+        b"upgrade" => Event::Upgrade(Some(asker), None),
+        _ => match line.strip_prefix(b"upgrade /") {
+            Some(path) if client.request.len() > line.len() => {
+                let path = [b"/", path].concat();
+                Event::Upgrade(Some(asker), Some(OsString::from_vec(path).into()))
+            }
+            _ => {
+                let text = "unknown request: the control socket accepts \"reload\", \"upgrade\" and \"upgrade PATH\"";
+                return asker.tell(&Err(text.into()));
+            }
+        },
+    };
+    if let Err(mpsc::SendError(Event::Reload(Some(asker)) | Event::Upgrade(Some(asker), _))) = events.send(event) {
         asker.tell(&Err("the server is stopping".into()));
     }
 }

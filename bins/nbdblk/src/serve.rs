@@ -3,6 +3,7 @@
 //! The main thread only waits for events. Work that may wait for a file system or a reader has its own thread.
 
 use std::{
+    collections::VecDeque,
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, Weak, mpsc},
@@ -28,13 +29,21 @@ use crate::{
     logger, parent,
     plan::Plan,
     ready::{self, Ready},
-    reload, shortage, single,
+    reload,
+    replace::{self, Facts, Prepared},
+    resume::{self, Service},
+    shortage, single,
+    stored::{self, Store},
     tls::Security,
+    upgrades::Upgrades,
     uri::Address,
 };
 
 /// Time for invisible work at the end: removing files, notifying the service manager.
 const TIDYING: Duration = Duration::from_secs(2);
+
+/// Time for lines that wait to be written before the program is replaced.
+const FLUSHING: Duration = Duration::from_millis(100);
 
 /// Time for a server to stop: a device may have requests to complete, and may never do it.
 const STOPPING: Duration = Duration::from_secs(45);
@@ -71,9 +80,12 @@ fn limits(args: &cli::Serve) -> Limits {
 
 /// Serves the exports of the plan until an event ends it.
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
-    let passed = Sockets::passed(args)?;
-    Sockets::check(args, passed.is_some()).map_err(|error| plan.blame("unix", error))?;
-    let control = Control::start(args.config.is_some())?;
+    let before = replace::inherited()?;
+    let (store, passed) = if before.is_none() { stored::passed()? } else { Default::default() };
+    let passed = Sockets::passed(args, passed)?;
+    let has_sockets = passed.is_some() || before.is_some();
+    Sockets::check(args, has_sockets).map_err(|error| plan.blame("unix", error))?;
+    let control = Control::start(args.config.is_some(), before.as_ref().map_or(Phase::Opening, resume::phase))?;
     let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     if args.exit_with_parent {
         parent::watch()?;
@@ -81,21 +93,79 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
+    let (tls, limits) = (security.tls.clone(), limits(args));
+    let Service { server, addresses, files, socket, child, kept } = match before {
+        Some(before) => resume::resume(&mut plan, tls, limits, &control, before)?,
+        None => begin(&mut plan, args, (passed, store), &security, limits, &control)?,
+    };
+    report_failure(&server, control.sender())?;
+
+    let server = Arc::new(server);
+    let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
+    let upgrades = Upgrades::new(&server, control.sender(), socket)?;
+    let (addresses, security) = (&addresses, &security);
+    let mut run = Run {
+        args,
+        control: &control,
+        addresses,
+        security,
+        reloads,
+        upgrades,
+        child,
+        announced: None,
+        kept: &kept,
+        queue: VecDeque::new(),
+    };
+    let ended = run.until_the_end();
+    let Run { reloads, upgrades, announced, queue, .. } = run;
+    // A paused server would not stop.
+    drop(queue);
+    control.enter(Phase::Stopping);
+    // First, so that the files are gone when a second signal comes.
+    within(TIDYING, move || {
+        files::remove_all();
+        ready::notify("STOPPING=1", TIDYING);
+        kept.iter().for_each(|name| ready::forget(name));
+    });
+    drop((files, announced));
+    reloads.stop();
+    upgrades.stop();
+    if within(STOPPING, move || stop(server)).is_none() {
+        let text = format!("the server has not stopped within {} s", STOPPING.as_secs());
+        ended?;
+        return Err(anyhow!("{text}: a device does not answer; the process ends without waiting for it"));
+    }
+    Ok(ended?.into())
+}
+
+/// Opens the devices, and starts a new server.
+fn begin(
+    plan: &mut Plan,
+    args: &cli::Serve,
+    (passed, store): (Option<Sockets>, Store),
+    security: &Security,
+    limits: Limits,
+    control: &Control,
+) -> anyhow::Result<Service> {
     let unlimited = LimitGuard::file_size();
     plan.open(None)?;
     drop(unlimited);
-    let ready = Ready::prepare(args)?;
-    let Sockets { listeners, addresses, files, .. } = match passed {
+    let mut ready = Ready::prepare(args)?;
+    let Sockets { listeners, addresses, mut files, store, .. } = match passed {
         Some(passed) => passed,
-        None if args.single => Sockets { listeners: vec![single::client(&control)?], ..Sockets::default() },
-        None => Sockets::bind(args)?,
+        None if args.single => Sockets { listeners: vec![single::client(control)?], ..Sockets::default() },
+        None => Sockets::bind(args, store)?,
     };
+    (ready.kept, ready.forgotten) = store.into_parts();
+    let kept = ready.kept.iter().map(|(_, name)| name.clone()).collect();
     let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
-
-    let limits = limits(args);
+    let socket = socket.map(|(socket, file)| {
+        files.push(file);
+        socket
+    });
     let unlimited = LimitGuard::file_size();
-    let server =
-        Server::start(plan.exports(), listeners, security.tls.clone(), limits).context("starting the server")?;
+    let tls = security.tls.clone();
+    let server = Server::start(plan.exports(), listeners, tls, limits).context("starting the server")?;
     drop(unlimited);
     control.enter(Phase::Serving);
 
@@ -103,28 +173,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let uris: Vec<String> =
         plan.specs.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
     announce(ready, uris, args, control.sender())?;
-    report_failure(&server, control.sender())?;
-
-    let server = Arc::new(server);
-    let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
-    let (addresses, security) = (&addresses, &security);
-    let mut run = Run { args, control: &control, addresses, security, reloads, child: None, announced: None };
-    let ended = run.until_the_end();
-    let Run { reloads, announced, .. } = run;
-    control.enter(Phase::Stopping);
-    // First, so that the files are gone when a second signal comes.
-    within(TIDYING, || {
-        files::remove_all();
-        ready::notify("STOPPING=1", TIDYING);
-    });
-    drop((files, socket, announced));
-    reloads.stop();
-    if within(STOPPING, move || stop(server)).is_none() {
-        let text = format!("the server has not stopped within {} s", STOPPING.as_secs());
-        ended?;
-        return Err(anyhow!("{text}: a device does not answer; the process ends without waiting for it"));
-    }
-    Ok(ended?.into())
+    Ok(Service { server, addresses, files, socket, child: None, kept })
 }
 
 /// Reports in a thread that the server is ready, and where.
@@ -168,13 +217,18 @@ struct Run<'a> {
     child: Option<Child>,
     /// The files of the announcement, once it is complete.
     announced: Option<Ready>,
+    upgrades: Upgrades,
+    /// Names of sockets that the service manager keeps.
+    kept: &'a [String],
+    /// Events that came during an upgrade that failed.
+    queue: VecDeque<Event>,
 }
 
 impl Run<'_> {
     /// Handles events until one ends the server. Returns the exit code.
     fn until_the_end(&mut self) -> anyhow::Result<u8> {
         loop {
-            match self.control.wait() {
+            match self.queue.pop_front().unwrap_or_else(|| self.control.wait()) {
                 Event::Stop(signal) => match &self.child {
                     Some(child) => child.terminate(),
                     // The command has not been started.
@@ -188,19 +242,71 @@ impl Run<'_> {
                     self.announced = Some(announced?);
                     self.start_command()?;
                 }
+                Event::Reload(asker) if self.upgrades.is_running() => self.upgrades.postpone(asker),
                 Event::Reload(asker) => self.reloads.ask(asker),
                 Event::Reloaded(outcome) => self.reloads.finish(outcome),
+                Event::Upgrade(asker, program) => self.upgrade(asker, program),
+                Event::Prepared(prepared) => {
+                    let error = match prepared {
+                        Ok(prepared) => self.execute(*prepared),
+                        Err(error) => error,
+                    };
+                    if self.upgrades.fail(&error) {
+                        self.reloads.ask(None);
+                    }
+                }
             }
         }
     }
 
     /// Starts the command of `--run`, unless the server is stopping.
     fn start_command(&mut self) -> anyhow::Result<()> {
+        if self.child.is_some() {
+            return Ok(());
+        }
         if let Some(command) = self.args.run.as_ref().filter(|_| self.control.enter(Phase::Running)) {
             let export = self.reloads.default_name();
             self.child = Some(Child::start(command, self.addresses, export, self.security, self.control)?);
         }
         Ok(())
+    }
+}
+
+impl Run<'_> {
+    /// Begins to replace the program.
+    fn upgrade(&mut self, asker: Option<Asker>, program: Option<PathBuf>) {
+        let obstacle = if self.args.single {
+            Some("the client of --single cannot be passed on")
+        } else if self.announced.is_none() {
+            Some("the server is not ready yet")
+        } else if self.reloads.running.is_some() {
+            Some("a reload has not ended: try again")
+        } else {
+            None
+        };
+        let mut facts = Facts::default();
+        facts.state.addresses = self.addresses.iter().map(Into::into).collect();
+        facts.state.kept = self.kept.to_vec();
+        facts.state.child = self.child.as_ref().map(Child::pid);
+        facts.volatile = self.reloads.plan.volatile().map(str::to_owned);
+        self.upgrades.ask(asker, program, obstacle, facts);
+    }
+
+    /// Replaces the program. Returns only the reason why that failed.
+    fn execute(&mut self, prepared: Prepared) -> String {
+        let Some(_held) = self.control.hold_signals() else { return "the server is stopping".into() };
+        while let Some(event) = self.control.pending() {
+            match event {
+                Event::Reload(Some(asker)) => self.upgrades.postpone(Some(asker)),
+                Event::Upgrade(Some(asker), _) => self.upgrades.refuse(asker),
+                event => self.queue.push_back(event),
+            }
+        }
+        if self.queue.iter().any(|event| matches!(event, Event::Stop(_) | Event::Ended(_) | Event::Failed(_))) {
+            return "the server is stopping".into();
+        }
+        logger::flush(FLUSHING);
+        crate::whole(&prepared.execute())
     }
 }
 
@@ -238,6 +344,12 @@ impl Reloads {
     }
 
     fn ask(&mut self, asker: Option<Asker>) {
+        if self.path.is_none() {
+            if let Some(asker) = asker {
+                asker.tell(&Err("the server has no file to read again: it was started without --config".into()));
+            }
+            return;
+        }
         match &self.running {
             None => self.start(asker.into_iter().collect()),
             Some((since, _)) => {
@@ -256,8 +368,10 @@ impl Reloads {
         let path = self.path.clone().expect("reloads need a file");
         let (plan, server, events) = (Arc::clone(&self.plan), self.server.clone(), self.events.clone());
         let read = move || {
+            ready::reloading();
             let reload = || plan.reload(&path, &server).map_err(|error| crate::whole(&error));
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
+            ready::again();
             // Drop the last references to old devices here, and not on the thread that waits for events.
             drop(plan);
             let _ = events.send(Event::Reloaded(outcome.unwrap_or_else(|_| Err("a panic: see the log".into()))));

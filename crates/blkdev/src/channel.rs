@@ -272,18 +272,20 @@ impl Channel {
         let (before, after) = margins(at, len as u64, self.info.block_size);
         let buf = self.arena.alloc_with_margins(before, len, after);
         if buf.is_none() {
-            self.ask_for_memory();
+            self.relieve();
         }
         buf
     }
 
-    /// Asks the queue for memory that it keeps.
+    /// Asks the queue to make durable the changes that it keeps, and to return their memory: see
+    /// [`Queue::relieve`](crate::Queue::relieve). Returns `false` if it keeps none.
     #[cold]
-    fn ask_for_memory(&mut self) {
+    pub fn relieve(&mut self) -> bool {
         self.relieved = self.driver.relieve();
+        self.relieved
     }
 
-    /// Whether [`alloc`](Self::alloc) failed, and the queue will return memory that it keeps. [`reap`](Self::reap) takes it back.
+    /// Whether [`alloc`](Self::alloc) failed, or [`relieve`](Self::relieve) was called, and the queue will return memory. [`reap`](Self::reap) takes it back.
     pub fn awaits_memory(&self) -> bool {
         self.relieved
     }
@@ -299,7 +301,7 @@ impl Channel {
         let (before, after) = margins(at, len as u64, self.info.block_size);
         let buf = self.arena.alloc_reserved(before, len, after);
         if buf.is_none() {
-            self.ask_for_memory();
+            self.relieve();
         }
         buf
     }

@@ -56,7 +56,7 @@ pub mod wire;
 
 pub use command::{Command, Rejection, Write};
 pub use handshake::{Handshake, Step};
-pub use receiver::{Event, Receiver};
+pub use receiver::{Event, Position, Receiver};
 pub use replier::{Extent, Put, Replier};
 pub use terms::{BlockSizes, Catalog, ContextSet, Export, Fatal, Negotiated, Offer, Refusal, Terms, Tls};
 pub use wire::{Cookie, Mode, WireError};

@@ -77,6 +77,11 @@ impl Joint {
         self.have == 0
     }
 
+    /// The bytes that it keeps.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.raw[..self.have]
+    }
+
     #[cold]
     fn gather<const N: usize>(&mut self, input: &mut &[u8]) -> Option<[u8; N]> {
         const { assert!(N <= HEADER_MAX) };

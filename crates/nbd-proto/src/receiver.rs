@@ -1,6 +1,7 @@
 //! Server side of the transmission phase: bytes in, commands out. It counts every payload, so that exactly the bytes of a WRITE
 //! leave the stream, whatever happens to the request. No I/O, no allocation.
 
+use crate::client::encoder::Encoder;
 use crate::command::{self, Command, Header, Reason, Rejection, Request, Write};
 use crate::limits::SWALLOW_MAX;
 use crate::reader::{Joint, part, take_up_to};
@@ -25,6 +26,19 @@ pub enum Event<'a> {
     Reject(Cookie, Rejection),
     /// NBD_CMD_DISC: complete the requests in flight, then close. It is the last event.
     Disconnect,
+}
+
+/// Where a [`Receiver`] is in its stream, as plain data: another one can [continue](Receiver::continued) there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Bytes of a refused payload that are still to come, and are discarded.
+    pub skip: u32,
+    /// The rejection that follows them.
+    pub reject: Option<(Cookie, Rejection)>,
+    /// The part of a request that was taken, but caused no event yet. It must be taken again, before all other input.
+    pub taken: Vec<u8>,
+    /// NBD_CMD_DISC was taken.
+    pub over: bool,
 }
 
 /// The decoder of one connection's requests.
@@ -139,6 +153,58 @@ impl Receiver {
     /// [`Event::Write`] until the last byte of the payload was taken, and for a WRITE of no bytes until the next call of `next`.
     pub fn reject_payload(&mut self, error: WireError, text: &'static str) {
         self.refuse(CommandKind::WRITE, (error, text));
+    }
+
+    /// Returns the position in the stream. Of a WRITE whose payload is incomplete, only the caller has the parts: the position is
+    /// behind it, so the caller must put the whole request in front of the other input.
+    pub fn position(&self) -> Position {
+        let mut position = Position { over: self.state == State::Over, ..Position::default() };
+        match self.state {
+            State::Skip => position.skip = self.left,
+            State::Refuse => {
+                position.skip = self.left;
+                let (kind, at, (error, text)) = (self.kind, self.at, self.reason);
+                position.reject = Some((self.cookie, Rejection { kind, at, error, text }));
+            }
+            State::Selection => position.taken = self.selection_again(),
+            State::Header | State::Payload | State::Over => {}
+        }
+        position.taken.extend_from_slice(self.joint.bytes());
+        position
+    }
+
+    /// Returns a decoder that continues at a position. Its first input must be [`Position::taken`].
+    pub fn continued(terms: Terms, position: &Position) -> Self {
+        let mut receiver = Self::new(terms);
+        receiver.left = position.skip;
+        receiver.state = match position {
+            Position { over: true, .. } => State::Over,
+            Position { reject: Some(_), .. } => State::Refuse,
+            Position { skip: 1.., .. } => State::Skip,
+            _ => State::Header,
+        };
+        if let Some((cookie, Rejection { kind, at, error, text })) = position.reject {
+            (receiver.cookie, receiver.at, receiver.kind, receiver.reason) = (cookie, at, kind, (error, text));
+        }
+        receiver
+    }
+
+    /// The part of a BLOCK_STATUS with a payload that was taken, as it was on the wire, or with the same meaning.
+    fn selection_again(&self) -> Vec<u8> {
+        let Selection { one, len, ids, wrong } = self.selection;
+        let mut payload = len.map_or(Vec::new(), |len| len.to_be_bytes().to_vec());
+        payload.extend(ids.iter().flat_map(u32::to_be_bytes));
+        if wrong {
+            // No context has this id.
+            payload.extend(u32::MAX.to_be_bytes());
+        }
+        let left = u64::from(self.left) + payload.len() as u64;
+        let flags = CommandFlags::PAYLOAD_LEN.with_if(one, CommandFlags::REQ_ONE);
+        let mut bytes = Vec::new();
+        let encoder = Encoder::new(Mode::Extended);
+        encoder.request(&mut bytes, self.cookie, CommandKind::BLOCK_STATUS, flags, self.at, left);
+        bytes.append(&mut payload);
+        bytes
     }
 
     /// Changes the size of the export, for later requests.

@@ -213,6 +213,55 @@ fn flags_depend_on_the_mode() {
     );
 }
 
+/// Events until the input is used up. Payload is counted, because its pieces depend on the input's.
+fn drain(receiver: &mut Receiver, mut input: &[u8], events: &mut Vec<String>, payload: &mut usize) {
+    while let Some(event) = receiver.next(&mut input).unwrap() {
+        match event {
+            Event::Payload(bytes) => *payload += bytes.len(),
+            event => events.push(format!("{event:?}")),
+        }
+    }
+}
+
+/// Wherever a decoder stops, another one that continues at its position gives the same events.
+#[test]
+fn another_decoder_continues_at_any_position() {
+    let contexts: ContextSet = [0, 1].into_iter().collect();
+    for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
+        let (encoder, mut stream) = (Encoder::new(mode), Vec::new());
+        encoder.read(&mut stream, Cookie(1), 512, 512);
+        for (at, len) in [(0, 40), (SIZE, 30), (0, (1 << 16) + 1)] {
+            encoder.write_head(&mut stream, Cookie(at + u64::from(len)), at, len, false);
+            stream.resize(stream.len() + len as usize, 3);
+        }
+        if mode == Mode::Extended {
+            for (cookie, ids) in [(5, &[1][..]), (6, &[0, 1]), (7, &[0, 9, 1]), (8, &[1, 1, 0])] {
+                encoder.status_of(&mut stream, Cookie(cookie), 512, 4096, cookie % 2 == 0, ids);
+            }
+        }
+        encoder.flush(&mut stream, Cookie(2));
+        encoder.disconnect(&mut stream, Cookie(4));
+        let terms = Terms { mode, contexts, ..terms() };
+        let (mut expected, mut bytes) = (Vec::new(), 0);
+        drain(&mut Receiver::new(terms), &stream, &mut expected, &mut bytes);
+        assert!(bytes == 40 && expected.len() > 5, "{expected:?}");
+        for cut in 0..=stream.len() {
+            let (mut events, mut payload) = (Vec::new(), 0);
+            let mut first = Receiver::new(terms);
+            drain(&mut first, &stream[..cut], &mut events, &mut payload);
+            if first.payload_left() > 0 {
+                continue;
+            }
+            let position = first.position();
+            let mut second = Receiver::continued(terms, &position);
+            drain(&mut second, &position.taken, &mut events, &mut payload);
+            assert_eq!(second.position(), position, "nothing is lost if it stops again");
+            drain(&mut second, &stream[cut..], &mut events, &mut payload);
+            assert_eq!((events, payload), (expected.clone(), bytes), "{mode:?}, after {cut} bytes");
+        }
+    }
+}
+
 /// A long stream of random requests from seeds, in random pieces, gives the same events as the whole stream.
 #[test]
 fn random_streams_are_cut_at_random() {

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nbd_proto::{Handshake, Negotiated, Offer, Step, limits::OPTIONS_MAX};
+use nbd_proto::{Handshake, Negotiated, Offer, Position, Step, limits::OPTIONS_MAX};
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -22,8 +22,10 @@ use nix::{
 };
 
 use crate::{
+    continuation::{Continuation, Unsent},
     end,
     end::End,
+    handover::{Connection, Greeted, Handover, Pause},
     limits::Limits,
     listener::{self, Listener, Obstacle},
     peer::{Party, Peer},
@@ -33,7 +35,7 @@ use crate::{
     seat::Ticket,
     stream::Stream,
     tls::{Shaking, Tls},
-    worker::{Arrival, Handle},
+    worker::{Arrival, Handle, Phase, least_loaded},
 };
 
 /// The accepting thread's state.
@@ -45,6 +47,7 @@ pub(crate) struct Door {
     workers: Arc<[Handle]>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
+    pauses: mpsc::Receiver<Pause<Lobby>>,
     stop: Arc<AtomicBool>,
     limits: Limits,
     end: End,
@@ -58,7 +61,7 @@ pub(crate) struct Door {
 
 /// A listening socket.
 struct Ear {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     /// The poll set contains it.
     watched: bool,
 }
@@ -74,6 +77,8 @@ struct Guest {
     /// Dropped at the end of the connection, which the receiver notices.
     over: Option<mpsc::Sender<()>>,
     handshake: Handshake,
+    /// All that the client has sent, for a handover; `None`: that is too much.
+    heard: Option<Vec<u8>>,
     /// Bytes to be sent.
     out: Vec<u8>,
     /// Bytes that came after the last option.
@@ -85,7 +90,7 @@ struct Guest {
     patience: Instant,
     deadline: Instant,
     /// When the client last sent something; at first, when it connected.
-    heard: Instant,
+    active: Instant,
 }
 
 /// What happens to a guest once `out` is sent.
@@ -101,6 +106,9 @@ const LISTENER: u64 = 1 << 32;
 
 /// Bytes received at a time. Options are short; data after the last one is limited to this.
 const STAGING: usize = STAGING_MIN;
+
+/// Most bytes of a handshake that are kept for a handover: no usual client sends so many.
+const HEARD_MAX: usize = 64 << 10;
 
 /// Options that a client may send for each export, in addition to a fixed number for each client.
 const OPTIONS_EACH: u32 = 8;
@@ -119,24 +127,25 @@ const NOTICE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 
 impl Door {
+    /// `pauses` is looked at when `bell` rings.
     pub(crate) fn new(
-        listeners: Vec<Listener>,
         views: Arc<Views>,
         workers: Arc<[Handle]>,
-        bell: Arc<EventFd>,
+        (bell, pauses): (Arc<EventFd>, mpsc::Receiver<Pause<Lobby>>),
         stop: Arc<AtomicBool>,
         limits: Limits,
         end: End,
     ) -> io::Result<Self> {
         let poll = Poll::new()?;
         poll.add_level(&*bell, BELL)?;
-        let mut door = Self {
+        Ok(Self {
             poll,
             listeners: Vec::new(),
             views,
             workers,
             guests: Vec::new(),
             bell,
+            pauses,
             stop,
             limits,
             end,
@@ -145,22 +154,48 @@ impl Door {
             turned_away: Seldom::default(),
             cut_off: Seldom::default(),
             closed: Seldom::default(),
-        };
-        for listener in listeners {
-            match listener {
-                Listener::Listening(socket) => {
-                    let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
-                    fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-                    door.poll.add_level(&socket, LISTENER | door.listeners.len() as u64)?;
-                    door.listeners.push(Some(Ear { socket, watched: true }));
-                }
-                Listener::Connected { socket, over } => {
-                    let peer = listener::prepare(socket.as_fd())?;
-                    door.receive(socket, peer, Some(over));
-                }
+        })
+    }
+
+    /// Takes a source of connections.
+    pub(crate) fn open_to(&mut self, listener: Listener) -> io::Result<()> {
+        match listener {
+            Listener::Listening(socket) => self.listen(Arc::new(socket))?,
+            Listener::Connected { socket, over } => {
+                let peer = listener::prepare(socket.as_fd())?;
+                self.receive(socket, peer, Some(over));
             }
         }
-        Ok(door)
+        Ok(())
+    }
+
+    /// Accepts connections from a listening socket.
+    pub(crate) fn listen(&mut self, socket: Arc<OwnedFd>) -> io::Result<()> {
+        let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+        fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        self.poll.add_level(&socket, LISTENER | self.listeners.len() as u64)?;
+        self.listeners.push(Some(Ear { socket, watched: true }));
+        Ok(())
+    }
+
+    /// Continues a handshake that another process has begun.
+    pub(crate) fn resume(&mut self, greeted: Greeted) {
+        let Greeted { socket, tls, heard, unsent } = greeted;
+        let peer = Peer::of(socket.as_fd());
+        let mut guest = self.guest(socket.into(), peer, None);
+        if policy(guest.tls.as_ref()) != tls {
+            return log::info!("{} was disconnected: the TLS setting changed during its handshake", guest.peer);
+        }
+        // The client has got the replies already; only the state that they leave matters.
+        let (view, mut replies) = (self.views.look(), Vec::new());
+        let seen = view.exports.seen_by(&guest.peer, false);
+        let stands = matches!(guest.handshake.next(&mut &heard[..], &seen, &mut replies), Ok(Step::More));
+        drop(view);
+        if !stands {
+            return log::info!("{} was disconnected: the exports changed during its handshake", guest.peer);
+        }
+        (guest.heard, guest.out) = (Some(heard), unsent);
+        self.admit(guest);
     }
 
     pub(crate) fn run(mut self) {
@@ -182,12 +217,15 @@ impl Door {
         for event in events {
             if event.token == BELL {
                 let _ = self.bell.read();
+                while let Ok(pause) = self.pauses.try_recv() {
+                    self.pause(&pause);
+                }
             } else if event.token & LISTENER != 0 {
                 self.accept((event.token & !LISTENER) as usize, event.ended);
             } else {
                 let number = event.token as usize;
                 if let Some(guest) = self.guests[number].as_mut().filter(|_| event.readable) {
-                    guest.heard = now;
+                    guest.active = now;
                 }
                 self.talk(number);
             }
@@ -287,13 +325,12 @@ impl Door {
             }
             return;
         }
-        let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
-        if let Err(e) = self.poll.add_edge(&socket, number as u64, Interest::Both) {
-            if let Some(times) = self.turned_away.due() {
-                log::warn!("{peer} was rejected: cannot wait for its data: {e}{times}");
-            }
-            return;
-        }
+        let guest = self.guest(socket.into(), peer, over);
+        self.admit(guest);
+    }
+
+    /// A client whose handshake begins.
+    fn guest(&self, stream: Stream, peer: Peer, over: Option<mpsc::Sender<()>>) -> Guest {
         let mut out = Vec::new();
         let view = self.views.look();
         let tls = view.tls.clone();
@@ -306,12 +343,36 @@ impl Door {
             ..OFFER
         };
         let handshake = Handshake::new(offer, &mut out);
-        let (stream, sent, heard) = (socket.into(), Vec::new(), Instant::now());
-        let deadline = heard + self.limits.handshake_timeout;
+        let (sent, active) = (Vec::new(), Instant::now());
+        let deadline = active + self.limits.handshake_timeout;
         let patience = deadline - NOTICE.min(self.limits.handshake_timeout / 4);
-        let (shaking, ending, paused) = (None, None, None);
-        let guest =
-            Guest { stream, tls, shaking, peer, over, handshake, out, sent, ending, paused, patience, deadline, heard };
+        let (shaking, ending, paused, heard) = (None, None, None, Some(Vec::new()));
+        Guest {
+            stream,
+            tls,
+            shaking,
+            peer,
+            over,
+            handshake,
+            heard,
+            out,
+            sent,
+            ending,
+            paused,
+            patience,
+            deadline,
+            active,
+        }
+    }
+
+    fn admit(&mut self, guest: Guest) {
+        let number = self.guests.iter().position(Option::is_none).unwrap_or(self.guests.len());
+        if let Err(e) = self.poll.add_edge(&guest.stream, number as u64, Interest::Both) {
+            if let Some(times) = self.turned_away.due() {
+                log::warn!("{} was rejected: cannot wait for its data: {e}{times}", guest.peer);
+            }
+            return;
+        }
         if number == self.guests.len() {
             self.guests.push(None);
         }
@@ -319,17 +380,40 @@ impl Door {
         self.talk(number);
     }
 
+    /// Does nothing until the sender of the orders is dropped. Clients wait in the backlog of the sockets.
+    fn pause(&mut self, pause: &Pause<Lobby>) {
+        let mut lobby = Lobby::default();
+        lobby.state.listeners = self.listeners.iter().flatten().map(|ear| Arc::clone(&ear.socket)).collect();
+        for guest in self.guests.iter().flatten() {
+            match guest.suspend() {
+                Some(Stage::Greeted(greeted)) => lobby.state.guests.push(greeted),
+                Some(Stage::Served(connection)) => lobby.state.connections.push(connection),
+                None => lobby.leaving += 1,
+            }
+        }
+        let begun = Instant::now();
+        if pause.report.send(Ok(lobby)).is_err() {
+            return;
+        }
+        while pause.order(|| self.stop.load(Ordering::Relaxed)).is_some() {}
+        // The pause does not count.
+        let paused = begun.elapsed();
+        self.guests.iter_mut().flatten().for_each(|guest| {
+            (guest.deadline, guest.active) = (guest.deadline + paused, guest.active + paused);
+        });
+    }
+
     /// Disconnects a client that has been silent in its handshake for at least `silent`, if there is one.
     fn make_room(&mut self, silent: Duration) -> bool {
         let now = Instant::now();
         let guests = self.guests.iter().enumerate().filter_map(|(number, guest)| {
             let guest = guest.as_ref()?;
-            let is_silent = now.saturating_duration_since(guest.heard) >= silent;
-            is_silent.then(|| (number, guest.peer.party(), guest.heard))
+            let is_silent = now.saturating_duration_since(guest.active) >= silent;
+            is_silent.then(|| (number, guest.peer.party(), guest.active))
         });
         let Some(guest) = most_idle(guests).and_then(|number| self.guests[number].take()) else { return false };
         if let Some(times) = self.cut_off.due() {
-            let silence = now.saturating_duration_since(guest.heard);
+            let silence = now.saturating_duration_since(guest.active);
             log::info!(
                 "{} was disconnected in its handshake after {silence:.1?} of silence, to make room for another client{times}",
                 guest.peer
@@ -371,16 +455,50 @@ impl Door {
             return log::warn!("{peer} was rejected: {e}");
         }
         let name = &negotiated.export.name;
-        let living = ticket.workers.iter().map(|n| &self.workers[*n]).filter(|worker| worker.is_alive());
-        let Some(worker) = living.min_by_key(|worker| worker.load()) else {
+        let Some(worker) = least_loaded(&self.workers, &ticket) else {
             return log::error!("{peer} was rejected: no worker for export {name:?} is alive");
         };
         log::info!("{peer} opens export {name:?}: {stream:?}");
-        worker.welcome(Arrival { stream, negotiated, ticket, sent, over });
+        worker.welcome(Arrival { stream, phase: Phase::Begins(negotiated, sent), ticket, over });
     }
 }
 
+/// A guest that another process can continue.
+enum Stage {
+    Greeted(Greeted),
+    /// Its handshake is over, except for unsent replies.
+    Served(Connection),
+}
+
+/// The state of a paused door.
+#[derive(Debug, Default)]
+pub(crate) struct Lobby {
+    pub(crate) state: Handover,
+    /// Number of clients that no other process can continue.
+    pub(crate) leaving: usize,
+}
+
 impl Guest {
+    /// Returns all that another process needs to continue it; `None`: that is impossible.
+    fn suspend(&self) -> Option<Stage> {
+        let is_free = self.over.is_none() && self.shaking.is_none() && self.paused.is_none();
+        let socket = self.stream.plain().filter(|_| is_free)?;
+        let (socket, unsent) = (Arc::clone(socket), self.out.clone());
+        match &self.ending {
+            None => {
+                let (tls, heard) = (policy(self.tls.as_ref()), self.heard.clone()?);
+                Some(Stage::Greeted(Greeted { socket, tls, heard, unsent }))
+            }
+            Some(Ending::Serve(negotiated, _)) => {
+                let (terms, position, input) = (negotiated.terms, Position::default(), self.sent.clone());
+                let state =
+                    Continuation { terms, reads: Vec::new(), position, input, output: vec![Unsent::Bytes(unsent)] };
+                Some(Stage::Served(Connection { socket, export: negotiated.export.name.clone(), state }))
+            }
+            Some(Ending::StartTls | Ending::Close) => None,
+        }
+    }
+
     /// Returns `true` when the handshake is over, successful or not, and everything is sent.
     fn talk(&mut self, views: &Views, staging: &mut [u8]) -> io::Result<bool> {
         self.check_policy(&views.look())?;
@@ -419,6 +537,10 @@ impl Guest {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
+            self.heard = self.heard.take().filter(|heard| heard.len() + staged <= HEARD_MAX);
+            if let Some(heard) = &mut self.heard {
+                heard.extend_from_slice(&staging[..staged]);
+            }
             self.take(&staging[..staged], views)?;
             if self.paused.is_some() {
                 return Ok(false);

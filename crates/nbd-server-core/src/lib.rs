@@ -36,10 +36,12 @@
 
 mod access;
 mod coalesce;
+mod continuation;
 mod decaying_max;
 mod door;
 mod end;
 mod export;
+mod handover;
 mod limits;
 mod lines;
 mod listener;
@@ -65,8 +67,10 @@ pub use blkdev;
 pub use nbd_proto;
 
 pub use access::{Access, Rule};
+pub use continuation::{Continuation, Read, Unsent};
 pub use end::End;
 pub use export::{Export, Exports, Seen};
+pub use handover::{Connection, Greeted, Handover, Paused};
 pub use limits::Limits;
 pub use lines::{Grant, Lines, Part};
 pub use listener::Listener;

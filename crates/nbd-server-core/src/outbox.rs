@@ -5,6 +5,8 @@ use std::{collections::VecDeque, io, os::fd::BorrowedFd};
 use blkdev::{Buf, socket::Gather};
 use nbd_proto::Put;
 
+use crate::continuation::Unsent;
+
 /// Unsent replies. A payload is sent from the memory that the device wrote it to; the memory is free after the last byte is sent.
 ///
 /// If other requests need the memory, [`reclaim`](Self::reclaim) frees it earlier. Then only the payload's offset on the device
@@ -45,6 +47,35 @@ impl Put for Outbox {
 }
 
 impl Outbox {
+    /// Returns an outbox with the replies of another one.
+    pub(crate) fn resume(unsent: Vec<Unsent>) -> Self {
+        let mut outbox = Self::default();
+        for part in unsent {
+            match part {
+                Unsent::Bytes(bytes) => outbox.put(&bytes),
+                Unsent::Content { at, len } => outbox.items.push_back(Item::Missing { at, len }),
+            }
+        }
+        outbox
+    }
+
+    /// Lists what is not sent yet.
+    pub(crate) fn unsent(&self) -> Vec<Unsent> {
+        let (mut head, mut sent) = (self.start, self.payload_sent);
+        let list = self.items.iter().map(|item| {
+            let sent = std::mem::take(&mut sent);
+            match item {
+                Item::Heads(len) => {
+                    head += len;
+                    Unsent::Bytes(self.bytes[head - len..head].to_vec())
+                }
+                Item::Payload { buf, at } => Unsent::Content { at: at + sent as u64, len: buf.len() - sent },
+                Item::Missing { at, len } => Unsent::Content { at: *at, len: *len },
+            }
+        });
+        list.collect()
+    }
+
     /// Adds a payload after all earlier items. It is the content of the device at `at`.
     #[inline]
     pub fn payload(&mut self, buf: Buf, at: u64) {

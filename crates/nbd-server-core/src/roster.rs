@@ -3,14 +3,20 @@
 use std::{
     io,
     ops::Deref,
-    sync::{Arc, Mutex, Weak, atomic::Ordering, mpsc},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use blkdev::{Channel, Context, Device, Plan};
 
 use crate::{
     export::{Export, Exports},
+    handover::Hold,
     removal::Removal,
     seat::{Seat, Ticket},
     threads::{await_end, lock},
@@ -94,6 +100,8 @@ pub(crate) struct Roster {
     workers: Arc<[Handle]>,
     plan: Plan,
     state: Mutex<State>,
+    /// The server is paused: exports do not change.
+    held: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -132,7 +140,7 @@ impl Roster {
         let view = View { exports, tls: None, seats: Vec::new() };
         let state = State { lanes: Vec::new(), leaving: Vec::new(), closing: Vec::new(), closers };
         let views = Views { current: Mutex::new(Arc::new(view)), closers: sender };
-        Self { views: Arc::new(views), workers, plan, state: Mutex::new(state) }
+        Self { views: Arc::new(views), workers, plan, state: Mutex::new(state), held: Arc::default() }
     }
 
     /// The views, for the door.
@@ -189,6 +197,9 @@ impl Roster {
         removal: &dyn Fn(&str) -> Removal,
     ) -> io::Result<()> {
         state.tidy();
+        if self.held.load(Ordering::Acquire) {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the server is paused, to be replaced: try again"));
+        }
         let before = self.views.look();
         let exports = before.exports.with(list)?;
         let mut old: Vec<_> =
@@ -264,6 +275,41 @@ impl Roster {
         let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
         let leaving = seats.map(|(leaving, seat)| status(&leaving.name, Some(leaving.removal), &seat));
         present.chain(leaving).collect()
+    }
+
+    /// Stops changes until the result is dropped.
+    ///
+    /// # Errors
+    /// Changes have stopped already, or a removed device is still being closed at the deadline.
+    pub(crate) fn hold(&self, deadline: Instant) -> io::Result<Hold> {
+        let mut state = lock(&self.state);
+        if self.held.swap(true, Ordering::AcqRel) {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the server is paused already"));
+        }
+        let hold = Hold(Arc::clone(&self.held));
+        loop {
+            state.tidy();
+            if state.closing.is_empty() {
+                return Ok(hold);
+            }
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the device of a removed export is still closing"));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The exports that clients can open, each with its lane.
+    pub(crate) fn lanes(&self) -> Vec<(usize, String)> {
+        let view = self.views.look();
+        view.seats.iter().zip(view.exports.list()).map(|(seat, export)| (seat.lane, export.name.clone())).collect()
+    }
+
+    /// Returns a claim to the seat of an export by its name.
+    pub(crate) fn ticket(&self, name: &str) -> Option<Ticket> {
+        let view = self.views.look();
+        let position = view.exports.list().iter().position(|export| export.name == name)?;
+        Some(view.ticket(position))
     }
 
     /// Waits until all devices are closed that are being closed. Call it when the workers have ended.

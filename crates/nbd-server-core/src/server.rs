@@ -2,12 +2,14 @@
 
 use std::{
     io,
+    os::fd::AsFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use blkdev::Plan;
@@ -15,17 +17,19 @@ use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
 use crate::{
-    door::Door,
+    door::{Door, Lobby},
     end::End,
     export::{Export, Exports},
+    handover::{Connection, Handover, Pause, Paused},
     limits::Limits,
     listener::Listener,
+    peer::Peer,
     poll::bell,
     removal::Removal,
     roster::{Roster, Status},
     threads::await_end,
     tls::Tls,
-    worker::{self, Handle},
+    worker::{self, Arrival, Handle, Phase, least_loaded},
 };
 
 /// The reserve for small requests, in addition to [`Limits::memory`]: an eighth of it.
@@ -38,6 +42,9 @@ pub struct Server {
     bell: Arc<EventFd>,
     workers: Arc<[Handle]>,
     roster: Roster,
+    payload_max: u32,
+    /// To the door.
+    pauses: mpsc::Sender<Pause<Lobby>>,
     threads: Vec<JoinHandle<()>>,
     end: End,
 }
@@ -49,6 +56,92 @@ impl Server {
     /// # Errors
     /// Invalid names or limits, or an error of a device or the kernel. No connection has been accepted then.
     pub fn start(exports: Vec<Export>, listeners: Vec<Listener>, tls: Option<Tls>, limits: Limits) -> io::Result<Self> {
+        let (mut server, mut door) = Self::begin(exports, tls, limits)?;
+        listeners.into_iter().try_for_each(|listener| door.open_to(listener))?;
+        server.run(door)?;
+        Ok(server)
+    }
+
+    /// As [`start`](Self::start), but continues the service of another server where it was [paused](Self::pause). A client whose
+    /// export does not exist, or takes only shorter requests than were negotiated, is disconnected.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn resume(exports: Vec<Export>, handover: Handover, tls: Option<Tls>, limits: Limits) -> io::Result<Self> {
+        let (mut server, mut door) = Self::begin(exports, tls, limits)?;
+        let Handover { listeners, guests, connections } = handover;
+        listeners.into_iter().try_for_each(|socket| door.listen(socket))?;
+        guests.into_iter().for_each(|guest| door.resume(guest));
+        connections.into_iter().for_each(|connection| server.welcome(connection));
+        server.run(door)?;
+        Ok(server)
+    }
+
+    /// Continues a connection.
+    fn welcome(&self, connection: Connection) {
+        let Connection { socket, export, state } = connection;
+        let peer = Peer::of(socket.as_fd());
+        let Some(ticket) = self.roster.ticket(&export) else {
+            return log::warn!("{peer} is disconnected: there is no export {export:?} any more");
+        };
+        let longest = state.terms.block.payload_max;
+        if longest > self.payload_max {
+            let limit = self.payload_max;
+            return log::warn!(
+                "{peer} is disconnected: it may send {longest} bytes at a time, and the limit is {limit}"
+            );
+        }
+        if let Some(worker) = least_loaded(&self.workers, &ticket) {
+            let phase = Phase::Continues(Box::new(state));
+            worker.welcome(Arrival { stream: socket.into(), phase, ticket, over: None });
+        }
+    }
+
+    /// Stops serving for a while: waits until the devices have completed all requests that have begun, at most for `limit`, and
+    /// begins no other one. Clients only see that replies take longer. Drop the result to go on; exports do not change until then.
+    ///
+    /// # Errors
+    /// A device did not complete its requests in time, a thread has failed, or the server is paused already. The server goes on
+    /// then.
+    pub fn pause(&self, limit: Duration) -> io::Result<Paused> {
+        let deadline = Instant::now() + limit;
+        let failed = |_| io::Error::other("a thread of this server has failed");
+        let hold = self.roster.hold(deadline)?;
+        let (pause, sender, reported) = Pause::new(deadline);
+        self.pauses.send(pause).map_err(|_| io::Error::other("the server accepts no connections any more"))?;
+        self.bell.write(1)?;
+        // The door first: then no client is on its way to a worker that has paused.
+        let Lobby { mut state, mut leaving } = reported.recv().map_err(failed)??;
+        let mut threads = vec![sender];
+        let lanes = self.roster.lanes();
+        let reports: Vec<_> = self
+            .workers
+            .iter()
+            .map(|worker| {
+                let (pause, sender, reported) = Pause::new(deadline);
+                threads.push(sender);
+                worker.pause(pause);
+                reported
+            })
+            .collect();
+        for reported in reports {
+            let standstill = reported.recv().map_err(failed)??;
+            leaving += standstill.leaving;
+            for (lane, socket, session) in standstill.connections {
+                match lanes.iter().find(|(number, _)| *number == lane) {
+                    Some((_, export)) => {
+                        state.connections.push(Connection { socket, export: export.clone(), state: session });
+                    }
+                    // Its export was removed.
+                    None => leaving += 1,
+                }
+            }
+        }
+        Ok(Paused { state, threads, leaving, _hold: hold })
+    }
+
+    /// Starts the workers and opens the queues.
+    fn begin(exports: Vec<Export>, tls: Option<Tls>, limits: Limits) -> io::Result<(Self, Door)> {
         if limits.memory < 1 << 20 || limits.workers == 0 {
             let text = format!(
                 "{} workers with {} bytes of memory: needs at least 1 worker and 1 MiB",
@@ -84,11 +177,14 @@ impl Server {
             (sender, closers),
         );
         // From here on, dropping `server` stops the threads.
-        let mut server = Self {
+        let (pauses, paused) = mpsc::channel();
+        let server = Self {
             stop: Arc::clone(&stop),
             bell: Arc::clone(&bell),
             workers: Arc::clone(&workers),
             roster,
+            payload_max,
+            pauses,
             threads,
             end: end.clone(),
         };
@@ -96,10 +192,16 @@ impl Server {
             return Err(e);
         }
         server.replace(exports, tls, |_| Removal::Hide)?;
-        let door = Door::new(listeners, server.roster.views(), workers, bell, Arc::clone(&stop), limits, end.clone())?;
+        let door = Door::new(server.roster.views(), workers, (bell, paused), stop, limits, end)?;
+        Ok((server, door))
+    }
+
+    /// Starts to accept connections.
+    fn run(&mut self, door: Door) -> io::Result<()> {
+        let (end, stop) = (self.end.clone(), Arc::clone(&self.stop));
         let door = move || end.watch("door", &stop, || door.run());
-        server.threads.insert(0, thread::Builder::new().name("door".into()).spawn(door)?);
-        Ok(server)
+        self.threads.insert(0, thread::Builder::new().name("door".into()).spawn(door)?);
+        Ok(())
     }
 
     /// Adds an export. Opens the queues of its device on this thread.

@@ -10,6 +10,7 @@ use nbd_proto::{
 };
 
 use crate::{
+    continuation::{Continuation, Read, encode_command, encode_write},
     lines::{Grant, Part},
     outbox::Outbox,
     pace::Progress,
@@ -53,7 +54,7 @@ pub struct Session {
     replier: Replier,
     calls: Calls,
     /// READs that wait for memory. Requests that need no memory overtake them.
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<Read>,
     /// A parsed request that blocks all later ones: a WRITE that waits for memory, or a request that waits for an earlier one to
     /// end.
     stalled: Option<(Cookie, Request)>,
@@ -107,15 +108,6 @@ enum Request {
     Write(Write),
 }
 
-/// A READ that waits for memory.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    cookie: Cookie,
-    at: u64,
-    len: u32,
-    df: bool,
-}
-
 /// A write whose payload is arriving.
 #[derive(Debug)]
 struct Filling {
@@ -128,10 +120,50 @@ struct Filling {
 impl Session {
     /// Returns a session with the results of a handshake. `number` becomes the upper half of the tags that it submits.
     pub fn new(negotiated: &Negotiated, number: u32) -> Self {
+        Self::with(Receiver::new(negotiated.terms), negotiated.terms, number)
+    }
+
+    /// Returns a session that continues another one, and the input that it must [`take`](Self::take) first.
+    pub fn resume(state: Continuation, number: u32) -> (Self, Vec<u8>) {
+        let Continuation { terms, reads, position, input, output } = state;
+        let mut session = Self::with(Receiver::continued(terms, &position), terms, number);
+        session.waiting = reads.into();
+        session.disconnecting = position.over;
+        session.outbox = Outbox::resume(output);
+        // Something may have to be done that does not depend on new input.
+        session.stall = Some(Stall::Turn);
+        (session, input)
+    }
+
+    /// Returns all that another session needs to continue this one; `input` was not taken yet. `None`: requests of it are at the
+    /// device, or it is ending.
+    pub fn suspend(&self, input: &[u8]) -> Option<Continuation> {
+        if self.calls.in_use > 0 || self.refusing || self.broken || self.closed {
+            return None;
+        }
+        let (terms, mut position, mut again) = (*self.terms(), self.receiver.position(), Vec::new());
+        match self.stalled {
+            Some((cookie, Request::Command(command))) => encode_command(&terms, cookie, command, &mut again),
+            Some((cookie, Request::Write(write))) => encode_write(&terms, cookie, write, &mut again),
+            None => {}
+        }
+        if let Some(Filling { cookie, write, buf, have }) = &self.filling {
+            encode_write(&terms, *cookie, *write, &mut again);
+            let head = again.len();
+            again.resize(head + have, 0);
+            buf.copy_to(0, &mut again[head..]);
+        }
+        again.append(&mut position.taken);
+        again.extend_from_slice(input);
+        let reads = self.waiting.iter().copied().collect();
+        Some(Continuation { terms, reads, position, input: again, output: self.outbox.unsent() })
+    }
+
+    fn with(receiver: Receiver, terms: Terms, number: u32) -> Self {
         Self {
             number,
-            receiver: Receiver::new(negotiated.terms),
-            replier: Replier::new(negotiated.terms),
+            receiver,
+            replier: Replier::new(terms),
             calls: Calls::default(),
             waiting: VecDeque::new(),
             stalled: None,
@@ -330,7 +362,7 @@ impl Session {
     /// Begins waiting READs, in order. Returns whether the client must take replies first.
     #[cold]
     fn serve_waiting(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
-        while let Some(&Waiting { cookie, at, len, df }) = self.waiting.front() {
+        while let Some(&Read { cookie, at, len, df }) = self.waiting.front() {
             if self.refusing {
                 self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
             } else if self.has_its_share(channel, grant) {
@@ -535,12 +567,12 @@ impl Session {
             match request {
                 _ if self.has_its_share(channel, grant) => Some(Stall::Calls),
                 Request::Command(Command::Read { at, len, df }) if !self.waiting.is_empty() => {
-                    self.waiting.push_back(Waiting { cookie, at, len, df });
+                    self.waiting.push_back(Read { cookie, at, len, df });
                     None
                 }
                 Request::Command(command) => match (self.command(cookie, command, channel, grant), command) {
                     (Some(Stall::Memory), Command::Read { at, len, df }) => {
-                        self.waiting.push_back(Waiting { cookie, at, len, df });
+                        self.waiting.push_back(Read { cookie, at, len, df });
                         None
                     }
                     (stall, _) => stall,

@@ -3,6 +3,7 @@
 use std::{
     fmt, io, mem,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use blkdev::{Buf, socket};
@@ -21,7 +22,7 @@ const MANY: usize = 192 << 10;
 
 /// A connected socket, with its TLS state.
 pub(crate) struct Stream {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     layer: Layer,
     /// The low-water mark of the socket (SO_RCVLOWAT), in bytes.
     wakes_at: usize,
@@ -126,6 +127,17 @@ impl Stream {
         }
     }
 
+    /// The socket, if another process could continue on it: it carries plain text.
+    pub(crate) fn plain(&self) -> Option<&Arc<OwnedFd>> {
+        matches!(self.layer, Layer::Plain).then_some(&self.socket)
+    }
+
+    /// Sets a low-water mark again that another process may have left on the socket.
+    pub(crate) fn forget_mark(&mut self) {
+        self.wakes_at = 1;
+        socket::wake_at(self.socket.as_fd(), 1);
+    }
+
     /// Frees spare capacity after a burst.
     pub(crate) fn shrink(&mut self) {
         if let Layer::Secure(tls) = &mut self.layer {
@@ -155,6 +167,12 @@ impl fmt::Debug for Stream {
 
 impl From<OwnedFd> for Stream {
     fn from(socket: OwnedFd) -> Self {
+        Arc::new(socket).into()
+    }
+}
+
+impl From<Arc<OwnedFd>> for Stream {
+    fn from(socket: Arc<OwnedFd>) -> Self {
         Self { socket, layer: Layer::Plain, wakes_at: 1 }
     }
 }

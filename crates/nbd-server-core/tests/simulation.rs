@@ -460,6 +460,14 @@ impl World {
             if self.rng.chance(0.002) {
                 self.sleep();
             }
+            if self.rng.chance(0.01) {
+                self.hand_over(n);
+            }
+            if self.rng.chance(0.002) {
+                // The server is replaced.
+                self.sleep();
+                (0..self.floor.clients.len()).for_each(|n| self.hand_over(n));
+            }
             match self.rng.below(4) {
                 0 | 1 => self.deliver(n),
                 2 => self.collect(n),
@@ -470,6 +478,17 @@ impl World {
             }
         }
         self.check_the_end();
+    }
+
+    /// Another session continues a client, if none of its requests is at the device.
+    fn hand_over(&mut self, n: usize) {
+        let client = &mut self.floor.clients[n];
+        let Some(state) = client.session.suspend(&client.arrived) else { return };
+        client.session.close();
+        (client.session, client.arrived) = Session::resume(state, n as u32);
+        self.turns.leave(n as u32);
+        self.turns.enter(n as u32, client.lane);
+        self.turns.enqueue(n as u32);
     }
 
     /// All requests are sent, and all have their replies.

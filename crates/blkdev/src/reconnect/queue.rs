@@ -340,8 +340,10 @@ impl Queue for ReconnectQueue {
     }
 
     fn relieve(&mut self) -> bool {
+        let is_open = self.is_open;
         self.track.as_mut().is_some_and(|track| {
-            let soon = track.shorten(&self.berth, &self.shared);
+            // What was kept waits for the device.
+            let soon = !is_open | track.shorten(&self.berth, &self.shared);
             if let Some(inner) = &mut self.inner {
                 track.flush(&mut **inner, &self.shared);
             }
@@ -350,7 +352,7 @@ impl Queue for ReconnectQueue {
     }
 
     fn relieves(&self) -> bool {
-        self.track.as_ref().is_some_and(Track::shortens)
+        self.track.as_ref().is_some_and(|track| !self.is_open || track.shortens())
     }
 
     fn confine(&mut self, mut memory: Buf) {

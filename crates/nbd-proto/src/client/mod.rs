@@ -8,7 +8,7 @@
 //! - [`Encoder`]: requests. [`Decoder`]: replies.
 
 mod decoder;
-mod encoder;
+pub(crate) mod encoder;
 mod handshake;
 mod negotiation;
 

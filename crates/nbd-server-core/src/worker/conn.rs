@@ -1,11 +1,16 @@
 //! [`Conn`]: a connection with its socket and its session.
 
-use std::{io, sync::mpsc};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, mpsc},
+};
 
 use blkdev::Channel;
 
 use crate::{
     coalesce::Coalesce,
+    continuation::Continuation,
     lines::Grant,
     poll::{Interest, Poll},
     received::Received,
@@ -35,7 +40,7 @@ pub(super) struct Conn {
     pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
     /// Dropped at the end of the connection, which the receiver notices.
-    pub(super) _over: Option<mpsc::Sender<()>>,
+    pub(super) over: Option<mpsc::Sender<()>>,
 }
 
 impl Conn {
@@ -98,6 +103,12 @@ impl Conn {
                 false
             }
         }
+    }
+
+    /// Returns its socket and all that another process needs to continue it; `None`: that is impossible, now or at all.
+    pub(super) fn suspend(&self) -> Option<(Arc<OwnedFd>, Continuation)> {
+        let socket = self.stream.as_ref()?.plain().filter(|_| self.over.is_none())?;
+        Some((Arc::clone(socket), self.session.suspend(&self.backlog)?))
     }
 
     /// Whether it has something to do in a turn. `has_ended`: one of its requests has ended since the last turn, or all have.

@@ -15,7 +15,7 @@ use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::{
     conn::Conn,
-    handle::Arrival,
+    handle::{Arrival, Phase, Standstill},
     lane::{Lane, Leaving},
 };
 use crate::{
@@ -89,7 +89,7 @@ impl Floor {
 
     /// Adds a connection. Returns its number; `None` if its export was removed.
     pub(super) fn welcome(&mut self, arrival: Arrival, poll: &Poll) -> Option<u32> {
-        let Arrival { stream, negotiated, ticket, sent, over } = arrival;
+        let Arrival { mut stream, phase, ticket, over } = arrival;
         let turned_away = |load: &AtomicUsize| {
             load.fetch_sub(1, Ordering::Relaxed);
             ticket.clients.fetch_sub(1, Ordering::Relaxed);
@@ -115,11 +115,18 @@ impl Floor {
         let name = getsockname::<SockaddrStorage>(stream.as_fd().as_raw_fd()).ok();
         let is_unix = name.is_some_and(|name| name.as_unix_addr().is_some());
         let is_tcp = name.is_some_and(|name| name.as_sockaddr_in().is_some() || name.as_sockaddr_in6().is_some());
+        let (session, backlog) = match phase {
+            Phase::Begins(negotiated, sent) => (Session::new(&negotiated, number), sent),
+            Phase::Continues(state) => {
+                stream.forget_mark();
+                Session::resume(*state, number)
+            }
+        };
         self.conns[number as usize] = Some(Conn {
             stream: Some(stream),
-            session: Session::new(&negotiated, number),
+            session,
             lane: ticket.lane,
-            backlog: sent,
+            backlog,
             readable: true,
             ended: false,
             blocked: false,
@@ -127,7 +134,7 @@ impl Floor {
             active: false,
             coalesce: is_unix.then(Coalesce::default),
             is_tcp,
-            _over: over,
+            over,
         });
         Some(number)
     }
@@ -274,6 +281,24 @@ impl Floor {
             }
         }
         self.active = active;
+    }
+
+    /// Describes all connections, none of which has a request at a device.
+    #[cold]
+    pub(super) fn suspend(&self) -> Standstill {
+        let mut standstill = Standstill::default();
+        for conn in self.conns.iter().flatten().filter(|conn| conn.stream.is_some()) {
+            match conn.suspend().filter(|_| !self.is_leaving(conn.lane)) {
+                Some((socket, state)) => standstill.connections.push((conn.lane, socket, state)),
+                None => standstill.leaving += 1,
+            }
+        }
+        standstill
+    }
+
+    /// Whether the export of a lane was removed.
+    pub(super) fn is_leaving(&self, lane: usize) -> bool {
+        self.lanes[lane].as_ref().is_none_or(|lane| lane.leaving.is_some())
     }
 
     /// Frees memory that has not been used for a while.

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -15,6 +16,8 @@ use nix::sys::eventfd::EventFd;
 
 use super::lane::LANE;
 use crate::{
+    continuation::Continuation,
+    handover::Pause,
     poll::Watch,
     removal::Removal,
     seat::{Seat, Ticket},
@@ -25,13 +28,26 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Arrival {
     pub(crate) stream: Stream,
-    pub(crate) negotiated: Box<Negotiated>,
+    pub(crate) phase: Phase,
     /// Where the client will be served.
     pub(crate) ticket: Ticket,
-    /// Bytes that it sent after the last option.
-    pub(crate) sent: Vec<u8>,
     /// Kept until nothing of the connection is left.
     pub(crate) over: Option<mpsc::Sender<()>>,
+}
+
+/// Where its transmission phase begins.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// After the handshake, with the bytes that it sent after the last option.
+    Begins(Box<Negotiated>, Vec<u8>),
+    /// Where another process has stopped.
+    Continues(Box<Continuation>),
+}
+
+/// The worker with the fewest connections that serves the seat of a ticket; `None`: none of them is alive.
+pub(crate) fn least_loaded<'a>(workers: &'a [Handle], ticket: &Ticket) -> Option<&'a Handle> {
+    let living = ticket.workers.iter().map(|n| &workers[*n]).filter(|worker| worker.is_alive());
+    living.min_by_key(|worker| worker.load())
 }
 
 /// A message to a worker.
@@ -42,6 +58,17 @@ pub(super) enum Message {
     Open(Arc<Seat>, Box<Channel>),
     /// No new clients come to this lane.
     Retire(usize, Removal),
+    /// Completes the requests that have begun, and begins no other one until the end of the pause.
+    Pause(Pause<Standstill>),
+}
+
+/// The connections of a paused worker.
+#[derive(Debug, Default)]
+pub(crate) struct Standstill {
+    /// Each with its lane and its socket.
+    pub(crate) connections: Vec<(usize, Arc<OwnedFd>, Continuation)>,
+    /// Number of those that no other process can continue.
+    pub(crate) leaving: usize,
 }
 
 /// The interface of a worker for other threads.
@@ -92,6 +119,11 @@ impl Handle {
     /// Gives it a channel.
     pub(crate) fn open(&self, seat: Arc<Seat>, channel: Channel) {
         self.send(Message::Open(seat, Box::new(channel)));
+    }
+
+    /// Makes it pause.
+    pub(crate) fn pause(&self, pause: Pause<Standstill>) {
+        self.send(Message::Pause(pause));
     }
 
     /// Makes it release a channel when its clients have gone.

@@ -8,6 +8,7 @@ mod conn;
 mod floor;
 mod handle;
 mod lane;
+mod pause;
 
 use std::{
     io,
@@ -33,7 +34,7 @@ use crate::{
 use conn::Conn;
 use floor::Floor;
 use handle::Message;
-pub(crate) use handle::{Arrival, Handle};
+pub(crate) use handle::{Arrival, Handle, Phase, least_loaded};
 use lane::{LANE, Lane, Step, WIND_UP};
 
 /// The token of the bell.
@@ -262,6 +263,7 @@ impl Worker {
                     self.turns.enqueue(number);
                 }
             }
+            Message::Pause(pause) => self.pause(&pause),
             Message::Open(seat, channel) => {
                 self.turns.open(seat.lane, channel.depth());
                 self.floor.open(seat, *channel);
