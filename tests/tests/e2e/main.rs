@@ -15,6 +15,7 @@ mod process;
 mod reload;
 mod requests;
 mod tls;
+mod upgrade;
 mod vhost_user;
 
 use std::path::PathBuf;
