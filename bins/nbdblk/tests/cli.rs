@@ -312,7 +312,6 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
     bad(&["serve", "--config", &file, "-p", "0"], &[&format!("{file}:2:1: socket-mode needs a Unix domain socket")]);
     bad(&["serve", "--config", "/nonexistent/file"], &["reading /nonexistent/file"]);
     bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
-    bad(&["serve", "memory=1M", "--control", "x"], &["--control needs --config"]);
     bad(&["reload"], &["reload needs the file of the server"]);
     bad(&["reload", "--timeout", "5s"], &["reload needs the file of the server"]);
     bad(&["reload", "--control", "/nonexistent/socket"], &["cannot reach the server at /nonexistent/socket"]);

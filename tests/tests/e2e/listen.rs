@@ -175,9 +175,14 @@ fn readiness_and_stopping_are_reported() {
     for (manager, variable) in [(by_path, dir.text("notify")), (by_name, format!("@{name}"))] {
         manager.set_read_timeout(Some(deadline())).unwrap();
         let told = || {
-            let mut text = [0; 100];
-            let len = manager.recv(&mut text).unwrap();
-            String::from_utf8_lossy(&text[..len]).into_owned()
+            loop {
+                let mut text = [0; 200];
+                let len = manager.recv(&mut text).unwrap();
+                let text = String::from_utf8_lossy(&text[..len]).into_owned();
+                if !text.starts_with("FDSTORE") {
+                    return text;
+                }
+            }
         };
         let serve = nbdblk().args(["serve", "memory=1M", "-f", "-U", "nbd.sock", "--pid-file", "pid"]);
         let server = serve.within(dir.path()).env("NOTIFY_SOCKET", variable).spawn(dir.at("log"));

@@ -16,6 +16,7 @@ mod reload;
 mod requests;
 mod restarts;
 mod tls;
+mod upgrade;
 mod vhost_user;
 
 use std::path::PathBuf;

@@ -294,13 +294,13 @@ pub(crate) fn eventually(mut test: impl FnMut() -> bool) {
 }
 
 impl Client {
-    fn read(&mut self, at: u64, len: u32) -> Result<Vec<u8>, WireError> {
+    pub(super) fn read(&mut self, at: u64, len: u32) -> Result<Vec<u8>, WireError> {
         self.encoder.read(&mut self.out, Cookie(77), at, len);
         self.send();
         self.reply(77)
     }
 
-    fn write(&mut self, at: u64, data: &[u8]) -> Result<(), WireError> {
+    pub(super) fn write(&mut self, at: u64, data: &[u8]) -> Result<(), WireError> {
         self.encoder.write_head(&mut self.out, Cookie(78), at, data.len() as u32, false);
         self.out.extend_from_slice(data);
         self.send();

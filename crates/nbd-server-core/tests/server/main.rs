@@ -2,6 +2,7 @@
 
 mod changes;
 mod door;
+mod pause;
 
 use std::{
     io::{self, Read, Write},
