@@ -32,10 +32,16 @@ fn export(format: &'static str) -> Export {
 
 /// Kills the back end at random moments while four clients verify what they write.
 fn kill_under_load(format: &'static str, properties: &str, durability: Durability) {
+    kill_and_upgrade_under_load(format, properties, durability, false);
+}
+
+/// As [`kill_under_load`], and replaces the program of the server in between.
+fn kill_and_upgrade_under_load(format: &'static str, properties: &str, durability: Durability, upgrade: bool) {
     let dir = Dir::in_memory();
     let image = image(&dir, format);
     let first = Qsd::start(&dir, &image, export(format));
-    let mut server = Nbdblk::unix(&dir, &[&format!("{}{properties}", first.spec())]);
+    let spec = format!("{}{properties}", first.spec());
+    let mut server = Nbdblk::unix(&dir, &[&spec, "--control", "control.sock"]);
     let mut qsd = Some(first);
     let stop = AtomicBool::new(false);
     let count = SIZE as usize / BLOCK / 4;
@@ -60,6 +66,9 @@ fn kill_under_load(format: &'static str, properties: &str, durability: Durabilit
             // Sometimes it is away for a while.
             thread::sleep(Duration::from_millis(rng.below(2) * rng.below(300)));
             qsd = Some(Qsd::start(&dir, &image, export(format)));
+            if upgrade {
+                nbdblk().args(["upgrade", "--control", "control.sock"]).within(dir.path()).ok();
+            }
         }
         stop.store(true, Ordering::Relaxed);
         clients.into_iter().map(|client| client.join().expect("no client sees an error")).collect::<Vec<_>>()
@@ -79,6 +88,12 @@ fn kill_under_load(format: &'static str, properties: &str, durability: Durabilit
 #[test]
 fn no_write_is_lost_when_a_back_end_with_qcow2_is_killed() {
     kill_under_load("qcow2", "", Durability::Often);
+}
+
+/// The new program knows nothing of writes that were not flushed, so the old one flushes them.
+#[test]
+fn no_write_is_lost_when_back_end_and_server_are_replaced() {
+    kill_and_upgrade_under_load("qcow2", "", Durability::None, true);
 }
 
 #[test]
