@@ -150,7 +150,7 @@ impl Client {
             gone: false,
             refused: false,
             is_broken: false,
-            is_stopped: rng.chance(0.1),
+            is_stopped: false,
         }
     }
 }

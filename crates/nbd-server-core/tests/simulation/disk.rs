@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use blkdev::{
-    Device, Plan,
+    Buf, Channel, Device, PAGE, Plan,
     fault::{Bug, Fault, Faults, Rng},
     memory::Memory,
 };
@@ -16,11 +16,23 @@ pub(crate) const DEVICE: u64 = 256 << 10;
 /// Most workers, and so most queues of a device.
 pub(crate) const WORKERS: u64 = 4;
 
+/// Least length of a mapping, which the channels of a device share.
+const MAPPING: usize = 2 << 20;
+
+/// The reserve is a multiple of this.
+const COMMON: usize = 256 << 10;
+
+/// More than a channel needs for itself.
+const OWN: usize = 136 << 10;
+
 /// An export with its device.
 pub(crate) struct Disk {
     pub(crate) device: Arc<Fault<Memory>>,
     pub(crate) exports: Exports,
-    pub(crate) plan: Plan,
+    depth: u16,
+    /// Memory of each of its channels, in bytes: the common part, and the reserve.
+    common: usize,
+    reserve: usize,
     pub(crate) model: Model,
     /// The number of its lane, at each worker that serves it. It is used again when the export is gone.
     pub(crate) lane: usize,
@@ -64,14 +76,48 @@ impl Disk {
         }
         let device = Arc::new(Fault::new(memory, faults));
         let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&device);
-        let plan = plan(*rng.pick(&[64 << 10, 256 << 10]), *rng.pick(&[0, 8 << 10]), rng.range(1, 32) as u16);
+        let depth = rng.range(1, 32) as u16;
+        let (common, reserve) =
+            (*rng.pick(&[64 << 10, 128 << 10, 256 << 10]), *rng.pick(&[16 << 10, 64 << 10, 1 << 20]));
         let exports = Exports::new(vec![export(dynamic, rng.chance(0.1))], 1 << 20).unwrap();
         let model = Model { bytes: content.into_iter().map(Some).collect(), busy: HashMap::new(), is_void };
         // The longest request that fits the memory at any offset. With more memory, reads are long enough to have holes.
-        let longest = plan.memory as u64 * 3 / 5;
+        let longest = common as u64 * 3 / 5;
         let (lane, workers) = (0, Vec::new());
         let (is_removed, is_closed) = (false, false);
-        Self { device, exports, plan, model, lane, workers, longest, faulty, silent, is_removed, is_closed }
+        Self {
+            device,
+            exports,
+            depth,
+            common,
+            reserve,
+            model,
+            lane,
+            workers,
+            longest,
+            faulty,
+            silent,
+            is_removed,
+            is_closed,
+        }
+    }
+
+    /// Opens channels, with the buffers that take the memory which they are not to have: a mapping has 2 MiB at least.
+    pub(crate) fn open(&self, count: usize) -> Vec<(Channel, Vec<Buf>)> {
+        let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&self.device);
+        // Most of it is in the reserve, so that the common part has 256 KiB, or a little more.
+        let aside = (MAPPING / count - COMMON) / COMMON * COMMON;
+        let plan = plan(COMMON - OWN, aside - OWN, self.depth);
+        let shrink = |mut channel: Channel| {
+            let margins = (2 * channel.info().block_size as usize).next_multiple_of(PAGE);
+            let reserve = channel.memory_unused() - channel.memory_free() - margins;
+            let (common, reserve) =
+                (channel.memory().saturating_sub(self.common), reserve.saturating_sub(self.reserve));
+            let common = channel.alloc(0, common).expect("no other request holds memory");
+            let reserve = channel.alloc_reserved(0, reserve).expect("no other request holds memory");
+            (channel, vec![common, reserve])
+        };
+        plan.open(&dynamic, count).unwrap().into_iter().map(shrink).collect()
     }
 
     fn memory(rng: &mut Rng, silent: bool) -> Memory {

@@ -22,6 +22,8 @@ mod replies;
 mod worker;
 mod world;
 
+use std::panic::RefUnwindSafe;
+
 use blkdev::fault::{Bug, Errors, Faults, Rng};
 use nbd_proto::wire::CommandKind as Kind;
 
@@ -29,7 +31,7 @@ use crate::{disk::DEVICE, world::World};
 
 #[test]
 fn orderly_devices() {
-    run_seeds(0, 5000, |_, _| {});
+    run_seeds(0, 4800, |_, _| {});
 }
 
 #[test]
@@ -60,6 +62,12 @@ fn faulty_drivers() {
         let bug = *rng.pick(&[Bug::Panic, Bug::PanicOfDevice, Bug::WrongTag, Bug::Twice]);
         faults.bug = Some((1 + rng.below(100), bug));
     });
+}
+
+/// Many clients wait for memory, in both lines.
+#[test]
+fn crowds() {
+    run_worlds(5, 200, World::throng);
 }
 
 /// If many clients request long replies and read none of them, others get replies, and no client is disconnected.
@@ -183,11 +191,15 @@ fn memory_of_stopped_clients_is_given_to_others() {
 
 /// Runs `count` seeds of a group, 10,000 in all groups; or, for long runs, so many times as many as `SIMULATION_TIMES` says.
 fn run_seeds(group: u64, count: u64, worsen: fn(&mut Rng, &mut Faults)) {
+    run_worlds(group, count, |seed| World::new(seed, worsen));
+}
+
+fn run_worlds(group: u64, count: u64, world: impl Fn(u64) -> World + RefUnwindSafe) {
     let times = std::env::var("SIMULATION_TIMES").map_or(1, |times| times.parse().expect("a number"));
     let first = group << 32;
     for seed in first..first + count * times {
         // A panic reports the seed, which is enough to reproduce it.
-        let result = std::panic::catch_unwind(|| World::new(seed, worsen).run());
+        let result = std::panic::catch_unwind(|| world(seed).run());
         assert!(result.is_ok(), "seed {seed} fails");
     }
 }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Channel, Done, wake};
+use blkdev::{Buf, Channel, Done, wake};
 use nbd_server_core::{Connections, Fed, Grant, Part, Progress, Session, Turns};
 
 use crate::{
@@ -30,6 +30,8 @@ pub(crate) struct Seat {
 pub(crate) struct Lane {
     pub(crate) channel: Channel,
     pub(crate) disk: usize,
+    /// Memory that it must do without.
+    pub(crate) kept: Vec<Buf>,
     order: Order,
     /// Closed connections have requests to cancel.
     cancels: bool,
@@ -90,19 +92,19 @@ impl Lane {
 }
 
 impl Worker {
-    pub(crate) fn open(&mut self, number: usize, disk: usize, channel: Channel) {
+    pub(crate) fn open(&mut self, number: usize, disk: usize, channel: Channel, kept: Vec<Buf>) {
         if self.lanes.len() <= number {
             self.lanes.resize_with(number + 1, || None);
         }
         assert!(self.lanes[number].is_none(), "a lane number is reused only after its lane was closed");
         self.turns.open(number, channel.depth());
-        self.lanes[number] = Some(Lane { channel, disk, order: Order::default(), cancels: false });
+        self.lanes[number] = Some(Lane { channel, disk, kept, order: Order::default(), cancels: false });
     }
 
     /// Closes a lane without clients.
-    pub(crate) fn close(&mut self, lane: usize) -> Option<Channel> {
+    pub(crate) fn close(&mut self, lane: usize) -> Option<Lane> {
         self.turns.close(lane);
-        self.lanes[lane].take().map(|lane| lane.channel)
+        self.lanes[lane].take()
     }
 
     pub(crate) fn lane(&self, lane: usize) -> &Channel {
@@ -311,8 +313,8 @@ impl Worker {
 
     /// Whether nothing is left to do, now or without an event.
     pub(crate) fn is_at_rest(&self) -> bool {
-        let is_due = |number| {
-            let Some(lane): Option<&Lane> = self.lanes[number as usize].as_ref() else { return false };
+        let is_due = |number: usize| {
+            let Some(lane) = &self.lanes[number] else { return false };
             self.turns.due(number, || lane.channel.memory_unused(), STALL_TIMEOUT) == Some(Duration::ZERO)
         };
         self.turns.is_empty() && self.in_flight() == 0 && !(0..self.lanes.len()).any(is_due)

@@ -7,7 +7,7 @@ use std::{
 };
 
 use blkdev::{
-    Channel, Device,
+    Device,
     fault::{Fault, Faults, Rng},
     memory::Memory,
 };
@@ -20,11 +20,8 @@ use nbd_server_core::Exports;
 use crate::{
     client::{Client, Request},
     disk::{DEVICE, Disk, WORKERS, export, plan},
-    worker::{Seat, Worker},
+    worker::{Lane, Seat, Worker},
 };
-
-/// Most clients that are connected at a time, unless a test makes more.
-const CLIENTS: usize = 10;
 
 pub(crate) struct World {
     pub(crate) rng: Rng,
@@ -35,16 +32,49 @@ pub(crate) struct World {
     pub(crate) clients: Vec<Client>,
     /// Number of requests that the clients have still to send.
     budget: u32,
+    habits: Habits,
     /// The time that the workers see.
     now: Instant,
     /// For bytes on their way.
     piece: Vec<u8>,
 }
 
+/// What the clients of a run are like.
+struct Habits {
+    /// How often a request is a READ, as long as any.
+    greed: f64,
+    /// How often a client takes no replies although it could, while it sends requests.
+    sloth: f64,
+    /// How many of them stop, of all clients.
+    stops: f64,
+    /// Least length of a client's socket, in bytes.
+    socket: usize,
+    /// How much time passes between the turns of the workers, in milliseconds; now and then, more does.
+    step: u64,
+    /// Most clients at a time that enter an export with it …
+    crowd: u64,
+    /// … and at all workers, later.
+    present: usize,
+}
+
+impl Habits {
+    fn new(rng: &mut Rng) -> Self {
+        Self {
+            greed: *rng.pick(&[0.0, 0.3, 0.8]),
+            sloth: *rng.pick(&[0.0, 0.5, 0.9]),
+            stops: *rng.pick(&[0.0, 0.1, 0.3]),
+            socket: 1,
+            step: *rng.pick(&[1, 5, 100, 600]),
+            crowd: *rng.pick(&[4, 4, 12]),
+            present: *rng.pick(&[8, 16]),
+        }
+    }
+}
+
 impl World {
     pub(crate) fn new(seed: u64, worsen: fn(&mut Rng, &mut Faults)) -> Self {
         let mut world = Self::empty(seed);
-        let workers = world.rng.range(1, WORKERS + 1) as usize;
+        let workers = *world.rng.pick(&[1, 1, 2, 3, WORKERS]) as usize;
         world.workers.resize_with(workers, Worker::default);
         world.add(worsen);
         for _ in 0..*world.rng.pick(&[0, 0, 1, 2]) {
@@ -53,28 +83,38 @@ impl World {
         world
     }
 
+    /// A server with many clients at one or two workers.
+    pub(crate) fn throng(seed: u64) -> Self {
+        let mut world = Self::empty(seed);
+        (world.habits.crowd, world.habits.socket) = (world.rng.range(20, 100), 500);
+        world.habits.sloth = *world.rng.pick(&[0.5, 0.9]);
+        world.budget = 600;
+        let workers = world.rng.range(1, 3) as usize;
+        world.workers.resize_with(workers, Worker::default);
+        world.add(|_, _| {});
+        world
+    }
+
     fn empty(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
-        let budget = rng.range(20, 400) as u32;
+        let (budget, habits) = (rng.range(20, 400) as u32, Habits::new(&mut rng));
         let (disks, workers, clients) = (Vec::new(), Vec::new(), Vec::new());
-        Self { rng, disks, workers, clients, budget, now: Instant::now(), piece: vec![0; 64 << 10] }
+        Self { rng, disks, workers, clients, budget, habits, now: Instant::now(), piece: vec![0; 64 << 10] }
     }
 
     /// Adds an export, with its lanes and its clients.
     fn add(&mut self, worsen: fn(&mut Rng, &mut Faults)) {
         let mut disk = Disk::new(&mut self.rng, worsen);
-        let dynamic: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&disk.device);
         let (count, of) = (self.rng.range(1, self.workers.len() as u64 + 1) as usize, self.workers.len());
         let first = self.rng.below(of as u64) as usize;
         let number = self.disks.len();
         disk.lane = (0..).find(|&lane| self.disks.iter().all(|disk| disk.is_closed || disk.lane != lane)).unwrap();
         disk.workers = (first..first + count).map(|n| n % of).collect();
-        let channels = disk.plan.open(&dynamic, count).unwrap();
-        for (&worker, channel) in disk.workers.iter().zip(channels) {
-            self.workers[worker].open(disk.lane, number, channel);
+        for (&worker, (channel, kept)) in disk.workers.iter().zip(disk.open(count)) {
+            self.workers[worker].open(disk.lane, number, channel, kept);
         }
         self.disks.push(disk);
-        for _ in 0..self.rng.range(1, 5) {
+        for _ in 0..self.rng.range(1, self.habits.crowd + 1) {
             self.enter(number);
         }
     }
@@ -88,7 +128,9 @@ impl World {
         // A panic of the driver turns the client away, as it does at the door.
         let talk = AssertUnwindSafe(|| Client::shake_hands(exports, seat, &mut self.rng));
         match catch_unwind(talk) {
-            Ok(client) => {
+            Ok(mut client) => {
+                client.is_stopped = self.rng.chance(self.habits.stops);
+                client.socket_len = client.socket_len.max(self.habits.socket);
                 self.workers[worker].enter(self.clients.len(), number, *lane);
                 self.clients.push(client);
             }
@@ -117,8 +159,8 @@ impl World {
             for worker in disk.workers.clone() {
                 let worker = &mut self.workers[worker];
                 if worker.is_between() && !worker.has_clients(lane, &self.clients) {
-                    let channel = worker.close(lane);
-                    channel.iter().for_each(|channel| self.check_memory(number, channel));
+                    let lane = worker.close(lane);
+                    lane.into_iter().for_each(|lane| self.check_memory(lane));
                 }
             }
             let disk = &self.disks[number];
@@ -127,7 +169,9 @@ impl World {
         }
     }
 
-    fn check_memory(&self, disk: usize, channel: &Channel) {
+    fn check_memory(&self, lane: Lane) {
+        let Lane { channel, kept, disk, .. } = lane;
+        drop(kept);
         assert!(self.disks[disk].faulty || channel.memory_free() == channel.memory(), "every buffer came back");
     }
 
@@ -143,7 +187,7 @@ impl World {
         let device: Arc<dyn Device> = Arc::<Fault<Memory>>::clone(&disk.device);
         let mut channels = plan(1 << 20, 128 << 10, depth).open(&device, 1).unwrap();
         world.workers.push(Worker::default());
-        world.workers[0].open(0, 0, channels.remove(0));
+        world.workers[0].open(0, 0, channels.remove(0), Vec::new());
         disk.exports = Exports::new(vec![export(device, false)], 1 << 20).unwrap();
         disk.workers = vec![0];
         world.disks.push(disk);
@@ -187,6 +231,7 @@ impl World {
             }
             match self.rng.below(4) {
                 0 | 1 => self.deliver(n),
+                2 if self.budget > 0 && self.rng.chance(self.habits.sloth) => {}
                 2 => self.collect(n),
                 _ => self.work(),
             }
@@ -197,8 +242,16 @@ impl World {
         self.check_the_end();
     }
 
+    /// Most often one that is connected.
     fn any_client(&mut self) -> usize {
-        self.rng.below(self.clients.len() as u64) as usize
+        let mut n = 0;
+        for _ in 0..5 {
+            n = self.rng.below(self.clients.len() as u64) as usize;
+            if !self.clients[n].gone {
+                break;
+            }
+        }
+        n
     }
 
     /// A client vanishes, breaks the protocol, leaves or enters, or an export is removed or added.
@@ -238,7 +291,7 @@ impl World {
     /// A client enters an export that is there, unless there are many.
     fn enter_if_possible(&mut self, disk: usize) {
         let present = self.clients.iter().filter(|client| !client.gone).count();
-        if self.budget > 0 && !self.disks[disk].is_removed && present < CLIENTS {
+        if self.budget > 0 && !self.disks[disk].is_removed && present < self.habits.present {
             self.enter(disk);
         }
     }
@@ -258,7 +311,7 @@ impl World {
 
     /// A client creates a random request.
     fn ask(&mut self) {
-        let n = self.rng.below(self.clients.len() as u64) as usize;
+        let n = self.any_client();
         let rng = &mut self.rng;
         let client = &mut self.clients[n];
         if !client.can_ask() {
@@ -278,8 +331,10 @@ impl World {
             Kind(77),
         ]);
         let disk = &mut self.disks[client.seat.disk];
-        let longest = *rng.pick(&[600, 9000, 40_000, disk.longest]);
-        let mut len = rng.range(1, longest);
+        let is_greedy = rng.chance(self.habits.greed);
+        let kind = if is_greedy { Kind::READ } else { kind };
+        let longest = if is_greedy { disk.longest } else { *rng.pick(&[600, 9000, 40_000, disk.longest]) };
+        let mut len = rng.range(if is_greedy { longest / 2 } else { 1 }, longest);
         let mut at = rng.below(DEVICE - len);
         if rng.chance(0.4) {
             // Aligned, as most requests of real clients are.
@@ -400,7 +455,8 @@ impl World {
 
     /// Steps of some workers, in any order.
     fn work(&mut self) {
-        self.now += Duration::from_millis(self.rng.below(600));
+        let step = if self.rng.chance(0.05) { 600 } else { self.habits.step };
+        self.now += Duration::from_millis(self.rng.below(step));
         for _ in 0..self.rng.range(1, 1 + 4 * self.workers.len() as u64) {
             let worker = self.rng.below(self.workers.len() as u64) as usize;
             self.advance(worker);
@@ -438,11 +494,11 @@ impl World {
 
     fn check_the_end(mut self) {
         for worker in std::mem::take(&mut self.workers) {
-            for lane in worker.lanes.iter().flatten() {
-                assert_eq!(lane.channel.in_flight(), 0);
-                self.check_memory(lane.disk, &lane.channel);
-            }
             assert!(worker.is_empty(), "every client has left");
+            for lane in worker.lanes.into_iter().flatten() {
+                assert_eq!(lane.channel.in_flight(), 0);
+                self.check_memory(lane);
+            }
         }
         assert!(self.clients.iter().all(|client| client.gone), "every request was answered");
         for disk in &self.disks {
