@@ -954,7 +954,7 @@ impl Channel {
                 self.slots.remove(slot);
                 done.push(Done { tag, io: Io::Flush, result });
             }
-            (Some(Slot::Job(job)), op) if job.out > 0 => {
+            (Some(Slot::Job(job)), op) if job.out > 0 && job.awaits(&op) => {
                 job.out -= 1;
                 job.born = self.ages.now();
                 if job.take_back(op, result) && job.uses_edges() {
@@ -1314,6 +1314,21 @@ mod tests {
             }
             assert_eq!(asked, ended, "seed {seed}: every request ends once, whatever {bug:?} does");
         }
+    }
+
+    #[test]
+    fn a_completion_that_does_not_fit_its_request_ends_the_device() {
+        let slow = Slow::from(awkward());
+        let (waiting, credit) = (Arc::clone(&slow.shared), Arc::clone(&slow.credit));
+        let mut channel = open(slow, 8);
+        channel.submit(7, Io::Status { at: 0, len: 4096, extents: Vec::new() });
+        let status = waiting.lock().unwrap().pop_front().expect("the device has the request");
+        waiting.lock().unwrap().push_back(Completion { tag: status.tag, op: Op::Flush, result: Ok(()) });
+        credit.store(1, Ordering::Relaxed);
+        let mut ended = ends(&mut channel);
+        ended.extend(ends(&mut channel));
+        assert_eq!(ended, [(7, Err(Error::Gone))]);
+        assert!(channel.refuses() && channel.is_dead());
     }
 
     #[test]

@@ -185,6 +185,19 @@ impl Job {
         Some(op)
     }
 
+    /// Whether a piece of the present stage can be such an operation.
+    pub(crate) fn awaits(&self, op: &Op) -> bool {
+        match (self.stage, &self.io) {
+            (Stage::Merge | Stage::EdgesIn, _) | (Stage::Main, Io::Read { .. }) => matches!(op, Op::Read { .. }),
+            (Stage::EdgesOut | Stage::Zeroes, _) | (Stage::Main, Io::Write { .. }) => matches!(op, Op::Write { .. }),
+            (Stage::Flush, _) | (_, Io::Flush) => matches!(op, Op::Flush),
+            (Stage::Main, Io::Zero { .. }) => matches!(op, Op::Zero { .. }),
+            (Stage::Main, Io::Discard { .. }) => matches!(op, Op::Discard { .. }),
+            (Stage::Main, Io::Status { .. }) => matches!(op, Op::Status { .. }),
+            (Stage::Main, Io::Prefetch { .. }) => matches!(op, Op::Prefetch { .. }),
+        }
+    }
+
     /// Takes back a piece. `true`: it came back without its memory, which the device may still access.
     pub(crate) fn take_back(&mut self, op: Op, result: Result<(), Error>) -> bool {
         let lost = op.has_lost_memory();
