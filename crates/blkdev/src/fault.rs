@@ -26,7 +26,7 @@ use crate::{
 pub struct Faults {
     /// All behaviour depends only on this and on the calls.
     pub seed: u64,
-    /// Each completion is delayed for a random number of [`Queue::reap`] calls, up to this. So completions also come out of
+    /// A request takes effect at once, or after a random number of [`Queue::reap`] calls, up to this. Then each completion is delayed for a random number of [`Queue::reap`] calls, up to this. So completions also come out of
     /// order.
     pub delay_max: u32,
     /// [`Queue::push`] refuses a request although there is room. Never while nothing is in flight, because no completion would
@@ -186,6 +186,7 @@ impl<D: Device> Device for Fault<D> {
             wake,
             inside: HashMap::new(),
             next: 0,
+            before: Vec::new(),
             outside: Vec::new(),
             lost: Vec::new(),
             buffer: Vec::new(),
@@ -206,6 +207,8 @@ struct FaultQueue {
     /// Requests at the wrapped device, by their tags there.
     inside: HashMap<u64, Inside>,
     next: u64,
+    /// Requests that the wrapped device does not have yet, each with its remaining number of reaps.
+    before: Vec<(u32, Late)>,
     /// Delayed completions, each with its remaining number of reaps.
     outside: Vec<(u32, Completion)>,
     /// Requests that never complete.
@@ -222,9 +225,18 @@ struct Inside {
     torn: Option<Op>,
 }
 
+/// A request on its way to the wrapped device.
+#[derive(Debug)]
+struct Late {
+    tag: u64,
+    op: Op,
+    /// See [`Inside::torn`].
+    torn: Option<Op>,
+}
+
 impl FaultQueue {
     fn in_flight(&self) -> usize {
-        self.inside.len() + self.outside.len() + self.lost.len()
+        self.before.len() + self.inside.len() + self.outside.len() + self.lost.len()
     }
 
     fn forward(&mut self, tag: u64, op: Op, torn: Option<Op>) -> Result<(), Request> {
@@ -234,6 +246,36 @@ impl FaultQueue {
         self.inside.insert(self.next, Inside { tag, torn });
         self.next += 1;
         Ok(())
+    }
+
+    /// Passes a request to the wrapped device, now or later.
+    fn execute(&mut self, tag: u64, op: Op, torn: Option<Op>) -> Result<(), Request> {
+        let delay = self.rng.below(u64::from(self.faults.delay_max) + 1) as u32;
+        if delay == 0 || self.rng.chance(0.5) {
+            return self.forward(tag, op, torn);
+        }
+        self.before.push((delay, Late { tag, op, torn }));
+        Ok(())
+    }
+
+    /// Passes delayed requests to the wrapped device.
+    fn forward_late(&mut self) {
+        let mut n = 0;
+        while n < self.before.len() {
+            if self.before[n].0 > 1 {
+                self.before[n].0 -= 1;
+                n += 1;
+                continue;
+            }
+            let Late { tag, op, torn } = self.before.swap_remove(n).1;
+            let is_torn = torn.is_some();
+            match self.forward(tag, op, torn) {
+                Ok(()) => {}
+                // The wrapped device is full. This is the whole write, and none of it was written.
+                Err(Request { tag, op }) if is_torn => self.hold(tag, op, Err(Error::Io)),
+                Err(Request { tag, op }) => return self.before.push((1, Late { tag, op, torn: None })),
+            }
+        }
     }
 
     /// Ends a request with an error that fits it, without the wrapped device.
@@ -283,7 +325,9 @@ impl FaultQueue {
         self.within.give_up();
         let withheld = std::mem::take(&mut self.outside).into_iter().map(|(_, done)| (done.tag, done.op));
         let lost = std::mem::take(&mut self.lost).into_iter().map(|request| (request.tag, request.op));
-        self.outside = withheld.chain(lost).map(|(tag, op)| (0, gone(tag, op))).collect();
+        let late =
+            std::mem::take(&mut self.before).into_iter().map(|(_, late)| (late.tag, late.torn.unwrap_or(late.op)));
+        self.outside = withheld.chain(lost).chain(late).map(|(tag, op)| (0, gone(tag, op))).collect();
         // The owner may be asleep, or about to sleep.
         self.wake.ring();
     }
@@ -351,12 +395,12 @@ impl Queue for FaultQueue {
                 Op::Write { at, buf, fua } if self.faults.torn && buf.len() > self.block => {
                     let blocks = self.rng.range(1, (buf.len() / self.block) as u64) as usize;
                     let front = Op::Write { at: *at, buf: buf.lend(0, blocks * self.block), fua: *fua };
-                    self.forward(tag, front, Some(op))?;
+                    self.execute(tag, front, Some(op))?;
                 }
                 _ => self.fail(tag, op),
             }
         } else {
-            self.forward(tag, op, None)?;
+            self.execute(tag, op, None)?;
         }
         self.shared.requests.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -373,6 +417,7 @@ impl Queue for FaultQueue {
         if self.device_is_dead() {
             self.die();
         }
+        self.forward_late();
         self.collect();
         self.may_panic();
         if self.has_bug(Bug::Twice) {
@@ -393,7 +438,7 @@ impl Queue for FaultQueue {
         }
     }
 
-    /// The descriptor of the wrapped device, if it has one. Then delayed completions make [`arm`](Queue::arm) return `false`.
+    /// The descriptor of the wrapped device, if it has one. Then delayed requests and completions make [`arm`](Queue::arm) return `false`.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.within.wake_fd().or_else(|| Some(self.wake.as_fd()))
     }
@@ -403,10 +448,10 @@ impl Queue for FaultQueue {
         if self.dead != self.device_is_dead() || self.rng.chance(self.faults.unready) || !self.within.arm() {
             return false;
         }
-        if self.outside.is_empty() {
+        if self.before.is_empty() && self.outside.is_empty() {
             return true;
         }
-        // A delayed completion causes no event of its own: either return `false`, or cause an event.
+        // A delayed request or completion causes no event of its own: either return `false`, or cause an event.
         if self.within.wake_fd().is_some() || !self.rng.chance(0.5) {
             return false;
         }
