@@ -360,3 +360,108 @@ impl OldTerms {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::{fd::IntoRawFd, unix::net::UnixStream};
+
+    use nbd_server_core::nbd_proto::ContextSet;
+    use nix::unistd::dup;
+
+    use super::*;
+
+    /// An end of a socket pair that a new program would inherit.
+    fn socket() -> Arc<OwnedFd> {
+        Arc::new(dup(UnixStream::pair().expect("a socket").0).expect("a descriptor"))
+    }
+
+    fn handover() -> Handover {
+        let terms = Terms {
+            mode: Mode::Extended,
+            flags: TransmissionFlags(0x123),
+            size: 1 << 40,
+            block: BlockSizes { min: 512, preferred: 4096, payload_max: 1 << 20 },
+            enforce_alignment: false,
+            contexts: [0, 7].into_iter().collect::<ContextSet>(),
+        };
+        let reject = Rejection { kind: CommandKind::WRITE, at: 9, error: WireError::NoSpc, text: BEFORE };
+        let position = Position { skip: 77, reject: Some((Cookie(u64::MAX), reject)), taken: Vec::new(), over: false };
+        let reads = vec![Waiting { cookie: Cookie(3), at: 1 << 35, len: 5, df: true }];
+        let output = vec![Unsent::Bytes(vec![1; 30]), Unsent::Content { at: 8, len: 4096 }, Unsent::Bytes(vec![2])];
+        let state = Continuation { terms, reads, position, input: b"rest".to_vec(), output };
+        let plain = Terms { mode: Mode::Simple, contexts: ContextSet::EMPTY, ..terms };
+        let over = Position { over: true, ..Position::default() };
+        let other = Continuation { terms: plain, reads: vec![], position: over, input: vec![], output: vec![] };
+        let guest = |tls| Greeted { socket: socket(), tls, heard: b"option".to_vec(), unsent: b"reply".to_vec() };
+        Handover {
+            listeners: vec![socket()],
+            guests: [Tls::Off, Tls::Optional, Tls::Required].map(guest).into(),
+            connections: vec![
+                Connection { socket: socket(), export: "an export".into(), state },
+                Connection { socket: socket(), export: String::new(), state: other },
+            ],
+        }
+    }
+
+    /// The state, as a new program gets it.
+    fn written(handover: &Handover) -> File {
+        let file = OldFile { path: "/a".into(), dev: 1, ino: 2 };
+        State { child: Some(7), files: vec![file], ..State::default() }.write(handover).expect("it can be written")
+    }
+
+    #[test]
+    fn a_state_is_read_as_it_was_written() {
+        let before = handover();
+        let (file, mut state) = StateFile::open(written(&before)).expect("it is whole");
+        assert_eq!((state.child, state.clients()), (Some(7), 5));
+        assert_eq!(state.needs(), (vec!["", "an export"], 1 << 20));
+        // The new program owns the descriptors.
+        let text = |handover: &Handover| {
+            let guests = handover.guests.iter().map(|g| format!("{:?} {:?} {:?}", g.tls, g.heard, g.unsent));
+            let connections = handover.connections.iter().map(|c| format!("{} {:?}", c.export, c.state));
+            guests.chain(connections).collect::<Vec<_>>()
+        };
+        let expected = text(&before);
+        for socket in before.listeners.into_iter().chain(before.guests.into_iter().map(|guest| guest.socket)) {
+            let _ = Arc::into_inner(socket).expect("the only owner").into_raw_fd();
+        }
+        for connection in before.connections {
+            let _ = Arc::into_inner(connection.socket).expect("the only owner").into_raw_fd();
+        }
+        let after = state.take_handover(&file).expect("all descriptors are open");
+        assert_eq!(text(&after), expected);
+        assert_eq!(after.listeners.len(), 1);
+    }
+
+    #[test]
+    fn an_invalid_state_is_an_error() {
+        let whole = written(&handover());
+        let mut bytes = vec![0; whole.metadata().unwrap().len() as usize];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        let open = |bytes: &[u8]| {
+            let mut file = File::from(memfd_create(c"state", MFdFlags::MFD_CLOEXEC).unwrap());
+            file.write_all(bytes).unwrap();
+            StateFile::open(file).map(|_| ()).map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(open(&bytes), Ok(()));
+        let len = u64::from_le_bytes(bytes[12..HEAD].try_into().unwrap()) as usize;
+        for cut in 0..HEAD + len {
+            assert!(open(&bytes[..cut]).is_err(), "the first {cut} bytes");
+        }
+        let changed = |at: usize, byte: u8| {
+            let mut bytes = bytes.clone();
+            bytes[at] = byte;
+            open(&bytes).unwrap_err()
+        };
+        assert!(changed(0, b'N').contains("not the state of a server"));
+        assert!(changed(8, 2).contains("up to version 1, and this is version 2"));
+        assert!(changed(8, 0).contains("this is version 0"));
+        assert!(changed(19, 255).contains("incomplete"));
+        assert!(changed(HEAD, b'[').contains("malformed"));
+        // Pieces that are not there.
+        let (file, _) = StateFile::open(whole).unwrap();
+        for piece in [Piece { at: file.len, len: 1 }, Piece { at: u64::MAX, len: 2 }, Piece { at: 0, len: u64::MAX }] {
+            assert!(file.bytes(piece).is_err(), "{piece:?}");
+        }
+    }
+}

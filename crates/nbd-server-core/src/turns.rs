@@ -237,6 +237,13 @@ impl Turns {
         Some(fed)
     }
 
+    /// Forgets the paces of all connections: the worker has not served them for a while.
+    pub fn restart_paces(&mut self) {
+        for member in self.members.iter_mut().flatten() {
+            (member.taking, member.sending) = (None, None);
+        }
+    }
+
     /// Interval of calls to [`sweep`](Self::sweep).
     pub fn interval(stall_timeout: Duration) -> Duration {
         Limit::taking(stall_timeout).interval()

@@ -66,13 +66,11 @@ fn many_upgrades_under_load_lose_nothing() {
     dir.sparse("disk.raw", 16 * MIB);
     let other = format!("vhost:{}", qsd.spec());
     let server = Nbdblk::unix(&dir, &[&["file:io_uring=disk.raw", &other, "--port", "0"], &CONTROL[..]].concat());
-    let log = server.log();
-    let tcp = log.lines().find(|line| line.starts_with("nbd://")).expect("the URI of the TCP port is printed");
-    let (authority, _) = tcp["nbd://".len()..].split_once('/').expect("the first export has a name");
+    let tcp = format!("nbd://127.0.0.1:{}", port(&server));
     let loads = [
         ("file-unix", server.uri_of("file")),
-        ("vhost-tcp", format!("nbd://{authority}/vhost")),
-        ("file-tcp", format!("nbd://{authority}/file")),
+        ("vhost-tcp", format!("{tcp}/vhost")),
+        ("file-tcp", format!("{tcp}/file")),
         ("vhost-unix", server.uri_of("vhost")),
     ];
     // Clients of the same export write the same blocks, so only two at a time.
@@ -110,6 +108,14 @@ fn many_upgrades_under_load_lose_nothing() {
     assert!(!dir.at("control.sock").exists());
 }
 
+/// The TCP port of a server that listens on a Unix domain socket as well.
+fn port(server: &Nbdblk) -> u16 {
+    let log = server.log();
+    let tcp = log.lines().find_map(|line| line.strip_prefix("nbd://localhost")).expect("the URI is printed");
+    let digits: String = tcp.trim_start_matches(':').chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or(10809)
+}
+
 fn await_fio(running: [Daemon; 2]) {
     for fio in running {
         let (status, log) = fio.await_end();
@@ -126,12 +132,14 @@ fn half_a_request_goes_on() {
         fs::write(&image, Rng(7).bytes(16 * MIB as usize)).unwrap();
         let (_qsd, spec) = behind.device(&dir, &image);
         let server = Nbdblk::unix(&dir, &[&[spec.as_str(), "--port", "0"], &CONTROL[..]].concat());
+        let tcp = Address::Tcp(([127, 0, 0, 1], port(&server)).into());
         let data = Rng(1).bytes(300_000);
         let mut clients = Vec::new();
         for (n, mode) in Mode::ALL.into_iter().enumerate() {
             let head = mode.header(0, cmd::WRITE, 0, 0, 0).len();
             for (k, sent) in [1, head - 1, head, head + 1, head + 200_000].into_iter().enumerate() {
-                let mut client = Raw::enter(server.address(), mode, "");
+                let address = if (n + k) % 2 == 0 { server.address() } else { &tcp };
+                let mut client = Raw::enter(address, mode, "");
                 let at = (n * 5 + k) as u64 * 512 * KIB;
                 let cookie = client.expect_answer(cmd::WRITE, at, data.len() as u64);
                 let bytes = mode.request(0, cmd::WRITE, cookie, at, data.len() as u64, &data);
@@ -271,6 +279,14 @@ fn a_program_that_is_unfit_changes_nothing() {
     assert!(judge("2", &["serve", "null=1M"]).err.contains("up to version 1, and this is version 2"));
     assert_eq!(judge("1", &["serve", "nosuch=1"]).status.code(), Some(1));
     assert_eq!(judge("1", &["drivers"]).status.code(), Some(1));
+    // A program that is removed between its judgement and its execution.
+    let text = format!(
+        "#!/bin/sh\n'{}' \"$@\"; s=$?\ncase \"$*\" in *--state*) rm \"$0\";; esac; exit $s\n",
+        nbdblk().path().display()
+    );
+    let fleeting = script("fleeting", 0o755, &text);
+    refused(&dir, &["--program", &fleeting], &["executing ", "fleeting", "No such file"]);
+    client.write(0, b"still");
     eventually("nothing is left over", || server.fds() <= fds);
     upgrade(&dir);
     assert_eq!(client.read(0, 5), b"still");

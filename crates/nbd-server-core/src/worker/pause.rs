@@ -32,6 +32,7 @@ impl Worker {
         }
         // Events of the pause are still in the poll set; only time has passed.
         self.now = Instant::now();
+        self.turns.restart_paces();
     }
 
     /// Waits until no request is at a device and all kept changes are durable, and sends the replies. Begins no request.
