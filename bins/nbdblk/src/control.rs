@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    ops::ControlFlow,
     os::fd::AsFd,
     process,
     sync::{
@@ -63,55 +64,8 @@ impl Control {
         let phase = Arc::new(AtomicU8::new(first as u8));
         let gate = Arc::new(Mutex::new(()));
         let control = Self { events, sender: sender.clone(), phase: phase.clone(), gate: gate.clone() };
-        let listen = move || {
-            loop {
-                let _ = poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-                let _gate = lock(&gate);
-                let info = match signals.read_signal() {
-                    Ok(Some(info)) => info,
-                    Ok(None) | Err(Errno::EINTR) => continue,
-                    Err(error) => return log::error!("cannot read signals: {error}"),
-                };
-                // Real-time signals have no name.
-                let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { continue };
-                let now = phase.load(Ordering::SeqCst);
-                let is_keyboard = matches!(signal, Signal::SIGINT | Signal::SIGQUIT);
-                let is_first = now != Phase::Stopping as u8;
-                let stops = match signal {
-                    Signal::SIGHUP if has_file => {
-                        log::info!("{signal}: reading the configuration again");
-                        let _ = sender.send(Event::Reload(None));
-                        false
-                    }
-                    Signal::SIGUSR2 => {
-                        log::info!("{signal}: replacing the program");
-                        let _ = sender.send(Event::Upgrade(None, None));
-                        continue;
-                    }
-                    // These may come twice without a second request: for a closed terminal, and every second beyond the CPU
-                    // limit.
-                    Signal::SIGHUP => hangs_up && is_first,
-                    Signal::SIGXCPU => is_first,
-                    Signal::SIGTERM => true,
-                    _ => is_keyboard && now != Phase::Running as u8,
-                };
-                log::info!("{signal}{}", if stops { "" } else { ": ignored" });
-                if !stops {
-                    continue;
-                }
-                if now == Phase::Opening as u8 {
-                    log::warn!("{signal} before the server was ready: nothing was served");
-                }
-                if now == Phase::Opening as u8 || !is_first {
-                    end(128 + signal as i32);
-                }
-                phase.store(Phase::Stopping as u8, Ordering::SeqCst);
-                if sender.send(Event::Stop(signal)).is_err() {
-                    return;
-                }
-            }
-        };
-        thread::Builder::new().name("signals".into()).spawn(listen).context("starting a thread")?;
+        let reader = Reader { signals, sender, phase, gate, has_file, hangs_up };
+        thread::Builder::new().name("signals".into()).spawn(move || reader.run()).context("starting a thread")?;
         Ok(control)
     }
 
@@ -141,6 +95,76 @@ impl Control {
     /// Sleeps until something happens.
     pub(crate) fn wait(&self) -> Event {
         self.events.recv().expect("a sender is kept here")
+    }
+}
+
+/// The thread that reads signals.
+struct Reader {
+    signals: SignalFd,
+    sender: mpsc::Sender<Event>,
+    phase: Arc<AtomicU8>,
+    gate: Arc<Mutex<()>>,
+    /// SIGHUP makes the server read its file again.
+    has_file: bool,
+    /// SIGHUP stops a server without a file.
+    hangs_up: bool,
+}
+
+impl Reader {
+    fn run(self) {
+        loop {
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+            let _gate = lock(&self.gate);
+            let info = match self.signals.read_signal() {
+                Ok(Some(info)) => info,
+                Ok(None) | Err(Errno::EINTR) => continue,
+                Err(error) => return log::error!("cannot read signals: {error}"),
+            };
+            // Real-time signals have no name.
+            let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { continue };
+            if self.handle(signal).is_break() {
+                return;
+            }
+        }
+    }
+
+    /// `Break`: no thread receives events any more.
+    fn handle(&self, signal: Signal) -> ControlFlow<()> {
+        let now = self.phase.load(Ordering::SeqCst);
+        let is_keyboard = matches!(signal, Signal::SIGINT | Signal::SIGQUIT);
+        let is_first = now != Phase::Stopping as u8;
+        let stops = match signal {
+            Signal::SIGHUP if self.has_file => {
+                log::info!("{signal}: reading the configuration again");
+                let _ = self.sender.send(Event::Reload(None));
+                false
+            }
+            Signal::SIGUSR2 => {
+                log::info!("{signal}: replacing the program");
+                let _ = self.sender.send(Event::Upgrade(None, None));
+                return ControlFlow::Continue(());
+            }
+            // These may come twice without a second request: for a closed terminal, and every second beyond the CPU limit.
+            Signal::SIGHUP => self.hangs_up && is_first,
+            Signal::SIGXCPU => is_first,
+            Signal::SIGTERM => true,
+            _ => is_keyboard && now != Phase::Running as u8,
+        };
+        log::info!("{signal}{}", if stops { "" } else { ": ignored" });
+        if !stops {
+            return ControlFlow::Continue(());
+        }
+        if now == Phase::Opening as u8 {
+            log::warn!("{signal} before the server was ready: nothing was served");
+        }
+        if now == Phase::Opening as u8 || !is_first {
+            end(128 + signal as i32);
+        }
+        self.phase.store(Phase::Stopping as u8, Ordering::SeqCst);
+        match self.sender.send(Event::Stop(signal)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
     }
 }
 
