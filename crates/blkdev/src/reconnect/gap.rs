@@ -137,7 +137,9 @@ impl Shared {
         for berth in &state.berths {
             let mut place = berth.place();
             place.generation = state.generation;
-            kept.extend(place.log.take());
+            let (changes, memory) = place.log.take();
+            self.kept.fetch_sub(memory, Ordering::AcqRel);
+            kept.extend(changes);
         }
         kept.retain(|kept| kept.number >= flushed);
         kept.sort_unstable_by_key(|kept| kept.number);

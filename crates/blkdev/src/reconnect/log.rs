@@ -88,20 +88,24 @@ pub(super) struct Log {
 }
 
 impl Log {
+    /// Adds a change. Returns the memory that it takes, in bytes.
     #[inline]
-    pub(super) fn push(&mut self, number: u64, change: Change) {
-        self.memory += change.memory();
+    pub(super) fn push(&mut self, number: u64, change: Change) -> usize {
+        let memory = change.memory();
+        self.memory += memory;
         self.kept.push_back(Kept { number, change });
+        memory
     }
 
-    /// Forgets the changes before number `end`.
-    #[inline]
-    pub(super) fn forget(&mut self, end: u64) {
+    /// Forgets the changes before number `end`. Returns the memory that they took, in bytes.
+    pub(super) fn forget(&mut self, end: u64) -> usize {
+        let before = self.memory;
         while self.kept.front().is_some_and(|kept| kept.number < end)
             && let Some(kept) = self.kept.pop_front()
         {
             self.memory -= kept.change.memory();
         }
+        before - self.memory
     }
 
     /// Memory in use, in bytes.
@@ -110,8 +114,8 @@ impl Log {
         self.memory
     }
 
-    pub(super) fn take(&mut self) -> VecDeque<Kept> {
-        self.memory = 0;
-        std::mem::take(&mut self.kept)
+    /// Takes all changes, and returns the memory that they take, in bytes.
+    pub(super) fn take(&mut self) -> (VecDeque<Kept>, usize) {
+        (std::mem::take(&mut self.kept), std::mem::take(&mut self.memory))
     }
 }

@@ -281,11 +281,12 @@ impl Queue for ReconnectQueue {
     #[inline]
     fn push(&mut self, request: Request) -> Result<(), Request> {
         let Some(inner) = self.inner.as_mut().filter(|_| self.is_open) else { return self.push_closed(request) };
-        match &mut self.track {
-            None => inner.push(request),
-            Some(track) if track.admits(&request.op, &self.shared) => track.push(&mut **inner, request, &self.shared),
-            Some(_) => Err(request),
+        let Some(track) = &mut self.track else { return inner.push(request) };
+        if track.admits(&request.op, &self.shared) {
+            return track.push(&mut **inner, request, &self.shared);
         }
+        track.flush(&mut **inner, &self.shared);
+        Err(request)
     }
 
     #[inline]
@@ -343,7 +344,7 @@ impl Queue for ReconnectQueue {
         let is_open = self.is_open;
         self.track.as_mut().is_some_and(|track| {
             // What was kept waits for the device.
-            let soon = !is_open | track.shorten(&self.berth, &self.shared);
+            let soon = !is_open | track.shorten(&self.berth);
             if let Some(inner) = &mut self.inner {
                 track.flush(&mut **inner, &self.shared);
             }

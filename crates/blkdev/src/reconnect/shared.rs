@@ -36,8 +36,10 @@ pub(super) struct Shared {
     pub(super) number: AtomicU64,
     /// All changes before this number are durable.
     pub(super) flushed: AtomicU64,
-    /// Most memory of changes that a queue keeps, in bytes.
+    /// Most memory of changes that all queues keep, in bytes.
     pub(super) bound: AtomicUsize,
+    /// Memory of changes that they keep, in bytes.
+    pub(super) kept: AtomicUsize,
     /// Queues that have not sent everything again yet.
     pub(super) resending: AtomicUsize,
     /// The window is over: requests fail instead of waiting.
@@ -81,6 +83,7 @@ impl Shared {
             number: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             bound: AtomicUsize::new(0),
+            kept: AtomicUsize::new(0),
             resending: AtomicUsize::new(0),
             is_expired: AtomicBool::new(false),
             is_lost: AtomicBool::new(false),
@@ -154,24 +157,32 @@ impl Shared {
             }
         }
         state.mappings.push(Arc::clone(mapping));
-        self.share_out(&state);
+        self.set_bound(&state);
         Ok(())
     }
 
     pub(super) fn unregister(&self, mapping: &Arc<Mapping>) {
         let mut state = self.state();
         state.mappings.retain(|known| !Arc::ptr_eq(known, mapping));
-        self.share_out(&state);
+        self.set_bound(&state);
         if let Some(device) = self.device() {
             device.unregister(mapping);
         }
     }
 
-    /// Divides the memory for changes among the queues.
-    fn share_out(&self, state: &State) {
+    /// Sets the memory for changes.
+    fn set_bound(&self, state: &State) {
         let registered: usize = state.mappings.iter().map(|mapping| mapping.len()).sum();
-        let all = self.options.unflushed_memory.unwrap_or(registered / 4);
-        self.bound.store(all / state.berths.len().max(1), Ordering::Relaxed);
+        self.bound.store(self.options.unflushed_memory.unwrap_or(registered / 4), Ordering::Relaxed);
+    }
+
+    /// All changes before this number are durable: no queue keeps them any more.
+    pub(super) fn forget(&self, end: u64) {
+        self.flushed.fetch_max(end, Ordering::AcqRel);
+        for berth in &self.state().berths {
+            let freed = berth.place().log.forget(end);
+            self.kept.fetch_sub(freed, Ordering::AcqRel);
+        }
     }
 
     /// A place for a new queue, and the queue of the device, if it is alive.
@@ -187,7 +198,6 @@ impl Shared {
         }
         let berth = Berth::new(depth, state.generation, queue.is_none())?;
         state.berths.push(Arc::clone(&berth));
-        self.share_out(&state);
         let (generation, peer) = (state.generation, state.peer.clone());
         Ok(Boarding { berth, queue, generation, peer })
     }
@@ -197,11 +207,13 @@ impl Shared {
         let mut state = self.state();
         state.berths.retain(|known| !Arc::ptr_eq(known, berth));
         let mut place = berth.place();
-        place.log.forget(self.flushed.load(Ordering::Acquire));
-        state.orphans.extend(place.log.take());
+        let (kept, memory) = place.log.take();
+        self.kept.fetch_sub(memory, Ordering::AcqRel);
+        let flushed = self.flushed.load(Ordering::Acquire);
+        state.orphans.retain(|kept| kept.number >= flushed);
+        state.orphans.extend(kept);
         let offer = place.offer.take();
         drop(place);
-        self.share_out(&state);
         drop(state);
         drop(offer);
         self.ring();

@@ -15,10 +15,6 @@ pub(super) struct Track {
     keeps: bool,
     /// Data of writes in flight, in bytes.
     in_flight: usize,
-    /// Memory that the log takes, in bytes.
-    kept: usize,
-    /// [`Shared::flushed`] when the log was last made shorter.
-    flushed: u64,
     /// Flushes in flight: the tag, and the number of the first change that it does not cover.
     flushes: Vec<(u64, u64)>,
     /// A flush of our own is in flight.
@@ -30,19 +26,21 @@ pub(super) struct Track {
 impl Track {
     pub(super) fn new(unflushed: Unflushed) -> Self {
         let keeps = unflushed == Unflushed::Keep;
-        Self { keeps, in_flight: 0, kept: 0, flushed: 0, flushes: Vec::new(), flushes_itself: false, is_due: false }
+        Self { keeps, in_flight: 0, flushes: Vec::new(), flushes_itself: false, is_due: false }
     }
 
-    /// Whether a request can be sent now. Otherwise it waits for a flush.
+    /// Whether a request can be sent now. Otherwise it waits for a flush, which [`flush`](Self::flush) sends.
     #[inline]
-    pub(super) fn admits(&self, op: &Op, shared: &Shared) -> bool {
-        match op {
-            Op::Write { .. } | Op::Zero { .. } | Op::Discard { .. } => {
-                let used = self.in_flight + self.kept;
-                !self.keeps || used == 0 || used + data_len(op) <= shared.bound.load(Ordering::Relaxed)
-            }
-            _ => true,
+    pub(super) fn admits(&mut self, op: &Op, shared: &Shared) -> bool {
+        if !self.keeps || !matches!(op, Op::Write { .. } | Op::Zero { .. } | Op::Discard { .. }) {
+            return true;
         }
+        let kept = shared.kept.load(Ordering::Relaxed);
+        let used = self.in_flight + kept;
+        let admits = used == 0 || used + data_len(op) <= shared.bound.load(Ordering::Relaxed);
+        // Perhaps it is another queue that keeps everything, and does nothing more.
+        self.is_due |= !admits && kept > 0 && !self.flushes_itself;
+        admits
     }
 
     /// Sends a request that is [admitted](Self::admits).
@@ -65,8 +63,7 @@ impl Track {
     #[inline]
     pub(super) fn note(&mut self, done: &mut Vec<Completion>, start: usize, at: &At<'_>, again: &mut Vec<Request>) {
         let matters = |completion: &Completion| !matches!(completion.op, Op::Read { .. });
-        let is_shorter = || self.kept > 0 && at.shared.flushed.load(Ordering::Relaxed) != self.flushed;
-        if done[start..].iter().any(matters) || is_shorter() {
+        if done[start..].iter().any(matters) {
             self.note_changes(done, start, at, again);
         }
     }
@@ -74,7 +71,7 @@ impl Track {
     fn note_changes(&mut self, done: &mut Vec<Completion>, start: usize, at: &At<'_>, again: &mut Vec<Request>) {
         let mut place = at.berth.place();
         let counts = place.generation == at.generation;
-        let mut n = start;
+        let (mut n, mut flushed, mut kept) = (start, 0, 0);
         while n < done.len() {
             let completion = &mut done[n];
             let is_good = completion.result.is_ok();
@@ -84,7 +81,7 @@ impl Track {
                     let end = self.end_flush(completion.tag);
                     let is_own = completion.tag == OWN;
                     if is_good && counts {
-                        at.shared.flushed.fetch_max(end, Ordering::AcqRel);
+                        flushed = end.max(flushed);
                     }
                     if is_own {
                         done.swap_remove(n);
@@ -96,7 +93,7 @@ impl Track {
                     if self.keeps
                         && let Some(change) = Change::of(completion)
                     {
-                        place.log.push(number, change);
+                        kept += place.log.push(number, change);
                     }
                 }
                 _ => {}
@@ -109,10 +106,13 @@ impl Track {
             }
             n += 1;
         }
-        self.flushed = at.shared.flushed.load(Ordering::Acquire);
-        place.log.forget(self.flushed);
-        self.kept = place.log.memory();
-        self.is_due |= !self.flushes_itself && self.kept > at.shared.bound.load(Ordering::Relaxed) / 2;
+        // Before the lock is gone: another queue may forget these changes then.
+        let all = at.shared.kept.fetch_add(kept, Ordering::AcqRel) + kept;
+        drop(place);
+        if flushed > 0 {
+            at.shared.forget(flushed);
+        }
+        self.is_due |= !self.flushes_itself && kept > 0 && all > at.shared.bound.load(Ordering::Relaxed) / 2;
     }
 
     fn end_flush(&mut self, tag: u64) -> u64 {
@@ -138,12 +138,9 @@ impl Track {
     }
 
     /// Makes the log shorter, as soon as possible.
-    pub(super) fn shorten(&mut self, berth: &Berth, shared: &Shared) -> bool {
-        let mut place = berth.place();
-        place.log.forget(shared.flushed.load(Ordering::Acquire));
-        let before = std::mem::replace(&mut self.kept, place.log.memory());
-        self.is_due |= self.kept > 0 && !self.flushes_itself;
-        self.kept < before || self.shortens()
+    pub(super) fn shorten(&mut self, berth: &Berth) -> bool {
+        self.is_due |= berth.place().log.memory() > 0 && !self.flushes_itself;
+        self.shortens()
     }
 
     /// Whether the log becomes shorter soon.
