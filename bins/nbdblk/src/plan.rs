@@ -1,14 +1,15 @@
 //! [`Plan`]: the exports to serve, and the differences from the ones being served.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use blkdev::{Device, State};
 use nbd_server_core::{Export, Removal, Server};
 
@@ -92,17 +93,19 @@ impl Plan {
     /// Opens the devices that the replaced program had open. A device may need a moment to notice that, or may have gone: then its
     /// export is left out, unless it is the only one.
     pub(crate) fn open_again(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + REOPENING;
-        let specs = std::mem::take(&mut self.specs);
-        for spec in specs {
-            let mut open = spec.open_within(Duration::ZERO);
-            while open.is_err() && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(10));
-                open = spec.open_within(Duration::ZERO);
-            }
-            match open {
+        let started = Instant::now();
+        let specs: Arc<[ExportSpec]> = std::mem::take(&mut self.specs).into();
+        let opened = open_all(&specs, started)?;
+        let mut results: Vec<_> = specs.iter().map(|_| None).collect();
+        for _ in 0..specs.len() {
+            let rest = REOPENING_MAX.saturating_sub(started.elapsed());
+            let Ok((n, result)) = opened.recv_timeout(rest) else { break };
+            results[n] = Some(result);
+        }
+        for (spec, result) in specs.iter().zip(results) {
+            match result.unwrap_or_else(|| Err(anyhow!("export \"{}\": its device does not open", spec.name))) {
                 Ok(device) => {
-                    self.specs.push(spec);
+                    self.specs.push(spec.clone());
                     self.sizes.push(device.capacity());
                     self.devices.push(device);
                 }
@@ -201,8 +204,46 @@ impl Plan {
     }
 }
 
-/// Longest time to open the devices again after an upgrade.
+/// A device that was opened, or not, and the position of its export.
+type Opened = (usize, anyhow::Result<Arc<dyn Device>>);
+
+/// Opens devices in threads, so that a slow one adds nothing to the pause of the others.
+fn open_all(specs: &Arc<[ExportSpec]>, started: Instant) -> anyhow::Result<mpsc::Receiver<Opened>> {
+    let (sender, opened) = mpsc::channel();
+    // The same file one by one: the second opening has to find the locks of the first.
+    let mut groups: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for (n, spec) in specs.iter().enumerate() {
+        let key = spec.settings.get("path").unwrap_or_else(|_| n.to_string());
+        groups.entry(key).or_default().push(n);
+    }
+    let groups: Arc<Mutex<Vec<Vec<usize>>>> = Arc::new(Mutex::new(groups.into_values().collect()));
+    for _ in 0..specs.len().min(OPENERS) {
+        let (specs, sender, groups) = (Arc::clone(specs), sender.clone(), Arc::clone(&groups));
+        let next = move || groups.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let work = move || {
+            for n in std::iter::from_fn(next).flatten() {
+                let mut open = specs[n].open_within(Duration::ZERO);
+                while open.is_err() && started.elapsed() < REOPENING {
+                    thread::sleep(Duration::from_millis(10));
+                    open = specs[n].open_within(Duration::ZERO);
+                }
+                // If it comes too late, the device is closed again.
+                let _ = sender.send((n, open));
+            }
+        };
+        thread::Builder::new().name("opening".into()).spawn(work).context("starting a thread")?;
+    }
+    Ok(opened)
+}
+
+/// Threads that open devices after an upgrade.
+const OPENERS: usize = 16;
+
+/// How long opening a device is tried again after an upgrade.
 const REOPENING: Duration = Duration::from_secs(2);
+
+/// Longest pause of clients because a device does not open. Its own clients are disconnected then.
+const REOPENING_MAX: Duration = Duration::from_secs(10);
 
 /// Settings that take effect with the exports, in addition to those of TLS.
 const AT_ONCE: &[&str] = &["allow", "read-only"];

@@ -339,6 +339,34 @@ fn a_device_that_does_not_answer_stops_the_upgrade() {
     assert!(server.terminate().success());
 }
 
+/// Many exports, some of the same file, and one whose back end does not answer.
+#[test]
+fn a_device_that_opens_slowly_ends_only_its_own_clients() {
+    let dir = Dir::new();
+    let qsd = Qsd::start(&dir, &dir.sparse("vhost.raw", MIB), Export::default());
+    let mut args = vec![format!("vhost:{}", qsd.spec())];
+    for n in 0..40 {
+        dir.sparse(&format!("{}.raw", n % 20), MIB);
+        args.push(format!("file{n}:io_uring={}.raw", n % 20));
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).chain(CONTROL).collect();
+    let server = Nbdblk::unix(&dir, &args);
+    let vhost = Raw::enter(server.address(), Mode::Structured, "vhost");
+    let mut clients: Vec<Raw> =
+        (0..40).map(|n| Raw::enter(server.address(), Mode::Structured, &format!("file{n}"))).collect();
+    upgrade(&dir);
+    qsd.freeze();
+    clients[0].write(0, b"both");
+    upgrade(&dir);
+    vhost.await_close();
+    for client in &mut clients {
+        client.read(0, 512);
+    }
+    assert_eq!(clients[20].read(0, 4), b"both");
+    server.await_log("its clients are disconnected: export \"vhost\"");
+    assert!(server.terminate().success());
+}
+
 /// A device that is gone after the execution: its clients end, and the others go on.
 #[test]
 fn a_device_that_cannot_be_opened_again_ends_only_its_own_clients() {
