@@ -547,6 +547,7 @@ mod tests {
             ("tls-verify-peer", "1"),
             ("unix", "1"),
             ("vsock", "-1"),
+            ("wait", "0"),
         ];
         let command = options();
         let all: std::collections::BTreeSet<&str> = known(&command).collect();
