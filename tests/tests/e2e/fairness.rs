@@ -250,7 +250,7 @@ fn a_stopped_device_returns_eio_at_once_and_is_used_again_when_it_continues() {
     let dir = Dir::new();
     write_runs(&dir.at("disk.raw"), SIZE, [(0, SIZE)]);
     let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
-    let spec = format!("{},request-timeout=1s", qsd.spec());
+    let spec = format!("{},request-timeout=1s,reconnect=0", qsd.spec());
     let server = Nbdblk::unix(&dir, &["--threads=1", &spec]);
     let mut raw = Raw::enter(server.address(), Mode::Structured, "");
     let first = raw.read(0, 4096);

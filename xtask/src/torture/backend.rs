@@ -112,12 +112,16 @@ impl BackEnd {
         Ok(had_ended)
     }
 
-    /// Fails if it has ended on its own.
+    /// Fails if it has ended on its own. Starts it again if QEMU has aborted as [`revive`](Self::revive) says: its front end
+    /// disconnects when it does not answer for too long.
     pub(crate) fn check(&mut self) -> Result<()> {
         if let Some(process) = &mut self.process
             && let Some(status) = process.ended()?
         {
             let log = fs::read_to_string(&self.log).unwrap_or_default();
+            if log.contains("vhost_user_server_inc_in_flight") {
+                return self.restart();
+            }
             bail!("the back end of {} ended on its own with {status}: {log}", self.export.name);
         }
         Ok(())
