@@ -142,6 +142,9 @@ impl ReconnectQueue {
     /// While the device is dead, or others have not sent everything again.
     #[cold]
     fn stand_by(&mut self) {
+        if self.is_given_up {
+            return self.fail_parked(Error::Gone);
+        }
         let losses = self.shared.losses.load(Ordering::Acquire);
         if self.losses != losses {
             (self.losses, self.is_lost) = (losses, true);

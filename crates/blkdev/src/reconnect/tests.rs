@@ -601,3 +601,18 @@ fn fill(value: u64) -> [u8; BLOCK] {
 fn value_of(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"))
 }
+
+/// A device that is given up ends all requests at once, also those that wait for it to come back.
+#[test]
+fn what_is_given_up_does_not_wait() {
+    let mut simulation = Simulation::new(1, Unflushed::Keep);
+    for _ in 0..20 {
+        simulation.submit();
+    }
+    for channel in &mut simulation.channels {
+        channel.give_up();
+        let mut done = Vec::new();
+        (0..3).for_each(|_| channel.reap(&mut done));
+        assert_eq!(channel.in_flight(), 0);
+    }
+}
