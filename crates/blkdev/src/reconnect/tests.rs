@@ -602,9 +602,9 @@ fn value_of(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"))
 }
 
-/// A device that is given up ends all requests at once, also those that wait for it to come back.
+/// An abandoned queue ends all requests at once, also those that wait for the device to come back.
 #[test]
-fn what_is_given_up_does_not_wait() {
+fn an_abandoned_queue_does_not_wait() {
     let mut simulation = Simulation::new(1, Unflushed::Keep);
     for _ in 0..20 {
         simulation.submit();
