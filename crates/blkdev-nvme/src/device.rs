@@ -78,7 +78,7 @@ impl Device for Nvme {
 
     /// Without an IOMMU nothing stops a dead device.
     fn peer(&self) -> Option<Arc<Peer>> {
-        self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::new(None)))
+        self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::unknown()))
     }
 
     fn ring_at_death(&self, bell: &Arc<Wake>) {

@@ -144,8 +144,7 @@ impl Control {
             life,
             timeout: left,
             huge_pages,
-            // Linux before 6.5 does not know it.
-            peer: Arc::new(Peer::new(getsockopt(&stream, sockopt::PeerPidfd).ok())),
+            peer: Arc::new(peer(&stream)),
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             queues_max: 1,
@@ -531,6 +530,14 @@ impl Transport for Control {
     fn cut_off(&self) {
         self.watch.shut_down();
     }
+}
+
+/// The process at the other end.
+fn peer(stream: &UnixStream) -> Peer {
+    // Linux before 6.5 knows no pidfd of a peer.
+    let Ok(pidfd) = getsockopt(stream, sockopt::PeerPidfd) else { return Peer::unknown() };
+    let id = getsockopt(stream, sockopt::PeerCredentials).map_or(0, |credentials| credentials.pid());
+    Peer::new(pidfd, u32::try_from(id).unwrap_or(0))
 }
 
 /// The mapping as the back end sees it: our addresses are also the device's addresses.

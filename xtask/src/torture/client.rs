@@ -156,12 +156,19 @@ impl Client {
             self.journal.connection_ended(flight.blocks, now())?;
         }
         self.busy.fill(false);
-        if let End::Done = end
-            && let Err(error) = nbd_client::Client::from(engine).disconnect()
-        {
-            self.failed(self.wait("disconnecting".into(), now(), self.own), &error);
+        if let End::Done = end {
+            self.leave(engine.into());
         }
         Ok(end)
+    }
+
+    /// A flush, so that the server keeps nothing for this client any more, and the end.
+    fn leave(&self, mut client: nbd_client::Client) {
+        let from = now();
+        let flushed = if client.export().can_flush() { client.flush() } else { Ok(()) };
+        if let Err(error) = flushed.and_then(|()| client.disconnect()) {
+            self.failed(self.wait("disconnecting".into(), from, self.own), &error);
+        }
     }
 
     fn connect(&self) -> Result<Engine, Error> {

@@ -189,7 +189,9 @@ impl Shared {
         let mut state = self.state();
         state.mappings.iter().try_for_each(|mapping| device.register(mapping))?;
         let spares = self.spares(&state, &*device)?;
-        let (generation, peer) = (state.generation, device.peer());
+        let generation = state.generation;
+        let confined = state.quarantine.iter().flat_map(|(peers, _)| peers);
+        let peer = device.peer().map(|peer| peer.or_known(confined.chain(&state.peer)));
         let mut offers = Vec::new();
         for (berth, spare) in state.berths.iter().zip(spares) {
             let queue = device.open_queue(berth.depth)?;

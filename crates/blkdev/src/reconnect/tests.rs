@@ -7,7 +7,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -62,6 +62,7 @@ struct World {
 
 /// A process that carries out requests.
 struct Process {
+    id: u32,
     is_dead: AtomicBool,
     /// Readable when it has ended, as a pidfd is.
     end: Wake,
@@ -80,7 +81,9 @@ fn look(world: &Shown) -> MutexGuard<'_, World> {
 }
 
 fn new_process() -> Arc<Process> {
-    Arc::new(Process { is_dead: AtomicBool::new(false), end: Wake::new().unwrap() })
+    static IDS: AtomicU32 = AtomicU32::new(1);
+    let id = IDS.fetch_add(1, Ordering::Relaxed);
+    Arc::new(Process { id, is_dead: AtomicBool::new(false), end: Wake::new().unwrap() })
 }
 
 impl World {
@@ -173,7 +176,7 @@ impl Device for Mortal {
     }
 
     fn peer(&self) -> Option<Arc<Peer>> {
-        Some(Arc::new(Peer::new(Some(self.process.end.as_fd().try_clone_to_owned().unwrap()))))
+        Some(Arc::new(Peer::new(self.process.end.as_fd().try_clone_to_owned().unwrap(), self.process.id)))
     }
 
     fn state(&self) -> State {
