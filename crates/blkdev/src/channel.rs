@@ -16,14 +16,16 @@ use std::{
 use crate::{
     ages::{Ages, NEVER, Verdict},
     arena::{Arena, Buf},
+    counters::{Counters, Operation, Pending},
     device::{Completion, Device, Info, Op, Request},
     driver::{Driver, Registered, catch},
     error::Error,
     gate::{Gate, Pass},
     io::{Done, Io},
-    job::{Job, Way, margins},
+    job::{Job, Marks, Way, margins},
     mem::Mapping,
     slots::{Kind, Overdue, Slot, Slots},
+    stamp::{Clock, Stamp},
 };
 
 /// Parameters for opening channels. There may be more fields later.
@@ -150,6 +152,8 @@ pub struct Channel {
     ready: Vec<Done>,
     completions: Vec<Completion>,
     ages: Ages,
+    clock: Clock,
+    counters: Arc<Counters>,
     pushed: bool,
     /// A request was submitted since the last `reap`.
     asked: bool,
@@ -196,6 +200,8 @@ impl Channel {
             ready: Vec::new(),
             completions: Vec::with_capacity(depth.into()),
             ages: Ages::new(info.timeout),
+            clock: Clock::default(),
+            counters: Arc::default(),
             pushed: false,
             asked: false,
             prompt: false,
@@ -315,31 +321,87 @@ impl Channel {
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
+        self.counters.begin(Operation::of(&io));
+        self.submit_since(tag, self.clock.stamp(), io);
+    }
+
+    /// As [`submit`](Self::submit), but the [counters](Self::counters) do not count it: it is a part of a request that they have
+    /// counted already.
+    pub fn submit_again(&mut self, tag: u64, io: Io) {
+        self.submit_since(tag, Stamp::NONE, io);
+    }
+
+    #[inline]
+    fn submit_since(&mut self, tag: u64, since: Stamp, io: Io) {
         if !self.asked {
             self.begin_turn();
         }
         if let Some(result) = self.verdict(&io) {
-            return self.ready.push(Done { tag, io, result });
+            return self.conclude(since, Done { tag, io, result });
         }
         match io {
             Io::Read { at, buf } if self.fits(at, &buf) => {
-                let slot = self.claim(tag, Kind::Read, at, buf.len());
+                let slot = self.claim(tag, since, Kind::Read, at, buf.len());
                 self.issue(slot, Op::Read { at, buf });
             }
             Io::Write { at, buf, fua } if self.fits(at, &buf) && self.can_write_directly(fua) => {
                 let fua = fua && self.info.caps.fua;
                 if self.is_gated() && !self.enter() {
-                    return self.start(tag, Io::Write { at, buf, fua });
+                    return self.start(tag, since, Io::Write { at, buf, fua });
                 }
-                let slot = self.claim(tag, Kind::Write, at, buf.len());
+                let slot = self.claim(tag, since, Kind::Write, at, buf.len());
                 self.issue(slot, Op::Write { at, buf, fua });
             }
             Io::Flush => {
-                let slot = self.claim(tag, Kind::Flush, 0, 0);
+                let slot = self.claim(tag, since, Kind::Flush, 0, 0);
                 self.issue(slot, Op::Flush);
             }
-            io => self.start(tag, io),
+            io => self.start(tag, since, io),
         }
+    }
+
+    /// Ends a request that the device never had.
+    #[cold]
+    fn conclude(&mut self, since: Stamp, done: Done) {
+        let len = match &done.io {
+            Io::Read { buf, .. } | Io::Write { buf, .. } => buf.len() as u64,
+            Io::Zero { len, .. } | Io::Discard { len, .. } | Io::Status { len, .. } | Io::Prefetch { len, .. } => *len,
+            Io::Flush => 0,
+        };
+        self.count(Operation::of(&done.io), since, len, done.result);
+        self.ready.push(done);
+    }
+
+    /// Counts a request that has ended.
+    #[inline]
+    fn count(&self, operation: Operation, since: Stamp, len: u64, result: Result<(), Error>) {
+        if since != Stamp::NONE {
+            self.counters.end(operation, self.clock.since(since), len, result);
+        }
+    }
+
+    /// What this channel has done, for any thread.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Visits the requests that have not ended, in no order.
+    pub fn pending(&self) -> impl Iterator<Item = Pending> {
+        self.slots.list.iter().filter_map(|slot| {
+            let (tag, since, operation, at, len) = match slot {
+                Slot::Direct { tag, since, kind, at, len, .. } => {
+                    (*tag, *since, kind.operation(), *at, u64::from(*len))
+                }
+                Slot::Job(job) => (job.tag, job.since, job.operation(), job.at, job.len),
+                Slot::Free { .. } | Slot::Overdue(_) => return None,
+            };
+            (since != Stamp::NONE).then(|| Pending { tag, operation, at, len, age: self.clock.age(since) })
+        })
+    }
+
+    /// Whether the device has stalled: see [`tick`](Self::tick).
+    pub fn is_stalled(&self) -> bool {
+        self.stalled
     }
 
     /// Begins a turn: the first `submit` since the last `reap`.
@@ -354,9 +416,9 @@ impl Channel {
 
     /// Returns a slot for a request that goes to the queue unchanged.
     #[inline(always)]
-    fn claim(&mut self, tag: u64, kind: Kind, at: u64, len: usize) -> u32 {
+    fn claim(&mut self, tag: u64, since: Stamp, kind: Kind, at: u64, len: usize) -> u32 {
         let born = if self.held.is_empty() { self.ages.now() } else { NEVER };
-        self.slots.insert(Slot::Direct { tag, born, kind, len: len as u32, at })
+        self.slots.insert(Slot::Direct { tag, since, born, kind, len: len as u32, at })
     }
 
     /// Rings the doorbell once for all requests since the last call.
@@ -495,6 +557,7 @@ impl Channel {
     /// While other requests complete, a single request ends so after ten times that time.
     #[inline]
     pub fn tick(&mut self, now: Instant) {
+        self.clock.set(now);
         if self.ages.tick(now) && self.slots.in_use > 0 {
             self.judge();
         }
@@ -554,6 +617,7 @@ impl Channel {
     #[cold]
     fn stall(&mut self) {
         self.stalled = true;
+        self.counters.stalls.add(1);
         let count = self.slots.in_use;
         self.fail_all();
         log::error!(
@@ -600,7 +664,8 @@ impl Channel {
         let empty = self.arena.empty();
         let slot = &mut self.slots.list[number as usize];
         let (done, overdue) = match std::mem::replace(slot, Slot::Free { next: NEVER }) {
-            Slot::Direct { tag, kind, len, at, .. } => {
+            Slot::Direct { tag, since, kind, len, at, .. } => {
+                self.count(kind.operation(), since, len.into(), Err(Error::Gone));
                 let (io, changes) = match kind {
                     Kind::Read => (Io::Read { at, buf: empty }, None),
                     Kind::Write => (Io::Write { at, buf: empty, fua: false }, Some((at, u64::from(len)))),
@@ -615,6 +680,7 @@ impl Channel {
                 )
             }
             Slot::Job(mut job) => {
+                self.count(job.operation(), job.since, job.len, Err(Error::Gone));
                 if job.inside {
                     self.pass.leave();
                 }
@@ -782,10 +848,10 @@ impl Channel {
 
     /// Makes a job of a request that cannot go directly to the queue.
     #[cold]
-    fn start(&mut self, tag: u64, io: Io) {
-        let job = match Job::new(tag, io, &self.info) {
+    fn start(&mut self, tag: u64, since: Stamp, io: Io) {
+        let job = match Job::new(tag, since, io, &self.info) {
             Ok(job) => job,
-            Err(done) => return self.ready.push(*done),
+            Err(done) => return self.conclude(since, *done),
         };
         let way = job.way;
         let slot = self.slots.insert(Slot::Job(Box::new(job)));
@@ -873,7 +939,17 @@ impl Channel {
             self.pass.open();
             self.pass.end_turn(!self.waiting.is_empty());
         }
+        self.count_job(&job);
         self.ready.push(job.done(self.info.block_size));
+    }
+
+    fn count_job(&self, job: &Job) {
+        let Marks { split, flushed, zeroed } = job.marks;
+        self.counters.split.add(split.into());
+        self.counters.merged.add((job.way == Way::Alone).into());
+        self.counters.flushed.add(flushed.into());
+        self.counters.zeroed.add(zeroed.into());
+        self.count(job.operation(), job.since, job.len, job.error.map_or(Ok(()), Err));
     }
 
     /// Pushes a request of a new direct slot, or holds it back.
@@ -929,29 +1005,33 @@ impl Channel {
         let Completion { tag, op, result } = completion;
         let slot = tag as u32;
         match (self.slots.list.get_mut(tag as usize), op) {
-            (Some(Slot::Direct { tag, born, kind: Kind::Read, len, at: asked }), Op::Read { at, buf })
+            (Some(Slot::Direct { tag, since, born, kind: Kind::Read, len, at: asked }), Op::Read { at, buf })
                 if at == *asked && (buf.len() == *len as usize || result.is_err()) =>
             {
-                let tag = *tag;
+                let (tag, since, len) = (*tag, *since, u64::from(*len));
                 self.ages.completed(*born);
                 self.slots.remove(slot);
+                self.count(Operation::Read, since, len, result);
                 done.push(Done { tag, io: Io::Read { at, buf }, result });
             }
-            (Some(Slot::Direct { tag, born, kind: Kind::Write, at: asked, .. }), Op::Write { at, buf, fua })
-                if at == *asked =>
-            {
-                let tag = *tag;
+            (
+                Some(Slot::Direct { tag, since, born, kind: Kind::Write, len, at: asked }),
+                Op::Write { at, buf, fua },
+            ) if at == *asked => {
+                let (tag, since, len) = (*tag, *since, u64::from(*len));
                 self.ages.completed(*born);
                 self.slots.remove(slot);
+                self.count(Operation::Write, since, len, result);
                 if self.is_gated() {
                     self.pass.leave();
                 }
                 done.push(Done { tag, io: Io::Write { at, buf, fua }, result });
             }
-            (Some(Slot::Direct { tag, born, kind: Kind::Flush, .. }), Op::Flush) => {
-                let tag = *tag;
+            (Some(Slot::Direct { tag, since, born, kind: Kind::Flush, .. }), Op::Flush) => {
+                let (tag, since) = (*tag, *since);
                 self.ages.completed(*born);
                 self.slots.remove(slot);
+                self.count(Operation::Flush, since, 0, result);
                 done.push(Done { tag, io: Io::Flush, result });
             }
             (Some(Slot::Job(job)), op) if job.out > 0 && job.awaits(&op) => {

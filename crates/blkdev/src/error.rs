@@ -24,6 +24,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// All of them, in the order in which [`Counts`](crate::Counts) has them.
+    pub const ALL: [Self; 8] = [
+        Self::Io,
+        Self::Invalid,
+        Self::OutOfRange,
+        Self::NoSpace,
+        Self::ReadOnly,
+        Self::NotSupported,
+        Self::Gone,
+        Self::Cancelled,
+    ];
+
     /// The corresponding errno of Linux, a positive number.
     pub fn errno(self) -> i32 {
         match self {

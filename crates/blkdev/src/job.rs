@@ -4,10 +4,12 @@
 use crate::{
     ages::NEVER,
     arena::Buf,
+    counters::Operation,
     device::{Info, Op},
     error::Error,
     extent::{self, Extent, ExtentKind},
     io::{Done, Io},
+    stamp::Stamp,
 };
 
 /// A request that takes more than one step.
@@ -17,8 +19,8 @@ pub(crate) struct Job {
     /// During the job, a buffer in it is widened to whole blocks.
     io: Io,
     /// The requested range.
-    at: u64,
-    len: u64,
+    pub(crate) at: u64,
+    pub(crate) len: u64,
     pub(crate) way: Way,
     /// It is counted in the gate.
     pub(crate) inside: bool,
@@ -36,6 +38,16 @@ pub(crate) struct Job {
     /// The device has refused to make zeroes.
     refused: bool,
     pub(crate) born: u32,
+    pub(crate) since: Stamp,
+    pub(crate) marks: Marks,
+}
+
+/// What a job has needed so far, for the counters.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Marks {
+    pub(crate) split: bool,
+    pub(crate) flushed: bool,
+    pub(crate) zeroed: bool,
 }
 
 /// How a job passes the gate.
@@ -68,7 +80,7 @@ enum Stage {
 
 impl Job {
     /// `Err`: the request has ended already. (Boxed, because that is rare.)
-    pub(crate) fn new(tag: u64, mut io: Io, info: &Info) -> Result<Self, Box<Done>> {
+    pub(crate) fn new(tag: u64, since: Stamp, mut io: Io, info: &Info) -> Result<Self, Box<Done>> {
         let (at, len) = match &mut io {
             Io::Read { at, buf } | Io::Write { at, buf, .. } => {
                 let len = buf.len() as u64;
@@ -100,8 +112,9 @@ impl Job {
             }
         };
         let (cursor, end, out, error, inside, refused, born) = (0, 0, 0, None, false, false, NEVER);
-        let lost = false;
-        let mut job = Self { tag, io, at, len, way, inside, stage, cursor, end, out, error, lost, refused, born };
+        let (lost, marks) = (false, Marks::default());
+        let mut job =
+            Self { tag, io, at, len, way, inside, stage, cursor, end, out, error, lost, refused, born, since, marks };
         job.enter(stage, info);
         Ok(job)
     }
@@ -109,6 +122,8 @@ impl Job {
     /// Enters a stage, at its start.
     fn enter(&mut self, stage: Stage, info: &Info) {
         self.stage = stage;
+        self.marks.zeroed |= stage == Stage::Zeroes;
+        self.marks.flushed |= stage == Stage::Flush;
         (self.cursor, self.end) = match stage {
             Stage::Main | Stage::Zeroes => self.blocks(info),
             Stage::Merge | Stage::EdgesIn | Stage::EdgesOut => (0, edges(self.at, self.len, info.block_size).count),
@@ -181,6 +196,7 @@ impl Job {
             }
             (Stage::Main, Io::Prefetch { .. }) => (Op::Prefetch { at, len: left }, left),
         };
+        self.marks.split |= step < left && matches!(self.stage, Stage::Main | Stage::Zeroes);
         self.cursor += step;
         Some(op)
     }
@@ -226,6 +242,10 @@ impl Job {
             (Err(error), ..) => self.error = self.error.or(Some(error)),
         }
         lost
+    }
+
+    pub(crate) fn operation(&self) -> Operation {
+        Operation::of(&self.io)
     }
 
     /// Whether its pieces use the channel's buffer for edges.

@@ -1,6 +1,6 @@
 //! [`Slots`]: the requests that a channel has in flight, and the state of each.
 
-use crate::{ages::NEVER, arena::Buf, job::Job};
+use crate::{ages::NEVER, arena::Buf, counters::Operation, job::Job, stamp::Stamp};
 
 /// The requests that have not ended, by their tags at the queue.
 #[derive(Debug)]
@@ -21,6 +21,7 @@ pub(crate) enum Slot {
     /// It went to the queue unchanged.
     Direct {
         tag: u64,
+        since: Stamp,
         born: u32,
         kind: Kind,
         len: u32,
@@ -52,6 +53,16 @@ pub(crate) enum Kind {
     Read,
     Write,
     Flush,
+}
+
+impl Kind {
+    pub(crate) fn operation(self) -> Operation {
+        match self {
+            Self::Read => Operation::Read,
+            Self::Write => Operation::Write,
+            Self::Flush => Operation::Flush,
+        }
+    }
 }
 
 impl Default for Slots {
