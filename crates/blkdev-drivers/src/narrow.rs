@@ -61,6 +61,14 @@ impl Device for Narrow {
         self.device.peer()
     }
 
+    fn reconnects(&self) -> u64 {
+        self.device.reconnects()
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        self.device.details()
+    }
+
     fn state(&self) -> State {
         self.device.state()
     }

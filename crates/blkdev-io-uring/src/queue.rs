@@ -385,6 +385,10 @@ impl Queue for FileQueue {
         done.extend(self.queries.drain(..).map(|query| query.end(Err(Error::Gone))));
     }
 
+    fn describe(&self) -> String {
+        format!("ring: {} requests at the kernel, {} block status queries", self.ring.in_flight(), self.queries.len())
+    }
+
     fn is_dead(&self) -> bool {
         self.gone || self.ring.is_broken()
     }

@@ -83,6 +83,7 @@ pub(crate) fn bring_up(pci: Arc<dyn PciDevice>, options: &Options) -> io::Result
         queue_layout,
         wakes,
         queues: Mutex::new(vec![Place::Free; queues.into()]),
+        resets: AtomicU64::new(0),
         shutdown: told.clamp(SHUTDOWN, 4 * SHUTDOWN),
         page_shift: registers.page_shift(),
         pci,

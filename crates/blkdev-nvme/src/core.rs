@@ -44,6 +44,8 @@ pub(crate) struct Core {
     /// Counts ticks: eighths of the time-out.
     pub(crate) clock: Arc<AtomicU32>,
     pub(crate) shutdown: Duration,
+    /// Number of resets so far.
+    pub(crate) resets: AtomicU64,
 }
 
 #[derive(Clone, Debug)]

@@ -85,6 +85,15 @@ impl Device for Nvme {
         self.owner.core.life.ring_at_end(bell);
     }
 
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let core = &self.owner.core;
+        vec![
+            ("resets", core.resets.load(Ordering::Relaxed).to_string()),
+            ("queue size", core.queue_layout.size.to_string()),
+            ("data pointers", if core.sgl { "SGL" } else { "PRP" }.into()),
+        ]
+    }
+
     fn state(&self) -> State {
         if self.owner.core.life.is_dead() { State::Dead } else { State::Working }
     }

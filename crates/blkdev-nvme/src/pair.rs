@@ -294,6 +294,17 @@ impl<T> Pair<T> {
         self.window.mapping()
     }
 
+    /// Its positions, for people.
+    pub(crate) fn describe(&self) -> String {
+        let Self { id, tail, rung, head, acknowledged, phase, flights, .. } = self;
+        let (stage, count) = (flights.stage(), self.slots.len() - self.free.len());
+        format!(
+            "queue {id} ({stage:?}): {count} commands at the device, submission tail {tail} (doorbell {rung}), completion head \
+             {head} (doorbell {acknowledged}, phase {})",
+            u8::from(*phase)
+        )
+    }
+
     pub(crate) fn flights(&self) -> &Arc<Flights> {
         &self.flights
     }

@@ -379,6 +379,10 @@ impl Queue for PassthroughQueue {
         self.ring.give_up(|flight| done.push(flight.request.refuse(Error::Gone)));
     }
 
+    fn describe(&self) -> String {
+        format!("ring: {} commands at the kernel", self.ring.in_flight())
+    }
+
     fn is_dead(&self) -> bool {
         self.gone || self.ring.is_broken()
     }

@@ -188,6 +188,10 @@ impl Queue for IoQueue {
     }
 
     #[inline]
+    fn describe(&self) -> String {
+        self.pair.describe()
+    }
+
     fn is_dead(&self) -> bool {
         self.owner.core.life.is_dead()
     }

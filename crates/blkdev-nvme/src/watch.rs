@@ -200,6 +200,7 @@ impl Guard {
         if self.resets > RESETS_MAX {
             return core.life.end(&format!("{why}, after {RESETS_MAX} resets"));
         }
+        core.resets.fetch_add(1, Ordering::Relaxed);
         log::warn!("nvme {}: {why}: resetting the controller", core.info.target);
         for (n, place) in lock(&core.queues).iter().enumerate() {
             if let Place::Open(open) = place {

@@ -150,6 +150,10 @@ impl Device for VhostUser {
         self.device.ring_at_death(bell);
     }
 
+    fn details(&self) -> Vec<(&'static str, String)> {
+        self.device.details()
+    }
+
     fn state(&self) -> blkdev::State {
         self.device.state()
     }

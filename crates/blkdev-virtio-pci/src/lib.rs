@@ -126,6 +126,10 @@ impl Device for VirtioPci {
         self.device.ring_at_death(bell);
     }
 
+    fn details(&self) -> Vec<(&'static str, String)> {
+        self.device.details()
+    }
+
     fn state(&self) -> blkdev::State {
         self.device.state()
     }

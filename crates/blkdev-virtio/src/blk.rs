@@ -77,6 +77,7 @@ impl<T: Transport> VirtioBlk<T> {
             life: Arc::clone(transport.life()),
             info: info(&transport, &config, options, queues, layout.slots()),
             transport,
+            features,
             capacity: AtomicU64::new(config.capacity),
             block_size: AtomicU32::new(config.block_size),
             config,
@@ -271,6 +272,15 @@ impl<T: Transport> Device for VirtioBlk<T> {
 
     fn ring_at_death(&self, bell: &Arc<Wake>) {
         self.core.life.ring_at_end(bell);
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let Core { features, format, queue_size, .. } = &*self.core;
+        vec![
+            ("features", format!("{features:#x}")),
+            ("virtqueue format", format!("{format:?}").to_lowercase()),
+            ("queue size", queue_size.to_string()),
+        ]
     }
 
     fn state(&self) -> State {

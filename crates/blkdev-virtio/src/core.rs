@@ -40,6 +40,8 @@ pub(crate) struct Core<T: Transport> {
     pub(crate) transport: T,
     pub(crate) life: Arc<Liveness>,
     pub(crate) info: Info,
+    /// As negotiated.
+    pub(crate) features: u64,
     pub(crate) config: Config,
     /// In bytes, a multiple of the block size.
     pub(crate) capacity: AtomicU64,

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_ring::{
 
 use crate::{
     layout::{Chain, DESCRIPTOR, HEADER, Place, RingError, Used, reaches},
-    ring::Virtqueue,
+    ring::{Virtqueue, on},
     slots::Slots,
 };
 
@@ -83,6 +83,12 @@ impl<T: Send + 'static> Virtqueue<T> for Packed<T> {
 
     fn place(&self) -> Place {
         Place { available: self.next.bits(), used: self.seen.bits() }
+    }
+
+    fn describe(&self) -> String {
+        let Self { next, seen, armed, .. } = self;
+        let position = |position: &Position| format!("{} (wrap counter {})", position.at, u8::from(position.wrap));
+        format!("available up to {}, used up to {}, notifications {}", position(next), position(seen), on(*armed))
     }
 
     fn in_flight(&self) -> usize {

@@ -172,6 +172,11 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
         self.core.end(&format!("queue {}: abandoned with {} requests in flight", self.index, self.ring.in_flight()));
     }
 
+    fn describe(&self) -> String {
+        let (count, state) = (self.ring.in_flight(), self.ring.describe());
+        format!("queue {}: {count} requests at the device, {state}", self.index)
+    }
+
     fn is_dead(&self) -> bool {
         self.core.life.is_dead()
     }

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ring::{
 
 use crate::{
     layout::{Chain, DESCRIPTOR, HEADER, Place, RingError, Used, reaches},
-    ring::Virtqueue,
+    ring::{Virtqueue, on},
     slots::Slots,
 };
 
@@ -51,6 +51,11 @@ impl<T: Send + 'static> Virtqueue<T> for Split<T> {
 
     fn place(&self) -> Place {
         Place { available: self.published, used: self.seen }
+    }
+
+    fn describe(&self) -> String {
+        let Self { published, seen, used, armed, .. } = self;
+        format!("available index {published}, used index {used}, taken back up to {seen}, notifications {}", on(*armed))
     }
 
     fn in_flight(&self) -> usize {

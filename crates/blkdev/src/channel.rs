@@ -399,6 +399,14 @@ impl Channel {
         })
     }
 
+    /// The state of the queue, for people: empty, or words in parentheses after a space.
+    pub fn describe(&self) -> String {
+        let (state, held) = (self.driver.describe(), self.held.len());
+        let held = if held == 0 { String::new() } else { format!("{held} requests wait for room in the queue") };
+        let parts: Vec<_> = [state, held].into_iter().filter(|part| !part.is_empty()).collect();
+        if parts.is_empty() { String::new() } else { format!(" ({})", parts.join("; ")) }
+    }
+
     /// Whether the device has stalled: see [`tick`](Self::tick).
     pub fn is_stalled(&self) -> bool {
         self.stalled
@@ -618,11 +626,11 @@ impl Channel {
     fn stall(&mut self) {
         self.stalled = true;
         self.counters.stalls.add(1);
-        let count = self.slots.in_use;
+        let (count, state) = (self.slots.in_use, self.describe());
         self.fail_all();
         log::error!(
-            "{} {}: nothing was completed within the time-out; {count} requests fail, and so does every new one until the \
-             device has answered all of them",
+            "{} {}: nothing was completed within the time-out{state}; {count} requests fail, and so does every new one until \
+             the device has answered all of them",
             self.info.driver,
             self.info.target
         );

@@ -1,6 +1,6 @@
 //! [`Counters`]: what a channel has done, written by its owner and read by any thread; and [`Counts`], a copy of them.
 
-use std::ops::AddAssign;
+use std::{fmt, ops::AddAssign};
 
 use crate::{
     error::Error,
@@ -44,6 +44,20 @@ impl Operation {
             Io::Status { .. } => Self::Status,
             Io::Prefetch { .. } => Self::Prefetch,
         }
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Zero => "zero",
+            Self::Discard => "discard",
+            Self::Status => "status",
+            Self::Prefetch => "prefetch",
+        })
     }
 }
 

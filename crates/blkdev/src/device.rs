@@ -51,6 +51,16 @@ pub trait Device: Send + Sync {
         State::Working
     }
 
+    /// How often it was opened again after it had died.
+    fn reconnects(&self) -> u64 {
+        0
+    }
+
+    /// What else the driver knows of it, for people: names, and values with their units.
+    fn details(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
     /// Rings `bell` when the device dies, if it can tell without a request.
     fn ring_at_death(&self, bell: &Arc<Wake>) {
         let _ = bell;
@@ -153,6 +163,11 @@ pub trait Queue: Send {
     /// Takes memory that a dead device may still access, until it cannot any more; or forever.
     fn confine(&mut self, mut memory: Buf) {
         memory.abandon();
+    }
+
+    /// The state of its rings, for people, in a few words.
+    fn describe(&self) -> String {
+        String::new()
     }
 
     /// How often the device has lost changes that had completed. A user from before the loss must not go on.

@@ -198,6 +198,12 @@ impl Driver {
         self.call(|queue| queue.confine(memory));
     }
 
+    /// As [`Queue::describe`].
+    #[cold]
+    pub(crate) fn describe(&self) -> String {
+        self.registered.call(|| self.queue.describe()).unwrap_or_default()
+    }
+
     /// As [`Queue::losses`].
     pub(crate) fn losses(&self) -> u32 {
         self.registered.call(|| self.queue.losses()).unwrap_or(0)

@@ -157,6 +157,14 @@ impl<D: Device> Device for Fault<D> {
         self.device.refresh();
     }
 
+    fn reconnects(&self) -> u64 {
+        self.device.reconnects()
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        self.device.details()
+    }
+
     fn state(&self) -> State {
         if self.shared.dead.load(Ordering::Acquire) { State::Dead } else { self.device.state() }
     }

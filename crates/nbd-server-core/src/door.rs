@@ -28,6 +28,7 @@ use crate::{
     handover::{Connection, Greeted, Handover, Pause},
     limits::Limits,
     listener::{self, Listener, Obstacle},
+    observe::{Book, protocol},
     peer::{Party, Peer},
     poll::{Interest, Poll, Readiness},
     received::{Received, STAGING_MIN},
@@ -45,6 +46,7 @@ pub(crate) struct Door {
     listeners: Vec<Option<Ear>>,
     views: Arc<Views>,
     workers: Arc<[Handle]>,
+    book: Arc<Book>,
     guests: Vec<Option<Guest>>,
     bell: Arc<EventFd>,
     pauses: mpsc::Receiver<Pause<Lobby>>,
@@ -130,7 +132,7 @@ impl Door {
     /// `pauses` is looked at when `bell` rings.
     pub(crate) fn new(
         views: Arc<Views>,
-        workers: Arc<[Handle]>,
+        (workers, book): (Arc<[Handle]>, Arc<Book>),
         (bell, pauses): (Arc<EventFd>, mpsc::Receiver<Pause<Lobby>>),
         stop: Arc<AtomicBool>,
         limits: Limits,
@@ -143,6 +145,7 @@ impl Door {
             listeners: Vec::new(),
             views,
             workers,
+            book,
             guests: Vec::new(),
             bell,
             pauses,
@@ -459,7 +462,8 @@ impl Door {
             return log::error!("{peer} was rejected: no worker for export {name:?} is alive");
         };
         log::info!("{peer} opens export {name:?}: {stream:?}");
-        worker.welcome(Arrival { stream, phase: Phase::Begins(negotiated, sent), ticket, over });
+        let entry = self.book.enter(peer, name.clone(), format!("{stream:?}"), protocol(negotiated.terms.mode));
+        worker.welcome(Arrival { stream, phase: Phase::Begins(negotiated, sent), ticket, entry, over });
     }
 }
 

@@ -33,6 +33,8 @@ pub struct Limits {
     pub stall_timeout: Duration,
     /// Grace period of clients whose export is removed [softly](crate::Removal::Soft).
     pub farewell: Duration,
+    /// A request that takes longer than this is reported in the log, with the state of its device; once for each export in that time.
+    pub slow: Option<Duration>,
     /// Longest busy-poll before a worker sleeps (adaptive). A worker busy-polls if its devices answer soon, or if its clients
     /// send few requests at a time in quick succession. Then it serves them without the wake-up time, which is tens of
     /// microseconds for each request. It yields the CPU to other threads that are ready to run. Zero: never.
@@ -51,6 +53,7 @@ impl Default for Limits {
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(10),
             farewell: Duration::from_secs(10),
+            slow: Some(Duration::from_secs(10)),
             poll: Duration::from_micros(100),
         }
     }

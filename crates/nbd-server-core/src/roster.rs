@@ -17,6 +17,7 @@ use blkdev::{Channel, Context, Device, Plan};
 use crate::{
     export::{Export, Exports},
     handover::Hold,
+    observe::{ExportView, LaneGauges},
     removal::Removal,
     seat::{Seat, Ticket},
     threads::{await_end, lock},
@@ -120,12 +121,13 @@ struct Leaving {
     name: String,
     removal: Removal,
     seat: Weak<Seat>,
+    device: Weak<dyn Device>,
 }
 
 /// Open channels to a device that the workers do not have yet.
 struct NewSeat {
     seat: Arc<Seat>,
-    /// Each with the number of the worker that will get it.
+    /// Each with the number of the worker that will get it. In the order of the seat's gauges.
     channels: Vec<(usize, Channel)>,
 }
 
@@ -213,7 +215,7 @@ impl Roster {
                 None => {
                     let name = &new.name;
                     let of = |error: io::Error| Context::wrap(format!("export {name:?}: {error}"), error);
-                    let new = self.open(state, &new.device).map_err(of)?;
+                    let new = self.open(state, name, &new.device).map_err(of)?;
                     let seat = Arc::clone(&new.seat);
                     added.push(new);
                     seat
@@ -221,8 +223,8 @@ impl Roster {
             });
         }
         for NewSeat { seat, channels } in added {
-            for (worker, channel) in channels {
-                self.workers[worker].open(Arc::clone(&seat), channel);
+            for ((worker, channel), gauges) in channels.into_iter().zip(&seat.gauges) {
+                self.workers[worker].open(Arc::clone(&seat), Arc::clone(gauges), channel);
             }
         }
         let seats = seats.iter().map(Ticket::new).collect();
@@ -231,13 +233,14 @@ impl Roster {
         for (export, seat) in old {
             let (name, removal) = (export.name.clone(), removal(&export.name));
             self.retire(&seat, removal);
-            state.leaving.push(Leaving { name, removal, seat: Arc::downgrade(&seat) });
+            let device = Arc::downgrade(&export.device);
+            state.leaving.push(Leaving { name, removal, seat: Arc::downgrade(&seat), device });
         }
         Ok(())
     }
 
     /// Opens the queues of a device.
-    fn open(&self, state: &mut State, device: &Arc<dyn Device>) -> io::Result<NewSeat> {
+    fn open(&self, state: &mut State, name: &str, device: &Arc<dyn Device>) -> io::Result<NewSeat> {
         let lane = state.lanes.iter().position(|seat| seat.upgrade().is_none()).unwrap_or(state.lanes.len());
         let living: Vec<usize> = (0..self.workers.len()).filter(|n| self.workers[*n].is_alive()).collect();
         if living.is_empty() {
@@ -250,7 +253,8 @@ impl Roster {
         for (worker, channel) in &channels {
             self.workers[*worker].watch(lane, channel)?;
         }
-        let seat = Seat::new(lane, workers);
+        let gauges = channels.iter().map(|(_, channel)| LaneGauges::new(channel)).collect();
+        let seat = Seat::new(name.into(), lane, workers, gauges);
         match state.lanes.get_mut(lane) {
             Some(free) => *free = Arc::downgrade(&seat),
             None => state.lanes.push(Arc::downgrade(&seat)),
@@ -275,6 +279,24 @@ impl Roster {
         let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
         let leaving = seats.map(|(leaving, seat)| status(&leaving.name, Some(leaving.removal), &seat));
         present.chain(leaving).collect()
+    }
+
+    /// The exports as others see them, removed ones that are still in use last.
+    pub(crate) fn observe(&self) -> Vec<ExportView> {
+        let mut state = lock(&self.state);
+        state.tidy();
+        let view = self.views.look();
+        let mut found: Vec<_> = view
+            .exports
+            .list()
+            .iter()
+            .zip(&view.seats)
+            .map(|(export, seat)| (Arc::clone(seat.seat()), None, Some(Arc::clone(&export.device))))
+            .collect();
+        let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
+        found.extend(seats.map(|(leaving, seat)| (seat, Some(leaving.removal), leaving.device.upgrade())));
+        drop(state);
+        found.into_iter().map(|(seat, removal, device)| ExportView::of(&seat, removal, device.as_deref())).collect()
     }
 
     /// Stops changes until the result is dropped.

@@ -3,14 +3,23 @@
 use std::{
     ops::Deref,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
+
+use crate::{observe::LaneGauges, threads::lock};
 
 /// Where a device is served. It exists as long as a client may be sent there.
 #[derive(Debug)]
 pub(crate) struct Seat {
+    /// The name of its export.
+    pub(crate) name: String,
+    /// What each of the workers shows of its lane.
+    pub(crate) gauges: Vec<Arc<LaneGauges>>,
+    /// When a slow request was last reported.
+    reported: Mutex<Option<Instant>>,
     /// Its lane number in the workers. The number is not reused while the seat exists.
     pub(crate) lane: usize,
     /// The workers that serve it.
@@ -22,8 +31,19 @@ pub(crate) struct Seat {
 }
 
 impl Seat {
-    pub(crate) fn new(lane: usize, workers: Vec<usize>) -> Arc<Self> {
-        Arc::new(Self { lane, workers, clients: AtomicUsize::new(0), coming: AtomicUsize::new(0) })
+    pub(crate) fn new(name: String, lane: usize, workers: Vec<usize>, gauges: Vec<Arc<LaneGauges>>) -> Arc<Self> {
+        let (clients, coming, reported) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
+        Arc::new(Self { name, gauges, reported, lane, workers, clients, coming })
+    }
+
+    /// Whether a slow request may be reported now: once in an `interval`, for all workers together.
+    pub(crate) fn may_report(&self, now: Instant, interval: Duration) -> bool {
+        let mut reported = lock(&self.reported);
+        let may = reported.is_none_or(|last| now.saturating_duration_since(last) >= interval);
+        if may {
+            *reported = Some(now);
+        }
+        may
     }
 
     /// Whether an admitted client is still on its way to a worker, or a thread still uses a view from which it could admit one.

@@ -23,10 +23,12 @@ use crate::{
     handover::{Connection, Handover, Pause, Paused},
     limits::Limits,
     listener::Listener,
+    observe::{Book, Observation, protocol},
     peer::Peer,
     poll::bell,
     removal::Removal,
     roster::{Roster, Status},
+    stream::Stream,
     threads::await_end,
     tls::Tls,
     worker::{self, Arrival, Handle, Phase, least_loaded},
@@ -42,6 +44,7 @@ pub struct Server {
     bell: Arc<EventFd>,
     workers: Arc<[Handle]>,
     roster: Roster,
+    book: Arc<Book>,
     payload_max: u32,
     /// To the door.
     pauses: mpsc::Sender<Pause<Lobby>>,
@@ -92,8 +95,10 @@ impl Server {
             );
         }
         if let Some(worker) = least_loaded(&self.workers, &ticket) {
+            let stream = Stream::from(socket);
+            let entry = self.book.enter(peer, export, format!("{stream:?}"), protocol(state.terms.mode));
             let phase = Phase::Continues(Box::new(state));
-            worker.welcome(Arrival { stream: socket.into(), phase, ticket, over: None });
+            worker.welcome(Arrival { stream, phase, ticket, entry, over: None });
         }
     }
 
@@ -167,7 +172,7 @@ impl Server {
                 }
             }
         }
-        let workers: Arc<[Handle]> = workers.into();
+        let (workers, book): (Arc<[Handle]>, _) = (workers.into(), Arc::new(Book::default()));
         let mut plan = Plan::new(limits.memory);
         (plan.reserve, plan.depth) = (limits.memory / RESERVE, limits.depth);
         let roster = Roster::new(
@@ -183,6 +188,7 @@ impl Server {
             bell: Arc::clone(&bell),
             workers: Arc::clone(&workers),
             roster,
+            book: Arc::clone(&book),
             payload_max,
             pauses,
             threads,
@@ -192,7 +198,7 @@ impl Server {
             return Err(e);
         }
         server.replace(exports, tls, |_| Removal::Hide)?;
-        let door = Door::new(server.roster.views(), workers, (bell, paused), stop, limits, end)?;
+        let door = Door::new(server.roster.views(), (workers, book), (bell, paused), stop, limits, end)?;
         Ok((server, door))
     }
 
@@ -237,6 +243,30 @@ impl Server {
     /// All exports, the default one first, then removed exports that still have clients.
     pub fn exports(&self) -> Vec<Status> {
         self.roster.status()
+    }
+
+    /// What the server does now, and what it has done so far.
+    pub fn observe(&self) -> Observation {
+        let now = Instant::now();
+        let (clients, clients_served) = self.book.view(now);
+        let workers = self.workers.iter().map(|worker| worker.view(now)).collect();
+        Observation { exports: self.roster.observe(), workers, clients, clients_served }
+    }
+
+    /// Disconnects the client with this [id](crate::ClientView::id). Returns whether there is such a client.
+    pub fn disconnect(&self, id: u64) -> bool {
+        let is_here = self.book.has(id);
+        if is_here {
+            // Only one worker has it.
+            self.workers.iter().for_each(|worker| worker.disconnect(id));
+        }
+        is_here
+    }
+
+    /// Disconnects all clients of an export. Returns their number.
+    pub fn disconnect_all(&self, export: &str) -> usize {
+        let clients = self.book.view(Instant::now()).0;
+        clients.iter().filter(|client| client.export == export && self.disconnect(client.id)).count()
     }
 
     /// Blocks until the server fails: see [`End::wait`]. A failed server must still be dropped.

@@ -12,6 +12,7 @@ use nbd_proto::{
 use crate::{
     continuation::{Continuation, Read, encode_command, encode_write},
     lines::{Grant, Part},
+    observe::Traffic,
     outbox::Outbox,
     pace::Progress,
 };
@@ -86,6 +87,7 @@ pub struct Session {
     lost: bool,
     /// The connection is closed: replies are not needed.
     closed: bool,
+    traffic: Traffic,
 }
 
 /// Why a session takes no more input now.
@@ -182,6 +184,7 @@ impl Session {
             refusing: false,
             lost: false,
             closed: false,
+            traffic: Traffic::default(),
         }
     }
 
@@ -251,7 +254,7 @@ impl Session {
                     None
                 }
                 Event::Reject(cookie, refused) => {
-                    self.replier.error(&mut self.outbox, cookie, refused.at, refused.error, refused.text);
+                    self.decline(cookie, refused.at, refused.error, refused.text);
                     (!self.has_room()).then_some(Stall::Calls)
                 }
                 Event::Disconnect => {
@@ -341,7 +344,9 @@ impl Session {
         self.held += len;
         self.refilling = true;
         let call = Call { cookie: Cookie(0), at, len: len as u64, one: false, refill: true };
-        self.submit(call, Io::Read { at, buf }, channel);
+        let tag = self.tag(call);
+        // The READ itself has ended.
+        channel.submit_again(tag, Io::Read { at, buf });
         None
     }
 
@@ -364,7 +369,7 @@ impl Session {
     fn serve_waiting(&mut self, channel: &mut Channel, grant: &mut Grant) -> bool {
         while let Some(&Read { cookie, at, len, df }) = self.waiting.front() {
             if self.refusing {
-                self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
+                self.decline(cookie, at, WireError::Shutdown, GOING);
             } else if self.has_its_share(channel, grant) {
                 return true;
             } else {
@@ -432,9 +437,24 @@ impl Session {
                     return Ok(Some(Stall::Disconnect));
                 }
             };
-            self.replier.error(&mut self.outbox, cookie, at, WireError::Shutdown, GOING);
+            self.decline(cookie, at, WireError::Shutdown, GOING);
         }
         Ok(Some(Stall::Calls))
+    }
+
+    /// Answers a request that does not reach the device.
+    #[cold]
+    fn decline(&mut self, cookie: Cookie, at: u64, error: WireError, text: &'static str) {
+        self.traffic.requests += 1;
+        self.traffic.failed += 1;
+        self.traffic.refused += 1;
+        self.replier.error(&mut self.outbox, cookie, at, error, text);
+    }
+
+    /// What the client has done.
+    #[inline]
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 
     /// Where the rest of a payload belongs: the buffer, and the offset of the next byte in it. After receiving bytes there, call
@@ -487,6 +507,7 @@ impl Session {
         if refill {
             return self.refilled(done);
         }
+        self.note(&done, len);
         if self.closed {
             return;
         }
@@ -513,6 +534,17 @@ impl Session {
                 log::debug!("request for {len} bytes at {at} failed: {text}");
                 replier.error(out, cookie, at, code, text);
             }
+        }
+    }
+
+    #[inline]
+    fn note(&mut self, done: &Done, len: u64) {
+        self.traffic.requests += 1;
+        match (&done.result, &done.io) {
+            (Ok(()), Io::Read { .. }) => self.traffic.read += len,
+            (Ok(()), Io::Write { .. }) => self.traffic.written += len,
+            (Ok(()), _) => {}
+            (Err(_), _) => self.traffic.failed += 1,
         }
     }
 
@@ -544,6 +576,11 @@ impl Session {
     pub fn is_over(&self) -> bool {
         let is_ending = self.lost || self.disconnecting && self.waiting.is_empty();
         is_ending && self.calls.in_use == 0 && self.outbox.is_empty()
+    }
+
+    /// Whether [`lose`](Self::lose) was called.
+    pub fn is_lost(&self) -> bool {
+        self.lost
     }
 
     /// Releases the resources of a closed connection. Requests at the device come back through `complete`.
@@ -589,7 +626,7 @@ impl Session {
     fn command(&mut self, cookie: Cookie, command: Command, channel: &mut Channel, grant: &mut Grant) -> Option<Stall> {
         let (at, len, io) = match command {
             Command::Read { at, .. } if channel.refuses() => {
-                self.replier.error(&mut self.outbox, cookie, at, WireError::Io, GONE);
+                self.decline(cookie, at, WireError::Io, GONE);
                 return None;
             }
             Command::Read { at, len, .. } => {
@@ -696,8 +733,13 @@ impl Session {
 
     #[inline]
     fn submit(&mut self, call: Call, io: Io, channel: &mut Channel) {
-        let tag = u64::from(self.number) << 32 | u64::from(self.calls.begin(call));
+        let tag = self.tag(call);
         channel.submit(tag, io);
+    }
+
+    #[inline]
+    fn tag(&mut self, call: Call) -> u64 {
+        u64::from(self.number) << 32 | u64::from(self.calls.begin(call))
     }
 }
 

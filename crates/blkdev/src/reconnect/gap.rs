@@ -205,6 +205,7 @@ impl Shared {
         self.flushed.fetch_max(self.number.load(Ordering::Acquire), Ordering::AcqRel);
         self.is_expired.store(false, Ordering::Release);
         self.is_lost.store(false, Ordering::Release);
+        self.returns.fetch_add(1, Ordering::Relaxed);
         self.set_device(Some(device));
         drop(state);
         self.wake_all();

@@ -32,7 +32,11 @@ mod shared;
 mod tests;
 mod track;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use crate::{
     device::{Device, Info, Queue, State},
@@ -131,6 +135,16 @@ impl Device for Reconnect {
         if let Some(device) = self.shared.device() {
             device.refresh();
         }
+    }
+
+    fn reconnects(&self) -> u64 {
+        self.shared.returns.load(Ordering::Relaxed)
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let mut details = self.shared.device().map(|device| device.details()).unwrap_or_default();
+        details.push(("memory of unflushed changes", self.shared.kept.load(Ordering::Relaxed).to_string()));
+        details
     }
 
     fn state(&self) -> State {

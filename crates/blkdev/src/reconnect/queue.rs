@@ -371,6 +371,15 @@ impl Queue for ReconnectQueue {
         }
     }
 
+    fn describe(&self) -> String {
+        let parked = self.parked.len();
+        match &self.inner {
+            None => format!("reconnecting: {parked} requests wait for the device"),
+            Some(inner) if parked > 0 => format!("{}; {parked} requests are still to be sent again", inner.describe()),
+            Some(inner) => inner.describe(),
+        }
+    }
+
     fn losses(&self) -> u32 {
         self.losses
     }

@@ -47,6 +47,8 @@ pub(super) struct Shared {
     /// Changes were lost with the device: its users must end.
     pub(super) is_lost: AtomicBool,
     pub(super) losses: AtomicU32,
+    /// How often the device has come back.
+    pub(super) returns: AtomicU64,
     pub(super) is_closed: AtomicBool,
 }
 
@@ -88,6 +90,7 @@ impl Shared {
             is_expired: AtomicBool::new(false),
             is_lost: AtomicBool::new(false),
             losses: AtomicU32::new(0),
+            returns: AtomicU64::new(0),
             is_closed: AtomicBool::new(false),
         })
     }

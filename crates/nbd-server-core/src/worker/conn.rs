@@ -1,17 +1,19 @@
 //! [`Conn`]: a connection with its socket and its session.
 
 use std::{
-    io,
+    fmt, io,
     os::fd::OwnedFd,
     sync::{Arc, mpsc},
 };
 
 use blkdev::Channel;
+use nbd_proto::Fatal;
 
 use crate::{
     coalesce::Coalesce,
     continuation::Continuation,
     lines::Grant,
+    observe::{Entry, LaneGauges, Traffic},
     poll::{Interest, Poll},
     received::Received,
     session::Session,
@@ -39,11 +41,98 @@ pub(super) struct Conn {
     /// Only for a unix socket, which reports its unread bytes.
     pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
+    pub(super) entry: Entry,
+    /// Why it cannot go on.
+    pub(super) why: Option<Why>,
+    /// It waits for memory, and is counted so.
+    pub(super) is_waiting: bool,
     /// Dropped at the end of the connection, which the receiver notices.
     pub(super) over: Option<mpsc::Sender<()>>,
 }
 
+/// Why a connection ends.
+#[derive(Debug)]
+pub(super) enum Why {
+    /// NBD_CMD_DISC.
+    Disconnected,
+    /// Without NBD_CMD_DISC.
+    Closed,
+    Broken(io::Error),
+    Violation(Fatal),
+    TooSlow,
+    /// A partly sent reply could not be read again.
+    Unreadable,
+    /// The device has lost changes.
+    Lost,
+    Removed,
+    /// An operator wants it.
+    Ended,
+    Stopping,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disconnected => f.write_str("it has disconnected"),
+            Self::Closed => f.write_str("it has closed the connection without a disconnect request"),
+            Self::Broken(error) => write!(f, "the connection broke: {error}"),
+            Self::Violation(fatal) => write!(f, "it was disconnected, because it violated the protocol: {fatal}"),
+            Self::TooSlow => f.write_str("it was disconnected, because it sent a payload too slowly"),
+            Self::Unreadable => f.write_str("it was disconnected, because the rest of a reply could not be read"),
+            Self::Lost => f.write_str("it was disconnected, because the device has lost changes"),
+            Self::Removed => f.write_str("it was disconnected, because its export was removed"),
+            Self::Ended => f.write_str("it was disconnected by an operator"),
+            Self::Stopping => f.write_str("it was disconnected, because the server stops"),
+        }
+    }
+}
+
 impl Conn {
+    /// Shows what it has done.
+    #[inline]
+    pub(super) fn publish(&mut self, gauges: &LaneGauges) {
+        let refused = self.entry.client.publish(self.session.traffic(), self.session.in_flight());
+        if refused > 0 {
+            gauges.refused.add(refused);
+        }
+        let is_waiting = self.session.wants().is_some() || self.session.is_held_back();
+        if is_waiting != self.is_waiting {
+            self.wait(is_waiting, gauges);
+        }
+    }
+
+    /// It waits for memory from now on, or does not any more.
+    #[cold]
+    fn wait(&mut self, is_waiting: bool, gauges: &LaneGauges) {
+        self.is_waiting = is_waiting;
+        if is_waiting {
+            gauges.waits.add(1);
+            gauges.waiting.add(1);
+        } else {
+            gauges.waiting.set(gauges.waiting.get() - 1);
+        }
+    }
+
+    /// The last line about it.
+    #[cold]
+    pub(super) fn report(&self, why: &Why) {
+        let client = &self.entry.client;
+        let Traffic { requests, failed, read, written, .. } = self.session.traffic();
+        log::info!(
+            "{} leaves export {:?} after {:.1?}: {why}; {requests} requests ({failed} failed), {read} bytes read, {written} bytes \
+             written",
+            client.peer,
+            client.export,
+            client.since.elapsed()
+        );
+    }
+
+    #[cold]
+    fn fail(&mut self, why: Why) -> bool {
+        self.why = Some(why);
+        false
+    }
+
     /// Whether it may have waited for its turn with data to take, which it takes now.
     #[inline]
     pub(super) fn waits(&self) -> bool {
@@ -81,13 +170,13 @@ impl Conn {
         let Some(stream) = &mut self.stream else { return false };
         let Received { landed, staged, more } = match stream.receive(self.session.landing(), staging) {
             Ok(Some(received)) => received,
-            Ok(None) => return false,
+            Ok(None) => return self.fail(Why::Closed),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
                 return true;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return true,
-            Err(_) => return false,
+            Err(e) => return self.fail(Why::Broken(e)),
         };
         // If the end of the stream was reported with the last bytes, no other event reports it.
         self.readable = self.ended || more;
@@ -98,10 +187,7 @@ impl Conn {
                 self.backlog.extend_from_slice(input);
                 true
             }
-            Err(fatal) => {
-                log::info!("a client was disconnected: {fatal}");
-                false
-            }
+            Err(fatal) => self.fail(Why::Violation(fatal)),
         }
     }
 
@@ -126,10 +212,7 @@ impl Conn {
                 self.backlog.drain(..taken);
                 true
             }
-            Err(fatal) => {
-                log::info!("a client was disconnected: {fatal}");
-                false
-            }
+            Err(fatal) => self.fail(Why::Violation(fatal)),
         }
     }
 
@@ -139,13 +222,19 @@ impl Conn {
         if (self.session.outbox().is_empty() && !self.blocked) || !self.writable {
             return true;
         }
-        let Ok(all) = stream.send(self.session.outbox(), staging) else { return false };
+        let all = match stream.send(self.session.outbox(), staging) {
+            Ok(all) => all,
+            Err(e) => return self.fail(Why::Broken(e)),
+        };
         self.writable = all;
         if self.blocked != all {
             return true;
         }
         self.blocked = !all;
         let interest = if all { Interest::Read } else { Interest::Write };
-        poll.set_edge(stream, number.into(), interest).is_ok()
+        match poll.set_edge(stream, number.into(), interest) {
+            Ok(()) => true,
+            Err(e) => self.fail(Why::Broken(e)),
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use blkdev::{Channel, Done, socket};
@@ -14,7 +14,7 @@ use nbd_proto::wire::REQUEST_LEN;
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::{
-    conn::Conn,
+    conn::{Conn, Why},
     handle::{Arrival, Phase, Standstill},
     lane::{Lane, Leaving},
 };
@@ -22,6 +22,7 @@ use crate::{
     coalesce::Coalesce,
     limits::Limits,
     lines::Grant,
+    observe::LaneGauges,
     pace::Progress,
     poll::{Interest, Poll},
     received::STAGING_MIN,
@@ -78,18 +79,24 @@ impl Floor {
         }
     }
 
-    pub(super) fn open(&mut self, seat: Arc<Seat>, channel: Channel) {
+    pub(super) fn open(&mut self, seat: Arc<Seat>, gauges: Arc<LaneGauges>, channel: Channel) {
         let number = seat.lane;
         if self.lanes.len() <= number {
             self.lanes.resize_with(number + 1, || None);
         }
         assert!(self.lanes[number].is_none(), "a lane number is reused only after its seat is gone");
-        self.lanes[number] = Some(Lane::new(channel, seat));
+        self.lanes[number] = Some(Lane::new(channel, seat, gauges));
+    }
+
+    /// Advances the clocks of all channels.
+    #[inline]
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.lanes.iter_mut().flatten().for_each(|lane| lane.channel.tick(now));
     }
 
     /// Adds a connection. Returns its number; `None` if its export was removed.
     pub(super) fn welcome(&mut self, arrival: Arrival, poll: &Poll) -> Option<u32> {
-        let Arrival { mut stream, phase, ticket, over } = arrival;
+        let Arrival { mut stream, phase, ticket, entry, over } = arrival;
         let turned_away = |load: &AtomicUsize| {
             load.fetch_sub(1, Ordering::Relaxed);
             ticket.clients.fetch_sub(1, Ordering::Relaxed);
@@ -134,6 +141,9 @@ impl Floor {
             active: false,
             coalesce: is_unix.then(Coalesce::default),
             is_tcp,
+            entry,
+            why: None,
+            is_waiting: false,
             over,
         });
         Some(number)
@@ -151,35 +161,45 @@ impl Floor {
             Removal::Soft => {
                 self.conns.iter_mut().flatten().filter(|conn| conn.lane == number).for_each(|c| c.session.refuse());
             }
-            Removal::Hard => self.bury_all(number, turns),
+            Removal::Hard => self.bury_all(number, turns, || Why::Removed),
         }
         begins
     }
 
-    pub(super) fn bury_all(&mut self, lane: usize, turns: &mut Turns) {
+    pub(super) fn bury_all(&mut self, lane: usize, turns: &mut Turns, why: impl Fn() -> Why) {
         for number in 0..self.conns.len() as u32 {
             if self.conns[number as usize].as_ref().is_some_and(|conn| conn.lane == lane) {
-                self.bury(number, turns);
+                self.bury(number, turns, why());
             }
         }
     }
 
-    /// Ends a connection.
-    pub(super) fn bury(&mut self, number: u32, turns: &mut Turns) {
-        self.hang_up(number);
+    /// Ends a connection. `why`: if the connection itself does not know better.
+    pub(super) fn bury(&mut self, number: u32, turns: &mut Turns, why: Why) {
+        self.hang_up(number, why);
         turns.leave(number);
     }
 
+    /// The connection of the client with this id.
+    pub(super) fn find(&self, id: u64) -> Option<u32> {
+        let is_it =
+            |conn: &Option<Conn>| conn.as_ref().is_some_and(|conn| conn.stream.is_some() && conn.entry.client.id == id);
+        self.conns.iter().position(is_it).map(|number| number as u32)
+    }
+
     /// Closes a connection. Its requests at the device come back later; all others are dropped.
-    fn hang_up(&mut self, number: u32) {
+    fn hang_up(&mut self, number: u32, why: Why) {
         let slot = &mut self.conns[number as usize];
         let Some(conn) = slot else { return };
         let Some(mut stream) = conn.stream.take() else { return };
         stream.close();
+        let why = conn.why.take().unwrap_or(why);
+        conn.report(&why);
         self.load.fetch_sub(1, Ordering::Relaxed);
         self.is_untidy = true;
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect(SERVED);
+        conn.publish(&lane.gauges);
         lane.clients -= 1;
         lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
         if conn.session.in_flight() == 0 {
@@ -270,11 +290,15 @@ impl Floor {
                 self.behind = Some(number);
             }
             let alive = conn.send(&mut self.staging, poll, number);
-            let over = (conn.session.is_over() && !conn.blocked) || conn.session.is_broken();
+            conn.publish(&self.lanes[conn.lane].as_ref().expect(SERVED).gauges);
+            let over = conn.session.is_over() && !conn.blocked;
             let in_flight = conn.session.in_flight();
             turns.count(number, in_flight);
-            if !alive || over {
-                self.bury(number, turns);
+            if conn.session.is_broken() {
+                self.bury(number, turns, Why::Unreadable);
+            } else if !alive || over {
+                let why = if conn.session.is_lost() { Why::Lost } else { Why::Disconnected };
+                self.bury(number, turns, why);
             } else if conn.is_ready(in_flight == 0) {
                 // Each request that ends makes room, and queues the connection again.
                 turns.enqueue(number);
@@ -299,6 +323,31 @@ impl Floor {
     /// Whether the export of a lane was removed.
     pub(super) fn is_leaving(&self, lane: usize) -> bool {
         self.lanes[lane].as_ref().is_none_or(|lane| lane.leaving.is_some())
+    }
+
+    /// Looks at all requests in flight: shows the ages of the oldest, and reports those that are `slow`.
+    #[cold]
+    pub(super) fn patrol(&mut self, now: Instant, slow: Option<Duration>) {
+        let mut ages = vec![None; self.conns.len()];
+        for lane in self.lanes.iter_mut().flatten() {
+            let oldest = lane.channel.pending().max_by_key(|pending| {
+                if let Some(age) = ages.get_mut(Session::number_of(pending.tag) as usize) {
+                    *age = (*age).max(Some(pending.age));
+                }
+                pending.age
+            });
+            lane.show(oldest, now, slow);
+        }
+        for (conn, age) in self.conns.iter().zip(ages) {
+            if let Some(conn) = conn {
+                conn.entry.client.oldest.set(age);
+            }
+        }
+    }
+
+    /// Whether a request is in flight at a device.
+    pub(super) fn is_busy(&self) -> bool {
+        self.lanes.iter().flatten().any(|lane| lane.channel.in_flight() > 0)
     }
 
     /// Frees memory that has not been used for a while.
@@ -333,7 +382,7 @@ impl Connections for Floor {
             alive = conn.receive(&mut self.staging, &mut lane.channel, grant);
         }
         if !alive {
-            self.hang_up(number);
+            self.hang_up(number, Why::Closed);
             return None;
         }
         if conn.session.stall() == Some(Stall::Turn) {

@@ -8,6 +8,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
+    time::Instant,
 };
 
 use blkdev::Channel;
@@ -18,6 +19,7 @@ use super::lane::LANE;
 use crate::{
     continuation::Continuation,
     handover::Pause,
+    observe::{Entry, LaneGauges, WorkerGauges, WorkerView},
     poll::Watch,
     removal::Removal,
     seat::{Seat, Ticket},
@@ -31,6 +33,8 @@ pub(crate) struct Arrival {
     pub(crate) phase: Phase,
     /// Where the client will be served.
     pub(crate) ticket: Ticket,
+    /// Its place in the book of connections.
+    pub(crate) entry: Entry,
     /// Kept until nothing of the connection is left.
     pub(crate) over: Option<mpsc::Sender<()>>,
 }
@@ -55,11 +59,13 @@ pub(crate) fn least_loaded<'a>(workers: &'a [Handle], ticket: &Ticket) -> Option
 pub(super) enum Message {
     Arrival(Arrival),
     /// A channel that the worker serves from now on.
-    Open(Arc<Seat>, Box<Channel>),
+    Open(Arc<Seat>, Arc<LaneGauges>, Box<Channel>),
     /// No new clients come to this lane.
     Retire(usize, Removal),
     /// Completes the requests that have begun, and begins no other one until the end of the pause.
     Pause(Pause<Standstill>),
+    /// Disconnects the client with this id, on behalf of an operator.
+    Disconnect(u64),
 }
 
 /// The connections of a paused worker.
@@ -80,6 +86,7 @@ pub(crate) struct Handle {
     load: Arc<AtomicUsize>,
     alive: Arc<AtomicBool>,
     watch: Watch,
+    gauges: Arc<WorkerGauges>,
 }
 
 impl Handle {
@@ -89,8 +96,22 @@ impl Handle {
         load: Arc<AtomicUsize>,
         alive: Arc<AtomicBool>,
         watch: Watch,
+        gauges: Arc<WorkerGauges>,
     ) -> Self {
-        Self { inbox, bell, load, alive, watch }
+        Self { inbox, bell, load, alive, watch, gauges }
+    }
+
+    /// What it does.
+    pub(crate) fn view(&self, now: Instant) -> WorkerView {
+        let Self { gauges, .. } = self;
+        WorkerView {
+            is_alive: self.is_alive(),
+            connections: self.load(),
+            turns: gauges.turns.get(),
+            polls: gauges.polls.get(),
+            sleeps: gauges.sleeps.get(),
+            busy: gauges.busy(now),
+        }
     }
 
     /// Whether its thread runs, and serves the clients that are sent to it.
@@ -117,8 +138,8 @@ impl Handle {
     }
 
     /// Gives it a channel.
-    pub(crate) fn open(&self, seat: Arc<Seat>, channel: Channel) {
-        self.send(Message::Open(seat, Box::new(channel)));
+    pub(crate) fn open(&self, seat: Arc<Seat>, gauges: Arc<LaneGauges>, channel: Channel) {
+        self.send(Message::Open(seat, gauges, Box::new(channel)));
     }
 
     /// Makes it pause.
@@ -129,6 +150,11 @@ impl Handle {
     /// Makes it release a channel when its clients have gone.
     pub(crate) fn retire(&self, lane: usize, removal: Removal) {
         self.send(Message::Retire(lane, removal));
+    }
+
+    /// Makes it disconnect a client, if it has the client.
+    pub(crate) fn disconnect(&self, id: u64) {
+        self.send(Message::Disconnect(id));
     }
 
     /// Sends a message. A worker that has ended does not need it.

@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::Channel;
+use blkdev::{Channel, Info, Pending};
 
-use crate::{removal::Removal, seat::Seat};
+use crate::{observe::LaneGauges, removal::Removal, seat::Seat};
 
 /// Set in the tokens of lanes. The token of a connection is its number.
 pub(super) const LANE: u64 = 1 << 32;
@@ -22,6 +22,7 @@ const BRIEFLY: Duration = Duration::from_millis(10);
 pub(super) struct Lane {
     pub(super) channel: Channel,
     pub(super) seat: Arc<Seat>,
+    pub(super) gauges: Arc<LaneGauges>,
     /// Connections with a socket.
     pub(super) clients: usize,
     /// Connections, including those that only wait for the device.
@@ -53,9 +54,9 @@ pub(super) enum Step {
 }
 
 impl Lane {
-    pub(super) fn new(channel: Channel, seat: Arc<Seat>) -> Self {
+    pub(super) fn new(channel: Channel, seat: Arc<Seat>, gauges: Arc<LaneGauges>) -> Self {
         let losses = channel.losses();
-        Self { channel, seat, clients: 0, conns: 0, leaving: None, cancels: false, losses }
+        Self { channel, seat, gauges, clients: 0, conns: 0, leaving: None, cancels: false, losses }
     }
 
     /// Whether the device has lost changes since the last call, so that present clients must end.
@@ -63,6 +64,25 @@ impl Lane {
     pub(super) fn has_lost(&mut self) -> bool {
         let losses = self.channel.losses();
         std::mem::replace(&mut self.losses, losses) != losses
+    }
+
+    /// Shows its gauges, and reports its oldest request if that is `slow`.
+    pub(super) fn show(&self, oldest: Option<Pending>, now: Instant, slow: Option<Duration>) {
+        let Self { channel, gauges, seat, .. } = self;
+        gauges.oldest.set(oldest.map(|oldest| oldest.age));
+        gauges.memory_used.set(channel.memory().saturating_sub(channel.memory_free()) as u64);
+        gauges.stalled.set(channel.is_stalled().into());
+        if let (Some(Pending { operation, at, len, age, .. }), Some(slow)) = (oldest, slow)
+            && age >= slow
+            && seat.may_report(now, slow)
+        {
+            let (name, state, count) = (&seat.name, channel.describe(), channel.in_flight());
+            let Info { driver, target, .. } = channel.info();
+            log::warn!(
+                "export {name:?}: a slow request: {operation} of {len} bytes at {at} has not ended for {age:.1?}; {count} requests \
+                 are in flight at {driver} {target}{state}"
+            );
+        }
     }
 
     /// Whether it refuses new clients. A hidden lane still serves clients that were admitted before.

@@ -28,10 +28,11 @@ use nix::sys::{eventfd::EventFd, prctl};
 use crate::{
     end::End,
     limits::Limits,
+    observe::WorkerGauges,
     poll::{Poll, Readiness, bell},
     turns::Turns,
 };
-use conn::Conn;
+use conn::{Conn, Why};
 use floor::Floor;
 use handle::Message;
 pub(crate) use handle::{Arrival, Handle, Phase, least_loaded};
@@ -39,6 +40,9 @@ use lane::{LANE, Lane, Step, WIND_UP};
 
 /// The token of the bell.
 const BELL: u64 = u64::MAX;
+
+/// Interval of looks at all requests in flight.
+const PATROL: Duration = Duration::from_secs(1);
 
 /// Idle time after which unused memory is freed.
 const TIDY: Duration = Duration::from_secs(2);
@@ -61,6 +65,13 @@ struct Worker {
     idle: Option<Instant>,
     stall_timeout: Duration,
     farewell: Duration,
+    slow: Option<Duration>,
+    patrolled: Instant,
+    /// Something has happened since the last patrol, or a request is in flight.
+    is_active: bool,
+    gauges: Arc<WorkerGauges>,
+    /// When the last sleep ended, if no turn has begun since.
+    woken: Option<Instant>,
 }
 
 /// Starts a worker. `closers` receives the threads that close its devices. If the worker ends too early, it reports that to
@@ -79,8 +90,10 @@ pub(crate) fn start(
     let (poll, bell, load) = (Poll::new()?, Arc::new(bell()?), Arc::new(AtomicUsize::new(0)));
     poll.add_level(&*bell, BELL)?;
     let alive = Arc::new(AtomicBool::new(true));
-    let handle = Handle::new(sender, Arc::clone(&bell), Arc::clone(&load), Arc::clone(&alive), poll.watch());
     let now = Instant::now();
+    let gauges = Arc::new(WorkerGauges::new(now));
+    let (rings, loads, lives) = (Arc::clone(&bell), Arc::clone(&load), Arc::clone(&alive));
+    let handle = Handle::new(sender, rings, loads, lives, poll.watch(), Arc::clone(&gauges));
     let worker = Worker {
         poll,
         inbox,
@@ -96,6 +109,11 @@ pub(crate) fn start(
         idle: None,
         stall_timeout: limits.stall_timeout,
         farewell: limits.farewell,
+        slow: limits.slow,
+        patrolled: now,
+        is_active: false,
+        gauges,
+        woken: None,
     };
     let (end, stop) = (end.clone(), Arc::clone(stop));
     let thread = thread::Builder::new().name(name.clone()).spawn(move || {
@@ -132,16 +150,21 @@ impl Worker {
     }
 
     fn turn(&mut self) {
-        self.now = Instant::now();
-        for lane in self.floor.lanes.iter_mut().flatten() {
-            lane.channel.tick(self.now);
-        }
+        self.now = self.woken.take().unwrap_or_else(Instant::now);
+        self.gauges.turns.add(1);
+        self.floor.tick(self.now);
         if !self.turns.is_empty() {
             self.idle = None;
         }
         self.turns.round(&mut self.floor);
+        if self.idle.is_none() && self.floor.is_busy() {
+            // For the latency of requests that end in the turn in which they began.
+            self.now = Instant::now();
+            self.floor.tick(self.now);
+        }
         if self.floor.reap(&mut self.turns) > 0 {
             self.idle = None;
+            self.is_active = true;
         }
         self.floor.output(&self.poll, &mut self.turns);
         if self.now.duration_since(self.swept) >= Turns::interval(self.stall_timeout) {
@@ -154,6 +177,11 @@ impl Worker {
         if self.leaving > 0 {
             self.let_go();
         }
+        if self.is_active && self.now.duration_since(self.patrolled) >= PATROL {
+            self.patrolled = self.now;
+            self.floor.patrol(self.now, self.slow);
+            self.is_active = self.floor.is_busy();
+        }
     }
 
     /// Disconnects clients that are too slow while others wait for their memory.
@@ -165,7 +193,7 @@ impl Worker {
                  {:?} to send the payload",
                 self.stall_timeout
             );
-            self.floor.bury(number, &mut self.turns);
+            self.floor.bury(number, &mut self.turns, Why::TooSlow);
         }
     }
 
@@ -185,7 +213,7 @@ impl Worker {
     /// Whether to busy-poll instead of sleeping, with nothing to do.
     fn spins(&mut self) -> bool {
         let awaits_device = self.floor.lanes.iter().flatten().any(|lane| lane.channel.in_flight() > 0);
-        let idle = *self.idle.get_or_insert_with(Instant::now);
+        let idle = *self.idle.get_or_insert(self.now);
         self.now.duration_since(idle) < self.floor.spin.time(awaits_device)
     }
 
@@ -196,10 +224,14 @@ impl Worker {
         } else if self.spins() {
             // Other threads on this CPU, such as the client or the device, go first.
             thread::yield_now();
+            self.gauges.polls.add(1);
             Some(Duration::ZERO)
         } else {
             self.timeout()
         };
+        if timeout != Some(Duration::ZERO) {
+            self.gauges.sleep(self.now);
+        }
         let mut rung = false;
         for Readiness { token, readable, ended } in self.poll.wait(timeout)? {
             if token == BELL {
@@ -214,10 +246,13 @@ impl Worker {
                 self.turns.enqueue(token as u32);
             }
         }
-        if timeout != Some(Duration::ZERO)
-            && let Some(idle) = self.idle
-        {
-            self.floor.spin.slept(idle.elapsed());
+        if timeout != Some(Duration::ZERO) {
+            let now = Instant::now();
+            self.gauges.wake(now);
+            if let Some(idle) = self.idle {
+                self.floor.spin.slept(now.duration_since(idle));
+            }
+            self.woken = Some(now);
         }
         if rung {
             let _ = self.bell.read();
@@ -233,7 +268,8 @@ impl Worker {
     /// Returns the time to sleep, with nothing to do. Arms the devices for a wake-up.
     fn timeout(&mut self) -> Option<Duration> {
         let tidy = || TIDY.saturating_sub(self.now.duration_since(self.tidied));
-        let mut timeout = self.floor.is_untidy.then(tidy);
+        let patrol = || PATROL.saturating_sub(self.now.duration_since(self.patrolled));
+        let mut timeout = sooner(self.floor.is_untidy.then(tidy), self.is_active.then(patrol));
         for (number, lane) in self.floor.lanes.iter_mut().enumerate() {
             let Some(lane) = lane else { continue };
             if lane.cancels {
@@ -264,9 +300,14 @@ impl Worker {
                 }
             }
             Message::Pause(pause) => self.pause(&pause),
-            Message::Open(seat, channel) => {
+            Message::Open(seat, gauges, channel) => {
                 self.turns.open(seat.lane, channel.depth());
-                self.floor.open(seat, *channel);
+                self.floor.open(seat, gauges, *channel);
+            }
+            Message::Disconnect(id) => {
+                if let Some(number) = self.floor.find(id) {
+                    self.floor.bury(number, &mut self.turns, Why::Ended);
+                }
             }
             Message::Retire(lane, removal) => {
                 let farewell = self.now + self.farewell;
@@ -283,7 +324,7 @@ impl Worker {
                     Step::Nothing => break,
                     Step::CutOff => {
                         log::warn!("{} clients of a removed export did not leave: disconnected", lane.clients);
-                        self.floor.bury_all(number, &mut self.turns);
+                        self.floor.bury_all(number, &mut self.turns, || Why::Removed);
                     }
                     Step::GiveUp => {
                         log::warn!(
@@ -320,7 +361,7 @@ impl Worker {
     /// Closes all connections, and lets the devices complete their requests, in bounded time.
     fn wind_up(&mut self) {
         for number in 0..self.floor.conns.len() as u32 {
-            self.floor.bury(number, &mut self.turns);
+            self.floor.bury(number, &mut self.turns, Why::Stopping);
         }
         let (start, mut done) = (Instant::now(), Vec::new());
         for lane in self.floor.lanes.iter_mut().flatten() {

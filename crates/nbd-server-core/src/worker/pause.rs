@@ -9,7 +9,7 @@ use std::{
 
 use blkdev::Channel;
 
-use super::{Worker, handle::Standstill};
+use super::{Worker, conn::Why, handle::Standstill};
 use crate::{handover::Pause, lines::Grant, turns::Connections};
 
 /// Pause between two looks at the devices.
@@ -80,7 +80,7 @@ impl Worker {
             log::warn!("{error}");
         }
         for number in leaving {
-            self.floor.bury(number, &mut self.turns);
+            self.floor.bury(number, &mut self.turns, Why::Stopping);
         }
     }
 }
