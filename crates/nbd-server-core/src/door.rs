@@ -217,6 +217,8 @@ impl Door {
         let deadlines = guests.map(|guest| guest.deadline.min(retry(guest))).chain(self.closed_until);
         let timeout = deadlines.min().map(|t| t.saturating_duration_since(now));
         let events: Vec<Readiness> = self.poll.wait(timeout)?.collect();
+        // The wait may have been long.
+        let now = Instant::now();
         for event in events {
             if event.token == BELL {
                 let _ = self.bell.read();
@@ -541,6 +543,8 @@ impl Guest {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
+            // Also if it comes in with another event, which may report only room to send.
+            self.active = Instant::now();
             self.heard = self.heard.take().filter(|heard| heard.len() + staged <= HEARD_MAX);
             if let Some(heard) = &mut self.heard {
                 heard.extend_from_slice(&staging[..staged]);
