@@ -19,6 +19,17 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count, display_order = 900)]
     pub(crate) verbose: u8,
 
+    /// Form of the lines on stderr: text, or json, an object for each line with time (seconds since 1970), level and message
+    #[arg(
+        long,
+        global = true,
+        value_name = "FORMAT",
+        default_value = "text",
+        hide_default_value = true,
+        display_order = 901
+    )]
+    pub(crate) log_format: LogFormat,
+
     /// Print the version
     #[arg(short = 'V', long, action = ArgAction::Version)]
     version: Option<bool>,
@@ -35,6 +46,12 @@ pub(crate) enum Command {
     Reload(Reload),
     /// Make a server replace its program without losing a client
     Upgrade(Upgrade),
+    /// Show what a server does: exports, devices, clients, rates and latencies
+    Status(Status),
+    /// Disconnect clients of a server
+    Disconnect(Disconnect),
+    /// Check a file of "nbdblk serve --config" without opening anything
+    Check(Check),
     /// Judge whether this program can replace a server
     #[command(hide = true)]
     Judge(Judge),
@@ -64,7 +81,9 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with = "specs")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Listen for "nbdblk reload" and "nbdblk upgrade" on this Unix domain socket, for this user and root only
+    /// Listen for "nbdblk status", "reload", "upgrade" and "disconnect" on this Unix domain socket, for this user and root only
+    ///
+    /// [default for a service with RuntimeDirectory=: control.sock in that directory]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
 
@@ -198,6 +217,17 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
 
+    /// Log a warning about each request that takes longer, once for each export in that time; 0: never [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = pause)]
+    pub(crate) slow: Option<Duration>,
+
+    /// Serve metrics for Prometheus, and a page for people, over HTTP: tcp:PORT, tcp:HOST:PORT or unix:PATH
+    ///
+    /// /metrics has the metrics, /healthz returns 200 while all devices work, and / shows the same for people. Read-only; every
+    /// client that can connect can read it. tcp:PORT listens on the loopback addresses.
+    #[arg(long, value_name = "PLACE", value_parser = metrics)]
+    pub(crate) metrics: Vec<Place>,
+
     /// Longest busy-poll before a worker sleeps, in microseconds (adaptive; 0: never) [default: 100]
     ///
     /// A worker busy-polls when it expects the next event within that time: from a fast device, or from a client with few
@@ -280,6 +310,70 @@ pub(crate) struct Upgrade {
     pub(crate) timeout: Option<Duration>,
 }
 
+/// Show what a server does: exports, devices, clients, rates and latencies
+///
+/// Prints a table with a line for each export: the state of its device, its clients, the requests and bytes of each second, the
+/// requests in flight, half (P50) and 99 of 100 (P99) of which take at most so long, and the errors so far. Without FILE and
+/// --control, it looks in the places where services have their control sockets.
+#[derive(Args, Debug)]
+pub(crate) struct Status {
+    /// The file of "nbdblk serve --config", which names the control socket
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// Print JSON, with counters since the start instead of rates; docs/status.md describes it
+    #[arg(long, conflicts_with_all = ["watch", "clients"])]
+    pub(crate) json: bool,
+
+    /// Show it again and again, with a bar for each export, until interrupted
+    #[arg(short, long)]
+    pub(crate) watch: bool,
+
+    /// List the clients
+    #[arg(short, long)]
+    pub(crate) clients: bool,
+
+    /// Time that rates and percentiles are about [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
+    pub(crate) interval: Option<Duration>,
+}
+
+/// Disconnect clients of a server
+///
+/// Replies that the server has not sent yet are lost. A client that reconnects is served again.
+#[derive(Args, Debug)]
+pub(crate) struct Disconnect {
+    /// The ID of a client, from "nbdblk status --clients", or the name of an export: all its clients
+    #[arg(value_name = "ID|EXPORT")]
+    pub(crate) target: String,
+
+    /// The file of "nbdblk serve --config", which names the control socket
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// A number is the name of an export, too
+    #[arg(long)]
+    pub(crate) export: bool,
+}
+
+/// Check a file of "nbdblk serve --config" without opening anything
+///
+/// If it has an error, prints file, line, column and the reason, and exits with status 1.
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// The file
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+}
+
 /// The question of a server that wants to be replaced.
 #[derive(Args, Debug)]
 pub(crate) struct Judge {
@@ -326,6 +420,13 @@ pub(crate) enum TlsMode {
     Off,
     On,
     Require,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    #[default]
+    Text,
+    Json,
 }
 
 #[derive(Args, Debug)]
@@ -410,6 +511,18 @@ fn id(text: &str, kind: &str, named: impl Fn() -> nix::Result<Option<u32>>) -> R
         Ok(u32::MAX) => Err(format!("it is not a valid {kind} number")),
         Ok(id) => Ok(id),
         Err(_) => named().map_err(|error| error.to_string())?.ok_or_else(|| format!("there is no {kind} of that name")),
+    }
+}
+
+/// As [`timeout`], or 0.
+fn pause(text: &str) -> Result<Duration, String> {
+    if text == "0" || text == "0s" { Ok(Duration::ZERO) } else { timeout(text) }
+}
+
+fn metrics(text: &str) -> Result<Place, String> {
+    match text.parse()? {
+        place @ (Place::Unix(_) | Place::Tcp(..)) => Ok(place),
+        _ => Err("metrics are served at tcp:PORT, tcp:HOST:PORT or unix:PATH".into()),
     }
 }
 

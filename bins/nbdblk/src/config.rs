@@ -28,8 +28,18 @@ use crate::{
 };
 
 /// Options for one run of the program, which a file cannot set.
-const NOT_IN_FILES: &[&str] =
-    &["config", "exit-with-parent", "foreground", "help", "print-uri", "ready-fd", "run", "single", "verbose"];
+const NOT_IN_FILES: &[&str] = &[
+    "config",
+    "exit-with-parent",
+    "foreground",
+    "help",
+    "log-format",
+    "print-uri",
+    "ready-fd",
+    "run",
+    "single",
+    "verbose",
+];
 
 /// Longest file, in bytes: enough for tens of thousands of exports.
 const SIZE_MAX: u64 = 16 << 20;
@@ -532,10 +542,12 @@ mod tests {
             ("ipv6-only", "1"),
             ("listen", "\"here\""),
             ("memory", "\"64K\""),
+            ("metrics", "\"vsock:5\""),
             ("pidfile", "\"\""),
             ("poll", "-1"),
             ("port", "65536"),
             ("read-only", "\"yes\""),
+            ("slow", "\"soon\""),
             ("socket-group", "\"no such group\""),
             ("socket-mode", "\"0999\""),
             ("socket-owner", "\"no such user\""),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
-use crate::{asker::Asker, plan::Plan, ready::Ready, replace::Prepared};
+use crate::{asker::Asker, disconnect::Target, plan::Plan, ready::Ready, replace::Prepared};
 
 /// The result of a reload: the plan that is served now and the changes, or the reason of the failure.
 pub(crate) type Outcome = Result<(Plan, String), String>;
@@ -26,6 +26,21 @@ pub(crate) enum Event {
     Reloaded(Outcome),
     /// Replace the program, by another one if it is named. A client of the control socket may wait for the result.
     Upgrade(Option<Asker>, Option<PathBuf>),
+    /// A client of the control socket asks what the server does.
+    Status(Asker),
+    /// A client of the control socket ends others.
+    Disconnect(Asker, Target),
     /// The server is paused and can be replaced, or the reason why not.
     Prepared(Result<Box<Prepared>, String>),
+}
+
+impl Event {
+    /// The client of the control socket that waits for an answer.
+    pub(crate) fn into_asker(self) -> Option<Asker> {
+        match self {
+            Self::Reload(asker) | Self::Upgrade(asker, _) => asker,
+            Self::Status(asker) | Self::Disconnect(asker, _) => Some(asker),
+            _ => None,
+        }
+    }
 }

@@ -5,11 +5,14 @@
 
 mod activation;
 mod asker;
+mod check;
 mod child;
 mod cli;
 mod clock;
 mod config;
 mod control;
+mod control_place;
+mod disconnect;
 mod drivers;
 mod events;
 mod exports;
@@ -20,6 +23,8 @@ mod info;
 mod judge;
 mod listen;
 mod logger;
+mod metrics;
+mod observer;
 mod parent;
 mod patience;
 mod place;
@@ -32,6 +37,7 @@ mod serve;
 mod shortage;
 mod single;
 mod state;
+mod status;
 mod stored;
 mod sys;
 mod tls;
@@ -58,11 +64,14 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    logger::start(cli.verbose);
+    logger::start(cli.verbose, cli.log_format);
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Reload(args) => reload::run(&args),
         Command::Upgrade(args) => upgrade::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Disconnect(args) => disconnect::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Drivers(args) => drivers::run(&args),
@@ -83,7 +92,9 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            complain("no command: use nbdblk serve, reload, upgrade, info or drivers; see nbdblk --help");
+            complain(
+                "no command: use nbdblk serve, status, reload, upgrade, disconnect, check, info or drivers; see nbdblk --help",
+            );
             ExitCode::FAILURE
         }
         _ => {

@@ -383,7 +383,7 @@ fn bind_all(
     }
 }
 
-fn bind_tcp(address: SocketAddr, v6_only: bool) -> io::Result<OwnedFd> {
+pub(crate) fn bind_tcp(address: SocketAddr, v6_only: bool) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
@@ -429,7 +429,7 @@ fn address_of(socket: &OwnedFd) -> anyhow::Result<Address> {
 }
 
 /// Whether the machine lacks this address, or its whole family.
-fn is_absent(error: &io::Error) -> bool {
+pub(crate) fn is_absent(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32)
 }
 

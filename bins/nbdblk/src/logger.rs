@@ -10,9 +10,12 @@ use std::{
     io::Write,
     os::fd::AsFd,
     panic,
-    sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Condvar, LazyLock, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
@@ -23,6 +26,9 @@ use nix::{
         stat::fstat,
     },
 };
+use serde_json::json;
+
+use crate::cli::LogFormat;
 
 /// Lines and bytes that may wait for stderr.
 const LINES_MAX: usize = 1024;
@@ -37,7 +43,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Starts logging. `verbose` is the number of `-v`: information, debugging, everything. From [`detach`] on, a thread writes the
 /// lines; before it, the logging thread does.
-pub(crate) fn start(verbose: u8) {
+pub(crate) fn start(verbose: u8, format: LogFormat) {
+    IS_JSON.store(format == LogFormat::Json, Ordering::Relaxed);
     let level = match verbose {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
@@ -86,7 +93,7 @@ pub(crate) fn detach() {
 
 /// One line. It has no label, unlike log records.
 pub(crate) fn say(level: Level, text: &str) {
-    lock().take(line(level, text));
+    lock().take(line(level, "", text));
 }
 
 /// Waits until everything is written, but not for long: [`PATIENCE`] at most.
@@ -109,16 +116,14 @@ impl Log for Stderr {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let (level, text) = (record.level(), record.args());
-        let line = line(
-            level,
-            &match level {
-                Level::Error => format!("error: {text}"),
-                Level::Warn => format!("warning: {text}"),
-                Level::Info => text.to_string(),
-                Level::Debug | Level::Trace => format!("{}: {text}", record.target()),
-            },
-        );
+        let level = record.level();
+        let label = match level {
+            Level::Error => "error: ".into(),
+            Level::Warn => "warning: ".into(),
+            Level::Info => String::new(),
+            Level::Debug | Level::Trace => format!("{}: ", record.target()),
+        };
+        let line = line(level, &label, &record.args().to_string());
         let mut state = lock();
         // Messages for -v are all written.
         if level > Level::Warn || state.admit((record.file_static(), record.line()), level, &line, Instant::now()) {
@@ -132,6 +137,8 @@ impl Log for Stderr {
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
+/// Lines are JSON.
+static IS_JSON: AtomicBool = AtomicBool::new(false);
 static WAKE: Condvar = Condvar::new();
 static IDLE: Condvar = Condvar::new();
 
@@ -189,10 +196,8 @@ impl State {
         let ended: Vec<Repeat> = self.repeats.extract_if(|_, repeat| over(repeat)).map(|(_, repeat)| repeat).collect();
         for Repeat { left_out, level, last, .. } in ended.into_iter().filter(|repeat| repeat.left_out > 0) {
             let (_, last) = last.split_once("nbdblk: ").unwrap_or(("", &last));
-            self.take(line(
-                level,
-                &format!("{left_out} more messages of this kind were left out, the last one: {last}"),
-            ));
+            let text = format!("{left_out} more messages of this kind were left out, the last one: {last}");
+            self.take(line(level, "", &text));
         }
     }
 
@@ -214,8 +219,8 @@ impl State {
             return Some(line);
         }
         let dropped = std::mem::take(&mut self.dropped);
-        let text = || format!("warning: {dropped} lines were dropped: stderr was not read in time");
-        (dropped > 0).then(|| line(Level::Warn, &text()))
+        let text = || format!("{dropped} lines were dropped: stderr was not read in time");
+        (dropped > 0).then(|| line(Level::Warn, "warning: ", &text()))
     }
 
     fn is_empty(&self) -> bool {
@@ -230,7 +235,8 @@ impl State {
     }
 }
 
-fn line(level: Level, text: &str) -> String {
+/// A line. `label`: what kind of message it is, for people.
+fn line(level: Level, label: &str, text: &str) -> String {
     static JOURNAL: LazyLock<bool> = LazyLock::new(is_journal);
     let priority = match level {
         _ if !*JOURNAL => "",
@@ -239,7 +245,14 @@ fn line(level: Level, text: &str) -> String {
         Level::Info => "<6>",
         Level::Debug | Level::Trace => "<7>",
     };
-    format!("{priority}nbdblk: {}\n", text.trim_end().replace('\n', "; "))
+    let text = text.trim_end();
+    if IS_JSON.load(Ordering::Relaxed) {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time = (time.as_secs_f64() * 1e6).round() / 1e6;
+        let object = json!({ "time": time, "level": level.as_str().to_lowercase(), "message": text });
+        return format!("{priority}{object}\n");
+    }
+    format!("{priority}nbdblk: {label}{}\n", text.replace('\n', "; "))
 }
 
 /// Whether stderr is the journal's socket (systemd.exec(5), `$JOURNAL_STREAM`), and not a file that replaced it.

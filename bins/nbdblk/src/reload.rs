@@ -1,5 +1,6 @@
 //! `nbdblk reload`, and the control socket of the server: a unix socket for one request of each client, in one line. `reload` makes
-//! the server read its file again, `upgrade` and `upgrade PATH` make it replace its program.
+//! the server read its file again, `upgrade` and `upgrade PATH` make it replace its program, `status` asks what it does, and
+//! `disconnect` ends clients.
 
 use std::{
     ffi::OsString,
@@ -11,7 +12,7 @@ use std::{
             net::{UnixListener, UnixStream},
         },
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::mpsc,
     thread,
@@ -28,18 +29,18 @@ use nix::{
 
 use crate::{
     asker::Asker,
-    cli,
-    config::File,
+    cli, control_place, disconnect,
     events::Event,
     files::OwnFile,
     listen::{Access, bind_unix, connect_unix},
+    status,
 };
 
 /// The request to read the file again.
 pub(crate) const REQUEST: &[u8] = b"reload\n";
 
-/// Longest request, in bytes: the longest path, and a word.
-pub(crate) const REQUEST_MAX: usize = 4096 + 16;
+/// Longest request, in bytes: the name of an export, each byte of which may be escaped, and some words.
+pub(crate) const REQUEST_MAX: usize = 6 * 4096 + 64;
 
 /// Time that a client has to send it.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -62,13 +63,14 @@ pub(crate) fn request(
     request: &[u8],
     limit: Option<Duration>,
 ) -> anyhow::Result<ExitCode> {
-    let path = match (control, file) {
-        (Some(path), _) => path.to_owned(),
-        (None, Some(file)) => named_in(file)?,
-        (None, None) => bail!("neither a file nor --control was given"),
-    };
-    let limit = limit.unwrap_or(TIMEOUT);
-    let answer = ask(&path, request, limit).map_err(|error| match error.kind() {
+    let path = control_place::find(control, file)?;
+    let changes = answer_of(&path, request, limit.unwrap_or(TIMEOUT))?;
+    crate::print(&format!("{changes}\n"))
+}
+
+/// Sends a request to the server with this control socket. Returns the answer.
+pub(crate) fn answer_of(path: &Path, request: &[u8], limit: Duration) -> anyhow::Result<String> {
+    let answer = ask(path, request, limit).map_err(|error| match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => {
             let (path, limit) = (path.display(), Value::Time(limit));
             anyhow!("the server at {path} has not answered within {limit}; it may still do it: see its log")
@@ -79,7 +81,7 @@ pub(crate) fn request(
         _ => anyhow!(error).context(format!("cannot reach the server at {}", path.display())),
     })?;
     match answer.trim_end().split_once(' ') {
-        Some(("ok", changes)) => crate::print(&format!("{changes}\n")),
+        Some(("ok", changes)) => Ok(changes.into()),
         Some(("error", error)) => Err(anyhow!("{error}")),
         _ => bail!("the server at {} has ended without an answer", path.display()),
     }
@@ -113,16 +115,6 @@ fn ask(path: &Path, request: &[u8], limit: Duration) -> io::Result<String> {
             Err(error) => return Err(error),
         }
     }
-}
-
-/// The control socket of the server that uses this file.
-fn named_in(file: &Path) -> anyhow::Result<PathBuf> {
-    let found = File::read(file)?.settings.into_iter().find(|setting| setting.key == "control");
-    let word =
-        found.and_then(|setting| setting.words.first().and_then(|w| w.strip_prefix("--control=")).map(PathBuf::from));
-    word.with_context(|| {
-        format!("{} names no control socket (control = \"PATH\"); use --control, or send SIGHUP", file.display())
-    })
 }
 
 /// Listens for clients, and passes their requests on as events. Only the server's own user and root may send them. Returns another
@@ -222,21 +214,37 @@ impl Silent {
 pub(crate) fn answer(client: Silent, events: &mpsc::Sender<Event>) {
     let asker = Asker(client.socket);
     let line = client.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let event = match line {
-        b"reload" => Event::Reload(Some(asker)),
-        b"upgrade" => Event::Upgrade(Some(asker), None),
-        _ => match line.strip_prefix(b"upgrade /") {
-            Some(path) if client.request.len() > line.len() => {
-                let path = [b"/", path].concat();
-                Event::Upgrade(Some(asker), Some(OsString::from_vec(path).into()))
-            }
-            _ => {
-                let text = "unknown request: the control socket accepts \"reload\", \"upgrade\" and \"upgrade PATH\"";
-                return asker.tell(&Err(text.into()));
-            }
-        },
+    let is_whole = client.request.len() > line.len();
+    let Some(event) = event(line, is_whole) else {
+        let text = "unknown request: the control socket accepts \"status\", \"reload\", \"upgrade\", \"upgrade PATH\" and \
+                    \"disconnect {...}\"";
+        return asker.tell(&Err(text.into()));
     };
-    if let Err(mpsc::SendError(Event::Reload(Some(asker)) | Event::Upgrade(Some(asker), _))) = events.send(event) {
+    let event = event(asker);
+    if let Err(mpsc::SendError(event)) = events.send(event)
+        && let Some(asker) = event.into_asker()
+    {
         asker.tell(&Err("the server is stopping".into()));
     }
+}
+
+/// The event of a request. `is_whole`: the line has an end.
+fn event(line: &[u8], is_whole: bool) -> Option<Box<dyn FnOnce(Asker) -> Event>> {
+    let text = std::str::from_utf8(line).unwrap_or_default();
+    if text == "reload" {
+        return Some(Box::new(|asker| Event::Reload(Some(asker))));
+    }
+    if text == "upgrade" {
+        return Some(Box::new(|asker| Event::Upgrade(Some(asker), None)));
+    }
+    if text == status::REQUEST {
+        return Some(Box::new(Event::Status));
+    }
+    if let Some(target) = text.strip_prefix(disconnect::REQUEST).filter(|_| is_whole) {
+        let target = serde_json::from_str(target).ok()?;
+        return Some(Box::new(|asker| Event::Disconnect(asker, target)));
+    }
+    let path = line.strip_prefix(b"upgrade /").filter(|_| is_whole)?;
+    let path = OsString::from_vec([b"/", path].concat());
+    Some(Box::new(|asker| Event::Upgrade(Some(asker), Some(path.into()))))
 }

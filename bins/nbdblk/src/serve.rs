@@ -23,10 +23,13 @@ use crate::{
     child::Child,
     cli,
     control::{Control, Phase, within},
+    control_place,
     events::{Event, Outcome},
     files,
     listen::Sockets,
-    logger, parent,
+    logger, metrics,
+    observer::Observer,
+    parent,
     plan::Plan,
     ready::{self, Ready},
     reload,
@@ -74,6 +77,7 @@ fn limits(args: &cli::Serve) -> Limits {
     };
     limits.block_size_required = args.block_size_required;
     limits.handshake_timeout = args.handshake_timeout.unwrap_or(limits.handshake_timeout);
+    limits.slow = args.slow.map_or(limits.slow, |time| (!time.is_zero()).then_some(time));
     limits.poll = args.poll.map_or(limits.poll, |us| Duration::from_micros(us.into()));
     limits
 }
@@ -93,6 +97,15 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
+    let metrics = metrics::Sockets::bind(&args.metrics).map_err(|error| plan.blame("metrics", error));
+    let metrics = match metrics {
+        // The clients of the program before are more important.
+        Err(error) if before.is_some() => {
+            log::error!("no metrics: {}", crate::whole(&error));
+            metrics::Sockets::default()
+        }
+        metrics => metrics?,
+    };
     let (tls, limits) = (security.tls.clone(), limits(args));
     let Service { server, addresses, files, socket, child, kept } = match before {
         Some(before) => resume::resume(&mut plan, tls, limits, &control, before)?,
@@ -103,8 +116,11 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let server = Arc::new(server);
     let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
     let upgrades = Upgrades::new(&server, control.sender(), socket)?;
+    let observer = Observer::new(&server);
+    let metrics = metrics.serve(&observer)?;
     let (addresses, security) = (&addresses, &security);
     let mut run = Run {
+        observer,
         args,
         control: &control,
         addresses,
@@ -127,7 +143,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         ready::notify("STOPPING=1", TIDYING);
         kept.iter().for_each(|name| ready::forget(name));
     });
-    drop((files, announced));
+    drop((files, announced, metrics));
     reloads.stop();
     upgrades.stop();
     if within(STOPPING, move || stop(server)).is_none() {
@@ -158,7 +174,8 @@ fn begin(
     };
     (ready.kept, ready.forgotten) = store.into_parts();
     let kept = ready.kept.iter().map(|(_, name)| name.clone()).collect();
-    let socket = args.control.as_ref().map(|path| reload::listen(path, control.sender())).transpose()?;
+    let path = args.control.clone().or_else(control_place::of_service);
+    let socket = path.map(|path| reload::listen(&path, control.sender())).transpose()?;
     let socket = socket.map(|(socket, file)| {
         files.push(file);
         socket
@@ -208,6 +225,7 @@ fn report_failure(server: &Server, events: mpsc::Sender<Event>) -> anyhow::Resul
 
 /// A running server, as the main thread sees it.
 struct Run<'a> {
+    observer: Observer,
     args: &'a cli::Serve,
     control: &'a Control,
     addresses: &'a [Address],
@@ -246,6 +264,8 @@ impl Run<'_> {
                 Event::Reload(asker) => self.reloads.ask(asker),
                 Event::Reloaded(outcome) => self.reloads.finish(outcome),
                 Event::Upgrade(asker, program) => self.upgrade(asker, program),
+                Event::Status(asker) => self.observer.answer(asker),
+                Event::Disconnect(asker, target) => asker.tell(&self.observer.disconnect(&target)),
                 Event::Prepared(prepared) => {
                     let error = match prepared {
                         Ok(prepared) => self.execute(*prepared),
@@ -298,7 +318,9 @@ impl Run<'_> {
         while let Some(event) = self.control.pending() {
             match event {
                 Event::Reload(Some(asker)) => self.upgrades.postpone(Some(asker)),
-                Event::Upgrade(Some(asker), _) => self.upgrades.refuse(asker),
+                Event::Upgrade(Some(asker), _) | Event::Status(asker) | Event::Disconnect(asker, _) => {
+                    self.upgrades.refuse(asker);
+                }
                 event => self.queue.push_back(event),
             }
         }

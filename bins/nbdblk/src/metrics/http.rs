@@ -1,0 +1,107 @@
+//! One HTTP request of a connection, and its response.
+
+use super::{page, prometheus};
+use crate::{
+    observer::Observer,
+    status::report::{DeviceState, Report},
+};
+
+/// Longest head of a request, in bytes, and most header fields.
+const HEAD_MAX: usize = 8192;
+const FIELDS_MAX: usize = 64;
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The response to a request; `None`: it is not complete yet.
+pub(super) fn respond(request: &[u8], observer: &Observer) -> Option<Vec<u8>> {
+    let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
+    let mut head = httparse::Request::new(&mut fields);
+    match head.parse(request) {
+        Ok(httparse::Status::Complete(_)) => {}
+        Ok(httparse::Status::Partial) if request.len() <= HEAD_MAX => return None,
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
+            return Some(
+                Response::text("431 Request Header Fields Too Large", "the request is too long\n").bytes(true),
+            );
+        }
+        Err(error) => return Some(Response::text("400 Bad Request", format!("{error}\n")).bytes(true)),
+    }
+    let (method, target) = (head.method.unwrap_or_default(), head.path.unwrap_or_default());
+    let response = match method {
+        "GET" | "HEAD" => get(target.split('?').next().unwrap_or_default(), observer),
+        _ => Response {
+            fields: "Allow: GET, HEAD\r\n".into(),
+            ..Response::text("405 Method Not Allowed", "read only\n")
+        },
+    };
+    Some(response.bytes(method != "HEAD"))
+}
+
+fn get(path: &str, observer: &Observer) -> Response {
+    let Some((seen, report)) = observer.look() else {
+        return Response::text("503 Service Unavailable", "the server is stopping\n");
+    };
+    match path {
+        "/" => page::page(),
+        "/metrics" => match prometheus::encode(&seen, &report) {
+            Ok(text) => Response::new("200 OK", OPEN_METRICS, text),
+            Err(error) => Response::text("500 Internal Server Error", format!("{error}\n")),
+        },
+        "/healthz" => health(&report),
+        "/status.json" => match serde_json::to_string(&report) {
+            Ok(text) => Response::new("200 OK", JSON, text),
+            Err(error) => Response::text("500 Internal Server Error", format!("{error}\n")),
+        },
+        _ => Response::text("404 Not Found", "there are /, /metrics, /healthz and /status.json\n"),
+    }
+}
+
+/// Whether all devices work, and all threads live.
+fn health(report: &Report) -> Response {
+    let devices =
+        report.exports.iter().filter(|export| export.removal.is_none() && export.state != DeviceState::Working);
+    let devices = devices.map(|export| format!("the device of export {:?} is {}", export.name, export.state.name()));
+    let workers = report.workers.iter().enumerate().filter(|(_, worker)| !worker.alive);
+    let reasons: Vec<String> = devices.chain(workers.map(|(n, _)| format!("worker {n} has ended"))).collect();
+    if reasons.is_empty() {
+        Response::text("200 OK", "ok\n")
+    } else {
+        Response::text("503 Service Unavailable", format!("{}\n", reasons.join("\n")))
+    }
+}
+
+/// A response. It ends its connection.
+#[derive(Debug)]
+pub(super) struct Response {
+    status: &'static str,
+    kind: &'static str,
+    /// More header fields, each with its end.
+    pub(super) fields: String,
+    body: String,
+}
+
+impl Response {
+    pub(super) fn new(status: &'static str, kind: &'static str, body: impl Into<String>) -> Self {
+        Self { status, kind, fields: String::new(), body: body.into() }
+    }
+
+    fn text(status: &'static str, body: impl Into<String>) -> Self {
+        Self::new(status, TEXT, body)
+    }
+
+    fn bytes(&self, with_body: bool) -> Vec<u8> {
+        let Self { status, kind, fields, body } = self;
+        let mut bytes = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\nCache-Control: no-store\r\n\
+             X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\n{fields}\r\n",
+            body.len()
+        )
+        .into_bytes();
+        if with_body {
+            bytes.extend_from_slice(body.as_bytes());
+        }
+        bytes
+    }
+}

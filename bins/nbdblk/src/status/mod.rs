@@ -1,0 +1,72 @@
+//! `nbdblk status`: shows what a server does. It asks the server over its control socket.
+
+pub(crate) mod report;
+mod table;
+
+use std::{
+    io::{self, IsTerminal},
+    path::Path,
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+
+use self::report::{Report, VERSION};
+use crate::{cli, control_place, reload};
+
+/// The request to the server.
+pub(crate) const REQUEST: &str = "status";
+
+/// Time between two looks, from which rates follow.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest wait for the server.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Moves to the upper left corner, and erases the rest of the terminal.
+const HOME: &str = "\x1b[H\x1b[J";
+
+/// Shows what a server does.
+pub(crate) fn run(args: &cli::Status) -> anyhow::Result<ExitCode> {
+    let path = control_place::find(args.control.as_deref(), args.file.as_deref())?;
+    if args.json {
+        return crate::print(&format!("{}\n", ask(&path)?));
+    }
+    if args.clients && !args.watch {
+        return crate::print(&table::clients(&look(&path)?));
+    }
+    let mut before = look(&path)?;
+    loop {
+        thread::sleep(args.interval.unwrap_or(INTERVAL));
+        let now = look(&path)?;
+        let mut text = table::exports(&now, &before, args.watch);
+        if args.clients {
+            text = format!("{text}\n{}", table::clients(&now));
+        }
+        if !args.watch {
+            return crate::print(&text);
+        }
+        let home = if io::stdout().is_terminal() { HOME } else { "" };
+        crate::print(&format!("{home}{text}"))?;
+        before = now;
+    }
+}
+
+fn ask(path: &Path) -> anyhow::Result<String> {
+    reload::answer_of(path, format!("{REQUEST}\n").as_bytes(), TIMEOUT)
+}
+
+fn look(path: &Path) -> anyhow::Result<Report> {
+    let text = ask(path)?;
+    let version = serde_json::from_str::<serde_json::Value>(&text).ok().and_then(|report| report["version"].as_u64());
+    let Some(version) = version else { bail!("the server at {} sent no status", path.display()) };
+    ensure!(
+        version == u64::from(VERSION),
+        "the server at {} sends version {version} of its status, and this program knows version {VERSION}: use the nbdblk of the \
+         server, or --json",
+        path.display()
+    );
+    serde_json::from_str(&text).with_context(|| format!("the status of the server at {}", path.display()))
+}
