@@ -15,6 +15,7 @@ mod process;
 mod reload;
 mod requests;
 mod restarts;
+mod status;
 mod tls;
 mod upgrade;
 mod vhost_user;
