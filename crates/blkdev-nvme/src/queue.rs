@@ -183,15 +183,15 @@ impl Queue for IoQueue {
     }
 
     fn give_up(&mut self) {
-        let count = self.pair.in_flight();
-        self.owner.core.life.end(&format!("queue {}: abandoned with {count} requests in flight", self.id));
+        let (count, state) = (self.pair.in_flight(), self.pair.describe());
+        self.owner.core.life.end(&format!("queue {}: abandoned with {count} requests in flight ({state})", self.id));
     }
 
-    #[inline]
     fn describe(&self) -> String {
         self.pair.describe()
     }
 
+    #[inline]
     fn is_dead(&self) -> bool {
         self.owner.core.life.is_dead()
     }

@@ -169,7 +169,8 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     }
 
     fn give_up(&mut self) {
-        self.core.end(&format!("queue {}: abandoned with {} requests in flight", self.index, self.ring.in_flight()));
+        let (count, state) = (self.ring.in_flight(), self.ring.describe());
+        self.core.end(&format!("queue {}: abandoned with {count} requests in flight ({state})", self.index));
     }
 
     fn describe(&self) -> String {

@@ -143,7 +143,7 @@ pub struct WorkerView {
     pub polls: u64,
     /// Sleeps so far.
     pub sleeps: u64,
-    /// Time so far in which it did not sleep.
+    /// Processor time so far.
     pub busy: Duration,
 }
 
