@@ -4,8 +4,8 @@
 use std::sync::{Arc, LazyLock};
 
 use rustls::{
-    ClientConfig, DigitallySignedStruct, Error, NamedGroup, PeerMisbehaved, ServerConfig, SignatureAlgorithm,
-    SignatureScheme, SupportedProtocolVersion,
+    CipherSuite, ClientConfig, DigitallySignedStruct, Error, NamedGroup, PeerMisbehaved, ServerConfig,
+    SignatureAlgorithm, SignatureScheme, SupportedProtocolVersion,
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -22,8 +22,12 @@ use rustls::{
 
 const SCHEME: SignatureScheme = SignatureScheme::ECDSA_NISTP256_SHA256;
 
-static PROVIDER: LazyLock<Arc<CryptoProvider>> =
-    LazyLock::new(|| Arc::new(CryptoProvider { kx_groups: vec![&Cheap], secure_random: &Cheap, ..default_provider() }));
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    let mut provider = CryptoProvider { kx_groups: vec![&Cheap], secure_random: &Cheap, ..default_provider() };
+    // The usual cipher first.
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    Arc::new(provider)
+});
 
 /// The configuration of a server, as in `certificates.rs`.
 pub(super) fn server() -> Arc<ServerConfig> {
