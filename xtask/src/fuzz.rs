@@ -24,9 +24,10 @@ const COUNTERS: [&str; 2] = ["-Cpasses=sancov-module", "-Cllvm-args=-sanitizer-c
 /// With this variable, this program [is the compiler](compile).
 pub(crate) const IS_COMPILER: &str = "XTASK_IS_COMPILER";
 
-/// Of the sanitizer: no search for uses of a stack frame after its return, which safe Rust cannot have, and no call stacks of
-/// allocations. Both cost much, and the input of a crash shows more.
-const SANITIZER: &str = "detect_stack_use_after_return=0:malloc_context_size=0";
+/// Of the sanitizer: no search for uses of a stack frame after its return, which safe Rust cannot have, no call stacks of
+/// allocations, and freed memory stays unused only for about one run. These cost much, and the input of a crash shows more.
+const SANITIZER: &str =
+    "detect_stack_use_after_return=0:malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64";
 
 /// Longest input, in bytes. Longer ones reach nothing more, but take longer.
 const LONGEST: u32 = 4096;

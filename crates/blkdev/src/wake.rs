@@ -306,6 +306,44 @@ mod tests {
     }
 
     #[test]
+    fn a_watcher_with_turns_has_them_until_it_is_dropped() {
+        let (seen, calls) = mpsc::channel();
+        let watcher = Watcher::with_turns("watcher", move |stop| {
+            let _ = seen.send(());
+            !stop.is_requested()
+        });
+        assert_eq!((calls.recv(), calls.recv()), (Ok(()), Ok(())));
+        drop(watcher);
+        assert!(calls.iter().count() > 0, "the last turn learns that it is the last; then the thread is gone");
+    }
+
+    #[cfg(feature = "fuzz")]
+    #[test]
+    fn by_a_clock_a_watcher_has_no_thread_and_waits_take_no_time() {
+        let clock = Clock::default();
+        let _entered = clock.enter();
+        let (start, wake) = (now(), Arc::new(Wake::new().unwrap()));
+        let (bell, mut turns) = (Arc::clone(&wake), 0);
+        let watcher = Watcher::with_turns("watcher", move |stop| {
+            turns += 1;
+            if turns == 3 {
+                bell.ring();
+            }
+            !stop.is_requested()
+        });
+        let watcher = watcher.unwrap();
+        assert_eq!(watcher.wait([wake.as_fd()], Duration::from_secs(1)), [true]);
+        assert_eq!(now() - start, Duration::from_millis(3), "a turn in each millisecond");
+        assert!(wake.clear());
+        assert_eq!(watcher.wait([wake.as_fd()], Duration::from_secs(1)), [false]);
+        sleep(Duration::from_secs(3600));
+        assert_eq!(wait([wake.as_fd()], Some(Duration::from_secs(3600))), [false]);
+        assert_eq!(now() - start, Duration::from_millis(7_201_003));
+        drop(watcher);
+        assert_eq!(Arc::strong_count(&wake), 1, "its last turn is over");
+    }
+
+    #[test]
     fn a_wait_returns_which_descriptor_is_readable() {
         let (one, two) = (Wake::new().unwrap(), Wake::new().unwrap());
         assert_eq!(wait([one.as_fd(), two.as_fd()], Some(Duration::ZERO)), [false, false]);

@@ -177,9 +177,9 @@ impl Client {
 
     /// A request within the limits of the device.
     fn draw(&mut self, tag: u64) -> Option<(Op, Flight)> {
-        let info = self.device.info().clone();
-        let kind = self.draw_kind();
-        let (block, capacity) = (u64::from(info.block_size), self.device.capacity());
+        let device = Arc::clone(&self.device);
+        let (info, kind) = (device.info(), self.draw_kind());
+        let (block, capacity) = (u64::from(info.block_size), device.capacity());
         let longest = match kind {
             Kind::Read | Kind::Write => u64::from(info.transfer_max).min(LONGEST.max(block)),
             Kind::Zero => info.zero_max,
