@@ -114,7 +114,12 @@ impl Target {
             fuzz.env("ASAN_OPTIONS", SANITIZER);
         }
         fuzz.arg(format!("-max_total_time={seconds}")).arg(format!("-artifact_prefix={}/", crashes.display()));
-        fuzz.arg(format!("-max_len={LONGEST}")).arg(format!("-timeout={HANG}")).arg("-print_final_stats=1").arg(found);
+        // Inputs of equal worth: to know which do something rare takes a fifth of the time, and has found no more.
+        fuzz.arg("-entropic=0")
+            .arg(format!("-max_len={LONGEST}"))
+            .arg(format!("-timeout={HANG}"))
+            .arg("-print_final_stats=1")
+            .arg(found);
         fuzz.args([self.package.join("corpus").join(&self.name)].iter().filter(|seeds| seeds.is_dir()));
         Ok(fuzz)
     }
