@@ -16,7 +16,10 @@
 //! capacity is detected while the device is open.
 
 mod control;
+mod maker;
+mod remains;
 mod sys;
+mod vduse;
 
 use std::{
     fs::{self, File, Metadata, OpenOptions},
@@ -119,7 +122,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
         let hint = match e.kind() {
             io::ErrorKind::ResourceBusy => {
-                format!("another process has it open; find it with fuser -v {}", path.display())
+                format!("a process has it open; find it with fuser -v {}", path.display())
             }
             io::ErrorKind::NotFound => {
                 "load the module vhost_vdpa, and bind a device to it (see vdpa dev show)".to_owned()

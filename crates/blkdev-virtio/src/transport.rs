@@ -27,6 +27,11 @@ pub trait Transport: Send + Sync + 'static {
     /// Where the device is: a path or an address. For people.
     fn target(&self) -> &str;
 
+    /// The system's name of the device, or empty.
+    fn name(&self) -> &str {
+        ""
+    }
+
     /// The liveness of the device, shared with every queue.
     fn life(&self) -> &Arc<Liveness>;
 

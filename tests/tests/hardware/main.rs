@@ -14,6 +14,7 @@ mod removal;
 mod restarts;
 mod target;
 mod tls;
+mod vduse;
 mod vsock;
 
 use target::{Other, Target};

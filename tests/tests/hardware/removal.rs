@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nbdblk_tests::{Dir, Nbdblk, eventually, nbdsh, tool};
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
+use nbdblk_tests::{Dir, Nbdblk, eventually, tool};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
@@ -144,7 +145,7 @@ fn slots() -> MutexGuard<'static, ()> {
     SLOTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The process behind a VDUSE device is killed. The kernel cannot report that: the request times out.
+/// The process behind a VDUSE device is killed.
 #[test]
 fn vdpa() {
     check("a device of its own", || {
@@ -156,18 +157,16 @@ fn vdpa() {
         let add = || tool("vdpa").args(["dev", "add", "name", "gone", "mgmtdev", "vduse"]).run().status.success();
         eventually("a vDPA device", add);
         let node = vhost_vdpa("gone");
-        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},request-timeout=3s,reconnect=0", node.display())]);
-        nbdsh(&server.uri(), "h.pwrite(bytes(65536), 0)");
+        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},reconnect=0", node.display())]);
+        let mut client = Raw::enter(server.address(), Mode::Simple, "");
+        client.write(0, &[0; 65536]);
         drop(qsd); // SIGKILL
-        for _ in 0..2 {
-            let script = "
-try:
-    h.pwrite(bytes(65536), 0)
-except nbd.Error as error:
-    print(error.errno)
-";
-            assert_eq!(nbdsh(&server.uri(), script), "EIO\n");
-        }
+        let mut write = || client.call(0, cmd::WRITE, 0, 65536, &[0; 65536]).error;
+        eventually("an error", || write() != 0);
+        assert_eq!(write(), errno::EIO);
+        server.await_log("the process behind it (VDUSE) has ended");
+        let late = tool("nbdsh").args(["-u", &server.uri(), "-c", "h.pread(4096, 0)"]).run();
+        assert!(!late.status.success(), "{late:?}");
         assert!(server.is_alive(), "{}", server.log());
         assert!(server.terminate().success());
         tool("vdpa").args(["dev", "del", "gone"]).ok();
