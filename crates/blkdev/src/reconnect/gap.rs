@@ -90,7 +90,7 @@ impl Shared {
         match self.attempt(gap_now) {
             _ if self.is_closed.load(Ordering::Acquire) => None,
             Ok(()) => {
-                self.report_return(gap_now, now);
+                self.report_return(gap_now);
                 *gap = None;
                 self.sweep().then_some(SWEEP)
             }
@@ -247,13 +247,13 @@ impl Shared {
         left
     }
 
-    fn report_return(&self, gap: &Gap, now: Instant) {
+    fn report_return(&self, gap: &Gap) {
         let kept = gap.kept.as_ref().map_or(0, Vec::len);
         log::warn!(
             "{} {}: back after {:.1?}; {kept} changes were made again and flushed",
             self.info.driver,
             self.info.target,
-            now.duration_since(gap.since)
+            gap.since.elapsed()
         );
     }
 

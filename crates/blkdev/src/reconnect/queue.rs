@@ -193,7 +193,7 @@ impl ReconnectQueue {
                         fresh.copy_buf(0, buf, 0, buf.len());
                         let held = std::mem::replace(buf, fresh);
                         if let Some(old) = old {
-                            self.shared.state().quarantine.push((vec![Arc::clone(old)], held));
+                            self.shared.isolate(vec![Arc::clone(old)], held);
                         }
                         true
                     })
@@ -211,6 +211,7 @@ impl ReconnectQueue {
             }
         }
         self.shared.state().spares.extend(spare);
+        self.shared.ring();
     }
 
     /// Sends parked requests, as many as the queue takes.
@@ -369,7 +370,7 @@ impl Queue for ReconnectQueue {
         self.lost_to.retain(|peer| peer.may_live());
         self.lost_to.dedup_by(|one, other| Arc::ptr_eq(one, other));
         if !self.lost_to.is_empty() {
-            self.shared.state().quarantine.push((self.lost_to.clone(), memory));
+            self.shared.isolate(self.lost_to.clone(), memory);
         }
     }
 

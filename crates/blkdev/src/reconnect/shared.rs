@@ -252,9 +252,14 @@ impl Shared {
             if buf.is_loan() {
                 return buf.abandon();
             }
-            let taken = buf.take();
-            self.state().quarantine.push((vec![Arc::clone(peer)], taken));
+            self.isolate(vec![Arc::clone(peer)], buf.take());
         }
+    }
+
+    /// Keeps memory until none of `peers` can access it. The thread looks for that.
+    pub(super) fn isolate(&self, peers: Vec<Arc<Peer>>, memory: Buf) {
+        self.state().quarantine.push((peers, memory));
+        self.ring();
     }
 
     pub(super) fn close(&self) {

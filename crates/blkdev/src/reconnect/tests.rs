@@ -362,6 +362,9 @@ struct Simulation {
     shared: Arc<Shared>,
     gap: Option<Gap>,
     now: Instant,
+    /// Until the thread looks again without the bell. `None`: it sleeps.
+    pause: Option<Duration>,
+    bell: Arc<Wake>,
     channels: Vec<Channel>,
     asked: HashMap<u64, Asked>,
     known: Vec<Known>,
@@ -388,12 +391,20 @@ impl Simulation {
         options.unflushed_memory = *rng.pick(&[None, Some(0), Some(20 << 10), Some(200 << 10)]);
         let seen = Arc::clone(&world);
         let shared = Shared::new(Mortal::open(&world).unwrap(), Box::new(move || Mortal::open(&seen)), options);
+        let bell = Arc::new(Wake::new().unwrap());
+        shared.set_bell(Arc::clone(&bell));
         let device: Arc<dyn Device> = Arc::new(Reconnect { shared: Arc::clone(&shared), watcher: None });
         let plan = Plan { memory: 128 << 10, depth: 8, ..Plan::default() };
         let channels = plan.open(&device, 2).unwrap();
         let known = vec![Known::new(); BLOCKS as usize];
-        let (asked, gap, now) = (HashMap::new(), None, Instant::now());
-        Self { rng, world, shared, gap, now, channels, asked, known, tag: 1, losses: 0, mode, errors: 0 }
+        let (asked, gap, now, pause) = (HashMap::new(), None, Instant::now(), None);
+        Self { rng, world, shared, gap, now, pause, bell, channels, asked, known, tag: 1, losses: 0, mode, errors: 0 }
+    }
+
+    /// What the thread does.
+    fn step(&mut self) {
+        self.bell.clear();
+        self.pause = self.shared.step(&mut self.gap, self.now);
     }
 
     fn run(&mut self) {
@@ -401,7 +412,7 @@ impl Simulation {
             match self.rng.below(40) {
                 0 if look(&self.world).is_there => look(&self.world).kill(),
                 1..=3 => look(&self.world).is_there = true,
-                4..=6 => drop(self.shared.step(&mut self.gap, self.now)),
+                4..=6 => self.step(),
                 7..=9 => self.now += Duration::from_millis(self.rng.below(400)),
                 10 if self.rng.chance(0.1) => self.now += Duration::from_secs(70),
                 11 => look(&self.world).access_late(),
@@ -465,6 +476,7 @@ impl Simulation {
         self.channels[n].tick(self.now);
         self.channels[n].kick();
         self.channels[n].reap(&mut done);
+        self.check_bell();
         if self.channels[n].losses() != self.losses {
             self.losses = self.channels[n].losses();
             assert_eq!(self.mode, Unflushed::Fail, "something was lost");
@@ -554,7 +566,7 @@ impl Simulation {
         for _ in 0..10_000 {
             look(&self.world).is_there = true;
             self.end_processes();
-            self.shared.step(&mut self.gap, self.now);
+            self.step();
             self.now += Duration::from_millis(20);
             self.reap();
             if self.asked.is_empty() && self.shared.device().is_some() {
@@ -576,16 +588,24 @@ impl Simulation {
         }
     }
 
+    /// The thread looks after memory that waits for the end of a process.
+    fn check_bell(&self) {
+        let state = self.shared.state();
+        let waits = !state.quarantine.is_empty() || !state.spares.is_empty();
+        let is_rung = wake::wait([self.bell.as_fd()], Some(Duration::ZERO))[0];
+        assert!(!waits || self.pause.is_some() || is_rung, "memory waits, and the thread sleeps");
+    }
+
     /// After a flush no memory is kept, and the device has none that took the place of other memory.
     fn check_memory(&mut self) {
         self.end_processes();
-        self.shared.step(&mut self.gap, self.now);
+        self.step();
         for channel in &mut self.channels {
             channel.reap(&mut Vec::new());
             let lost = channel.memory() - channel.memory_free();
             assert_eq!(lost, 0, "memory does not come back");
         }
-        self.shared.step(&mut self.gap, self.now);
+        self.step();
         let registered = self.shared.state().mappings.len();
         assert_eq!(look(&self.world).process.memory().len(), registered, "the device has memory that nobody uses");
     }
