@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A device has one user at a time. It is reset at open and at close, so requests of a killed user do no harm. A change of the
-//! capacity is detected while the device is open.
+//! capacity is detected while the device is open. A VDUSE device is dead when the process behind it ends.
 
 mod control;
 mod maker;

@@ -57,7 +57,7 @@ impl Maker {
         Ok(Some(Self { vduse, watcher, end, peer }))
     }
 
-    /// Whoever may access this process's memory.
+    /// The process that may access this one's memory, or its successor.
     pub(crate) fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
@@ -65,7 +65,7 @@ impl Maker {
     /// Closes a device that is alive.
     pub(crate) fn close(self, remains: Remains) {
         remains.reset();
-        // Before the file is closed: whoever opens the device again then knows.
+        // Before the file is closed, which lets the device be opened again.
         self.end.ring();
         drop(remains);
     }

@@ -50,7 +50,7 @@ impl Remains {
         };
         let mapping = self.mappings.iter().find(lies_in)?;
         let at = (area - mapping.iova().get()) as usize;
-        // The queues are closed, so nobody else has a window here.
+        // The queues are closed, so no other window is here.
         let start = at & !63;
         Some(Window::new(mapping, start, at - start + 4).load16(at - start + 2, Ordering::Acquire))
     }
@@ -100,4 +100,30 @@ pub(crate) fn iotlb<'a>(
         done = done.and(vhost.iotlb(v2, Iotlb::BatchEnd, 0, 0));
     }
     done
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn a_ring_shows_whether_the_device_has_used_all_that_is_available() {
+        let mapping = Mapping::new(1 << 16).unwrap();
+        let base = mapping.iova().get();
+        let remains = |rings| Remains {
+            vhost: Arc::new(Vhost::new(File::open("/dev/null").unwrap().into())),
+            backend: 0,
+            mappings: vec![Arc::clone(&mapping)],
+            rings,
+        };
+        assert!(remains(vec![]).may_be_busy() && !remains(vec![]).shows_requests(), "there is no ring to look at");
+        let ring = remains(vec![[base + 4096 + 6, base + 8192]]);
+        assert!(ring.shows_requests() && !ring.may_be_busy());
+        Window::new(&mapping, 4096, 64).store16(8, 65535, Ordering::Relaxed);
+        assert!(ring.may_be_busy());
+        Window::new(&mapping, 8192, 64).store16(2, 65535, Ordering::Relaxed);
+        assert!(!ring.may_be_busy());
+    }
 }

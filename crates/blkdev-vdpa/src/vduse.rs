@@ -1,7 +1,7 @@
 //! [`Vduse`]: a device that a process makes with the kernel's VDUSE.
 //!
 //! The kernel keeps the device when the process ends. The next process of that name goes on with its rings, and carries out the
-//! requests that are in them. But what the first one had completed and not flushed may be gone, and the kernel tells nobody.
+//! requests that are in them. But what the first one had completed and not flushed may be gone, and the kernel does not report it.
 
 use std::{
     fs::{self, File},
@@ -107,4 +107,24 @@ pub(crate) fn place_of(vhost: BorrowedFd<'_>) -> Option<PathBuf> {
 /// The number of a character device, as sysfs writes it.
 fn number(file: &fs::Metadata) -> String {
     format!("{}:{}", major(file.rdev()), minor(file.rdev()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn the_process_that_has_a_device_open_is_found_by_its_number() {
+        let mut child = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
+        let vduse = |name: &str, number: &str| Vduse { place: "/".into(), name: name.into(), number: number.into() };
+        let null = vduse("null", "1:3");
+        assert!(null.is_held_by(child.id()) && null.has_process());
+        assert!(!vduse("null", "1:7").has_process() && !vduse("nul", "1:3").is_held_by(child.id()));
+        assert!(Vduse::behind(File::open("/dev/null").unwrap().as_fd()).is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!null.is_held_by(child.id()));
+    }
 }

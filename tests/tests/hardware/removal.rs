@@ -194,8 +194,14 @@ pub(crate) fn monitor(command: &str) {
     let mut count = COMMANDS.lock().unwrap_or_else(PoisonError::into_inner);
     *count += 1;
     let mut options = OpenOptions::new();
-    let port = options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(expand("$NBDBLK_MONITOR"));
-    let mut port = port.expect("QEMU listens");
+    options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits());
+    let mut port = None;
+    // A child of another test has the port of the command before until it executes its program.
+    eventually("the port to the monitor", || {
+        port = options.open(expand("$NBDBLK_MONITOR")).ok();
+        port.is_some()
+    });
+    let mut port = port.expect("it was awaited");
     // The first command is for a monitor that was not used yet; any other refuses it.
     let arguments = json!({ "command-line": command });
     let line = json!({ "execute": "human-monitor-command", "arguments": arguments, "id": *count });
