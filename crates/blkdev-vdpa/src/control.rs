@@ -7,15 +7,19 @@ use std::{
     thread,
 };
 
-use blkdev::{Context, Mapping, Peer, wake::Wake};
+use blkdev::{
+    Context, Mapping, Peer,
+    wake::{Wake, Watcher},
+};
 use blkdev_virtio::{Doorbell, Format, Liveness, Ring, Transport};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use crate::{
     maker::Maker,
+    place::Place,
     remains::{GRACE, Remains, iotlb, reset},
     sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost},
-    vduse::place_of,
+    watch::watch,
 };
 
 /// Device id of virtio-blk (virtio 1.2, 5).
@@ -50,6 +54,8 @@ pub(crate) struct Control {
     mappings: Mutex<Vec<Arc<Mapping>>>,
     /// Addresses of the driver area and the device area of each split ring.
     rings: Mutex<Vec<[u64; 2]>>,
+    /// Ends the life of the device when it is removed, or when its process ends.
+    _watcher: Option<Watcher>,
     /// The process behind the device, if it is one of VDUSE.
     maker: Option<Maker>,
 }
@@ -91,13 +97,19 @@ impl Control {
         let call = Wake::new()?;
         let config_changes = vhost.set_config_call(call.as_fd()).is_ok().then_some(call);
         let life = Liveness::new(format!("vdpa {target}"));
-        let maker = Maker::of(&vhost, &life)?;
-        let name = place_of(vhost.as_fd()).and_then(|place| place.parent()?.file_name()?.to_str().map(str::to_owned));
+        let place = Place::of(vhost.as_fd());
+        let (maker, watcher) = match &place {
+            Some(place) => {
+                let (maker, processes) = Maker::at(place, life.name())?.unzip();
+                (maker, Some(watch(place.clone(), processes.unwrap_or_default(), &life)?))
+            }
+            None => (None, None),
+        };
         Ok(Self {
             vhost,
             life,
             target,
-            name: name.unwrap_or_default(),
+            name: place.and_then(|place| place.name()).unwrap_or_default(),
             features,
             backend,
             range,
@@ -106,6 +118,7 @@ impl Control {
             config_changes,
             mappings: Mutex::default(),
             rings: Mutex::default(),
+            _watcher: watcher,
             maker,
         })
     }

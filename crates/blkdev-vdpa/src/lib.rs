@@ -17,9 +17,11 @@
 
 mod control;
 mod maker;
+mod place;
 mod remains;
 mod sys;
 mod vduse;
+mod watch;
 
 use std::{
     fs::{self, File, Metadata, OpenOptions},

@@ -1,23 +1,18 @@
-//! [`Maker`]: the process that makes a device with VDUSE. It is watched as long as the device is open, and awaited before the
-//! device is reset.
+//! [`Maker`]: the process that makes a device with VDUSE. It is awaited before the device is reset.
 
 use std::{
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use blkdev::{
-    Peer,
-    wake::{Wake, Watcher},
-};
-use blkdev_virtio::Liveness;
+use blkdev::{Peer, wake::Wake};
 
 use crate::{
+    place::Place,
     remains::{GRACE, Remains},
-    sys::Vhost,
     vduse::Vduse,
 };
 
@@ -32,9 +27,10 @@ const UNSEEN: &str = "no process is seen behind the device (VDUSE), so its resta
 
 #[derive(Debug)]
 pub(crate) struct Maker {
+    place: Place,
     vduse: Vduse,
-    /// Ends the life of the device with the process. `None`: this process does not see it.
-    watcher: Option<Watcher>,
+    /// This process sees it.
+    is_seen: bool,
     /// Rung when no process accesses this one's memory any more. Its end is not enough: the next process goes on with the same
     /// rings until it is reset.
     end: Wake,
@@ -42,19 +38,20 @@ pub(crate) struct Maker {
 }
 
 impl Maker {
-    /// `None`: the device is of another kind.
+    /// The process at `place`, and what is readable when it has ended. `None`: the device is of another kind.
     ///
     /// # Errors
-    /// No thread or file descriptor is left.
-    pub(crate) fn of(vhost: &Vhost, life: &Arc<Liveness>) -> io::Result<Option<Self>> {
-        let Some(vduse) = Vduse::behind(vhost.as_fd()) else { return Ok(None) };
-        let watcher = vduse.watch(life)?;
-        if watcher.is_none() {
-            log::warn!("{}: {UNSEEN}", life.name());
+    /// No file descriptor is left.
+    pub(crate) fn at(place: &Place, name: &str) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
+        let Some(vduse) = Vduse::at(place) else { return Ok(None) };
+        let processes = vduse.processes()?;
+        let is_seen = !processes.is_empty();
+        if !is_seen {
+            log::warn!("{name}: {UNSEEN}");
         }
         let end = Wake::new()?;
         let peer = Arc::new(Peer::new(end.as_fd().try_clone_to_owned()?, 0));
-        Ok(Some(Self { vduse, watcher, end, peer }))
+        Ok(Some((Self { place: place.clone(), vduse, is_seen, end, peer }, processes)))
     }
 
     /// The process that may access this one's memory, or its successor.
@@ -76,28 +73,29 @@ impl Maker {
     /// the reset waits for a process. That one first goes on with the requests of its predecessor, and qemu-storage-daemon
     /// aborts if it is reset before it has completed them.
     pub(crate) fn bury(self, remains: Remains, name: &str) {
-        let is_seen = self.watcher.is_some();
-        if is_seen && !self.vduse.has_process() {
+        if self.is_seen && !self.vduse.has_process() {
             log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
         }
         let bury = move || {
-            while is_seen && !self.vduse.is_removed() && !self.vduse.has_process() {
+            while self.is_seen && !self.place.is_removed() && !self.vduse.has_process() {
                 thread::sleep(LOOK);
             }
-            self.settle(&remains);
+            if !self.is_seen || self.vduse.has_process() {
+                settle(&remains);
+            }
             self.close(remains);
         };
         if let Err(e) = thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
             log::error!("{name}: cannot start a thread: {e}; the device is closed without waiting for its process");
         }
     }
+}
 
-    /// Waits for the requests in flight.
-    fn settle(&self, remains: &Remains) {
-        let start = Instant::now();
-        let limit = if remains.shows_requests() { GRACE_MAX } else { GRACE };
-        while start.elapsed() < limit && !self.vduse.is_removed() && remains.may_be_busy() {
-            thread::sleep(GLANCE);
-        }
+/// Waits for the requests in flight.
+fn settle(remains: &Remains) {
+    let start = Instant::now();
+    let limit = if remains.shows_requests() { GRACE_MAX } else { GRACE };
+    while start.elapsed() < limit && remains.may_be_busy() {
+        thread::sleep(GLANCE);
     }
 }

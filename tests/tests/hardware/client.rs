@@ -72,7 +72,7 @@ impl KernelLog {
         let log = tool("dmesg").args([] as [&str; 0]).ok().out;
         let (_, since) = log.split_once(&self.0).expect("the kernel keeps more lines than a test makes");
         let name = disk.path().trim_start_matches("/dev/");
-        let complaints = ["rror", "ailed", "timed out", "stuck", "abort", "remount", "shutting down"];
+        let complaints = ["rror", "ailed", "timed out", "stuck", "abort", "emounting", "shutting down"];
         let bad = |line: &&str| line.contains(name) && complaints.iter().any(|word| line.contains(word));
         let bad: Vec<_> = since.lines().filter(bad).collect();
         assert!(bad.is_empty(), "the kernel says:\n{}", bad.join("\n"));

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
-use nbdblk_tests::{Dir, Nbdblk, eventually, tool};
+use nbdblk_tests::{Daemon, Dir, Nbdblk, eventually, tool};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
-use crate::target::{await_disk, bind, check, expand, vhost_vdpa};
+use crate::target::{add_vdpa, await_disk, bind, check, expand, vhost_vdpa};
 
 #[test]
 fn io_uring() {
@@ -105,22 +105,12 @@ except nbd.Error as error:
         bind("vfio-pci", &address).unwrap_or_else(|error| panic!("giving {address} to vfio-pci: {error}"));
         let dir = Dir::new();
         let server = Nbdblk::unix(&dir, &[&spec(&address)]);
-        let script = format!(
-            "import os\nn = 0\nprint('writing', flush=True)\nwhile not os.path.exists('{}'):\n    h.pwrite(bytes(65536), n % 256 * \
-             65536)\n    n += 1\nprint('went on', flush=True)",
-            dir.text("stop")
-        );
-        let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
-        client.await_text("writing");
+        let client = writer(&server, &dir);
         let _slots = slots();
         monitor(&format!("device_del {}", self.id));
         server.await_log("reconnecting");
         self.insert(&address, &dir);
-        server.await_log("back after");
-        std::fs::write(dir.at("stop"), "").unwrap();
-        let (status, log) = client.await_end();
-        assert!(status.success() && log.contains("went on"), "{status}: {log}");
-        assert!(server.terminate().success());
+        went_on(server, client, &dir);
     }
 
     /// Inserts a new device when the old one is gone.
@@ -138,11 +128,46 @@ except nbd.Error as error:
     }
 }
 
+/// A client that writes until the file `stop` is there.
+fn writer(server: &Nbdblk, dir: &Dir) -> Daemon {
+    let script = format!(
+        "import os\nn = 0\nprint('writing', flush=True)\nwhile not os.path.exists('{}'):\n    h.pwrite(bytes(65536), n % 256 * \
+         65536)\n    n += 1\nprint('went on', flush=True)",
+        dir.text("stop")
+    );
+    let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
+    client.await_text("writing");
+    client
+}
+
+/// The device is back, and the client has seen no error.
+fn went_on(server: Nbdblk, client: Daemon, dir: &Dir) {
+    server.await_log("back after");
+    std::fs::write(dir.at("stop"), "").unwrap();
+    let (status, log) = client.await_end();
+    assert!(status.success() && log.contains("went on"), "{status}: {log}");
+    assert!(server.terminate().success());
+}
+
 /// One slot at a time. While a device is being removed, each change of any slot makes QEMU repeat the eject request. After the
 /// removal, a repeated request would eject the new device.
 fn slots() -> MutexGuard<'static, ()> {
     static SLOTS: Mutex<()> = Mutex::new(());
     SLOTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `vdpa dev del` waits until the server has closed the device.
+#[test]
+fn vdpa_pci_that_comes_back() {
+    check("$NBDBLK_VBLK_VDPA", || {
+        let dir = Dir::new();
+        let server = Nbdblk::unix(&dir, &[&expand("vdpa=$NBDBLK_VDPA_PCI,reconnect=600s")]);
+        let client = writer(&server, &dir);
+        tool("vdpa").args(["dev", "del", "pci"]).ok();
+        server.await_log("the vDPA device was removed");
+        add_vdpa(&expand("$NBDBLK_VBLK_VDPA")).expect("vp-vdpa has the device still");
+        went_on(server, client, &dir);
+    });
 }
 
 /// The process behind a VDUSE device is killed.

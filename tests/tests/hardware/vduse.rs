@@ -78,6 +78,14 @@ impl<'a> Vduse<'a> {
         });
     }
 
+    /// A link to it: its number may be that of another device later.
+    fn link(&self) -> PathBuf {
+        let link = self.dir.at("vdpa");
+        let _ = std::fs::remove_file(&link);
+        symlink(vhost_vdpa(self.name), &link).expect("a link can be made in the directory");
+        link
+    }
+
     fn spec(&self) -> String {
         format!("vdpa={}", vhost_vdpa(self.name).display())
     }
@@ -145,16 +153,34 @@ fn no_write_to_qcow2_is_lost_when_its_process_is_killed() {
     kill_under_load("killed-qcow2", "qcow2", Durability::None);
 }
 
+/// The device is deleted, and made again, while the process goes on.
+#[test]
+fn a_device_that_is_removed_and_added_again_with_its_process() {
+    check("a VDUSE device that is removed", || {
+        let dir = Dir::in_memory();
+        let mut vduse = Vduse::new(&dir, "moved", "raw");
+        let server = Nbdblk::unix(&dir, &[&format!("vdpa={}", vduse.link().display())]);
+        under_load(&server, Durability::Often, || {
+            thread::sleep(Duration::from_millis(500));
+            vduse.remove();
+            server.await_log("the vDPA device was removed");
+            vduse.add();
+            vduse.link();
+            vduse.await_log(&server, "back after", 1);
+        });
+        assert!(server.terminate().success());
+        vduse.remove();
+        assert_eq!(vduse.daemon.as_ref().map(Daemon::log), Some(String::new()), "it is the same process");
+    });
+}
+
 /// The device is deleted, and made again, larger.
 #[test]
 fn a_device_that_is_removed_and_added_again() {
     check("a VDUSE device that is removed", || {
         let dir = Dir::in_memory();
         let mut vduse = Vduse::new(&dir, "removed", "raw");
-        // Its number may be that of another device later.
-        let link = dir.at("vdpa");
-        symlink(vhost_vdpa(vduse.name), &link).expect("the directory is empty");
-        let server = Nbdblk::unix(&dir, &[&format!("vdpa={},reconnect=600s", link.display())]);
+        let server = Nbdblk::unix(&dir, &[&format!("vdpa={},reconnect=600s", vduse.link().display())]);
         under_load(&server, Durability::Often, || {
             thread::sleep(Duration::from_secs(1));
             vduse.kill();
@@ -168,8 +194,7 @@ fn a_device_that_is_removed_and_added_again() {
             assert!(!status.success() && said.contains("Operation not permitted"), "{status}: {said}");
             vduse.start();
             vduse.add();
-            std::fs::remove_file(&link).expect("it is there");
-            symlink(vhost_vdpa(vduse.name), &link).expect("it was removed");
+            vduse.link();
             vduse.await_log(&server, "back after", 1);
         });
         assert_eq!(Raw::enter(server.address(), Mode::Structured, "").size, 48 * MIB, "new clients see the new size");
