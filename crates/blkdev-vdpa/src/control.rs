@@ -316,7 +316,7 @@ impl Drop for Control {
                     // Time for the requests that were in flight when the device was declared dead.
                     thread::sleep(GRACE);
                 }
-                remains.reset();
+                let _ = remains.reset();
             }
         }
     }

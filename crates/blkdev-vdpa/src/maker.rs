@@ -44,7 +44,7 @@ impl Maker {
     /// No file descriptor is left.
     pub(crate) fn at(place: &Place, name: &str) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
         let Some(vduse) = Vduse::at(place) else { return Ok(None) };
-        let processes = vduse.processes()?;
+        let processes = vduse.processes();
         let is_seen = !processes.is_empty();
         if !is_seen {
             log::warn!("{name}: {UNSEEN}");
@@ -61,9 +61,11 @@ impl Maker {
 
     /// Closes a device that is alive.
     pub(crate) fn close(self, remains: Remains) {
-        remains.reset();
-        // Before the file is closed, which lets the device be opened again.
-        self.end.ring();
+        let is_over = remains.reset().is_ok() || self.is_seen && !self.vduse.has_process();
+        if is_over {
+            // Before the file is closed, which lets the device be opened again.
+            self.end.ring();
+        }
         drop(remains);
     }
 
@@ -77,16 +79,28 @@ impl Maker {
             log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
         }
         let bury = move || {
-            while self.is_seen && !self.place.is_removed() && !self.vduse.has_process() {
-                thread::sleep(LOOK);
-            }
-            if !self.is_seen || self.vduse.has_process() {
+            if !self.is_seen || self.await_process() {
                 settle(&remains);
             }
             self.close(remains);
         };
         if let Err(e) = thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
             log::error!("{name}: cannot start a thread: {e}; the device is closed without waiting for its process");
+        }
+    }
+
+    /// Waits for a process. `false`: the device was removed first.
+    fn await_process(&self) -> bool {
+        loop {
+            let start = Instant::now();
+            if self.vduse.has_process() {
+                return true;
+            }
+            if self.place.is_removed() {
+                return false;
+            }
+            // A look takes long where there are many processes.
+            thread::sleep(LOOK.max(10 * start.elapsed()));
         }
     }
 }

@@ -55,11 +55,14 @@ impl Remains {
         Some(Window::new(mapping, start, at - start + 4).load16(at - start + 2, Ordering::Acquire))
     }
 
-    /// Resets the device explicitly, because the file may be open elsewhere. A failure is harmless: closing the file, which
-    /// comes next, does the same.
-    pub(crate) fn reset(&self) {
-        let _ = reset(&self.vhost);
+    /// Resets the device explicitly, because the file may be open elsewhere. Closing the file, which comes next, does the same.
+    ///
+    /// # Errors
+    /// The device may go on to access the memory.
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        let done = reset(&self.vhost);
         let _ = iotlb(&self.vhost, self.backend, Iotlb::Invalidate, &self.mappings);
+        done
     }
 }
 

@@ -4,7 +4,7 @@
 //! requests that are in them. But what the first one had completed and not flushed may be gone, and the kernel does not report
 //! it.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{fs, os::fd::OwnedFd};
 
 use crate::{
     place::{Place, number},
@@ -31,19 +31,10 @@ impl Vduse {
     }
 
     /// The processes that have the device open and that this one sees, as descriptors that are readable when they have ended.
-    ///
-    /// # Errors
-    /// No file descriptor is left.
-    pub(crate) fn processes(&self) -> io::Result<Vec<OwnedFd>> {
-        let mut processes = Vec::new();
-        for id in self.ids() {
-            let process = pidfd_open(id)?;
-            // Meanwhile it may have ended, and another one may have its number.
-            if self.is_held_by(id) {
-                processes.push(process);
-            }
-        }
-        Ok(processes)
+    pub(crate) fn processes(&self) -> Vec<OwnedFd> {
+        let processes = self.ids().filter_map(|id| Some((id, pidfd_open(id).ok()?)));
+        // Meanwhile one may have ended, and another one may have its number.
+        processes.filter(|(id, _)| self.is_held_by(*id)).map(|(_, process)| process).collect()
     }
 
     fn ids(&self) -> impl Iterator<Item = u32> {

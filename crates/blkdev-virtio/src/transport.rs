@@ -9,7 +9,8 @@ use crate::{config::TRANSFER_MAX, liveness::Liveness};
 /// A transport to a virtio device: feature bits, configuration, memory, queues. Control plane only; the data path uses
 /// [`Doorbell`].
 ///
-/// Dropping it resets or disconnects the device. Afterwards the device does not access this process's memory.
+/// Dropping it resets or disconnects the device. Afterwards the device does not access this process's memory, except for a
+/// [`peer`](Self::peer) that may live.
 pub trait Transport: Send + Sync + 'static {
     /// Notifies the device about one started queue.
     type Doorbell: Doorbell;
