@@ -18,6 +18,8 @@ use crate::{
 
 /// Longest time for the requests in flight of a dead device whose rings show them, before it is reset.
 const GRACE_MAX: Duration = Duration::from_secs(30);
+/// Longest wait of the one who closes the device.
+const MOMENT: Duration = Duration::from_secs(1);
 /// Pauses between two looks for a process, and for its requests.
 const LOOK: Duration = Duration::from_millis(200);
 const GLANCE: Duration = Duration::from_millis(10);
@@ -69,7 +71,7 @@ impl Maker {
         drop(remains);
     }
 
-    /// Closes a dead device, on a thread of its own.
+    /// Closes a dead device, on a thread of its own that the caller waits for a moment.
     ///
     /// The kernel passes a reset on to the process, and the device is broken for good if none answers within half a minute. So
     /// the reset waits for a process. That one first goes on with the requests of its predecessor, and qemu-storage-daemon
@@ -84,8 +86,14 @@ impl Maker {
             }
             self.close(remains);
         };
-        if let Err(e) = thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
-            log::error!("{name}: cannot start a thread: {e}; the device is closed without waiting for its process");
+        let start = Instant::now();
+        match thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
+            Ok(thread) => {
+                while !thread.is_finished() && start.elapsed() < MOMENT {
+                    thread::sleep(GLANCE);
+                }
+            }
+            Err(e) => log::error!("{name}: cannot start a thread: {e}; the device does not wait for its process"),
         }
     }
 
