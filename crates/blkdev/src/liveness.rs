@@ -55,6 +55,11 @@ impl<S: Sleeper> Liveness<S> {
         Self { name, wakes_may_block, dead: AtomicBool::new(false), sleepers, bells }
     }
 
+    /// Driver and target, for log messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Rings `bell` when the device dies; now, if it is dead.
     pub fn ring_at_end(&self, bell: &Arc<Wake>) {
         self.bells.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(bell));
