@@ -67,7 +67,7 @@ impl Observer {
         match target {
             Target::Client(id) if server.disconnect(*id) => Ok(format!("disconnected client {id}")),
             Target::Client(id) => Err(format!("there is no client {id}: see nbdblk status --clients")),
-            Target::Export(name) if !server.exports().iter().any(|export| export.name == *name) => {
+            Target::Export(name) if !server.observe().exports.iter().any(|export| export.name == *name) => {
                 Err(format!("there is no export {name:?}: see nbdblk status"))
             }
             Target::Export(name) => {

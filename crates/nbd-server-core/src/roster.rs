@@ -281,10 +281,10 @@ impl Roster {
         present.chain(leaving).collect()
     }
 
-    /// The exports as others see them, removed ones that are still in use last.
+    /// The exports as others see them, removed ones that are still in use last. Waits for no change, which may take long: during
+    /// one, the removed ones are missing.
     pub(crate) fn observe(&self) -> Vec<ExportView> {
-        let mut state = lock(&self.state);
-        state.tidy();
+        let state = self.state.try_lock().ok();
         let view = self.views.look();
         let mut found: Vec<_> = view
             .exports
@@ -293,7 +293,8 @@ impl Roster {
             .zip(&view.seats)
             .map(|(export, seat)| (Arc::clone(seat.seat()), None, Some(Arc::clone(&export.device))))
             .collect();
-        let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
+        let leaving = state.iter().flat_map(|state| &state.leaving);
+        let seats = leaving.filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
         found.extend(seats.map(|(leaving, seat)| (seat, Some(leaving.removal), leaving.device.upgrade())));
         drop(state);
         found.into_iter().map(|(seat, removal, device)| view_of(&seat, removal, device.as_deref())).collect()

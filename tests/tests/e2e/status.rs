@@ -164,9 +164,9 @@ fn a_device_that_hangs_and_one_that_reconnects_are_seen() {
     dir.sparse("disk.raw", 16 * MIB);
     let qsd = Qsd::start(&dir, &dir.at("disk.raw"), Export::default());
     let server = serve(&dir, &[&qsd.spec(), "--slow", "1s", "-v"]);
-    let mut client = Raw::enter(server.address(), Mode::Structured, "");
-    client.write(0, &[7; 4096]);
     assert_eq!(get(&dir, "/healthz").1, "ok\n");
+    let mut client = Raw::enter(server.address(), Mode::Structured, "");
+    // The first request of all hangs.
     qsd.freeze();
     let cookie = client.request(0, cmd::READ, 8192, 4096, &[]);
     server.await_log("a slow request: read of 4096 bytes at 8192 has not ended for");

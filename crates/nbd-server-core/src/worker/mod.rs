@@ -163,6 +163,7 @@ impl Worker {
             // For the latency of requests that end in the turn in which they began.
             self.now = Instant::now();
             self.floor.tick(self.now);
+            self.is_active = true;
         }
         if self.floor.reap(&mut self.turns) > 0 {
             self.idle = None;
