@@ -10,7 +10,7 @@ const PAGE: &str = include_str!("page.html");
 pub(super) fn page() -> Response {
     let nonce = nonce();
     let policy = format!(
-        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; \
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; \
          form-action 'none'; frame-ancestors 'none'"
     );
     let mut response = Response::new("200 OK", "text/html; charset=utf-8", PAGE.replace("{nonce}", &nonce));
