@@ -55,7 +55,8 @@ impl Checker {
             cookies.push(self.raw.request(flags, cmd::WRITE, at, BLOCK as u32, &data));
         }
         for _ in cookies {
-            assert_eq!(self.raw.answer().error, 0, "a WRITE failed");
+            let answer = self.raw.answer();
+            assert_eq!(answer.error, 0, "a WRITE failed: {}", answer.text);
         }
         if self.durability == Durability::Often && self.rng.below(3) == 0 {
             assert_eq!(self.raw.call(0, cmd::FLUSH, 0, 0, b"").error, 0, "a FLUSH failed");

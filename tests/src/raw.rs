@@ -431,7 +431,7 @@ impl Raw {
     /// Reads `len` bytes at `at`, which must succeed.
     pub fn read(&mut self, at: u64, len: u32) -> Vec<u8> {
         let answer = self.call(0, cmd::READ, at, len, b"");
-        assert_eq!(answer.error, 0, "READ {len}@{at}");
+        assert_eq!(answer.error, 0, "READ {len}@{at}: {}", answer.text);
         answer.data
     }
 

@@ -48,6 +48,28 @@ fn round_trip(uri: &str, dir: &Dir, size: u64) {
 }
 
 #[test]
+fn what_the_device_did_is_printed_at_exit() {
+    let dir = Dir::new();
+    let path = format!("path={}", image(&dir, 10 * MIB).display());
+    let client = "nbdsh -u \"$uri\" -c 'h.pread(8192, 0)' -c 'h.pwrite(bytes(512), 0)' -c 'h.flush()'";
+    let run = |flag: &[&str]| {
+        let options = [&["-U", "-", "-v"], flag, &["--run", client]].concat();
+        nbdkit(&dir, &options).args(["io_uring", &path]).ok().err
+    };
+    let log = run(&[]);
+    for line in [
+        "read: 1 requests, 8192 bytes, 0 errors",
+        "write: 1 requests, 512 bytes, 0 errors",
+        "flush: 1 requests, 0 bytes",
+    ] {
+        assert!(log.contains(&format!("statistics: {line}")), "{line} in {log}");
+    }
+    assert!(!log.contains("p99"), "{log}");
+    let log = run(&["-D", "nbdblk.stats=1"]);
+    assert!(log.contains("statistics: read: 1 requests, 8192 bytes, 0 errors, p50 "), "{log}");
+}
+
+#[test]
 fn size_and_first_sector_of_a_file() {
     let dir = Dir::new();
     let path = image(&dir, 10 * MIB);

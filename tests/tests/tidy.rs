@@ -397,6 +397,20 @@ fn every_test_that_the_security_page_names_exists() {
     }
 }
 
+/// A test is named by its file, without the ending, and its function.
+#[test]
+fn every_test_that_the_page_on_restarts_names_exists() {
+    let page = fs::read_to_string(root().join("docs/restarts.md")).expect("the page is there");
+    let named: Vec<_> = page.split('`').filter_map(|name| name.split_once("::")).collect();
+    assert!(named.len() > 20, "the page names its tests");
+    for (file, name) in named {
+        let places = [root().join("tests/tests").join(file), root().join(file)];
+        let texts = places.iter().map(|place| fs::read_to_string(place.with_extension("rs")));
+        let has = |text: String| text.contains(&format!("fn {name}("));
+        assert!(texts.flatten().any(has), "docs/restarts.md names {file}::{name}, which does not exist");
+    }
+}
+
 #[test]
 fn unsafe_stands_where_it_is_known_to() {
     let allowed = [("allow(uns", "afe_code"), ("expect(uns", "afe_code")].map(|(a, b)| [a, b].concat());

@@ -49,6 +49,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
+    if std::env::var_os(fuzz::IS_COMPILER).is_some() {
+        return fuzz::compile();
+    }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     std::env::set_current_dir(shell::root())?;

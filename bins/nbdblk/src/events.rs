@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
-use crate::{asker::Asker, disconnect::Target, plan::Plan, ready::Ready, replace::Prepared};
+use crate::{asker::Asker, plan::Plan, ready::Ready, replace::Prepared, requests::Target};
 
 /// The result of a reload: the plan that is served now and the changes, or the reason of the failure.
 pub(crate) type Outcome = Result<(Plan, String), String>;

@@ -32,6 +32,7 @@ mod plan;
 mod ready;
 mod reload;
 mod replace;
+mod requests;
 mod resume;
 mod serve;
 mod shortage;

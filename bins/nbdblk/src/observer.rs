@@ -13,7 +13,7 @@ use nbd_server_core::{Observation, Server};
 
 use crate::{
     asker::{Answer, Asker},
-    disconnect::Target,
+    requests::Target,
     status::report::Report,
 };
 

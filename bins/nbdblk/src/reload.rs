@@ -29,11 +29,11 @@ use nix::{
 
 use crate::{
     asker::Asker,
-    cli, control_place, disconnect,
+    cli, control_place,
     events::Event,
     files::OwnFile,
     listen::{Access, bind_unix, connect_unix},
-    status,
+    requests::{DISCONNECT, STATUS},
 };
 
 /// The request to read the file again.
@@ -237,10 +237,10 @@ fn event(line: &[u8], is_whole: bool) -> Option<Box<dyn FnOnce(Asker) -> Event>>
     if text == "upgrade" {
         return Some(Box::new(|asker| Event::Upgrade(Some(asker), None)));
     }
-    if text == status::REQUEST {
+    if text == STATUS {
         return Some(Box::new(Event::Status));
     }
-    if let Some(target) = text.strip_prefix(disconnect::REQUEST).filter(|_| is_whole) {
+    if let Some(target) = text.strip_prefix(DISCONNECT).filter(|_| is_whole) {
         let target = serde_json::from_str(target).ok()?;
         return Some(Box::new(|asker| Event::Disconnect(asker, target)));
     }

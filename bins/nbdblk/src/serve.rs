@@ -97,15 +97,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     if args.run.is_none() {
         raise_descriptors();
     }
-    let metrics = metrics::Sockets::bind(&args.metrics).map_err(|error| plan.blame("metrics", error));
-    let metrics = match metrics {
-        // The clients of the program before are more important.
-        Err(error) if before.is_some() => {
-            log::error!("no metrics: {}", crate::whole(&error));
-            metrics::Sockets::default()
-        }
-        metrics => metrics?,
-    };
+    let metrics = bind_metrics(&plan, args, before.is_some())?;
     let (tls, limits) = (security.tls.clone(), limits(args));
     let Service { server, addresses, files, socket, child, kept } = match before {
         Some(before) => resume::resume(&mut plan, tls, limits, &control, before)?,
@@ -137,13 +129,36 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     // A paused server would not stop.
     drop(queue);
     control.enter(Phase::Stopping);
+    wind_up(ended, server, (reloads, upgrades), kept, (files, announced, metrics))
+}
+
+/// Listens for those who look at the metrics.
+fn bind_metrics(plan: &Plan, args: &cli::Serve, is_upgrade: bool) -> anyhow::Result<metrics::Sockets> {
+    match metrics::Sockets::bind(&args.metrics).map_err(|error| plan.blame("metrics", error)) {
+        // The clients of the program before are more important.
+        Err(error) if is_upgrade => {
+            log::error!("no metrics: {}", crate::whole(&error));
+            Ok(metrics::Sockets::default())
+        }
+        metrics => metrics,
+    }
+}
+
+/// Removes the files, answers those who wait, and stops the server.
+fn wind_up(
+    ended: anyhow::Result<u8>,
+    server: Arc<Server>,
+    (reloads, upgrades): (Reloads, Upgrades),
+    kept: Vec<String>,
+    files: impl Sized,
+) -> anyhow::Result<ExitCode> {
     // First, so that the files are gone when a second signal comes.
     within(TIDYING, move || {
         files::remove_all();
         ready::notify("STOPPING=1", TIDYING);
         kept.iter().for_each(|name| ready::forget(name));
     });
-    drop((files, announced, metrics));
+    drop(files);
     reloads.stop();
     upgrades.stop();
     if within(STOPPING, move || stop(server)).is_none() {

@@ -4,6 +4,8 @@
 #[cfg(not(test))]
 use std::ffi::c_uint;
 use std::ffi::{c_char, c_int, c_void};
+#[cfg(not(test))]
+use std::sync::atomic::{AtomicI32, Ordering};
 
 /// `struct nbdkit_plugin` of nbdkit 1.32 to 1.48 (nbdkit-plugin.h). An nbdkit with fewer fields reads those that it knows. One
 /// with more fields sees from `struct_size` where ours end.
@@ -97,6 +99,21 @@ unsafe extern "C" {
     pub(crate) fn nbdkit_absolute_path(path: *const c_char) -> *mut c_char;
     pub(crate) fn nbdkit_add_extent(extents: *mut Extents, at: u64, len: u64, kind: u32) -> c_int;
     pub(crate) fn nbdkit_add_export(exports: *mut Exports, name: *const c_char, about: *const c_char) -> c_int;
+}
+
+/// Set by `nbdkit -D nbdblk.stats=1`: nbdkit finds the variable by its name, and writes an int to it.
+#[cfg(not(test))]
+#[unsafe(no_mangle)]
+#[allow(non_upper_case_globals, reason = "nbdkit's naming")]
+static nbdblk_debug_stats: AtomicI32 = AtomicI32::new(0);
+
+/// Whether the statistics are to have latencies, for which each request reads the clock.
+#[inline]
+pub(crate) fn wants_latencies() -> bool {
+    #[cfg(not(test))]
+    return nbdblk_debug_stats.load(Ordering::Relaxed) != 0;
+    #[cfg(test)]
+    true
 }
 
 #[cfg(test)]

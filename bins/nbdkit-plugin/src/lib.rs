@@ -20,3 +20,4 @@ mod host;
 mod options;
 mod plugin;
 mod pool;
+mod stats;

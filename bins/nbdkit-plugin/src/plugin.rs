@@ -13,10 +13,12 @@ use blkdev::{Device, Error, Extent, Info, Io};
 use blkdev_drivers::{Settings, properties};
 
 use crate::{
+    abi,
     affinity::Affinity,
     config::{Choice, Fault, Words, is_named, restrict, unreadable},
     host, options,
     pool::{Place, Pool},
+    stats,
 };
 
 /// Global, because nbdkit's callbacks have no argument for state.
@@ -156,6 +158,9 @@ pub(crate) fn open() -> Result<Connection, Fault> {
 /// Closes the device after the last connection, within the time-out of a request.
 pub(crate) fn cleanup() {
     let serving = std::mem::replace(&mut *state(), State::Start);
+    if let State::Serving(plugin) = &serving {
+        stats::lines(&plugin.pool.counts(), abi::wants_latencies()).iter().for_each(|line| host::debug(line));
+    }
     drop(serving);
 }
 

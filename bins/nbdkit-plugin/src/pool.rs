@@ -18,8 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::host;
-use blkdev::{Buf, Channel, Device, Done, Error, Extent, Info, Io, Plan};
+use crate::{abi, host};
+use blkdev::{Buf, Channel, Counters, Counts, Device, Done, Error, Extent, Info, Io, Plan};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -70,6 +70,13 @@ impl Pool {
         let channels = Plan::new(memory).open(&device, count)?;
         let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<_>>()?;
         Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4), connections: AtomicUsize::new(0) })
+    }
+
+    /// What all channels have done.
+    pub(crate) fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        self.lanes.iter().for_each(|lane| counts += &lane.counters.copy());
+        counts
     }
 
     /// Limits and capabilities of the device.
@@ -189,6 +196,7 @@ struct Lane {
     state: Mutex<State>,
     /// The channel's wake-up descriptor, for waiting without the lock.
     wake: Option<OwnedFd>,
+    counters: Arc<Counters>,
     /// Wakes the leader when another thread did what it sleeps for.
     nudge: EventFd,
     /// Number of buffers that callers hold.
@@ -257,6 +265,7 @@ thread_local! {
 
 impl Lane {
     fn new(channel: Channel) -> io::Result<Arc<Self>> {
+        let counters = Arc::clone(channel.counters());
         let wake = channel.wake_fd().map(|fd| fd.try_clone_to_owned()).transpose()?;
         let state = State {
             channel,
@@ -280,6 +289,7 @@ impl Lane {
             is_ending: AtomicBool::new(false),
             state: Mutex::new(state),
             wake,
+            counters,
             nudge,
             held: AtomicUsize::new(0),
             hungry: AtomicUsize::new(0),
@@ -394,6 +404,9 @@ impl Lane {
         let buffer = matches!(io, Io::Read { .. } | Io::Write { .. });
         let tag = state.sit(&seat);
         let before = state.channel.in_flight();
+        if abi::wants_latencies() {
+            state.channel.tick(Instant::now());
+        }
         state.channel.submit(tag.into(), io);
         match state.lead {
             Lead::Vacant => {

@@ -1,19 +1,14 @@
 //! [`Admin`]: the admin queue pair, with one command at a time, and asynchronous events.
 
-use std::{
-    io,
-    os::fd::AsFd,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
 
 use blkdev::{
     liveness::Liveness,
-    wake::{Wake, wait},
+    wake::{Wake, now, wait},
 };
 
 use crate::{
-    pair::Pair,
+    pair::{List, Pair},
     spec::{self, Command, Completion, IDENTIFY_LEN, Status},
 };
 
@@ -92,7 +87,11 @@ impl Admin {
 
     /// As [`ask`](Self::ask), for a command that returns at most `N` bytes, in one memory page.
     pub(crate) fn ask_bytes<const N: usize>(&mut self, command: Command) -> Result<[u8; N], Failure> {
-        let answer = self.ask_for(self.timeout, |address| command.prps(address, 0))?;
+        let answer = self.ask_for(self.timeout, |list| {
+            // Clear data from earlier commands, so that it cannot be taken for this one's.
+            list.clear(N);
+            command.prps(list.address(), 0)
+        })?;
         Ok(self.pair.answer(answer.id))
     }
 
@@ -100,23 +99,17 @@ impl Admin {
         self.ask_bytes(Command::identify(cns, nsid))
     }
 
-    fn ask_for(&mut self, time: Duration, command: impl FnOnce(u64) -> Command) -> Result<Completion, Failure> {
+    fn ask_for(&mut self, time: Duration, command: impl FnOnce(List<'_>) -> Command) -> Result<Completion, Failure> {
         if self.life.is_dead() {
             return Err(Failure::Dead);
         }
         if self.is_late {
             return Err(Failure::Late);
         }
-        let pushed = self.pair.push(Purpose::Now, |_, list| {
-            // Clear data from earlier commands, so that it cannot be taken for this one's.
-            for word in 0..IDENTIFY_LEN / 8 {
-                list.put(word, 0);
-            }
-            command(list.address())
-        });
+        let pushed = self.pair.push(Purpose::Now, |_, list| command(list));
         pushed.expect("the admin queue has room: one command is in flight at a time");
         self.pair.publish();
-        let deadline = Instant::now() + time;
+        let deadline = now() + time;
         loop {
             self.wake.clear();
             self.collect();
@@ -130,7 +123,7 @@ impl Admin {
             if self.life.is_dead() {
                 return Err(Failure::Dead);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
                 self.is_late = true;
                 // Wake the thread that resets the controller.

@@ -260,7 +260,7 @@ impl<T> Pair<T> {
         Self {
             id,
             layout,
-            window: Window::zeroed(mapping, 0, mapping.len()),
+            window: Window::zeroed(mapping, 0, layout.len()),
             addresses: addresses.clone(),
             bells,
             tail: 0,
@@ -427,9 +427,8 @@ impl<T> Pair<T> {
     /// should be sent again. It should not after `old` ticks, or if it was sent twice already.
     pub(crate) fn restart(&mut self, old: u16) -> Vec<(T, bool)> {
         (self.tail, self.rung, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, true);
-        for at in (self.layout.completions()..self.layout.lists()).step_by(8) {
-            self.window.store64(at, 0, Ordering::Relaxed);
-        }
+        let (start, end) = (self.layout.completions(), self.layout.lists());
+        self.window.clear(start, (end - start) / 8);
         let old: Vec<u16> = self.flights.older(old).map(|id| id & (SIZE_MAX - 1)).collect();
         let slots = self.slots.iter_mut().zip(0..);
         let back = slots.filter_map(|(slot, n)| Some((slot.owner.take()?, !slot.again && !old.contains(&n)))).collect();
@@ -478,6 +477,12 @@ impl List<'_> {
     pub(crate) fn put(&self, index: usize, value: u64) {
         assert!(8 * index < self.len, "the list has room");
         self.window.store64(self.at + 8 * index, value, Ordering::Relaxed);
+    }
+
+    /// Clears the first `len` bytes, a multiple of 8.
+    pub(crate) fn clear(&self, len: usize) {
+        assert!(len <= self.len, "the list has room");
+        self.window.clear(self.at, len / 8);
     }
 
     /// Sets the command's data pointer to `len` bytes of payload from `address` on. Up to two pages fit in the command itself;

@@ -6,12 +6,12 @@ use std::{
         Arc,
         atomic::{Ordering, fence},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use blkdev::{
     Completion, Error, Op, Queue, Request,
-    wake::{Wake, wait},
+    wake::{Wake, now},
 };
 
 use crate::{
@@ -183,15 +183,15 @@ impl Queue for IoQueue {
     }
 
     fn give_up(&mut self) {
-        let count = self.pair.in_flight();
-        self.owner.core.life.end(&format!("queue {}: abandoned with {count} requests in flight", self.id));
+        let (count, state) = (self.pair.in_flight(), self.pair.describe());
+        self.owner.core.life.end(&format!("queue {}: abandoned with {count} requests in flight ({state})", self.id));
     }
 
-    #[inline]
     fn describe(&self) -> String {
         self.pair.describe()
     }
 
+    #[inline]
     fn is_dead(&self) -> bool {
         self.owner.core.life.is_dead()
     }
@@ -218,24 +218,24 @@ impl Drop for IoQueue {
         let mut done = Vec::new();
         let core = Arc::clone(&self.owner.core);
         let patience = core.info.timeout.map_or(DRAIN, |timeout| timeout.min(DRAIN));
-        let last = Instant::now() + DRAIN_MAX * patience;
-        let mut deadline = Instant::now() + patience;
+        let last = now() + DRAIN_MAX * patience;
+        let mut deadline = now() + patience;
         self.kick();
         loop {
             self.reap(&mut done);
             if !done.is_empty() {
                 // Other queues are in use: a slow controller must not be declared dead because of this one.
-                deadline = (Instant::now() + patience).min(last);
+                deadline = (now() + patience).min(last);
             }
             done.clear();
             if self.pair.in_flight() == 0 {
                 break;
             }
-            if self.arm()
-                && wait([self.wake.as_fd()], Some(deadline.saturating_duration_since(Instant::now()))) == [false]
-                && deadline <= Instant::now()
-            {
-                self.give_up();
+            if self.arm() {
+                let left = deadline.saturating_duration_since(now());
+                if !self.owner.watch.wait(self.wake.as_fd(), left) && deadline <= now() {
+                    self.give_up();
+                }
             }
         }
         if core.life.is_dead() {

@@ -1,12 +1,8 @@
 //! [`Registers`]: the registers of a controller, and the state that they report.
 
-use std::{
-    io,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc, time::Duration};
 
+use blkdev::wake::{now, sleep};
 use blkdev_vfio::{Bar, PciDevice};
 
 use crate::{limits::unusable, pair::Bells};
@@ -130,7 +126,7 @@ impl Registers {
 
     /// Waits until the status (CSTS) satisfies `good`.
     pub(crate) fn wait(&self, time: Duration, what: &str, good: impl Fn(u32) -> bool) -> io::Result<()> {
-        let deadline = Instant::now() + time;
+        let deadline = now() + time;
         loop {
             let status = self.bar.read32(CSTS);
             if status == NOTHING {
@@ -139,11 +135,11 @@ impl Registers {
             if good(status) {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if now() >= deadline {
                 let text = format!("it is not {what} within {time:?} (CSTS {status:#x})");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
-            thread::sleep(Duration::from_millis(1));
+            sleep(Duration::from_millis(1));
         }
     }
 

@@ -2,13 +2,13 @@
 
 use std::{
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use blkdev::wake::{Stop, Wake, Watcher, wait};
+use blkdev::wake::{Stop, Wake, Watcher, now, wait};
 
 use crate::{
     admin::Failure,
@@ -30,7 +30,7 @@ impl Watch {
     pub(crate) fn start(core: &Arc<Core>) -> io::Result<Self> {
         let removal = Wake::new()?;
         core.pci.watch_removal(removal.as_fd())?;
-        let guard = Guard {
+        let mut guard = Guard {
             core: Arc::clone(core),
             wake: Arc::clone(&lock(&core.admin).wake),
             removal,
@@ -38,22 +38,30 @@ impl Watch {
             aborted: Vec::new(),
             resets: 0,
             last_reset: None,
+            next: now(),
+            is_over: false,
         };
         let seen = Arc::clone(core);
-        let run = move |stop: &Stop| {
-            // Without this thread, requests that the controller does not complete would never end.
-            if catch_unwind(AssertUnwindSafe(|| guard.run(stop))).is_err() {
+        let turn = move |stop: &Stop| {
+            catch_unwind(AssertUnwindSafe(|| guard.turn(stop))).unwrap_or_else(|_| {
+                // Without this thread, requests that the controller does not complete would never end.
                 seen.life.end("the watching thread panicked");
                 seen.cut_off();
-            }
+                false
+            })
         };
-        let watcher = Watcher::start("nvme-watch", run)?;
+        let watcher = Watcher::with_turns("nvme-watch", turn)?;
         core.life.watch(watcher.wake());
         Ok(Self { watcher })
     }
 
     pub(crate) fn stop(&mut self) {
         self.watcher.stop();
+    }
+
+    /// Waits until `fd` is readable, for `time` at most. Returns whether it is.
+    pub(crate) fn wait(&self, fd: BorrowedFd<'_>, time: Duration) -> bool {
+        self.watcher.wait([fd], time) == [true]
     }
 }
 
@@ -69,6 +77,10 @@ struct Guard {
     /// Number of resets in short succession.
     resets: u32,
     last_reset: Option<Instant>,
+    /// Time of the next tick.
+    next: Instant,
+    /// The device is dead and cut off: nothing is left to watch.
+    is_over: bool,
 }
 
 /// Longest interval between reads of the status register: the only sign of a removed device.
@@ -91,48 +103,51 @@ const RESETS_MAX: u32 = 3;
 const AGAIN: Duration = Duration::from_secs(30);
 
 impl Guard {
-    fn run(mut self, stop: &Stop) {
-        let tick = self.core.info.timeout.map(|timeout| (timeout / 8).max(Duration::from_millis(1)));
-        let mut next = Instant::now();
-        while !stop.is_requested() {
-            match self.core.registers.trouble() {
-                Some(TAKEN_AWAY) => self.core.life.end(TAKEN_AWAY),
-                Some(why) => self.reset(why),
-                None if self.core.registers.has_stopped() => self.reset("it stopped on its own (CSTS.RDY)"),
-                None => {}
-            }
-            if self.core.life.is_dead() {
-                self.core.cut_off();
-                // Nothing is left to watch.
-                while !stop.is_requested() {
-                    self.sleep(stop, None);
-                }
-                return;
-            }
-            self.collect();
-            let now = Instant::now();
-            if let Some(tick) = tick
-                && now >= next
-            {
-                // One tick at a time, however late: a process that was stopped must first handle its completions.
-                next = now + tick;
-                let clock = &self.core.clock;
-                let time = clock.load(Ordering::Relaxed) as u16;
-                clock.store(u32::from(time.checked_add(1).unwrap_or(1)), Ordering::Relaxed);
-                self.abort_old(tick);
-            }
-            self.resume();
-            self.sleep(stop, Some(tick.map_or(LOOK, |tick| next.saturating_duration_since(now).min(LOOK).min(tick))));
+    /// Looks after everything once, then sleeps. Returns whether there is more to do.
+    fn turn(&mut self, stop: &Stop) -> bool {
+        if stop.is_requested() {
+            return false;
         }
+        if self.is_over {
+            self.sleep(stop, None);
+            return true;
+        }
+        match self.core.registers.trouble() {
+            Some(TAKEN_AWAY) => self.core.life.end(TAKEN_AWAY),
+            Some(why) => self.reset(why),
+            None if self.core.registers.has_stopped() => self.reset("it stopped on its own (CSTS.RDY)"),
+            None => {}
+        }
+        if self.core.life.is_dead() {
+            self.core.cut_off();
+            self.is_over = true;
+            return true;
+        }
+        self.collect();
+        let tick = self.core.info.timeout.map(|timeout| (timeout / 8).max(Duration::from_millis(1)));
+        let now = now();
+        if let Some(tick) = tick
+            && now >= self.next
+        {
+            // One tick at a time, however late: a process that was stopped must first handle its completions.
+            self.next = now + tick;
+            let clock = &self.core.clock;
+            let time = clock.load(Ordering::Relaxed) as u16;
+            clock.store(u32::from(time.checked_add(1).unwrap_or(1)), Ordering::Relaxed);
+            self.abort_old(tick);
+        }
+        self.resume();
+        self.sleep(stop, Some(tick.map_or(LOOK, |tick| self.next.saturating_duration_since(now).min(LOOK).min(tick))));
+        true
     }
 
     fn sleep(&self, stop: &Stop, time: Option<Duration>) {
         let bell = stop.wake();
         if time.is_none() {
             // A dead device's events and removal are ignored.
-            wait([bell.as_fd()], None);
+            wait([bell.as_fd()], stop.patience(None));
         } else {
-            let [.., removal] = wait([bell.as_fd(), self.wake.as_fd(), self.removal.as_fd()], time);
+            let [.., removal] = wait([bell.as_fd(), self.wake.as_fd(), self.removal.as_fd()], stop.patience(time));
             if removal && self.removal.clear() {
                 self.core.life.end("it is being removed, or its link has failed");
             }
@@ -194,9 +209,9 @@ impl Guard {
     /// Resets a controller that has failed or does not respond.
     fn reset(&mut self, why: &str) {
         let core = &self.core;
-        let again = |at: Instant| at.elapsed() < core.info.timeout.unwrap_or(AGAIN);
+        let again = |at: Instant| now().saturating_duration_since(at) < core.info.timeout.unwrap_or(AGAIN);
         self.resets = if self.last_reset.is_some_and(again) { self.resets + 1 } else { 1 };
-        self.last_reset = Some(Instant::now());
+        self.last_reset = Some(now());
         if self.resets > RESETS_MAX {
             return core.life.end(&format!("{why}, after {RESETS_MAX} resets"));
         }

@@ -5,14 +5,22 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::{Duration, Instant},
 };
 
-use blkdev::{Context, Mapping, wake::Wake};
+use blkdev::{
+    Context, Mapping, Peer,
+    wake::{Wake, Watcher},
+};
 use blkdev_virtio::{Doorbell, Format, Liveness, Ring, Transport};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost};
+use crate::{
+    maker::Maker,
+    place::Place,
+    remains::{GRACE, Remains, iotlb, reset},
+    sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, CONFIG_MAX, Iotlb, Vhost},
+    watch::watch,
+};
 
 /// Device id of virtio-blk (virtio 1.2, 5).
 const DEVICE_BLOCK: u32 = 2;
@@ -29,14 +37,11 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 /// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's memory barriers for devices. On x86 the CPU's barriers are enough.
 const ORDER_PLATFORM: u64 = 1 << 36;
 
-/// Longest reset of a device.
-const RESET: Duration = Duration::from_secs(5);
-/// Time for the requests in flight of a dead device, before it is reset.
-const GRACE: Duration = Duration::from_millis(500);
-
 pub(crate) struct Control {
-    vhost: Vhost,
+    vhost: Arc<Vhost>,
     target: String,
+    /// The name of the vDPA device, or empty.
+    name: String,
     life: Arc<Liveness>,
     features: u64,
     /// Backend features in use.
@@ -47,12 +52,18 @@ pub(crate) struct Control {
     config_changes: Option<Wake>,
     /// Memory that the device has mapped.
     mappings: Mutex<Vec<Arc<Mapping>>>,
+    /// Addresses of the driver area and the device area of each split ring.
+    rings: Mutex<Vec<[u64; 2]>>,
+    /// Ends the life of the device when it is removed, or when its process ends.
+    _watcher: Option<Watcher>,
+    /// The process behind the device, if it is one of VDUSE.
+    maker: Option<Maker>,
 }
 
 impl Control {
     /// Takes over the device and resets it.
     pub(crate) fn open(fd: OwnedFd, target: String) -> io::Result<Self> {
-        let vhost = Vhost::new(fd);
+        let vhost = Arc::new(Vhost::new(fd));
         let id = vhost.get_device_id();
         let id = id.map_err(|e| {
             Context::with_kind(io::ErrorKind::InvalidInput, format!("it is not a vhost-vdpa device ({e})"), e)
@@ -85,10 +96,20 @@ impl Control {
 
         let call = Wake::new()?;
         let config_changes = vhost.set_config_call(call.as_fd()).is_ok().then_some(call);
+        let life = Liveness::new(format!("vdpa {target}"));
+        let place = Place::of(vhost.as_fd());
+        let (maker, watcher) = match &place {
+            Some(place) => {
+                let (maker, processes) = Maker::at(place, life.name())?.unzip();
+                (maker, Some(watch(place.clone(), processes.unwrap_or_default(), &life)?))
+            }
+            None => (None, None),
+        };
         Ok(Self {
             vhost,
-            life: Liveness::new(format!("vdpa {target}")),
+            life,
             target,
+            name: place.and_then(|place| place.name()).unwrap_or_default(),
             features,
             backend,
             range,
@@ -96,51 +117,20 @@ impl Control {
             ring_max,
             config_changes,
             mappings: Mutex::default(),
+            rings: Mutex::default(),
+            _watcher: watcher,
+            maker,
         })
     }
 
-    fn has(&self, backend: u64) -> bool {
-        self.backend & backend != 0
-    }
-
-    /// Writes IOTLB messages, as one batch if the kernel supports that.
-    fn iotlb<'a>(&self, what: Iotlb, mappings: impl IntoIterator<Item = &'a Arc<Mapping>>) -> io::Result<()> {
-        let (v2, batch) = (self.has(BACKEND_F_IOTLB_MSG_V2), self.has(BACKEND_F_IOTLB_BATCH));
-        if batch {
-            self.vhost.iotlb(v2, Iotlb::BatchBegin, 0, 0)?;
-        }
-        let mut done = Ok(());
-        for mapping in mappings {
-            done = done.and(self.vhost.iotlb(v2, what, mapping.iova().get(), mapping.len() as u64));
-        }
-        // Also after a failure: an open batch would hold back all later messages.
-        if batch {
-            done = done.and(self.vhost.iotlb(v2, Iotlb::BatchEnd, 0, 0));
-        }
-        done
+    fn iotlb(&self, what: Iotlb, mapping: &Arc<Mapping>) -> io::Result<()> {
+        iotlb(&self.vhost, self.backend, what, [mapping])
     }
 
     fn add_status(&self, bit: u8) -> io::Result<u8> {
         let status = self.vhost.get_status()? | bit;
         self.vhost.set_status(status)?;
         self.vhost.get_status()
-    }
-}
-
-/// Resets the device and waits until the reset is complete: the kernel's driver of virtio-pci devices (vp-vdpa) does not wait
-/// (virtio 1.2, 4.1.4.3.2).
-fn reset(vhost: &Vhost) -> io::Result<()> {
-    vhost.set_status(0)?;
-    let end = Instant::now() + RESET;
-    loop {
-        match vhost.get_status()? {
-            0 => return Ok(()),
-            status if Instant::now() >= end => {
-                let why = format!("the device did not complete a reset within {RESET:?} (status {status:#x})");
-                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
-            }
-            _ => thread::sleep(Duration::from_millis(1)),
-        }
     }
 }
 
@@ -175,6 +165,10 @@ impl Transport for Control {
 
     fn target(&self) -> &str {
         &self.target
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn life(&self) -> &Arc<Liveness> {
@@ -248,7 +242,7 @@ impl Transport for Control {
         // Hardware drivers pin the memory, and vhost's table has room for few pieces.
         mapping.consolidate();
         let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
-        self.iotlb(Iotlb::Update, [mapping]).map_err(|e| explain(e, len, mapped))?;
+        self.iotlb(Iotlb::Update, mapping).map_err(|e| explain(e, len, mapped))?;
         mappings.push(Arc::clone(mapping));
         Ok(())
     }
@@ -260,9 +254,13 @@ impl Transport for Control {
         }
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(at) = mappings.iter().position(|known| Arc::ptr_eq(known, mapping)) else { return Ok(()) };
-        self.iotlb(Iotlb::Invalidate, [mapping])?;
+        self.iotlb(Iotlb::Invalidate, mapping)?;
         mappings.swap_remove(at);
         Ok(())
+    }
+
+    fn peer(&self) -> Option<Arc<Peer>> {
+        self.maker.as_ref().map(|maker| Arc::clone(maker.peer()))
     }
 
     fn start_queue(&self, index: u16, ring: &Ring<'_>) -> io::Result<Kick> {
@@ -276,6 +274,9 @@ impl Transport for Control {
             self.vhost.set_vring_kick(index, kick.as_fd())?;
             self.vhost.enable_vring(index)
         };
+        if ring.format == Format::Split {
+            self.rings.lock().unwrap_or_else(PoisonError::into_inner).push([ring.driver.get(), ring.device.get()]);
+        }
         set_up().map_err(|e: io::Error| Context::wrap(format!("queue {index}: {e}"), e))?;
         Ok(Kick(Arc::new(kick)))
     }
@@ -295,21 +296,29 @@ impl Transport for Control {
 
     fn cut_off(&self) {
         // No reset here, while requests are in flight: qemu-storage-daemon (VDUSE) would abort, and the kernel may wait half a
-        // minute for a hung one, on a data-plane thread. The memory that the device may still access was abandoned.
+        // minute for a hung one, on a data-plane thread. The memory that the device may still access stays as it is until then.
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if self.life.is_dead() {
-            // For the same reason, leave time for the requests that were in flight when the device was declared dead.
-            thread::sleep(GRACE);
+        let remains = Remains {
+            vhost: Arc::clone(&self.vhost),
+            backend: self.backend,
+            mappings: std::mem::take(self.mappings.get_mut().unwrap_or_else(PoisonError::into_inner)),
+            rings: std::mem::take(self.rings.get_mut().unwrap_or_else(PoisonError::into_inner)),
+        };
+        match self.maker.take() {
+            Some(maker) if self.life.is_dead() => maker.bury(remains, self.life.name()),
+            Some(maker) => maker.close(remains),
+            None => {
+                if self.life.is_dead() {
+                    // Time for the requests that were in flight when the device was declared dead.
+                    thread::sleep(GRACE);
+                }
+                let _ = remains.reset();
+            }
         }
-        // Resets the device explicitly, because the file may be open elsewhere. A failure is harmless: closing the file does
-        // the same.
-        let _ = reset(&self.vhost);
-        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.iotlb(Iotlb::Invalidate, mappings.iter());
     }
 }
 

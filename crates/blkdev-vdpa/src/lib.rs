@@ -13,10 +13,15 @@
 //! ```
 //!
 //! A device has one user at a time. It is reset at open and at close, so requests of a killed user do no harm. A change of the
-//! capacity is detected while the device is open.
+//! capacity is detected while the device is open. A VDUSE device is dead when the process behind it ends.
 
 mod control;
+mod maker;
+mod place;
+mod remains;
 mod sys;
+mod vduse;
+mod watch;
 
 use std::{
     fs::{self, File, Metadata, OpenOptions},
@@ -119,7 +124,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
         let hint = match e.kind() {
             io::ErrorKind::ResourceBusy => {
-                format!("another process has it open; find it with fuser -v {}", path.display())
+                format!("a process has it open; find it with fuser -v {}", path.display())
             }
             io::ErrorKind::NotFound => {
                 "load the module vhost_vdpa, and bind a device to it (see vdpa dev show)".to_owned()

@@ -1,12 +1,14 @@
-//! The kernel interface of vhost-vdpa (linux/vhost.h, linux/vhost_types.h). Each ioctl is a safe method of [`Vhost`].
+//! The kernel interface of vhost-vdpa (linux/vhost.h, linux/vhost_types.h). Each ioctl is a safe method of [`Vhost`]. And
+//! pidfd_open(2), which `nix` does not have.
 #![allow(unsafe_code)]
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use blkdev::Context;
+use nix::{errno::Errno, libc};
 
 /// Backend features: IOTLB messages of version 2, and batches of messages.
 pub(crate) const BACKEND_F_IOTLB_MSG_V2: u64 = 1 << 1;
@@ -242,6 +244,20 @@ impl Vhost {
         }
         Ok(())
     }
+}
+
+impl AsFd for Vhost {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A descriptor for a process, readable when the process has ended. Linux 5.3.
+pub(crate) fn pidfd_open(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers and no pointer.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, id, 0) })?;
+    // SAFETY: the kernel has just opened this descriptor for us, and nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// Adds the ioctl's name to the errno.

@@ -24,15 +24,10 @@ mod control;
 mod requests;
 mod watch;
 
-use std::{
-    io,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 pub use blkdev;
-use blkdev::{Context, Device, Info, Mapping, Queue};
+use blkdev::{Context, Device, Info, Mapping, Queue, wake::now};
 pub use blkdev_virtio;
 use blkdev_virtio::VirtioBlk;
 pub use blkdev_virtio::{Format, WriteCache};
@@ -94,12 +89,12 @@ impl VhostUser {
     ///
     /// Any other error of the system has its own kind; [`Context::os_error`](blkdev::Context::os_error) returns its errno.
     pub fn connect(options: &Options) -> io::Result<Self> {
-        let begin = Instant::now();
+        let begin = now();
         let target = options.path.display().to_string();
         let named = |e: io::Error| Context::wrap(format!("vhost-user {target}: {e}"), e);
         let name = connect::Name::new(&options.path);
         let stream = connect::connect(&options.path, options.connect_timeout).map_err(named)?;
-        let left = options.connect_timeout.saturating_sub(begin.elapsed());
+        let left = options.connect_timeout.saturating_sub(now().saturating_duration_since(begin));
         let (timeout, huge_pages) = (options.connect_timeout, options.huge_pages);
         let control = Control::negotiate(stream, target.clone(), name, left, timeout, huge_pages);
         let control = control.map_err(named)?;

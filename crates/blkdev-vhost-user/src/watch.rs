@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::wake::{Stop, Wake, Watcher};
+use blkdev::wake::{Stop, Wake, Watcher, now};
 use blkdev_virtio::{Liveness, Notifier, unblock};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -62,15 +62,15 @@ struct State {
 impl Watch {
     pub(crate) fn new(stream: UnixStream, requests: Requests, life: Arc<Liveness>) -> io::Result<Self> {
         let shared = Arc::new(Shared { stream, life, config_changes: Wake::new()?, state: Mutex::default() });
-        let seen = Arc::clone(&shared);
-        let watcher = Watcher::start("vhost-user", move |stop| seen.run(stop, requests))?;
+        let mut guard = Guard { shared: Arc::clone(&shared), requests, over: false, rest: None };
+        let watcher = Watcher::with_turns("vhost-user", move |stop| guard.turn(stop))?;
         Ok(Self { shared, watcher })
     }
 
     /// Calls `exchange`, which exchanges messages with the back end. After `timeout` the socket is shut down, so `exchange`
     /// fails.
     pub(crate) fn within<R>(&self, timeout: Duration, exchange: impl FnOnce() -> R) -> R {
-        self.change(|state| state.deadline = Instant::now().checked_add(timeout));
+        self.change(|state| state.deadline = now().checked_add(timeout));
         let result = exchange();
         self.change(|state| state.deadline = None);
         result
@@ -116,6 +116,45 @@ impl Watch {
     }
 }
 
+/// What the thread has.
+struct Guard {
+    shared: Arc<Shared>,
+    requests: Requests,
+    /// The connection has ended. The thread continues, because blocked threads must still be freed.
+    over: bool,
+    /// End of the pause after a flood of requests.
+    rest: Option<Instant>,
+}
+
+impl Guard {
+    /// Waits for something to do, and does it. Returns whether there is more to do: the device is open.
+    fn turn(&mut self, stop: &Stop) -> bool {
+        let Self { shared, requests, over, rest } = self;
+        let time = now();
+        *rest = rest.filter(|end| *end > time);
+        let incoming = requests.incoming().filter(|_| !*over && rest.is_none());
+        let woken = shared.sleep(stop.wake(), incoming, *over, stop.patience(shared.patience(time, *over, *rest)));
+        if woken.incoming {
+            let taken = requests.take();
+            if taken.changed {
+                // Another thread reads the configuration: this one enforces the deadline of that read.
+                shared.config_changes.ring();
+            }
+            if taken.more {
+                *rest = Some(now() + REST);
+            }
+        }
+        stop.wake().clear();
+        if stop.is_requested() {
+            unblock(&shared.life, true);
+            return false;
+        }
+        *over |= shared.check(*over, woken.gone);
+        unblock(&shared.life, false);
+        true
+    }
+}
+
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -131,52 +170,22 @@ impl Shared {
         }
     }
 
-    /// Watches until the device is closed. After the connection has ended this thread continues, because blocked threads must
-    /// still be freed.
-    fn run(&self, stop: &Stop, mut requests: Requests) {
-        let wake = stop.wake();
-        let mut over = false;
-        let mut rest: Option<Instant> = None;
-        loop {
-            let now = Instant::now();
-            rest = rest.filter(|end| *end > now);
-            let incoming = requests.incoming().filter(|_| !over && rest.is_none());
-            let woken = self.sleep(wake, incoming, over, self.timeout(now, over, rest));
-            if woken.incoming {
-                let taken = requests.take();
-                if taken.changed {
-                    // Another thread reads the configuration: this one enforces the deadline of that read.
-                    self.config_changes.ring();
-                }
-                if taken.more {
-                    rest = Some(Instant::now() + REST);
-                }
-            }
-            wake.clear();
-            if stop.is_requested() {
-                unblock(&self.life, true);
-                return;
-            }
-            over |= self.check(over, woken.gone);
-            unblock(&self.life, false);
-        }
-    }
-
     /// Time until the next deadline, the end of the pause `rest`, or the next check for blocked threads.
-    fn timeout(&self, now: Instant, over: bool, rest: Option<Instant>) -> PollTimeout {
+    fn patience(&self, now: Instant, over: bool, rest: Option<Instant>) -> Option<Duration> {
         let (deadline, looks) = {
             let state = self.state();
             (state.deadline.filter(|_| !over), over || !state.kicks.is_empty())
         };
         let ends = [deadline, rest, looks.then(|| now + LOOK)];
-        ends.into_iter().flatten().min().map_or(PollTimeout::NONE, |end| {
-            let left = end.saturating_duration_since(now) + Duration::from_micros(999);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        })
+        ends.into_iter().flatten().min().map(|end| end.saturating_duration_since(now))
     }
 
     /// Waits for `wake`, for requests of the back end at `incoming`, and for the end of the connection if it is not `over`.
-    fn sleep(&self, wake: &Wake, incoming: Option<BorrowedFd<'_>>, over: bool, timeout: PollTimeout) -> Woken {
+    fn sleep(&self, wake: &Wake, incoming: Option<BorrowedFd<'_>>, over: bool, time: Option<Duration>) -> Woken {
+        // Rounded up: a wait that is too short by a part of a millisecond would be repeated without sleep.
+        let timeout = time.map_or(PollTimeout::NONE, |time| {
+            PollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+        });
         let woken = PollFd::new(wake.as_fd(), PollFlags::POLLIN);
         let stream = PollFd::new(self.stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
         let incoming_fd = PollFd::new(incoming.unwrap_or(wake.as_fd()), PollFlags::POLLIN);
@@ -196,7 +205,7 @@ impl Shared {
         let mut state = self.state();
         let stuck: Vec<_> =
             state.kicks.iter_mut().filter_map(|(kick, seen)| kick.is_stuck(seen).then(|| Arc::clone(kick))).collect();
-        let late = !over && !gone && state.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        let late = !over && !gone && state.deadline.is_some_and(|deadline| deadline <= now());
         state.late |= late;
         let established = state.established;
         drop(state);

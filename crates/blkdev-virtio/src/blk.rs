@@ -173,6 +173,7 @@ fn ring_features(format: Format) -> u64 {
 fn info<T: Transport>(transport: &T, config: &Config, options: &Options, queues: u16, depth: u16) -> Info {
     let read_only = options.read_only || config.read_only;
     let mut info = Info::new(transport.driver(), transport.target().to_owned());
+    transport.name().clone_into(&mut info.name);
     info.queues_max = queues;
     info.depth_max = depth;
     info.block_size = config.block_size;

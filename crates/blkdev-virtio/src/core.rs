@@ -10,8 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Info, Mapping, Op, Request, window::Window};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use blkdev::{
+    Info, Mapping, Op, Request,
+    wake::{self, now},
+    window::Window,
+};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN};
 
 use crate::{
@@ -236,7 +239,7 @@ impl<T: Transport> Core<T> {
             if ring.publish() {
                 bell.ring();
             }
-            let deadline = Instant::now() + self.info.timeout.unwrap_or(DRAIN);
+            let deadline = now() + self.info.timeout.unwrap_or(DRAIN);
             loop {
                 match ring.pop() {
                     Ok(Some(used)) => return Ok(used),
@@ -285,16 +288,13 @@ fn text(memory: &Window, len: usize) -> String {
 /// Waits until `call` is readable or the device is dead. `false`: the deadline passed first.
 pub(crate) fn wait(call: &Notifier, life: &Liveness, deadline: Instant) -> bool {
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        // A peer that shares the eventfd can swallow the wake-up, so the loop also checks `life` periodically. Rounded up: a
-        // wait of 0 ms just before the deadline would spin.
-        let timeout = PollTimeout::try_from(left.min(GLANCE) + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(call.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) if life.is_dead() => return true,
-            Ok(0) if left.is_zero() => return false,
-            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-            Ok(_) => return true,
-            Err(_) => return false,
+        let left = deadline.saturating_duration_since(now());
+        // A peer that shares the eventfd can swallow the wake-up, so the loop also checks `life` periodically.
+        if wake::wait([call.as_fd()], Some(left.min(GLANCE))) == [true] || life.is_dead() {
+            return true;
+        }
+        if left.is_zero() {
+            return false;
         }
     }
 }

@@ -7,10 +7,9 @@ use std::{
         Arc,
         atomic::{Ordering, fence},
     },
-    time::Instant,
 };
 
-use blkdev::{Completion, Error, Op, Request};
+use blkdev::{Completion, Error, Op, Request, wake::now};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -169,7 +168,8 @@ impl<T: Transport, V: Virtqueue<Request>> blkdev::Queue for Queue<T, V> {
     }
 
     fn give_up(&mut self) {
-        self.core.end(&format!("queue {}: abandoned with {} requests in flight", self.index, self.ring.in_flight()));
+        let (count, state) = (self.ring.in_flight(), self.ring.describe());
+        self.core.end(&format!("queue {}: abandoned with {count} requests in flight ({state})", self.index));
     }
 
     fn describe(&self) -> String {
@@ -207,7 +207,7 @@ fn complete(used: Used<Request>, cleared: bool) -> Completion {
 impl<T: Transport, V: Virtqueue<Request>> Drop for Queue<T, V> {
     fn drop(&mut self) {
         let mut done = Vec::new();
-        let deadline = Instant::now() + self.core.info.timeout.map_or(DRAIN, |t| t.min(DRAIN));
+        let deadline = now() + self.core.info.timeout.map_or(DRAIN, |t| t.min(DRAIN));
         blkdev::Queue::kick(self);
         loop {
             blkdev::Queue::reap(self, &mut done);

@@ -9,7 +9,8 @@ use crate::{config::TRANSFER_MAX, liveness::Liveness};
 /// A transport to a virtio device: feature bits, configuration, memory, queues. Control plane only; the data path uses
 /// [`Doorbell`].
 ///
-/// Dropping it resets or disconnects the device. Afterwards the device does not access this process's memory.
+/// Dropping it resets or disconnects the device. Afterwards the device does not access this process's memory, except for a
+/// [`peer`](Self::peer) that may live.
 pub trait Transport: Send + Sync + 'static {
     /// Notifies the device about one started queue.
     type Doorbell: Doorbell;
@@ -26,6 +27,11 @@ pub trait Transport: Send + Sync + 'static {
 
     /// Where the device is: a path or an address. For people.
     fn target(&self) -> &str;
+
+    /// The system's name of the device, or empty.
+    fn name(&self) -> &str {
+        ""
+    }
 
     /// The liveness of the device, shared with every queue.
     fn life(&self) -> &Arc<Liveness>;

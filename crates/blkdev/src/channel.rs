@@ -321,6 +321,9 @@ impl Channel {
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
+        if !self.asked {
+            self.begin_turn();
+        }
         self.counters.begin(Operation::of(&io));
         self.submit_since(tag, self.clock.stamp(), io);
     }
@@ -328,14 +331,14 @@ impl Channel {
     /// As [`submit`](Self::submit), but the [counters](Self::counters) do not count it: it is a part of a request that they have
     /// counted already.
     pub fn submit_again(&mut self, tag: u64, io: Io) {
+        if !self.asked {
+            self.begin_turn();
+        }
         self.submit_since(tag, Stamp::NONE, io);
     }
 
     #[inline]
     fn submit_since(&mut self, tag: u64, since: Stamp, io: Io) {
-        if !self.asked {
-            self.begin_turn();
-        }
         if let Some(result) = self.verdict(&io) {
             return self.conclude(since, Done { tag, io, result });
         }
@@ -416,6 +419,7 @@ impl Channel {
     #[cold]
     fn begin_turn(&mut self) {
         self.asked = true;
+        self.clock.read();
         if let Some(capacity) = self.driver.capacity() {
             // Whole blocks only, should it have changed.
             self.capacity = capacity & !u64::from(self.info.block_size - 1);
@@ -463,6 +467,7 @@ impl Channel {
         }
         if !self.completions.is_empty() {
             self.ages.advance();
+            self.clock.read();
             let mut completions = std::mem::take(&mut self.completions);
             for completion in completions.drain(..) {
                 self.complete(completion, done);
@@ -647,6 +652,7 @@ impl Channel {
 
     /// Ends all requests.
     fn fail_all(&mut self) {
+        self.clock.read();
         self.refuses = true;
         for request in std::mem::take(&mut self.held) {
             let mut done = Vec::new();
@@ -669,6 +675,7 @@ impl Channel {
 
     /// Ends a request that the device has. Its memory stays in use until the device returns it.
     fn expire(&mut self, number: u32) {
+        self.clock.read();
         let empty = self.arena.empty();
         let slot = &mut self.slots.list[number as usize];
         let (done, overdue) = match std::mem::replace(slot, Slot::Free { next: NEVER }) {

@@ -293,6 +293,8 @@ pub struct Info {
     pub target: String,
     /// The device's own identification (a serial number), or empty.
     pub serial: String,
+    /// The system's name of the device, or empty. `target` may be that of another device later.
+    pub name: String,
     /// How many queues can be open at a time, at least 1.
     pub queues_max: u16,
     /// The deepest queue that can be asked for, in requests, at least 1.
@@ -323,6 +325,7 @@ impl Info {
             driver,
             target: target.into(),
             serial: String::new(),
+            name: String::new(),
             queues_max: 16,
             depth_max: 256,
             block_size: 1,

@@ -9,15 +9,18 @@
 //! - sends a request that the client did not make, or that the client has back already,
 //! - returns memory for reuse that a dead device may still access.
 //!
-//! [`replay`] runs a target's corpus in an ordinary test.
+//! One thread does all that, in a time of its own: the [`Clock`]. [`replay`] runs a target's corpus in an ordinary test.
 
 mod client;
+pub(crate) mod clock;
 mod dma;
 mod ledger;
 mod replay;
 mod script;
+pub(crate) mod spare;
 
 pub use client::Client;
+pub use clock::{Clock, Entered};
 pub use dma::Dma;
 pub use ledger::{Kind, Ledger};
 pub use replay::replay;

@@ -55,6 +55,11 @@ impl<S: Sleeper> Liveness<S> {
         Self { name, wakes_may_block, dead: AtomicBool::new(false), sleepers, bells }
     }
 
+    /// Driver and target, for log messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Rings `bell` when the device dies; now, if it is dead.
     pub fn ring_at_end(&self, bell: &Arc<Wake>) {
         self.bells.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(bell));
@@ -86,8 +91,9 @@ impl<S: Sleeper> Liveness<S> {
         self.bells.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|bell| bell.ring());
         // A wake may block, so wake without the lock, and on a separate thread that nothing waits for.
         let sleepers = self.sleepers();
+        let is_alone = sleepers.is_empty();
         let wake = move || sleepers.iter().for_each(|sleeper| sleeper.wake());
-        if !self.wakes_may_block {
+        if !self.wakes_may_block || is_alone {
             wake();
         } else if let Err(e) = thread::Builder::new().name("wake".to_owned()).spawn(wake.clone()) {
             log::debug!("{}: cannot start a thread to wake the queues: {e}", self.name);

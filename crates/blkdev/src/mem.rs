@@ -1,6 +1,8 @@
 //! [`Mapping`]: shared memory that is mapped once and registered with devices once. [`Pages`]: private memory.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "fuzz")]
+use std::cell::RefCell;
 use std::{
     io,
     ops::{Deref, DerefMut, Range},
@@ -8,6 +10,9 @@ use std::{
     ptr::NonNull,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+#[cfg(feature = "fuzz")]
+use crate::fuzz::{clock::Clock, spare::Spares};
 
 /// An I/O address: an address as the device sees it. Only a [`Mapping`] or a [`Buf`](crate::Buf) creates one, so it always lies
 /// in one.
@@ -62,7 +67,7 @@ impl Mapping {
             return Self::unshareable(len).map(Arc::new);
         }
         // Huge pages are reserved by the administrator, or absent. If there are too few, mmap fails at once.
-        Self::with(len, libc::MFD_HUGETLB).or_else(|_| Self::with(len, 0)).map(Arc::new)
+        fresh(len, || Self::with(len, libc::MFD_HUGETLB).or_else(|_| Self::with(len, 0)))
     }
 
     /// As [`new`](Self::new), for a device behind another process, and never in reserved huge pages. Such a process could punch a
@@ -76,7 +81,7 @@ impl Mapping {
         if exceeds_file_size(len) {
             return Self::unshareable(len).map(Arc::new);
         }
-        Self::with(len, 0).map(Arc::new)
+        fresh(len, || Self::with(len, 0))
     }
 
     fn with(len: usize, flags: libc::c_uint) -> io::Result<Self> {
@@ -201,6 +206,29 @@ impl AsFd for Mapping {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A mapping of `len` zeroed bytes, made by `make`.
+fn fresh(len: usize, make: impl FnOnce() -> io::Result<Mapping>) -> io::Result<Arc<Mapping>> {
+    #[cfg(feature = "fuzz")]
+    if Clock::entered().is_some() && len <= SPARE_MAX {
+        let renew = |spare: &Mapping| {
+            spare.discard(0..len);
+            spare.claims().clear();
+        };
+        return SPARES.with_borrow_mut(|spares| spares.get(|spare| spare.len == len, renew, make));
+    }
+    let _ = len;
+    make().map(Arc::new)
+}
+
+/// Longest mapping that a fuzz target keeps for its next run, in bytes.
+#[cfg(feature = "fuzz")]
+const SPARE_MAX: usize = 32 << 20;
+
+#[cfg(feature = "fuzz")]
+thread_local! {
+    static SPARES: RefCell<Spares<Mapping>> = const { RefCell::new(Spares::new()) };
 }
 
 /// Whether the limit for file sizes (RLIMIT_FSIZE) is below `len`. Checked in advance, because exceeding it raises a signal.

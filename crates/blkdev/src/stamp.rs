@@ -24,18 +24,30 @@ impl Stamp {
     }
 }
 
-/// The time of the present turn.
+/// The time of the present turn. Its ticks are computed only in turns that need them.
 #[derive(Debug, Default)]
 pub(crate) struct Clock {
-    begin: Option<Instant>,
+    /// When it began, and now.
+    span: Option<(Instant, Instant)>,
     ticks: u64,
 }
 
 impl Clock {
     #[inline]
     pub(crate) fn set(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(*self.begin.get_or_insert(now));
-        self.ticks = (passed.as_secs() * 1_000_000_000 + u64::from(passed.subsec_nanos())) / TICK;
+        let begin = self.span.map_or(now, |(begin, _)| begin);
+        self.span = Some((begin, now));
+    }
+
+    /// Computes the ticks, before [`stamp`](Self::stamp) or [`since`](Self::since) in a turn.
+    #[inline]
+    pub(crate) fn read(&mut self) {
+        self.ticks = self.present();
+    }
+
+    fn present(&self) -> u64 {
+        let passed = self.span.map_or(Duration::ZERO, |(begin, now)| now.saturating_duration_since(begin));
+        (passed.as_secs() * 1_000_000_000 + u64::from(passed.subsec_nanos())) / TICK
     }
 
     #[inline]
@@ -46,13 +58,19 @@ impl Clock {
     /// Ticks since `stamp`.
     #[inline]
     pub(crate) fn since(&self, stamp: Stamp) -> u64 {
-        self.ticks.wrapping_sub(stamp.ticks()) & ((1 << 48) - 1)
+        passed(stamp, self.ticks)
     }
 
     /// Time since `stamp`.
     pub(crate) fn age(&self, stamp: Stamp) -> Duration {
-        Duration::from_nanos(self.since(stamp) * TICK)
+        Duration::from_nanos(passed(stamp, self.present()) * TICK)
     }
+}
+
+/// Ticks from a stamp on.
+#[inline]
+fn passed(stamp: Stamp, now: u64) -> u64 {
+    now.wrapping_sub(stamp.ticks()) & ((1 << 48) - 1)
 }
 
 #[cfg(test)]
@@ -63,14 +81,18 @@ mod tests {
     fn an_age_is_the_time_between_two_turns() {
         let (mut clock, begin) = (Clock::default(), Instant::now());
         clock.set(begin);
+        clock.read();
         let stamp = clock.stamp();
         assert_eq!(clock.age(stamp), Duration::ZERO);
         for age in [Duration::from_micros(7), Duration::from_secs(40 * 86400)] {
             clock.set(begin + age);
+            clock.read();
+            assert_eq!(Duration::from_nanos(clock.since(stamp) * TICK), clock.age(stamp));
             assert!(age - clock.age(stamp) < Duration::from_nanos(TICK));
         }
         // The stamp of a later turn wraps.
         clock.set(begin + Duration::from_secs(51 * 86400));
+        clock.read();
         let late = clock.stamp();
         clock.set(begin + Duration::from_secs(61 * 86400));
         assert_eq!(clock.age(late), Duration::from_secs(10 * 86400));

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    ptr,
+    ptr, slice,
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
@@ -109,12 +109,43 @@ impl Window {
     load! { load8, u8, AtomicU8; load16, u16, AtomicU16; load32, u32, AtomicU32; load64, u64, AtomicU64; }
     store! { store8, u8, AtomicU8; store16, u16, AtomicU16; store32, u32, AtomicU32; store64, u64, AtomicU64; }
 
+    /// Stores zeroes in `count` words of 64 bits from byte `at` on.
+    ///
+    /// # Panics
+    /// If `at` is not aligned to 8 bytes, or the words are not in the window.
+    pub fn clear(&self, at: usize, count: usize) {
+        for word in self.words(at, count) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// The `count` words of 64 bits from byte `at` on.
+    fn words(&self, at: usize, count: usize) -> &[AtomicU64] {
+        let is_inside = at <= self.len && count <= (self.len - at) / 8;
+        assert!(at.is_multiple_of(8) && is_inside, "{count} words at {at} lie in a window of {}", self.len);
+        // SAFETY: an aligned range within memory that `self.mapping` keeps mapped. The reference is to atomics, and all threads
+        // of this process use atomics.
+        unsafe { slice::from_raw_parts(self.base.wrapping_add(at).cast(), count) }
+    }
+
     /// A copy of `N` bytes from byte `at` on.
     ///
     /// # Panics
-    /// If the bytes are not in the window.
+    /// If the bytes are not in the window, or they are 8 or more and `at` is not aligned to 8 bytes.
     pub fn read<const N: usize>(&self, at: usize) -> [u8; N] {
-        std::array::from_fn(|n| self.load8(at + n, Ordering::Relaxed))
+        let mut bytes = [0; N];
+        let (words, rest) = bytes.as_chunks_mut::<8>();
+        let rest_at = at + 8 * words.len();
+        if !words.is_empty() {
+            for (word, from) in words.iter_mut().zip(self.words(at, N / 8)) {
+                // In memory, the bytes are in order.
+                *word = from.load(Ordering::Relaxed).to_ne_bytes();
+            }
+        }
+        for (n, byte) in rest.iter_mut().enumerate() {
+            *byte = self.load8(rest_at + n, Ordering::Relaxed);
+        }
+        bytes
     }
 }
 
@@ -136,6 +167,10 @@ mod tests {
         assert_eq!(window.load32(68, Ordering::Relaxed), 0x0807_0605);
         assert_eq!(window.load16(66, Ordering::Relaxed), 0x0403);
         assert_eq!(window.read(64), [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(window.read(64), [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0]);
+        assert_eq!(window.read(67), [4, 5, 6]);
+        window.clear(64, 1);
+        assert_eq!(window.read(64), [0; 8]);
     }
 
     #[test]
@@ -163,6 +198,7 @@ mod tests {
             assert_eq!(refuses(|| window.load64(at, Ordering::Relaxed)), !good, "{at}");
             assert_eq!(refuses(|| window.store64(at, 0, Ordering::Relaxed)), !good, "{at}");
         }
+        assert!(refuses(|| window.clear(0, 9)) && refuses(|| window.clear(4, 1)) && refuses(|| window.read::<9>(56)));
         assert!(refuses(|| window.read::<2>(63)) && refuses(|| window.iova(64)));
         for (start, len) in [(128, 2 << 20), (4 << 20, 0), (32, 64)] {
             assert!(refuses(|| Window::new(&mapping, start, len)), "{len} bytes at {start}");

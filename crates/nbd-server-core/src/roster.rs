@@ -12,12 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Channel, Context, Device, Plan};
+use blkdev::{Channel, Context, Counts, Device, Plan};
 
 use crate::{
     export::{Export, Exports},
     handover::Hold,
-    observe::{ExportView, LaneGauges},
+    observe::{DeviceView, ExportView, LaneGauges, MemoryView},
     removal::Removal,
     seat::{Seat, Ticket},
     threads::{await_end, lock},
@@ -296,7 +296,7 @@ impl Roster {
         let seats = state.leaving.iter().filter_map(|leaving| Some((leaving, leaving.seat.upgrade()?)));
         found.extend(seats.map(|(leaving, seat)| (seat, Some(leaving.removal), leaving.device.upgrade())));
         drop(state);
-        found.into_iter().map(|(seat, removal, device)| ExportView::of(&seat, removal, device.as_deref())).collect()
+        found.into_iter().map(|(seat, removal, device)| view_of(&seat, removal, device.as_deref())).collect()
     }
 
     /// Stops changes until the result is dropped.
@@ -340,6 +340,33 @@ impl Roster {
         state.tidy();
         state.closing.drain(..).for_each(|thread| await_end(&thread));
     }
+}
+
+/// An export as others see it.
+fn view_of(seat: &Seat, removal: Option<Removal>, device: Option<&dyn Device>) -> ExportView {
+    let mut counts = Counts::default();
+    let (mut refused, mut oldest, mut memory, mut is_stalled) = (0, None, MemoryView::default(), false);
+    for lane in &seat.gauges {
+        counts += &lane.counters.copy();
+        refused += lane.refused.get();
+        oldest = oldest.max(lane.oldest.get());
+        memory.total += lane.memory;
+        memory.used += lane.memory_used.get();
+        memory.waiting += lane.waiting.get();
+        memory.waits += lane.waits.get();
+        is_stalled |= lane.stalled.get() > 0;
+    }
+    let device = device.map(|device| DeviceView {
+        info: device.info().clone(),
+        capacity: device.capacity(),
+        state: device.state(),
+        is_stalled,
+        queues: seat.gauges.len(),
+        reconnects: device.reconnects(),
+        details: device.details(),
+    });
+    let clients = seat.clients.load(Ordering::Relaxed);
+    ExportView { name: seat.name.clone(), clients, removal, device, counts, refused, oldest, memory }
 }
 
 impl State {

@@ -249,7 +249,7 @@ impl Server {
     pub fn observe(&self) -> Observation {
         let now = Instant::now();
         let (clients, clients_served) = self.book.view(now);
-        let workers = self.workers.iter().map(|worker| worker.view(now)).collect();
+        let workers = self.workers.iter().map(Handle::view).collect();
         Observation { exports: self.roster.observe(), workers, clients, clients_served }
     }
 

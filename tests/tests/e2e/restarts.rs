@@ -8,7 +8,8 @@ use std::time::Duration;
 use nbdblk_tests::checker::{BLOCK, Checker, Durability};
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, opt};
 use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, Rng, eventually, nbdblk, tool, write_runs};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::MIB;
 
@@ -248,6 +249,28 @@ fn clients_go_on_after_a_hang() {
 
 fn write_zeroes(raw: &mut Raw, at: u64, len: u32) {
     assert_eq!(raw.call(0, cmd::WRITE_ZEROES, at, len, b"").error, 0);
+}
+
+/// Clients of a server that is stopped wait, also new ones.
+#[test]
+fn clients_wait_for_a_server_that_is_stopped() {
+    let dir = Dir::in_memory();
+    write_runs(&dir.at("disk.raw"), MIB, [(0, MIB)]);
+    let server = Nbdblk::unix(&dir, &["io_uring=disk.raw"]);
+    let mut present = Raw::enter(server.address(), Mode::Structured, "");
+    let before = present.read(0, 65536);
+    let signal = |signal| kill(Pid::from_raw(server.pid().cast_signed()), signal).expect("the server runs");
+    signal(Signal::SIGSTOP);
+    let cookie = present.request(0, cmd::READ, 0, 65536, b"");
+    thread::scope(|scope| {
+        let new = scope.spawn(|| Raw::enter(server.address(), Mode::Structured, "").read(0, 65536));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!new.is_finished());
+        signal(Signal::SIGCONT);
+        assert!(new.join().expect("it is served") == before);
+    });
+    assert!(present.answer_to(cookie).data == before);
+    assert!(server.terminate().success());
 }
 
 /// Memory of kept writes is returned when a request needs it, although nothing is in flight.

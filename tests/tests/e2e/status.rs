@@ -257,7 +257,7 @@ fn a_file_is_judged_without_opening_anything() {
     let export = "[[export]]\nname = \"a\"\ndevice = \"io_uring=absent.img\"\n";
     let Output { status, out, err } = check(export);
     assert_eq!((status.code(), out.as_str(), err.as_str()), (Some(0), "nbdblk.toml is valid: 1 export, \"a\"\n", ""));
-    refused(&check(&format!("{export}divice = 5\n")), &["nbdblk.toml:4:1: ", "divice"]);
+    refused(&check(&format!("{export}size = 5\n")), &["nbdblk.toml:4:1: ", "size"]);
     refused(&check(&format!("metrics = \"vsock:1\"\n{export}")), &["nbdblk.toml:1:11: ", "metrics are served at"]);
 }
 

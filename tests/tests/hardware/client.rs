@@ -1,5 +1,7 @@
 //! The Linux kernel as the client: a file system on /dev/nbdN.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use nbdblk_tests::{Address, Dir, Nbdblk, tool};
 
 use crate::target::Target;
@@ -52,12 +54,37 @@ fn sockets(server: &Nbdblk) -> usize {
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
+/// What the kernel says from a moment on.
+#[derive(Debug)]
+pub(crate) struct KernelLog(String);
+
+impl KernelLog {
+    /// Marks the moment in the kernel's log.
+    pub(crate) fn start() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("nbdblk test {}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        std::fs::write("/dev/kmsg", &mark).expect("root may write to the kernel's log");
+        Self(mark)
+    }
+
+    /// Panics if the kernel has complained about the disk. Tests of other disks write to the same log.
+    pub(crate) fn assert_clean(&self, disk: &NbdDisk) {
+        let log = tool("dmesg").args([] as [&str; 0]).ok().out;
+        let (_, since) = log.split_once(&self.0).expect("the kernel keeps more lines than a test makes");
+        let name = disk.path().trim_start_matches("/dev/");
+        let complaints = ["rror", "ailed", "timed out", "stuck", "abort", "emounting", "shutting down"];
+        let bad = |line: &&str| line.contains(name) && complaints.iter().any(|word| line.contains(word));
+        let bad: Vec<_> = since.lines().filter(bad).collect();
+        assert!(bad.is_empty(), "the kernel says:\n{}", bad.join("\n"));
+    }
+}
+
 /// A disk, `/dev/nbdN`, with a server; detached when dropped.
 #[derive(Debug)]
-struct NbdDisk(String);
+pub(crate) struct NbdDisk(String);
 
 impl NbdDisk {
-    fn new(args: &[&str]) -> Self {
+    pub(crate) fn new(args: &[&str]) -> Self {
         // Tests of other devices use disks, too.
         let mut said = String::new();
         for disk in (0..8).map(|n| format!("/dev/nbd{n}")) {
@@ -68,6 +95,11 @@ impl NbdDisk {
             said += &output.err;
         }
         panic!("nbd-client {args:?}: {said}");
+    }
+
+    /// The path of the disk.
+    pub(crate) fn path(&self) -> &str {
+        &self.0
     }
 }
 

@@ -11,8 +11,10 @@ mod data;
 mod info;
 mod machine;
 mod removal;
+mod restarts;
 mod target;
 mod tls;
+mod vduse;
 mod vsock;
 
 use target::{Other, Target};
@@ -70,6 +72,7 @@ macro_rules! checks {
         mod longest_requests { use super::*; $targets! { data::longest_requests } }
         mod two_clients_in_the_same_blocks { use super::*; $targets! { data::two_clients_in_the_same_blocks } }
         mod killed_in_mid_write { use super::*; $targets! { crash::killed_in_mid_write } }
+        mod upgraded { use super::*; $targets! { restarts::upgraded } }
         mod kernel_client { use super::*; $targets! { client::kernel_over_unix } }
     };
 }

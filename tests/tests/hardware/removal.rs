@@ -6,11 +6,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nbdblk_tests::{Dir, Nbdblk, eventually, nbdsh, tool};
+use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
+use nbdblk_tests::{Daemon, Dir, Nbdblk, eventually, tool};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
-use crate::target::{await_disk, bind, check, expand, vhost_vdpa};
+use crate::target::{add_vdpa, await_disk, bind, check, expand, vhost_vdpa};
 
 #[test]
 fn io_uring() {
@@ -104,22 +105,12 @@ except nbd.Error as error:
         bind("vfio-pci", &address).unwrap_or_else(|error| panic!("giving {address} to vfio-pci: {error}"));
         let dir = Dir::new();
         let server = Nbdblk::unix(&dir, &[&spec(&address)]);
-        let script = format!(
-            "import os\nn = 0\nprint('writing', flush=True)\nwhile not os.path.exists('{}'):\n    h.pwrite(bytes(65536), n % 256 * \
-             65536)\n    n += 1\nprint('went on', flush=True)",
-            dir.text("stop")
-        );
-        let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
-        client.await_text("writing");
+        let client = writer(&server, &dir);
         let _slots = slots();
         monitor(&format!("device_del {}", self.id));
         server.await_log("reconnecting");
         self.insert(&address, &dir);
-        server.await_log("back after");
-        std::fs::write(dir.at("stop"), "").unwrap();
-        let (status, log) = client.await_end();
-        assert!(status.success() && log.contains("went on"), "{status}: {log}");
-        assert!(server.terminate().success());
+        went_on(server, client, &dir);
     }
 
     /// Inserts a new device when the old one is gone.
@@ -137,6 +128,27 @@ except nbd.Error as error:
     }
 }
 
+/// A client that writes until the file `stop` is there.
+fn writer(server: &Nbdblk, dir: &Dir) -> Daemon {
+    let script = format!(
+        "import os\nn = 0\nprint('writing', flush=True)\nwhile not os.path.exists('{}'):\n    h.pwrite(bytes(65536), n % 256 * \
+         65536)\n    n += 1\nprint('went on', flush=True)",
+        dir.text("stop")
+    );
+    let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
+    client.await_text("writing");
+    client
+}
+
+/// The device is back, and the client has seen no error.
+fn went_on(server: Nbdblk, client: Daemon, dir: &Dir) {
+    server.await_log("back after");
+    std::fs::write(dir.at("stop"), "").unwrap();
+    let (status, log) = client.await_end();
+    assert!(status.success() && log.contains("went on"), "{status}: {log}");
+    assert!(server.terminate().success());
+}
+
 /// One slot at a time. While a device is being removed, each change of any slot makes QEMU repeat the eject request. After the
 /// removal, a repeated request would eject the new device.
 fn slots() -> MutexGuard<'static, ()> {
@@ -144,7 +156,21 @@ fn slots() -> MutexGuard<'static, ()> {
     SLOTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The process behind a VDUSE device is killed. The kernel cannot report that: the request times out.
+/// `vdpa dev del` waits until the server has closed the device.
+#[test]
+fn vdpa_pci_that_comes_back() {
+    check("$NBDBLK_VBLK_VDPA", || {
+        let dir = Dir::new();
+        let server = Nbdblk::unix(&dir, &[&expand("vdpa=$NBDBLK_VDPA_PCI,reconnect=600s")]);
+        let client = writer(&server, &dir);
+        tool("vdpa").args(["dev", "del", "pci"]).ok();
+        server.await_log("the vDPA device was removed");
+        add_vdpa(&expand("$NBDBLK_VBLK_VDPA")).expect("vp-vdpa has the device still");
+        went_on(server, client, &dir);
+    });
+}
+
+/// The process behind a VDUSE device is killed.
 #[test]
 fn vdpa() {
     check("a device of its own", || {
@@ -156,18 +182,16 @@ fn vdpa() {
         let add = || tool("vdpa").args(["dev", "add", "name", "gone", "mgmtdev", "vduse"]).run().status.success();
         eventually("a vDPA device", add);
         let node = vhost_vdpa("gone");
-        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},request-timeout=3s,reconnect=0", node.display())]);
-        nbdsh(&server.uri(), "h.pwrite(bytes(65536), 0)");
+        let mut server = Nbdblk::unix(&dir, &[&format!("vdpa={},reconnect=0", node.display())]);
+        let mut client = Raw::enter(server.address(), Mode::Simple, "");
+        client.write(0, &[0; 65536]);
         drop(qsd); // SIGKILL
-        for _ in 0..2 {
-            let script = "
-try:
-    h.pwrite(bytes(65536), 0)
-except nbd.Error as error:
-    print(error.errno)
-";
-            assert_eq!(nbdsh(&server.uri(), script), "EIO\n");
-        }
+        let mut write = || client.call(0, cmd::WRITE, 0, 65536, &[0; 65536]).error;
+        eventually("an error", || write() != 0);
+        assert_eq!(write(), errno::EIO);
+        server.await_log("the process behind it (VDUSE) has ended");
+        let late = tool("nbdsh").args(["-u", &server.uri(), "-c", "h.pread(4096, 0)"]).run();
+        assert!(!late.status.success(), "{late:?}");
         assert!(server.is_alive(), "{}", server.log());
         assert!(server.terminate().success());
         tool("vdpa").args(["dev", "del", "gone"]).ok();
@@ -195,8 +219,14 @@ pub(crate) fn monitor(command: &str) {
     let mut count = COMMANDS.lock().unwrap_or_else(PoisonError::into_inner);
     *count += 1;
     let mut options = OpenOptions::new();
-    let port = options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(expand("$NBDBLK_MONITOR"));
-    let mut port = port.expect("QEMU listens");
+    options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits());
+    let mut port = None;
+    // A child of another test has the port of the command before until it executes its program.
+    eventually("the port to the monitor", || {
+        port = options.open(expand("$NBDBLK_MONITOR")).ok();
+        port.is_some()
+    });
+    let mut port = port.expect("it was awaited");
     // The first command is for a monitor that was not used yet; any other refuses it.
     let arguments = json!({ "command-line": command });
     let line = json!({ "execute": "human-monitor-command", "arguments": arguments, "id": *count });

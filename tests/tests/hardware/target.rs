@@ -176,7 +176,7 @@ fn driver_of(address: &str) -> String {
 }
 
 /// Creates the vDPA device of a PCI device of vp-vdpa, as `xtask/vm/init.sh` does.
-fn add_vdpa(address: &str) -> std::io::Result<()> {
+pub(crate) fn add_vdpa(address: &str) -> std::io::Result<()> {
     let output = tool("vdpa").args(["dev", "add", "name", "pci", "mgmtdev", &format!("pci/{address}")]).run();
     if !output.status.success() {
         return Err(std::io::Error::other(output.err));

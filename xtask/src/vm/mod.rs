@@ -38,7 +38,8 @@ usage: cargo xtask vm prepare [--force]
 
 The machine shares the workspace and its target directory, read and write, at the same paths. run, test and shell build
 the image if necessary. NBDBLK_VM_CACHE is the directory of the image (1 GB), NBDBLK_VM_MIRROR a Debian archive other than
-apt's, NBDBLK_BIN a program that test uses instead of building one.";
+apt's, NBDBLK_BIN a program that test uses instead of building one. NBDBLK_RESTARTS is how often tests replace a back end or
+a server.";
 
 /// Runs the task that the arguments after `vm` name.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
@@ -91,7 +92,11 @@ pub(crate) fn test(words: &[&str]) -> Result<()> {
     };
     let path = |path: &Path| path.to_str().map(shell::quote).context("a path of the build is not UTF-8");
     let (nbdblk, plugin) = (built("NBDBLK_BIN", shell::build_nbdblk)?, built("NBDBLK_PLUGIN", dist::build_plugin)?);
-    let mut script = format!("export NBDBLK_BIN={} NBDBLK_PLUGIN={}\n{RUN}", path(&nbdblk)?, path(&plugin)?);
+    let mut script = format!("export NBDBLK_BIN={} NBDBLK_PLUGIN={}\n", path(&nbdblk)?, path(&plugin)?);
+    if let Ok(count) = std::env::var("NBDBLK_RESTARTS") {
+        script += &format!("export NBDBLK_RESTARTS={}\n", shell::quote(&count));
+    }
+    script += RUN;
     let words: Vec<String> = options.words.iter().map(|word| shell::quote(word)).collect();
     for round in build_tests()? {
         for program in round {

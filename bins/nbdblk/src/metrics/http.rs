@@ -11,6 +11,7 @@ const HEAD_MAX: usize = 8192;
 const FIELDS_MAX: usize = 64;
 
 const TEXT: &str = "text/plain; charset=utf-8";
+const HTML: &str = "text/html; charset=utf-8";
 const JSON: &str = "application/json";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const CLASSIC_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -45,7 +46,10 @@ fn get(path: &str, fields: &[httparse::Header<'_>], observer: &Observer) -> Resp
         return Response::text("503 Service Unavailable", "the server is stopping\n");
     };
     match path {
-        "/" => page::page(),
+        "/" => {
+            let (page, fields) = page::page();
+            Response { fields, ..Response::new("200 OK", HTML, page) }
+        }
         "/metrics" => match prometheus::encode(&seen, &report) {
             Ok(text) if accepts_open_metrics(fields) => Response::new("200 OK", OPEN_METRICS, text),
             Ok(text) => Response::new("200 OK", CLASSIC_METRICS, prometheus::classic(&text)),
@@ -88,16 +92,16 @@ fn health(report: &Report) -> Response {
 
 /// A response. It ends its connection.
 #[derive(Debug)]
-pub(super) struct Response {
+struct Response {
     status: &'static str,
     kind: &'static str,
     /// More header fields, each with its end.
-    pub(super) fields: String,
+    fields: String,
     body: String,
 }
 
 impl Response {
-    pub(super) fn new(status: &'static str, kind: &'static str, body: impl Into<String>) -> Self {
+    fn new(status: &'static str, kind: &'static str, body: impl Into<String>) -> Self {
         Self { status, kind, fields: String::new(), body: body.into() }
     }
 

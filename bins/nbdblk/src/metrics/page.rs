@@ -2,23 +2,21 @@
 
 use std::{fs::File, io::Read};
 
-use super::http::Response;
-
 /// The page. `{nonce}` is replaced in each response.
 const PAGE: &str = include_str!("page.html");
 
-pub(super) fn page() -> Response {
+/// The page, and the header fields that restrict it.
+pub(super) fn page() -> (String, String) {
     let nonce = nonce();
     let policy = format!(
         "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; \
          form-action 'none'; frame-ancestors 'none'"
     );
-    let mut response = Response::new("200 OK", "text/html; charset=utf-8", PAGE.replace("{nonce}", &nonce));
-    response.fields = format!("Content-Security-Policy: {policy}\r\nReferrer-Policy: no-referrer\r\n");
-    response
+    let fields = format!("Content-Security-Policy: {policy}\r\nReferrer-Policy: no-referrer\r\n");
+    (PAGE.replace("{nonce}", &nonce), fields)
 }
 
-/// A number that nobody can guess. Without one, the browser runs no script.
+/// A number that cannot be guessed. Without one, the browser runs no script.
 fn nonce() -> String {
     let mut bytes = [0; 16];
     match File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)) {

@@ -234,7 +234,7 @@ impl Metrics {
         };
         let name = plain("worker_up", "1: the worker thread lives; 0: it has ended");
         encoder.gauges(&name, workers().map(|(labels, worker)| (labels, f64::from(u8::from(worker.is_alive)))))?;
-        let name = seconds("worker_busy", "Time in which the worker thread did not sleep");
+        let name = seconds("worker_busy", "Processor time of the worker thread");
         encoder.times(&name, workers().map(|(labels, worker)| (labels, worker.busy.as_secs_f64())))?;
         let name = plain("worker_turns", "Turns of the worker thread");
         encoder.counters(&name, workers().map(|(labels, worker)| (labels, worker.turns)))?;

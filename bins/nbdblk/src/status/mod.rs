@@ -14,10 +14,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 
 use self::report::{Report, VERSION};
-use crate::{cli, control_place, reload};
-
-/// The request to the server.
-pub(crate) const REQUEST: &str = "status";
+use crate::{cli, control_place, reload, requests::STATUS};
 
 /// Time between two looks, from which rates follow.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -55,7 +52,7 @@ pub(crate) fn run(args: &cli::Status) -> anyhow::Result<ExitCode> {
 }
 
 fn ask(path: &Path) -> anyhow::Result<String> {
-    reload::answer_of(path, format!("{REQUEST}\n").as_bytes(), TIMEOUT)
+    reload::answer_of(path, format!("{STATUS}\n").as_bytes(), TIMEOUT)
 }
 
 fn look(path: &Path) -> anyhow::Result<Report> {

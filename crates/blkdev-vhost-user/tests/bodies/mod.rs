@@ -2,14 +2,19 @@
 
 use std::{
     io::{Read, Write},
+    os::fd::AsFd,
     os::unix::net::{UnixListener, UnixStream},
     path::PathBuf,
-    sync::OnceLock,
+    sync::{LazyLock, Mutex, PoisonError, mpsc},
     thread,
     time::Duration,
 };
 
-use blkdev::{Device, fuzz::Script};
+use blkdev::{
+    Device,
+    fuzz::{Clock, Script},
+    wake::wait,
+};
 use blkdev_vhost_user::{Options, VhostUser};
 
 /// Message ids (vhost-user, "Front-end message types").
@@ -28,37 +33,59 @@ const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 15;
 /// The front end, and a back end that says what the bytes say. It serves no request, so an open ends with an error at last. It
 /// ends in bounded time, whatever the back end says.
 pub(crate) fn conversation(data: &[u8]) {
-    static SOCKET: OnceLock<(UnixListener, PathBuf)> = OnceLock::new();
-    let (listener, path) = SOCKET.get_or_init(|| {
+    static OTHER: LazyLock<Mutex<Other>> = LazyLock::new(|| Mutex::new(Other::new()));
+    let other = OTHER.lock().unwrap_or_else(PoisonError::into_inner);
+    let (script, clock) = (Script::new(data), Clock::default());
+    let _entered = clock.enter();
+    let mut options = Options::new(&other.path);
+    options.connect_timeout = TIMEOUT;
+    options.virtio.timeout = Some(Duration::from_nanos(1));
+    other.serve.send((script, clock.clone())).expect("the other thread runs");
+    if let Ok(disk) = VhostUser::connect(&options) {
+        assert!(disk.info().transfer_max >= 4096, "an open device keeps its promises");
+    }
+    other.served.recv().expect("the other thread has not panicked");
+}
+
+/// Longest time for a message, by the clock of the run.
+const TIMEOUT: Duration = Duration::from_millis(20);
+
+/// The back end's thread, which serves one connection after the other.
+struct Other {
+    path: PathBuf,
+    serve: mpsc::Sender<(Script, Clock)>,
+    served: mpsc::Receiver<()>,
+}
+
+impl Other {
+    fn new() -> Self {
         let path = std::env::temp_dir().join(format!("vhost-user-fuzz-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        (UnixListener::bind(&path).expect("a socket"), path)
-    });
-    let script = Script::new(data);
-    let mut options = Options::new(path);
-    options.connect_timeout = Duration::from_millis(20);
-    options.virtio.timeout = Some(Duration::from_nanos(1));
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let (socket, _) = listener.accept().expect("the front end connects");
-            // Its end: the front end, or the script, closes the connection.
-            let _ = Backend::new(&script).serve(socket);
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let (serve, scripts) = mpsc::channel();
+        let (done, served) = mpsc::channel();
+        thread::spawn(move || {
+            for (script, clock) in scripts {
+                let (socket, _) = listener.accept().expect("the front end connects");
+                // Its end: the front end, or the script, closes the connection.
+                let _ = Backend::new(&script, &clock).serve(socket);
+                done.send(()).expect("the first thread waits");
+            }
         });
-        if let Ok(disk) = VhostUser::connect(&options) {
-            assert!(disk.info().transfer_max >= 4096, "an open device keeps its promises");
-        }
-    });
+        Self { path, serve, served }
+    }
 }
 
 struct Backend<'a> {
     script: &'a Script,
+    clock: &'a Clock,
     features: u64,
     protocol: u64,
     config: [u8; 60],
 }
 
 impl<'a> Backend<'a> {
-    fn new(script: &'a Script) -> Self {
+    fn new(script: &'a Script, clock: &'a Clock) -> Self {
         let temper: u8 = script.any();
         let mut config = [0; 60];
         for (at, value) in [(0, 4096_u32), (12, 4), (20, 512), (32, 2 << 16)] {
@@ -68,7 +95,7 @@ impl<'a> Backend<'a> {
             let at = script.below(56) as usize;
             config[at..at + 4].copy_from_slice(&(script.number() as u32).to_le_bytes());
         }
-        let mut backend = Self { script, features: FEATURES, protocol: PROTOCOL, config };
+        let mut backend = Self { script, clock, features: FEATURES, protocol: PROTOCOL, config };
         if temper & 2 != 0 {
             backend.features ^= script.any::<u64>() & (FEATURES | 1 << 34);
         }
@@ -80,7 +107,9 @@ impl<'a> Backend<'a> {
 
     /// Answers each message. Most answers are right.
     fn serve(&self, mut socket: UnixStream) -> std::io::Result<()> {
+        let mut is_odd = false;
         loop {
+            self.wait(&socket, is_odd);
             let mut header = [0; 12];
             socket.read_exact(&mut header)?;
             let [request, flags, len] = [0, 4, 8].map(|at| word(&header, at));
@@ -90,7 +119,8 @@ impl<'a> Backend<'a> {
             socket.read_exact(&mut payload)?;
             let Some(mut reply) = self.reply(request, flags, &payload) else { continue };
             let mut head = [request, 5, reply.len() as u32];
-            if self.script.one_in(8) {
+            is_odd = self.script.one_in(8);
+            if is_odd {
                 match self.script.below(8) {
                     0 => head[self.script.below(3) as usize] = self.script.number() as u32,
                     1 => reply.iter_mut().for_each(|byte| *byte = self.script.any()),
@@ -112,6 +142,16 @@ impl<'a> Backend<'a> {
                 if self.script.one_in(16) { self.script.below(message.len() as u64) as usize } else { message.len() };
             socket.write_all(&message[..cut])?;
             socket.write_all(&message[cut..])?;
+        }
+    }
+
+    /// Waits for a message. If none comes, the front end waits for more of an odd answer: then it has waited for long enough.
+    fn wait(&self, socket: &UnixStream, is_odd: bool) {
+        let patience = Duration::from_millis(if is_odd { 1 } else { 100 });
+        if wait([socket.as_fd()], Some(patience)) == [false] {
+            let _entered = self.clock.enter();
+            self.clock.pass(TIMEOUT);
+            self.clock.turn();
         }
     }
 

@@ -6,20 +6,22 @@ mod ring;
 
 use std::{sync::Arc, time::Duration};
 
-use blkdev::fuzz::{Client, Ledger, Script};
+use blkdev::fuzz::{Client, Clock, Ledger, Script};
 use blkdev_virtio::{Format, Options, VirtioBlk, WriteCache};
 use device::{Machine, Wire};
 
 /// A client, the driver, and a device that does what the bytes say.
 pub(crate) fn device(data: &[u8]) {
-    let script = Script::new(data);
+    let (script, clock) = (Script::new(data), Clock::default());
+    let _entered = clock.enter();
     if script.one_in(2) { run::<true>(&script) } else { run::<false>(&script) }
 }
 
 /// The configuration space of a device behind vDPA, or any other transport: the driver refuses it, or keeps the promises of
 /// [`blkdev::Info`].
 pub(crate) fn config_space(data: &[u8]) {
-    let script = Script::new(data);
+    let (script, clock) = (Script::new(data), Clock::default());
+    let _entered = clock.enter();
     let (options, ledger) = (options(&script), Arc::new(Ledger::default()));
     // Mostly, the negotiation ends when the driver has read all of it: a running device takes much longer.
     let runs = script.one_in(128);

@@ -177,9 +177,9 @@ impl Client {
 
     /// A request within the limits of the device.
     fn draw(&mut self, tag: u64) -> Option<(Op, Flight)> {
-        let info = self.device.info().clone();
-        let kind = self.draw_kind();
-        let (block, capacity) = (u64::from(info.block_size), self.device.capacity());
+        let device = Arc::clone(&self.device);
+        let (info, kind) = (device.info(), self.draw_kind());
+        let (block, capacity) = (u64::from(info.block_size), device.capacity());
         let longest = match kind {
             Kind::Read | Kind::Write => u64::from(info.transfer_max).min(LONGEST.max(block)),
             Kind::Zero => info.zero_max,
@@ -205,7 +205,7 @@ impl Client {
                 let mut buf = self.alloc(len)?;
                 memory = buf.iova().get()..buf.iova().get() + len;
                 if kind == Kind::Write {
-                    bytes.extend((0..len).map(|n| (tag ^ n ^ n >> 8) as u8));
+                    bytes = content(tag, len as usize);
                     buf.copy_from(0, &bytes);
                     Op::Write { at, buf, fua: info.caps.fua && self.script.one_in(2) }
                 } else {
@@ -248,6 +248,14 @@ impl Client {
         let open = &mut self.queues[n];
         open.armed = open.queue.arm();
     }
+}
+
+/// What a write writes.
+fn content(tag: u64, len: usize) -> Vec<u8> {
+    let word = |n: u64| (tag << 32 | n).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+    let mut bytes = (0..len.div_ceil(8) as u64).map(word).collect::<Vec<_>>().into_flattened();
+    bytes.truncate(len);
+    bytes
 }
 
 impl Open {

@@ -1,7 +1,7 @@
 //! [`Ledger`]: what the client asked for, what the device did, and so which results are right.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     ops::Range,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -38,7 +38,7 @@ pub struct Ledger(Mutex<State>);
 struct State {
     flights: Vec<Flight>,
     /// Sectors that were written.
-    disk: HashMap<u64, [u8; SECTOR]>,
+    disk: BTreeMap<u64, [u8; SECTOR]>,
     /// Memory that a dead device may still access.
     doomed: Vec<Range<u64>>,
     lies: bool,
@@ -171,7 +171,7 @@ impl Ledger {
         let mut data = Vec::new();
         match flight.kind {
             Kind::Read => {
-                data.extend(sectors.flat_map(|n| disk.get(&n).copied().unwrap_or_else(|| unwritten(n))));
+                sectors.for_each(|n| data.extend_from_slice(disk.get(&n).unwrap_or(&unwritten(n))));
                 assert!(dma.write(flight.memory.start, &data) || *lies, "the memory of a read is registered");
             }
             Kind::Write => {
@@ -303,5 +303,7 @@ impl Ledger {
 /// The content of a sector that was never written: not zeroes, so that a buffer without the data of a read is noticed.
 fn unwritten(sector: u64) -> [u8; SECTOR] {
     let word = (sector ^ 0x5a5a).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    std::array::from_fn(|n| word[n % 8])
+    let mut bytes = [0; SECTOR];
+    bytes.as_chunks_mut().0.fill(word);
+    bytes
 }

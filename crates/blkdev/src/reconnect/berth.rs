@@ -31,8 +31,9 @@ pub(super) struct Place {
     pub(super) generation: u64,
     /// The queue has left the device that died.
     pub(super) has_left: bool,
-    /// Memory for requests whose own memory a living peer of the dead device may still access, in bytes.
-    pub(super) wanted: usize,
+    /// Memory of the requests that wait, in bytes, and the peer that may still access it.
+    pub(super) memory: usize,
+    pub(super) peer: Option<Arc<Peer>>,
     pub(super) offer: Option<Offer>,
 }
 

@@ -19,6 +19,9 @@ pub(super) fn fits(old: &Info, capacity: u64, new: &Info, new_capacity: u64, que
     if new.serial != old.serial && !old.serial.is_empty() {
         return Err(format!("it came back with the serial number {:?} instead of {:?}", new.serial, old.serial));
     }
+    if new.name != old.name && !old.name.is_empty() {
+        return Err(format!("there is the device {:?} instead of {:?}", new.name, old.name));
+    }
     if usize::from(new.queues_max) < queues {
         return Err(format!("it came back with {} queues, but {queues} are in use", new.queues_max));
     }
@@ -59,7 +62,8 @@ mod tests {
     #[test]
     fn a_device_that_lacks_something_is_refused_and_one_that_has_more_is_not() {
         let mut old = Info::new("test", "here");
-        (old.serial, old.zero_max, old.transfer_max) = ("one".into(), 1 << 20, 1 << 20);
+        (old.serial, old.name) = ("one".into(), "one".into());
+        (old.zero_max, old.transfer_max) = (1 << 20, 1 << 20);
         (old.caps.zero, old.caps.flush) = (true, true);
         let fits = |change: &dyn Fn(&mut Info), capacity| {
             let mut new = old.clone();
@@ -76,6 +80,7 @@ mod tests {
         refuses(&|new| new.block_size = 512, 1 << 20, "blocks of 512 bytes instead of 1");
         refuses(&|new| new.caps.read_only = true, 1 << 20, "read-only");
         refuses(&|new| new.serial = "two".into(), 1 << 20, "the serial number \"two\" instead of \"one\"");
+        refuses(&|new| new.name = "two".into(), 1 << 20, "there is the device \"two\" instead of \"one\"");
         refuses(&|new| new.queues_max = 1, 1 << 20, "1 queues, but 2 are in use");
         refuses(&|new| new.caps.flush = false, 1 << 20, "without flush");
         refuses(&|new| new.transfer_max = 4096, 1 << 20, "a longest transfer of 4096 bytes instead of 1048576");

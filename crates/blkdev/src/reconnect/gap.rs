@@ -188,6 +188,8 @@ impl Shared {
     fn publish(&self, device: Arc<dyn Device>) -> io::Result<()> {
         let mut state = self.state();
         state.mappings.iter().try_for_each(|mapping| device.register(mapping))?;
+        // Requests that have moved there may not have completed before this device died, too.
+        state.spares.iter().try_for_each(|spare| device.register(spare.mapping()))?;
         let spares = self.spares(&state, &*device)?;
         let generation = state.generation;
         let confined = state.quarantine.iter().flat_map(|(peers, _)| peers);
@@ -212,11 +214,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Memory for each queue whose requests must move.
+    /// Memory for each queue whose requests must move, because a living peer may still access theirs.
     fn spares(&self, state: &State, device: &dyn Device) -> io::Result<Vec<Option<Arena>>> {
         let mut spares = Vec::new();
         for berth in &state.berths {
-            let wanted = berth.place().wanted;
+            let place = berth.place();
+            let wanted = if place.peer.as_ref().is_some_and(|peer| peer.may_live()) { place.memory } else { 0 };
+            drop(place);
             let spare = if wanted == 0 {
                 None
             } else {

@@ -128,13 +128,12 @@ impl ReconnectQueue {
         let waiting = std::mem::take(&mut self.parked);
         self.parked.extend(self.unfinished.drain(..));
         self.parked.extend(waiting);
-        let is_confined = self.peer.as_ref().is_some_and(|peer| peer.may_live());
         let memory = self.parked.iter().map(|request| memory_of(&request.op)).sum();
         if !std::mem::replace(&mut self.is_counted, true) {
             self.shared.resending.fetch_add(1, Ordering::AcqRel);
         }
         let mut place = self.berth.place();
-        (place.has_left, place.wanted) = (true, if is_confined { memory } else { 0 });
+        (place.has_left, place.memory, place.peer) = (true, memory, self.peer.clone());
         drop(place);
         self.shared.report_death(self.generation);
     }
@@ -169,9 +168,13 @@ impl ReconnectQueue {
         let old = std::mem::replace(&mut self.peer, peer);
         if old.as_ref().is_some_and(|old| old.may_live()) {
             self.replace_memory(spare, old.as_ref());
+        } else if let Some(spare) = spare {
+            // It has ended after all. The thread takes the memory back.
+            self.shared.state().spares.push(spare);
+            self.shared.ring();
         }
         let mut place = self.berth.place();
-        (place.has_left, place.wanted) = (false, 0);
+        (place.has_left, place.memory, place.peer) = (false, 0, None);
         drop(place);
         if let Err(e) = self.watch_inner() {
             log::error!("{} {}: {e}", self.shared.info.driver, self.shared.info.target);

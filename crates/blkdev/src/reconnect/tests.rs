@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     io,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, MutexGuard,
@@ -66,9 +67,20 @@ struct Process {
     is_dead: AtomicBool,
     /// Readable when it has ended, as a pidfd is.
     end: Wake,
+    /// Memory that it maps.
+    memory: Mutex<Vec<Range<u64>>>,
 }
 
 impl Process {
+    fn memory(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.memory.lock().unwrap()
+    }
+
+    fn has(&self, op: &Op) -> bool {
+        let (Op::Read { buf, .. } | Op::Write { buf, .. }) = op else { return true };
+        self.memory().iter().any(|known| known.contains(&buf.iova().get()))
+    }
+
     fn has_ended(&self) -> bool {
         wake::wait([self.end.as_fd()], Some(Duration::ZERO))[0]
     }
@@ -83,7 +95,7 @@ fn look(world: &Shown) -> MutexGuard<'_, World> {
 fn new_process() -> Arc<Process> {
     static IDS: AtomicU32 = AtomicU32::new(1);
     let id = IDS.fetch_add(1, Ordering::Relaxed);
-    Arc::new(Process { id, is_dead: AtomicBool::new(false), end: Wake::new().unwrap() })
+    Arc::new(Process { id, is_dead: AtomicBool::new(false), end: Wake::new().unwrap(), memory: Mutex::default() })
 }
 
 impl World {
@@ -171,8 +183,13 @@ impl Device for Mortal {
         BLOCKS * BLOCK as u64
     }
 
-    fn register(&self, _: &Arc<Mapping>) -> io::Result<()> {
+    fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+        self.process.memory().push(range_of(mapping));
         Ok(())
+    }
+
+    fn unregister(&self, mapping: &Arc<Mapping>) {
+        self.process.memory().retain(|known| *known != range_of(mapping));
     }
 
     fn peer(&self) -> Option<Arc<Peer>> {
@@ -242,6 +259,7 @@ impl Queue for MortalQueue {
         } else if self.flights.len() + self.done.len() >= self.depth {
             return Err(request);
         } else {
+            assert!(self.process.has(&request.op), "the process has the memory of a request");
             self.flights.push(request);
         }
         Ok(())
@@ -578,7 +596,7 @@ impl Simulation {
         assert!(!waits || self.pause.is_some() || is_rung, "memory waits, and the thread sleeps");
     }
 
-    /// After a flush no memory is kept.
+    /// After a flush no memory is kept, and the device has none that took the place of other memory.
     fn check_memory(&mut self) {
         self.end_processes();
         self.step();
@@ -587,6 +605,9 @@ impl Simulation {
             let lost = channel.memory() - channel.memory_free();
             assert_eq!(lost, 0, "memory does not come back");
         }
+        self.step();
+        let registered = self.shared.state().mappings.len();
+        assert_eq!(look(&self.world).process.memory().len(), registered, "the device has memory that nobody uses");
     }
 }
 
@@ -612,6 +633,11 @@ fn a_loss_is_reported() {
 #[test]
 fn a_trusted_device_loses_nothing() {
     simulate(Unflushed::Trust);
+}
+
+fn range_of(mapping: &Mapping) -> Range<u64> {
+    let start = mapping.iova().get();
+    start..start + mapping.len() as u64
 }
 
 /// A block that holds a number.

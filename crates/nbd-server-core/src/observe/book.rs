@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use super::{ClientView, client::Client};
+use super::{client::Client, views::ClientView};
 use crate::{peer::Peer, threads::lock};
 
 /// All connections in the transmission phase. Locked when one begins or ends, and while the list is copied.

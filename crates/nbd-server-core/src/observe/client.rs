@@ -3,26 +3,10 @@
 use std::time::Instant;
 
 use super::{
-    ClientView,
     gauge::{Age, Gauge},
+    views::{ClientView, Traffic},
 };
 use crate::peer::Peer;
-
-/// What a connection has done. A plain copy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Traffic {
-    /// Requests that have ended.
-    pub requests: u64,
-    /// Those of them that have failed, refused ones included.
-    pub failed: u64,
-    /// Those of them that never reached the device.
-    pub refused: u64,
-    /// Bytes of the READs that have succeeded.
-    pub read: u64,
-    /// Bytes of the WRITEs that have succeeded.
-    pub written: u64,
-}
 
 /// A connection in the transmission phase. Its worker writes, others read.
 #[derive(Debug)]

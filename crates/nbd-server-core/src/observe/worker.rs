@@ -1,71 +1,49 @@
 //! [`WorkerGauges`]: what other threads may know of a worker.
 
-use std::time::{Duration, Instant};
+use std::{fs, time::Duration};
+
+use nix::unistd::gettid;
 
 use super::gauge::Gauge;
 
 /// A worker. It writes, others read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct WorkerGauges {
-    begin: Instant,
+    /// The id of its thread; 0: it has not begun.
+    thread: Gauge,
     pub(crate) turns: Gauge,
     pub(crate) polls: Gauge,
     pub(crate) sleeps: Gauge,
-    /// Time spent asleep, in nanoseconds.
-    slept: Gauge,
-    /// Nanoseconds from the begin to the begin of the present sleep; 0: it is awake.
-    asleep: Gauge,
 }
 
 impl WorkerGauges {
-    pub(crate) fn new(begin: Instant) -> Self {
-        Self {
-            begin,
-            turns: Gauge::default(),
-            polls: Gauge::default(),
-            sleeps: Gauge::default(),
-            slept: Gauge::default(),
-            asleep: Gauge::default(),
-        }
+    /// The worker runs in the calling thread.
+    pub(crate) fn begin(&self) {
+        self.thread.set(gettid().as_raw() as u64);
     }
 
-    fn nanoseconds(&self, now: Instant) -> u64 {
-        now.saturating_duration_since(self.begin).as_nanos() as u64
-    }
-
-    /// It goes to sleep.
-    pub(crate) fn sleep(&self, now: Instant) {
-        self.sleeps.add(1);
-        self.asleep.set(self.nanoseconds(now).max(1));
-    }
-
-    /// It is awake again.
-    pub(crate) fn wake(&self, now: Instant) {
-        self.slept.add(self.nanoseconds(now).saturating_sub(self.asleep.get()));
-        self.asleep.set(0);
-    }
-
-    /// Time so far in which it did not sleep.
-    pub(crate) fn busy(&self, now: Instant) -> Duration {
-        let (asleep, now) = (self.asleep.get(), self.nanoseconds(now));
-        let end = if asleep == 0 { now } else { asleep };
-        Duration::from_nanos(end.saturating_sub(self.slept.get()))
+    /// Processor time so far. The kernel counts it anyway.
+    pub(crate) fn busy(&self) -> Duration {
+        let text = fs::read_to_string(format!("/proc/self/task/{}/schedstat", self.thread.get()));
+        let nanoseconds = text.ok().and_then(|text| text.split(' ').next()?.parse().ok());
+        Duration::from_nanos(nanoseconds.unwrap_or_default())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::hint::black_box;
+
     use super::*;
 
     #[test]
-    fn busy_time_is_the_time_awake() {
-        let begin = Instant::now();
-        let at = |ms| begin + Duration::from_millis(ms);
-        let gauges = WorkerGauges::new(begin);
-        gauges.sleep(at(10));
-        assert_eq!(gauges.busy(at(50)), Duration::from_millis(10));
-        gauges.wake(at(100));
-        assert_eq!(gauges.busy(at(105)), Duration::from_millis(15));
-        assert_eq!(gauges.sleeps.get(), 1);
+    fn the_kernel_counts_the_time_of_a_thread() {
+        let gauges = WorkerGauges::default();
+        assert_eq!(gauges.busy(), Duration::ZERO);
+        gauges.begin();
+        let before = gauges.busy();
+        while gauges.busy() == before {
+            black_box((0..100_000u64).sum::<u64>());
+        }
     }
 }

@@ -7,15 +7,13 @@ use std::{
 };
 
 use blkdev::fuzz::Script;
-use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig,
-    crypto::ring::default_provider,
-    pki_types::PrivateKeyDer,
+    ClientConfig, ClientConnection, ServerConfig,
     version::{TLS12, TLS13},
 };
 
 use super::{
+    cheap,
     engine::{Engine, PLAIN_MAX, REST_MAX},
     psk,
     records::Records,
@@ -32,24 +30,17 @@ struct Sides {
     keys: psk::Offer,
 }
 
-static SIDES: LazyLock<Sides> = LazyLock::new(|| {
-    let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["localhost".into()]).expect("a certificate");
-    let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
-    let mut roots = RootCertStore::empty();
-    roots.add(cert.der().clone()).expect("a valid certificate");
-    let builder = ServerConfig::builder_with_provider(default_provider().into());
-    let builder = builder.with_safe_default_protocol_versions().expect("known versions").with_no_client_auth();
-    let clients = [&TLS12, &TLS13].map(|version| {
-        let builder = ClientConfig::builder_with_provider(default_provider().into());
-        let builder = builder.with_protocol_versions(&[version]).expect("a known version");
-        Arc::new(builder.with_root_certificates(roots.clone()).with_no_client_auth())
-    });
-    Sides {
-        server: Arc::new(builder.with_single_cert(vec![cert.der().clone()], key).expect("a matching key")),
-        clients,
-        keys: psk::Offer::of(HashMap::from([("user".into(), vec![7; 32])])).expect("a context"),
-    }
+static SIDES: LazyLock<Sides> = LazyLock::new(|| Sides {
+    server: cheap::server(),
+    clients: [&TLS12, &TLS13].map(cheap::client),
+    keys: psk::Offer::of(HashMap::from([("user".into(), vec![7; 32])])).expect("a context"),
 });
+
+/// Text for all who send some.
+static TEXT: LazyLock<Vec<u8>> = LazyLock::new(|| (0..TEXT_MAX as u64 + 256).map(|n| (n ^ n >> 8) as u8).collect());
+
+/// Longest text that is sent at once.
+const TEXT_MAX: usize = 50_000;
 
 /// Bytes before the end of a handshake, in pieces, to either library.
 pub fn handshake(data: &[u8]) {
@@ -227,10 +218,10 @@ impl Session {
 
     fn text(&self) -> Vec<u8> {
         let len = match self.script.below(8) {
-            0 => self.script.below(50_000),
+            0 => self.script.below(TEXT_MAX as u64),
             _ => self.script.below(300),
-        };
-        (0..len).map(|n| (n ^ len) as u8).collect()
+        } as usize;
+        TEXT[len % 256..][..len].to_vec()
     }
 
     fn client_writes(&mut self) {

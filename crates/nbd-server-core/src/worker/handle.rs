@@ -8,7 +8,6 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
-    time::Instant,
 };
 
 use blkdev::Channel;
@@ -102,7 +101,7 @@ impl Handle {
     }
 
     /// What it does.
-    pub(crate) fn view(&self, now: Instant) -> WorkerView {
+    pub(crate) fn view(&self) -> WorkerView {
         let Self { gauges, .. } = self;
         WorkerView {
             is_alive: self.is_alive(),
@@ -110,7 +109,7 @@ impl Handle {
             turns: gauges.turns.get(),
             polls: gauges.polls.get(),
             sleeps: gauges.sleeps.get(),
-            busy: gauges.busy(now),
+            busy: gauges.busy(),
         }
     }
 

@@ -66,7 +66,8 @@ struct Worker {
     stall_timeout: Duration,
     farewell: Duration,
     slow: Option<Duration>,
-    patrolled: Instant,
+    /// Time of the next patrol, if it is active then.
+    patrol_at: Instant,
     /// Something has happened since the last patrol, or a request is in flight.
     is_active: bool,
     gauges: Arc<WorkerGauges>,
@@ -91,7 +92,7 @@ pub(crate) fn start(
     poll.add_level(&*bell, BELL)?;
     let alive = Arc::new(AtomicBool::new(true));
     let now = Instant::now();
-    let gauges = Arc::new(WorkerGauges::new(now));
+    let gauges = Arc::new(WorkerGauges::default());
     let (rings, loads, lives) = (Arc::clone(&bell), Arc::clone(&load), Arc::clone(&alive));
     let handle = Handle::new(sender, rings, loads, lives, poll.watch(), Arc::clone(&gauges));
     let worker = Worker {
@@ -110,7 +111,7 @@ pub(crate) fn start(
         stall_timeout: limits.stall_timeout,
         farewell: limits.farewell,
         slow: limits.slow,
-        patrolled: now,
+        patrol_at: now,
         is_active: false,
         gauges,
         woken: None,
@@ -138,6 +139,7 @@ impl Worker {
     fn run(mut self) {
         // The default timer slack would make the sleeps of `Coalesce` longer than intended. A failure has no other effect.
         let _ = prctl::set_timerslack(1);
+        self.gauges.begin();
         while !self.stop.load(Ordering::Relaxed) {
             self.turn();
             self.rest();
@@ -177,8 +179,8 @@ impl Worker {
         if self.leaving > 0 {
             self.let_go();
         }
-        if self.is_active && self.now.duration_since(self.patrolled) >= PATROL {
-            self.patrolled = self.now;
+        if self.is_active && self.now >= self.patrol_at {
+            self.patrol_at = self.now + PATROL;
             self.floor.patrol(self.now, self.slow);
             self.is_active = self.floor.is_busy();
         }
@@ -230,7 +232,7 @@ impl Worker {
             self.timeout()
         };
         if timeout != Some(Duration::ZERO) {
-            self.gauges.sleep(self.now);
+            self.gauges.sleeps.add(1);
         }
         let mut rung = false;
         for Readiness { token, readable, ended } in self.poll.wait(timeout)? {
@@ -248,7 +250,6 @@ impl Worker {
         }
         if timeout != Some(Duration::ZERO) {
             let now = Instant::now();
-            self.gauges.wake(now);
             if let Some(idle) = self.idle {
                 self.floor.spin.slept(now.duration_since(idle));
             }
@@ -268,7 +269,7 @@ impl Worker {
     /// Returns the time to sleep, with nothing to do. Arms the devices for a wake-up.
     fn timeout(&mut self) -> Option<Duration> {
         let tidy = || TIDY.saturating_sub(self.now.duration_since(self.tidied));
-        let patrol = || PATROL.saturating_sub(self.now.duration_since(self.patrolled));
+        let patrol = || self.patrol_at.saturating_duration_since(self.now);
         let mut timeout = sooner(self.floor.is_untidy.then(tidy), self.is_active.then(patrol));
         for (number, lane) in self.floor.lanes.iter_mut().enumerate() {
             let Some(lane) = lane else { continue };

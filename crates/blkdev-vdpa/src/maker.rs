@@ -1,0 +1,123 @@
+//! [`Maker`]: the process that makes a device with VDUSE. It is awaited before the device is reset.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use blkdev::{Peer, wake::Wake};
+
+use crate::{
+    place::Place,
+    remains::{GRACE, Remains},
+    vduse::Vduse,
+};
+
+/// Longest time for the requests in flight of a dead device whose rings show them, before it is reset.
+const GRACE_MAX: Duration = Duration::from_secs(30);
+/// Longest wait of the one who closes the device.
+const MOMENT: Duration = Duration::from_secs(1);
+/// Pauses between two looks for a process, and for its requests.
+const LOOK: Duration = Duration::from_millis(200);
+const GLANCE: Duration = Duration::from_millis(10);
+
+const UNSEEN: &str = "no process is seen behind the device (VDUSE), so its restart will not be noticed, and changes that it did \
+                      not flush may be lost: run as the same user or as root, in the same PID namespace";
+
+#[derive(Debug)]
+pub(crate) struct Maker {
+    place: Place,
+    vduse: Vduse,
+    /// This process sees it.
+    is_seen: bool,
+    /// Rung when no process accesses this one's memory any more. Its end is not enough: the next process goes on with the same
+    /// rings until it is reset.
+    end: Wake,
+    peer: Arc<Peer>,
+}
+
+impl Maker {
+    /// The process at `place`, and what is readable when it has ended. `None`: the device is of another kind.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub(crate) fn at(place: &Place, name: &str) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
+        let Some(vduse) = Vduse::at(place) else { return Ok(None) };
+        let processes = vduse.processes();
+        let is_seen = !processes.is_empty();
+        if !is_seen {
+            log::warn!("{name}: {UNSEEN}");
+        }
+        let end = Wake::new()?;
+        let peer = Arc::new(Peer::new(end.as_fd().try_clone_to_owned()?, 0));
+        Ok(Some((Self { place: place.clone(), vduse, is_seen, end, peer }, processes)))
+    }
+
+    /// The process that may access this one's memory, or its successor.
+    pub(crate) fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// Closes a device that is alive.
+    pub(crate) fn close(self, remains: Remains) {
+        let is_over = remains.reset().is_ok() || self.is_seen && !self.vduse.has_process();
+        if is_over {
+            // Before the file is closed, which lets the device be opened again.
+            self.end.ring();
+        }
+        drop(remains);
+    }
+
+    /// Closes a dead device, on a thread of its own that the caller waits for a moment.
+    ///
+    /// The kernel passes a reset on to the process, and the device is broken for good if none answers within half a minute. So
+    /// the reset waits for a process. That one first goes on with the requests of its predecessor, and qemu-storage-daemon
+    /// aborts if it is reset before it has completed them.
+    pub(crate) fn bury(self, remains: Remains, name: &str) {
+        if self.is_seen && !self.vduse.has_process() {
+            log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
+        }
+        let bury = move || {
+            if !self.is_seen || self.await_process() {
+                settle(&remains);
+            }
+            self.close(remains);
+        };
+        let start = Instant::now();
+        match thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
+            Ok(thread) => {
+                while !thread.is_finished() && start.elapsed() < MOMENT {
+                    thread::sleep(GLANCE);
+                }
+            }
+            Err(e) => log::error!("{name}: cannot start a thread: {e}; the device does not wait for its process"),
+        }
+    }
+
+    /// Waits for a process. `false`: the device was removed first.
+    fn await_process(&self) -> bool {
+        loop {
+            let start = Instant::now();
+            if self.vduse.has_process() {
+                return true;
+            }
+            if self.place.is_removed() {
+                return false;
+            }
+            // A look takes long where there are many processes.
+            thread::sleep(LOOK.max(10 * start.elapsed()));
+        }
+    }
+}
+
+/// Waits for the requests in flight.
+fn settle(remains: &Remains) {
+    let start = Instant::now();
+    let limit = if remains.shows_requests() { GRACE_MAX } else { GRACE };
+    while start.elapsed() < limit && remains.may_be_busy() {
+        thread::sleep(GLANCE);
+    }
+}

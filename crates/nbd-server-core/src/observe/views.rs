@@ -1,0 +1,146 @@
+//! [`Observation`] and its parts: plain data.
+
+use std::time::Duration;
+
+use blkdev::{Counts, Info, State};
+use nbd_proto::Mode;
+
+use crate::{peer::Peer, removal::Removal};
+
+/// The name of a form of replies.
+pub(crate) fn protocol(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Simple => "simple",
+        Mode::Structured => "structured",
+        Mode::Extended => "extended",
+    }
+}
+
+/// What a server does now and has done so far. There may be more fields later.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Observation {
+    /// The exports in their order, then removed ones that are still in use.
+    pub exports: Vec<ExportView>,
+    /// The worker threads.
+    pub workers: Vec<WorkerView>,
+    /// The connections in the transmission phase, the oldest first.
+    pub clients: Vec<ClientView>,
+    /// Connections in the transmission phase since the server started, those that have ended included.
+    pub clients_served: u64,
+}
+
+/// An export. Its counters begin when its device is opened.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ExportView {
+    /// The export's name.
+    pub name: String,
+    /// Number of connections to it.
+    pub clients: usize,
+    /// How it was removed, if it is still in use.
+    pub removal: Option<Removal>,
+    /// `None`: it was removed, and its device is being closed.
+    pub device: Option<DeviceView>,
+    /// All that the channels of all workers have done.
+    pub counts: Counts,
+    /// Requests that were refused before they reached the device: those that violate the protocol or the export's limits, and those
+    /// for a device that does not answer.
+    pub refused: u64,
+    /// Age of the oldest request that has not ended.
+    pub oldest: Option<Duration>,
+    /// Its payload memory.
+    pub memory: MemoryView,
+}
+
+/// The device of an export.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DeviceView {
+    /// Its limits and capabilities.
+    pub info: Info,
+    /// Present size, in bytes.
+    pub capacity: u64,
+    /// Whether it works.
+    pub state: State,
+    /// A queue of it completes nothing within the time-out: its requests fail until it answers again.
+    pub is_stalled: bool,
+    /// Its open queues, one for each worker that serves it.
+    pub queues: usize,
+    /// How often it was opened again after it had died.
+    pub reconnects: u64,
+    /// What else its driver knows: names and values, for people.
+    pub details: Vec<(&'static str, String)>,
+}
+
+/// The payload memory of an export, over all workers that serve it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryView {
+    /// All of it, in bytes.
+    pub total: u64,
+    /// The part that requests and unsent replies hold, in bytes.
+    pub used: u64,
+    /// Connections with a request that waits for memory.
+    pub waiting: u64,
+    /// How often a request had to wait for memory.
+    pub waits: u64,
+}
+
+/// A worker thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkerView {
+    /// Its thread runs.
+    pub is_alive: bool,
+    /// Number of its connections.
+    pub connections: usize,
+    /// Turns so far.
+    pub turns: u64,
+    /// Polls without a sleep, because it expected an event soon.
+    pub polls: u64,
+    /// Sleeps so far.
+    pub sleeps: u64,
+    /// Processor time so far.
+    pub busy: Duration,
+}
+
+/// A connection in the transmission phase.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ClientView {
+    /// Unique in this server.
+    pub id: u64,
+    /// Where it comes from.
+    pub peer: Peer,
+    /// The export's name.
+    pub export: String,
+    /// How its bytes are protected: plain text, or the version of TLS and what does its records.
+    pub security: String,
+    /// How replies look: simple, structured or extended.
+    pub protocol: &'static str,
+    /// Time since its handshake ended.
+    pub connected: Duration,
+    /// Requests at the device.
+    pub in_flight: u64,
+    /// Age of the oldest of them.
+    pub oldest: Option<Duration>,
+    /// What it has done.
+    pub traffic: Traffic,
+}
+
+/// What a connection has done. A plain copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Traffic {
+    /// Requests that have ended.
+    pub requests: u64,
+    /// Those of them that have failed, refused ones included.
+    pub failed: u64,
+    /// Those of them that never reached the device.
+    pub refused: u64,
+    /// Bytes of the READs that have succeeded.
+    pub read: u64,
+    /// Bytes of the WRITEs that have succeeded.
+    pub written: u64,
+}
