@@ -340,7 +340,7 @@ const NO_MISTAKES: &str = "conectix,crate,crates,exprot,keypair,nd,ore,ot,pahts,
 
 #[test]
 fn words_are_spelled_correctly() {
-    let files = files(&[".rs", ".md", ".toml", ".pod", ".sh"]).into_iter().map(|(name, _)| name);
+    let files = files(&[".rs", ".md", ".toml", ".pod", ".sh", ".yml", ".html"]).into_iter().map(|(name, _)| name);
     let said = tool("codespell").within(root()).args(["-L", NO_MISTAKES]).args(files).run();
     assert!(said.status.success(), "misspelled words:\n{}{}", said.out, said.err);
 }
@@ -374,7 +374,7 @@ fn documents_and_comments_are_in_plain_english() {
 #[test]
 fn no_file_names_a_place_on_somebodys_machine() {
     let places = [("/wo", "rk/"), ("/ro", "ot/"), ("/ho", "me/")];
-    for (name, text) in files(&[".rs", ".toml", ".md", ".lock", "run"]) {
+    for (name, text) in files(&[".rs", ".toml", ".md", ".lock", ".yml", ".html", ".json", "run"]) {
         for place in places.map(|(a, b)| [a, b].concat()) {
             assert!(!text.contains(&place), "{name} contains {place}");
         }

@@ -41,8 +41,14 @@ const NEEDS: &[Need] = &[
     Need { program: "valgrind", packages: &["valgrind"], purpose: "counts instructions of the data path" },
     Need { program: "codespell", packages: &["codespell"], purpose: "finds misspelled words" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
+    Need { program: "prometheus", packages: &["prometheus"], purpose: "reads the metrics" },
+    Need { program: "promtool", packages: &["prometheus"], purpose: "checks the metrics and the alert rules" },
+    Need { program: "chromium", packages: &["chromium"], purpose: "shows the page of the metrics" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];
+
+/// Services that packages start and enable when they are installed. The tests need the programs only.
+const UNWANTED: &[(&str, &str)] = &[("prometheus", "prometheus.service")];
 
 /// Sets up, and fails when something is still missing.
 pub(crate) fn run() -> Result<()> {
@@ -74,6 +80,7 @@ pub(crate) fn run() -> Result<()> {
         }
         println!("setup: apt-get install {}", packages.join(" "));
         apt(root, &[&["install", "-y", "-qq", "--no-install-recommends"], &packages[..]].concat())?;
+        packages.iter().for_each(|package| stop_service(root, package));
         tried.extend(packages);
     }
     ensure!(missing().next().is_none(), "still missing after setup: {}", missing_programs().join(", "));
@@ -121,6 +128,17 @@ fn privilege(packages: &[&str]) -> Result<&'static [&'static str]> {
         return Ok(&["sudo"]);
     }
     bail!("not root and no sudo here; as root type `apt-get install {}`, then run this again", packages.join(" "))
+}
+
+/// Stops what a package has started, for now and for later. Where systemd does not run, nothing was started.
+fn stop_service(root: &[&str], package: &str) {
+    for (_, service) in UNWANTED.iter().filter(|(of, _)| *of == package) {
+        let is_booted = Path::new("/run/systemd/system").exists();
+        let args: &[&str] = if is_booted { &["disable", "--now", service] } else { &["disable", service] };
+        let words = [root, &["systemctl", "--quiet"], args].concat();
+        // A machine without systemctl has no services.
+        let _ = Command::new(words[0]).args(&words[1..]).env("PATH", shell::search_path()).status();
+    }
 }
 
 fn apt(root: &[&str], args: &[&str]) -> Result<()> {

@@ -106,7 +106,8 @@ fn all_figures_equal_what_200_clients_did() {
     assert_eq!((sum("bytes_read"), sum("bytes_written"), sum("failed"), sum("refused")), (read, written, 100, 100));
     assert_eq!(sum("requests"), 2 * reads + 100);
     // The metrics have the same.
-    let (head, page) = get(&dir, "/metrics");
+    let (head, page) =
+        ask(&dir, "GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text, text/plain;q=0.5\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200 OK") && head.contains("application/openmetrics-text"), "{head}");
     assert!(page.ends_with("# EOF\n"), "{page}");
     let of = |name: &str, operation: &str| metric(&page, &format!("{name}{{export=\"a\",operation=\"{operation}\"}}"));

@@ -14,6 +14,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";
 const JSON: &str = "application/json";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const CLASSIC_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The response to a request; `None`: it is not complete yet.
 pub(super) fn respond(request: &[u8], observer: &Observer) -> Option<Vec<u8>> {
@@ -31,7 +32,7 @@ pub(super) fn respond(request: &[u8], observer: &Observer) -> Option<Vec<u8>> {
     }
     let (method, target) = (head.method.unwrap_or_default(), head.path.unwrap_or_default());
     let response = match method {
-        "GET" | "HEAD" => get(target.split('?').next().unwrap_or_default(), observer),
+        "GET" | "HEAD" => get(target.split('?').next().unwrap_or_default(), head.headers, observer),
         _ => Response {
             fields: "Allow: GET, HEAD\r\n".into(),
             ..Response::text("405 Method Not Allowed", "read only\n")
@@ -40,7 +41,7 @@ pub(super) fn respond(request: &[u8], observer: &Observer) -> Option<Vec<u8>> {
     Some(response.bytes(method != "HEAD"))
 }
 
-fn get(path: &str, observer: &Observer) -> Response {
+fn get(path: &str, fields: &[httparse::Header<'_>], observer: &Observer) -> Response {
     let Some((seen, report)) = observer.look() else {
         return Response::text("503 Service Unavailable", "the server is stopping\n");
     };
@@ -50,7 +51,8 @@ fn get(path: &str, observer: &Observer) -> Response {
             Response { fields, ..Response::new("200 OK", HTML, page) }
         }
         "/metrics" => match prometheus::encode(&seen, &report) {
-            Ok(text) => Response::new("200 OK", OPEN_METRICS, text),
+            Ok(text) if accepts_open_metrics(fields) => Response::new("200 OK", OPEN_METRICS, text),
+            Ok(text) => Response::new("200 OK", CLASSIC_METRICS, prometheus::classic(&text)),
             Err(error) => Response::text("500 Internal Server Error", format!("{error}\n")),
         },
         "/healthz" => health(&report),
@@ -60,6 +62,18 @@ fn get(path: &str, observer: &Observer) -> Response {
         },
         _ => Response::text("404 Not Found", "there are /, /metrics, /healthz and /status.json\n"),
     }
+}
+
+/// Whether the client says that it understands OpenMetrics. Each client understands the classic format.
+fn accepts_open_metrics(fields: &[httparse::Header<'_>]) -> bool {
+    let accepted = fields.iter().filter(|field| field.name.eq_ignore_ascii_case("Accept"));
+    let ranges = accepted.filter_map(|field| str::from_utf8(field.value).ok()).flat_map(|value| value.split(','));
+    ranges.map(|range| range.split(';').map(str::trim)).any(|mut parts| {
+        let is_open = parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"));
+        // A weight of 0 means: not this one.
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse::<f32>().ok());
+        is_open && weight.unwrap_or(1.0) > 0.0
+    })
 }
 
 /// Whether all devices work, and all threads live.
@@ -107,5 +121,29 @@ impl Response {
             bytes.extend_from_slice(body.as_bytes());
         }
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_client_chooses_the_format_of_metrics() {
+        let accepts = |value: &str| {
+            accepts_open_metrics(&[
+                httparse::Header { name: "Host", value: b"application/openmetrics-text" },
+                httparse::Header { name: "accept", value: value.as_bytes() },
+            ])
+        };
+        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
+        for value in [prometheus, "text/plain, Application/OpenMetrics-Text", "application/openmetrics-text ; q=0.001"]
+        {
+            assert!(accepts(value), "{value}");
+        }
+        for value in ["", "*/*", "text/plain;version=0.0.4", "application/openmetrics-text;version=1.0.0;q=0.0, */*"] {
+            assert!(!accepts(value), "{value}");
+        }
+        assert!(!accepts_open_metrics(&[]));
     }
 }

@@ -1,6 +1,7 @@
-//! The metrics, in the OpenMetrics text format. Names and units follow the conventions of Prometheus; docs/status.md lists them.
+//! The metrics, in the OpenMetrics text format and in the classic one of Prometheus. Names and units follow the conventions of
+//! Prometheus; docs/status.md lists them.
 
-use std::fmt;
+use std::{collections::HashSet, fmt};
 
 use blkdev::{Counts, Error, Latency, Operation};
 use nbd_server_core::{ExportView, Observation};
@@ -13,13 +14,33 @@ use prometheus_client::{
 
 use crate::status::report::{DeviceState, Report, error, operation};
 
-/// All metrics as text.
+/// All metrics in the OpenMetrics text format.
 pub(super) fn encode(seen: &Observation, report: &Report) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("nbdblk");
     registry.register_collector(Box::new(Metrics { seen: seen.clone(), report: report.clone() }));
     let mut page = String::new();
     text::encode(&mut page, &registry)?;
     Ok(page)
+}
+
+/// The same in the classic format. There, the family of a counter has the name of its samples, and there is neither a unit nor an
+/// end mark.
+pub(super) fn classic(open: &str) -> String {
+    let types = open.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let counters: HashSet<&str> = types.filter_map(|line| line.strip_suffix(" counter")).collect();
+    let mut page = String::with_capacity(open.len());
+    for line in open.lines() {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some("UNIT"), ..) | (Some("#"), Some("EOF"), None, None) => continue,
+            (Some("#"), Some(what), Some(family), Some(rest)) if counters.contains(family) => {
+                page.extend(["# ", what, " ", family, "_total ", rest]);
+            }
+            _ => page.push_str(line),
+        }
+        page.push('\n');
+    }
+    page
 }
 
 /// Labels of a sample.
@@ -241,5 +262,19 @@ impl Collector for Metrics {
         self.memory(encoder)?;
         self.clients(encoder)?;
         self.workers(encoder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_classic_format_names_counters_as_their_samples() {
+        let open = "# HELP a_bytes What it is\n# TYPE a_bytes counter\n# UNIT a_bytes bytes\na_bytes_total{b=\"# HELP a_bytes\"} 1\n\
+                    # HELP c Another\n# TYPE c gauge\nc 2.0\n# EOF\n";
+        let expected = "# HELP a_bytes_total What it is\n# TYPE a_bytes_total counter\na_bytes_total{b=\"# HELP a_bytes\"} 1\n\
+                        # HELP c Another\n# TYPE c gauge\nc 2.0\n";
+        assert_eq!(classic(open), expected);
     }
 }
