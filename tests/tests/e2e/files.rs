@@ -9,6 +9,7 @@ use std::{
     time::Instant,
 };
 
+use nbdblk_tests::checker::{Checker, Durability};
 use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Cmd, Daemon, Dir, Nbdblk, Output, deadline, eventually, nbdblk, nbdinfo, nbdsh, tool};
 use nix::sys::signal::Signal;
@@ -469,6 +470,36 @@ fn a_block_device_that_is_mounted_is_not_written_to() {
     assert!(server.terminate().success());
     assert!(mount().status.success());
     Mount(dir.at("m")).unmount();
+}
+
+/// The kernel keeps a loop device that is torn down as long as the server has it open, so clients do not notice. A server that starts
+/// when it is set up again continues on the same content.
+#[test]
+fn no_write_is_lost_when_a_loop_device_is_torn_down_and_set_up() {
+    let dir = Dir::in_memory();
+    let image = dir.sparse("d.img", 16 * MIB);
+    let mut checker: Option<Checker> = None;
+    for _ in 0..10 {
+        let Some(disk) = Loop::new(&image) else { return };
+        let server = Nbdblk::unix(&dir, &[&disk.spec("")]);
+        let raw = Raw::enter(server.address(), Mode::Structured, "");
+        let mut now = match checker.take() {
+            None => Checker::new(raw, 0, 1024, Durability::Often),
+            Some(before) => before.on(raw),
+        };
+        (0..5).for_each(|_| now.round());
+        // Torn down under load.
+        drop(disk);
+        (0..5).for_each(|_| now.round());
+        now.verify_all();
+        now.flush();
+        assert!(server.terminate().success());
+        checker = Some(now);
+    }
+    // The file has it all.
+    let server = Nbdblk::unix(&dir, &["io_uring=d.img"]);
+    let raw = Raw::enter(server.address(), Mode::Structured, "");
+    checker.expect("ten rounds").on(raw).verify_all();
 }
 
 /// Runs the rest of its arguments, with io_uring forbidden by a seccomp filter, as in containers.
