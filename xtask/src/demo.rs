@@ -17,9 +17,9 @@ print("label:", sb[120:136].rstrip(b"\0").decode())"#;
 
 /// Runs the tour; every command is shown before it runs, so that a user can repeat it.
 pub(crate) fn run() -> Result<()> {
-    if let Err(error) = setup::run() {
+    if let Err(error) = setup::run(setup::Extent::Basic) {
         // The tour can do without its vhost-user device, and without nothing else.
-        ensure!(setup::missing_programs() == ["qemu-storage-daemon"], error);
+        ensure!(setup::missing_programs(setup::Extent::Basic) == ["qemu-storage-daemon"], error);
         println!("setup: {error:#}");
     }
     say("Building nbdblk");

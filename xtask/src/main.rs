@@ -56,7 +56,7 @@ fn run() -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     std::env::set_current_dir(shell::root())?;
     match args[..] {
-        ["setup"] => setup::run(),
+        ["setup"] => setup::run(setup::Extent::Tests),
         ["bench", ref words @ ..] => bench::run(words),
         ["demo"] => demo::run(),
         ["test" | "ci"] => test::run(),

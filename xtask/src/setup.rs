@@ -47,11 +47,24 @@ const NEEDS: &[Need] = &[
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];
 
+/// Programs that only `cargo xtask test` runs: the demo and benchmarks do without them.
+const FOR_TESTS: &[&str] = &["prometheus", "promtool", "chromium", "codespell"];
+
+/// What is to be set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// What the demo, benchmarks and torture run.
+    Basic,
+    /// What tests run, too.
+    Tests,
+}
+
 /// Services that packages start and enable when they are installed. The tests need the programs only.
 const UNWANTED: &[(&str, &str)] = &[("prometheus", "prometheus.service")];
 
 /// Sets up, and fails when something is still missing.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(extent: Extent) -> Result<()> {
+    let missing = || missing(extent);
     if missing().next().is_none() {
         return Ok(());
     }
@@ -83,18 +96,19 @@ pub(crate) fn run() -> Result<()> {
         packages.iter().for_each(|package| stop_service(root, package));
         tried.extend(packages);
     }
-    ensure!(missing().next().is_none(), "still missing after setup: {}", missing_programs().join(", "));
+    ensure!(missing().next().is_none(), "still missing after setup: {}", missing_programs(extent).join(", "));
     println!("setup: done");
     Ok(())
 }
 
 /// The programs that are not there.
-pub(crate) fn missing_programs() -> Vec<&'static str> {
-    missing().map(|need| need.program).collect()
+pub(crate) fn missing_programs(extent: Extent) -> Vec<&'static str> {
+    missing(extent).map(|need| need.program).collect()
 }
 
-fn missing() -> impl Iterator<Item = &'static Need> {
-    NEEDS.iter().filter(|need| match need.program {
+fn missing(extent: Extent) -> impl Iterator<Item = &'static Need> {
+    let is_needed = move |need: &&Need| extent == Extent::Tests || !FOR_TESTS.contains(&need.program);
+    NEEDS.iter().filter(is_needed).filter(|need| match need.program {
         "nbdsh" => !nbdsh_works(),
         header if header.ends_with(".h") => !Path::new("/usr/include").join(header).exists(),
         program => find(program).is_none(),

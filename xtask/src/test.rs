@@ -24,7 +24,7 @@ pub(crate) fn run_long() -> Result<()> {
 /// Runs all checks; the first that fails ends the run.
 pub(crate) fn run() -> Result<()> {
     let start = Instant::now();
-    setup::run()?;
+    setup::run(setup::Extent::Tests)?;
     step(shell::cargo().args(["fmt", "--all", "--check"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"]))?;

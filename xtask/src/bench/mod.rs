@@ -157,7 +157,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             _ => bail!("no such option: {word}\n\n{HELP}"),
         }
     }
-    setup::run()?;
+    setup::run(setup::Extent::Basic)?;
     // What the documentation shows of other parts stays.
     let mut results = if options.docs { read_docs()? } else { Results::default() };
     options.measure(&mut results)?;

@@ -91,7 +91,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
 }
 
 fn torture(seconds: u64, seed: u64) -> Result<()> {
-    setup::run()?;
+    setup::run(setup::Extent::Basic)?;
     // As for the tests, another program can be named.
     let program = std::env::var_os("NBDBLK_BIN").map_or_else(shell::build_nbdblk, |path| Ok(path.into()))?;
     watch_signals()?;
