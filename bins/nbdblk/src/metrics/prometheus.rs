@@ -165,7 +165,10 @@ impl Metrics {
         )?;
         let name = plain("requests_in_flight", "Requests that have begun and not ended");
         encoder.gauges(&name, self.operations(|counts, kind| counts.of(kind).in_flight() as f64))?;
-        let name = seconds("request_duration", "Time from the turn that passes a request to the device to the turn of its reply");
+        let name = seconds(
+            "request_duration",
+            "Time from the turn that passes a request to the device to the turn of its reply",
+        );
         let used = self.operations(|counts, kind| &counts.of(kind).latency);
         encoder.histograms(&name, used.filter(|(_, latency)| latency.count() > 0))?;
         let name = seconds("oldest_request", "Age of the oldest request that has not ended; 0: there is none");

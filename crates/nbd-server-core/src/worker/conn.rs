@@ -41,7 +41,8 @@ pub(super) struct Conn {
     /// Only for a unix socket, which reports its unread bytes.
     pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
-    pub(super) entry: Entry,
+    /// Its place in the book of connections. `None`: it is closed.
+    pub(super) entry: Option<Entry>,
     /// Why it cannot go on.
     pub(super) why: Option<Why>,
     /// It waits for memory, and is counted so.
@@ -91,9 +92,11 @@ impl Conn {
     /// Shows what it has done.
     #[inline]
     pub(super) fn publish(&mut self, gauges: &LaneGauges) {
-        let refused = self.entry.client.publish(self.session.traffic(), self.session.in_flight());
-        if refused > 0 {
-            gauges.refused.add(refused);
+        if let Some(entry) = &self.entry {
+            let refused = entry.client.publish(self.session.traffic(), self.session.in_flight());
+            if refused > 0 {
+                gauges.refused.add(refused);
+            }
         }
         let is_waiting = self.session.wants().is_some() || self.session.is_held_back();
         if is_waiting != self.is_waiting {
@@ -113,10 +116,11 @@ impl Conn {
         }
     }
 
-    /// The last line about it.
+    /// It is closed: the last line about it, and the end of its place in the book.
     #[cold]
-    pub(super) fn report(&self, why: &Why) {
-        let client = &self.entry.client;
+    pub(super) fn check_out(&mut self, why: &Why, gauges: &LaneGauges) {
+        self.publish(gauges);
+        let Some(Entry { client, .. }) = &self.entry.take() else { return };
         let Traffic { requests, failed, read, written, .. } = self.session.traffic();
         log::info!(
             "{} leaves export {:?} after {:.1?}: {why}; {requests} requests ({failed} failed), {read} bytes read, {written} bytes \

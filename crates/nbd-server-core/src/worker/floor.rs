@@ -141,7 +141,7 @@ impl Floor {
             active: false,
             coalesce: is_unix.then(Coalesce::default),
             is_tcp,
-            entry,
+            entry: Some(entry),
             why: None,
             is_waiting: false,
             over,
@@ -182,8 +182,9 @@ impl Floor {
 
     /// The connection of the client with this id.
     pub(super) fn find(&self, id: u64) -> Option<u32> {
-        let is_it =
-            |conn: &Option<Conn>| conn.as_ref().is_some_and(|conn| conn.stream.is_some() && conn.entry.client.id == id);
+        let is_it = |conn: &Option<Conn>| {
+            conn.as_ref().is_some_and(|conn| conn.entry.as_ref().is_some_and(|entry| entry.client.id == id))
+        };
         self.conns.iter().position(is_it).map(|number| number as u32)
     }
 
@@ -194,12 +195,11 @@ impl Floor {
         let Some(mut stream) = conn.stream.take() else { return };
         stream.close();
         let why = conn.why.take().unwrap_or(why);
-        conn.report(&why);
         self.load.fetch_sub(1, Ordering::Relaxed);
         self.is_untidy = true;
         conn.session.close();
         let lane = self.lanes[conn.lane].as_mut().expect(SERVED);
-        conn.publish(&lane.gauges);
+        conn.check_out(&why, &lane.gauges);
         lane.clients -= 1;
         lane.seat.clients.fetch_sub(1, Ordering::Relaxed);
         if conn.session.in_flight() == 0 {
@@ -339,8 +339,8 @@ impl Floor {
             lane.show(oldest, now, slow);
         }
         for (conn, age) in self.conns.iter().zip(ages) {
-            if let Some(conn) = conn {
-                conn.entry.client.oldest.set(age);
+            if let Some(Conn { entry: Some(entry), .. }) = conn {
+                entry.client.oldest.set(age);
             }
         }
     }
