@@ -6,6 +6,7 @@ use std::path::Path;
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Cmd, Dir, Export, Nbdblk, Output, Qsd, eventually, nbdblk, tool};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{KIB, MIB};
@@ -218,6 +219,22 @@ fn clients_are_disconnected_and_the_log_says_why() {
     drop(all);
     server.await_log("leaves export \"a\"");
     server.await_log("it has closed the connection without a disconnect request");
+}
+
+/// A service has its control socket in its runtime directory (systemd.exec(5)), where `nbdblk status` finds it.
+#[test]
+fn a_service_is_found_without_its_name() {
+    let dir = Dir::new();
+    let runtime = dir.at("nbdblk");
+    std::fs::create_dir(&runtime).unwrap();
+    let serve = nbdblk().args(["serve", "memory=1M", "-U", "nbd.sock"]).env("RUNTIME_DIRECTORY", &runtime);
+    let mut server = serve.within(dir.path()).spawn(dir.at("log"));
+    server.await_text("serving at");
+    let out = nbdblk().args(["status", "--interval", "50ms"]).env("XDG_RUNTIME_DIR", dir.path()).ok().out;
+    assert!(out.contains(&format!("process {}", server.pid())), "{out}");
+    server.signal(Signal::SIGTERM);
+    server.await_end();
+    assert!(!runtime.join("control.sock").exists(), "the socket is removed");
 }
 
 /// While memory is short, the status says who waits.
