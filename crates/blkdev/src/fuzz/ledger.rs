@@ -263,7 +263,8 @@ impl Ledger {
             assert_eq!((buf.iova().get(), buf.len() as u64), (flight.memory.start, flight.len), "it has its memory");
         }
         if completion.result == Err(Error::Gone) {
-            let must_abandon = memory.is_some() && !flight.too_late;
+            // A device may answer that what it had is gone. Then it is done with the memory.
+            let must_abandon = memory.is_some() && !flight.too_late && flight.answer.is_none();
             assert!(is_abandoned || !must_abandon, "memory of a dead device is returned for reuse: {flight:?}");
             state.doomed.extend(Some(flight.memory).filter(|_| is_abandoned));
             return;
