@@ -16,6 +16,7 @@ pub mod checker;
 mod dir;
 mod forger;
 mod image;
+mod load;
 mod nbdkit;
 mod pki;
 mod process;
@@ -28,6 +29,7 @@ pub mod tls_records;
 
 pub use dir::Dir;
 pub use image::{Rng, allocated, assert_equal, write_runs};
+pub use load::{restarts, under_load};
 pub use nbdkit::{Nbdkit, daemonised, nbdkit, panicking_plugin, plugin};
 pub use pki::{Pki, Version};
 pub use process::{Cmd, Daemon, Output, cargo, deadline, eventually, full_pipe, root, tool};

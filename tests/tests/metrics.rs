@@ -1,4 +1,4 @@
-//! What Prometheus, Grafana and a browser get from `--metrics`: the real programs read it, and so they read the files in `dist`.
+//! What Prometheus, Grafana and a browser get from `--metrics`: the real programs read the metrics, the page and the files in `dist`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -53,7 +53,7 @@ fn get(host: &str, path: &str, accept: &str) -> (String, String) {
     (head.into(), body.into())
 }
 
-/// What `nbdblk status --json` says.
+/// The output of `nbdblk status --json`.
 fn status(dir: &Dir) -> Value {
     let args = ["status", "--json", "--control", "control.sock"];
     serde_json::from_str(&nbdblk().args(args).within(dir.path()).ok().out).expect("the status is JSON")
@@ -94,7 +94,7 @@ impl Prometheus {
         answer["data"].take()
     }
 
-    /// The samples that an expression has now.
+    /// The present samples of an expression.
     fn query(&self, expression: &str) -> Vec<Value> {
         let coded: String = expression.bytes().map(|byte| format!("%{byte:02X}")).collect();
         list(&self.ask(&format!("/api/v1/query?query={coded}")), "result").to_vec()
@@ -168,7 +168,7 @@ fn both_formats_of_the_metrics_are_valid_and_say_the_same() {
     );
     let (_, classic) = server.get("/metrics", "text/plain");
     assert!(open.ends_with("\n# EOF\n") && !classic.contains("# EOF"), "{open}");
-    // Only times go on while no client is there.
+    // Without clients, only times change.
     let values = |page: &str| -> Vec<String> {
         let lines = page.lines().filter(|line| !line.starts_with('#') && !line.starts_with("nbdblk_worker"));
         lines.filter(|line| !line.starts_with("nbdblk_uptime")).map(str::to_owned).collect()
@@ -262,7 +262,7 @@ fn the_dashboard_and_the_alerts_name_metrics_that_there_are() {
     }
 }
 
-/// What the page looks like after its script has run for some seconds, and what the browser says.
+/// The DOM of the page after its script has run for some seconds, and the messages of the browser.
 fn browse(dir: &Dir, server: &Server) -> Output {
     tool("chromium")
         .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
@@ -290,7 +290,7 @@ fn a_browser_shows_the_page() {
         is_over.store(true, Ordering::Relaxed);
         output.expect("the browser works")
     });
-    // What the script has drawn, without the script.
+    // The drawn part, without the script.
     let page = output.out.split("<script").next().expect("a text has a first part");
     for text in [
         "<span id=\"health\" class=\"good\">healthy</span>",

@@ -1,14 +1,13 @@
 //! The nbdkit plugin as its users meet it: real nbdkit, its filters and its TLS, real clients, real devices.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nbdblk_tests::checker::{Checker, Durability};
+use nbdblk_tests::checker::Durability;
 use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{
     Address, Daemon, Dir, Export, Nbdkit, Qsd, assert_equal, daemonised, eventually, nbdinfo, nbdkit, nbdsh,
-    nbdsh_unconnected, panicking_plugin, plugin, tool, write_runs,
+    nbdsh_unconnected, panicking_plugin, plugin, restarts, tool, under_load, write_runs,
 };
 
 const MIB: u64 = 1 << 20;
@@ -350,33 +349,11 @@ fn no_write_is_lost_when_the_back_end_is_killed() {
     let mut qsd = Some(Qsd::start(&dir, &image, export));
     let mut server = Nbdkit::start(&dir, &["virtio-blk-vhost-user", "path=vhost.sock"]);
     let address = Address::Unix(server.socket().to_owned());
-    let (stop, count) = (AtomicBool::new(false), 4096);
-    std::thread::scope(|scope| {
-        let clients: Vec<_> = [Durability::None, Durability::Often, Durability::None]
-            .into_iter()
-            .enumerate()
-            .map(|(n, durability)| {
-                let (address, stop) = (&address, &stop);
-                scope.spawn(move || {
-                    let raw = Raw::enter(address, Mode::Structured, "");
-                    let mut checker = Checker::new(raw, (n * count) as u64, count, durability);
-                    while !stop.load(Ordering::Relaxed) {
-                        checker.round();
-                    }
-                    checker
-                })
-            })
-            .collect();
-        for _ in 0..restarts() {
+    under_load(&address, &[Durability::None, Durability::Often, Durability::None], 4096, || {
+        for _ in 0..restarts(4) {
             std::thread::sleep(Duration::from_millis(200));
             qsd.take().expect("it runs").kill();
             qsd = Some(Qsd::start(&dir, &image, export));
-        }
-        stop.store(true, Ordering::Relaxed);
-        for client in clients {
-            let mut checker = client.join().expect("no client sees an error");
-            checker.flush();
-            checker.verify_all();
         }
     });
     assert!(server.is_alive());
@@ -403,11 +380,6 @@ fn a_loss_ends_present_clients_if_asked() {
     for _ in 0..2 {
         assert_ne!(old.call(0, cmd::READ, 0, 512, b"").error, 0);
     }
-}
-
-/// As in the tests of the server.
-fn restarts() -> u32 {
-    std::env::var("NBDBLK_RESTARTS").map_or(4, |number| number.parse().expect("a number"))
 }
 
 /// What trips the stock plugin up (each row was seen to fail there).

@@ -16,21 +16,21 @@ const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanit
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks -Zsanitizer=address";
 
-/// And that libFuzzer sees what is compared.
+/// Makes libFuzzer see the operands of comparisons.
 const COMPARISONS: &str = "-Cllvm-args=-sanitizer-coverage-trace-compares";
 
-/// Targets whose input is a sequence of decisions: comparisons show little of it, and take a third of the time.
+/// Targets whose input is a sequence of decisions. Recording comparisons helps them little, and takes a third of the time.
 const DECIDING: [&str; 5] = ["config_space", "nvme", "tls_session", "vhost_user", "virtio"];
 
-/// The options among them that count. Only our code gets them: what others' code does is no new way of ours, and to count it takes
-/// several times as long.
+/// The options for coverage counters. Only our code gets them: the coverage of other code says nothing of ours, and counting it
+/// takes several times as long.
 const COUNTERS: [&str; 2] = ["-Cpasses=sancov-module", "-Cllvm-args=-sanitizer-coverage"];
 
 /// With this variable, this program [is the compiler](compile).
 pub(crate) const IS_COMPILER: &str = "XTASK_IS_COMPILER";
 
-/// Of the sanitizer: no search for uses of a stack frame after its return, which safe Rust cannot have, no call stacks of
-/// allocations, and freed memory stays unused only for about one run. These cost much, and the input of a crash shows more.
+/// Options of the sanitizer. No detection of stack use after return, which safe Rust cannot have; no call stacks of allocations;
+/// and freed memory is quarantined for about one run only. Each costs much time, and the input of a crash shows more.
 const SANITIZER: &str =
     "detect_stack_use_after_return=0:malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64";
 
@@ -121,7 +121,7 @@ impl Target {
             fuzz.env("ASAN_OPTIONS", SANITIZER);
         }
         fuzz.arg(format!("-max_total_time={seconds}")).arg(format!("-artifact_prefix={}/", crashes.display()));
-        // Inputs of equal worth: to know which do something rare takes a fifth of the time, and has found no more.
+        // All inputs have equal weight: the weights take a fifth of the time, and have found no more.
         fuzz.arg("-entropic=0")
             .arg(format!("-max_len={LONGEST}"))
             .arg(format!("-timeout={HANG}"))

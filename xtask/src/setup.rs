@@ -50,12 +50,12 @@ const NEEDS: &[Need] = &[
 /// Programs that only `cargo xtask test` runs: the demo and benchmarks do without them.
 const FOR_TESTS: &[&str] = &["prometheus", "promtool", "chromium", "codespell"];
 
-/// What is to be set up.
+/// The programs to set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// What the demo, benchmarks and torture run.
+    /// The programs of the demo, benchmarks and torture.
     Basic,
-    /// What tests run, too.
+    /// All programs, including those of tests.
     Tests,
 }
 
@@ -144,7 +144,7 @@ fn privilege(packages: &[&str]) -> Result<&'static [&'static str]> {
     bail!("not root and no sudo here; as root type `apt-get install {}`, then run this again", packages.join(" "))
 }
 
-/// Stops what a package has started, for now and for later. Where systemd does not run, nothing was started.
+/// Stops and disables the service of a package. Where systemd does not run, it was not started.
 fn stop_service(root: &[&str], package: &str) {
     for (_, service) in UNWANTED.iter().filter(|(of, _)| *of == package) {
         let is_booted = Path::new("/run/systemd/system").exists();

@@ -1,6 +1,10 @@
 //! [`Asker`]: a client of the control socket that waits for the answer to its request.
 
-use std::{io::Write, os::unix::net::UnixStream, time::Duration};
+use std::{
+    io::{ErrorKind, Write},
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
 
 /// Time for a client to read a long answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -19,11 +23,25 @@ impl Asker {
         let _ = self.0.write_all(words(answer).as_bytes());
     }
 
-    /// Sends an answer of any length, and waits for the client to read it, but not for long.
+    /// Sends an answer of any length. Waits up to [`PATIENCE`] for the client to read it.
     pub(crate) fn tell_all(mut self, answer: &Answer) {
-        let wait = self.0.set_nonblocking(false).and_then(|()| self.0.set_write_timeout(Some(PATIENCE)));
-        if wait.is_ok() {
-            let _ = self.0.write_all(words(answer).as_bytes());
+        let (text, deadline) = (words(answer), Instant::now() + PATIENCE);
+        let mut rest = text.as_bytes();
+        if self.0.set_nonblocking(false).is_err() {
+            return;
+        }
+        while !rest.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Fails for a time of zero: the deadline has passed.
+            if self.0.set_write_timeout(Some(left)).is_err() {
+                return;
+            }
+            match self.0.write(rest) {
+                Ok(0) => return,
+                Ok(sent) => rest = &rest[sent..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
         }
     }
 }

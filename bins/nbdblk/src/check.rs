@@ -1,4 +1,4 @@
-//! `nbdblk check`: judges a file of `nbdblk serve --config` without opening anything.
+//! `nbdblk check`: checks a file of `nbdblk serve --config` without opening anything.
 
 use std::process::ExitCode;
 

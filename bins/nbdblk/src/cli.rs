@@ -19,7 +19,7 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count, display_order = 900)]
     pub(crate) verbose: u8,
 
-    /// Form of the lines on stderr: text, or json, an object for each line with time (seconds since 1970), level and message
+    /// Format of the lines on stderr: text, or json (one object per line, with time in seconds since 1970, level and message)
     #[arg(
         long,
         global = true,
@@ -217,13 +217,13 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<usize>,
 
-    /// Log a warning about each request that takes longer, once for each export in that time; 0: never [default: 10s]
+    /// Log a warning about a request that takes longer, at most one per export in that time; 0: never [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = pause)]
     pub(crate) slow: Option<Duration>,
 
-    /// Serve metrics for Prometheus, and a page for people, over HTTP: tcp:PORT, tcp:HOST:PORT or unix:PATH
+    /// Serve metrics for Prometheus, and a status page, over HTTP: tcp:PORT, tcp:HOST:PORT or unix:PATH
     ///
-    /// /metrics has the metrics, /healthz returns 200 while all devices work, and / shows the same for people. Read-only; every
+    /// /metrics has the metrics, /healthz returns 200 while all devices work, and / is a page for browsers. Read-only; every
     /// client that can connect can read it. tcp:PORT listens on the loopback addresses.
     #[arg(long, value_name = "PLACE", value_parser = metrics)]
     pub(crate) metrics: Vec<Place>,
@@ -313,8 +313,8 @@ pub(crate) struct Upgrade {
 /// Show what a server does: exports, devices, clients, rates and latencies
 ///
 /// Prints a table with a line for each export: the state of its device, its clients, the requests and bytes of each second, the
-/// requests in flight, half (P50) and 99 of 100 (P99) of which take at most so long, and the errors so far. Without FILE and
-/// --control, it looks in the places where services have their control sockets.
+/// requests in flight, the median latency (P50) and the 99th percentile (P99), and the errors so far. Without FILE and --control,
+/// it searches the runtime directories of services for a control socket.
 #[derive(Args, Debug)]
 pub(crate) struct Status {
     /// The file of "nbdblk serve --config", which names the control socket
@@ -329,7 +329,7 @@ pub(crate) struct Status {
     #[arg(long, conflicts_with_all = ["watch", "clients"])]
     pub(crate) json: bool,
 
-    /// Show it again and again, with a bar for each export, until interrupted
+    /// Refresh the table until interrupted, with a bar for each export
     #[arg(short, long)]
     pub(crate) watch: bool,
 
@@ -337,7 +337,7 @@ pub(crate) struct Status {
     #[arg(short, long)]
     pub(crate) clients: bool,
 
-    /// Time that rates and percentiles are about [default: 1s]
+    /// Interval of rates and percentiles, and of --watch [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = timeout)]
     pub(crate) interval: Option<Duration>,
 }
@@ -359,7 +359,7 @@ pub(crate) struct Disconnect {
     #[arg(long, value_name = "PATH", conflicts_with = "file")]
     pub(crate) control: Option<PathBuf>,
 
-    /// A number is the name of an export, too
+    /// Take a number as the name of an export, not as an ID
     #[arg(long)]
     pub(crate) export: bool,
 }

@@ -15,7 +15,7 @@ const NAME: &str = "control.sock";
 /// The directory of services below the runtime directory of the system or of a user.
 const SERVICES: &str = "nbdblk";
 
-/// The control socket of a service that names none: in its RuntimeDirectory= (systemd.exec(5)).
+/// The default control socket of a service: in its RuntimeDirectory= (systemd.exec(5)).
 pub(crate) fn of_service() -> Option<PathBuf> {
     let all = env::var_os("RUNTIME_DIRECTORY")?;
     // Several directories are separated by colons.
@@ -23,7 +23,7 @@ pub(crate) fn of_service() -> Option<PathBuf> {
     first.is_absolute().then(|| first.join(NAME))
 }
 
-/// The control socket of a running server: that one, or the one that a file names, or that of the only service.
+/// Finds the control socket of a running server: `control` itself, the one that `file` names, or that of the only service.
 pub(crate) fn find(control: Option<&Path>, file: Option<&Path>) -> anyhow::Result<PathBuf> {
     match (control, file) {
         (Some(path), _) => Ok(path.to_owned()),
@@ -61,7 +61,7 @@ fn only_service() -> anyhow::Result<PathBuf> {
     }
 }
 
-/// The control sockets of the services in a directory, and in its directories.
+/// The control sockets in a directory and in its subdirectories.
 fn sockets(root: &Path) -> Vec<PathBuf> {
     let inner = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
     [root.to_owned()].into_iter().chain(inner).map(|dir| dir.join(NAME)).filter(|path| path.exists()).collect()

@@ -26,9 +26,9 @@ pub(crate) enum Event {
     Reloaded(Outcome),
     /// Replace the program, by another one if it is named. A client of the control socket may wait for the result.
     Upgrade(Option<Asker>, Option<PathBuf>),
-    /// A client of the control socket asks what the server does.
+    /// A client of the control socket asks for the status.
     Status(Asker),
-    /// A client of the control socket ends others.
+    /// Disconnect clients. A client of the control socket waits for the result.
     Disconnect(Asker, Target),
     /// The server is paused and can be replaced, or the reason why not.
     Prepared(Result<Box<Prepared>, String>),

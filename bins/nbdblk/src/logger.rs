@@ -137,7 +137,7 @@ impl Log for Stderr {
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
-/// Lines are JSON.
+/// The format is JSON.
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 static WAKE: Condvar = Condvar::new();
 static IDLE: Condvar = Condvar::new();
@@ -235,7 +235,7 @@ impl State {
     }
 }
 
-/// A line. `label`: what kind of message it is, for people.
+/// Formats a line. `label` starts the message in the text format.
 fn line(level: Level, label: &str, text: &str) -> String {
     static JOURNAL: LazyLock<bool> = LazyLock::new(is_journal);
     let priority = match level {

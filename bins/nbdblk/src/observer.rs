@@ -1,4 +1,4 @@
-//! [`Observer`]: what other threads may ask the running server.
+//! [`Observer`]: access to the running server for the control socket and the metrics.
 
 use std::{
     sync::{
@@ -6,7 +6,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use nbd_server_core::{Observation, Server};
@@ -17,10 +17,10 @@ use crate::{
     status::report::Report,
 };
 
-/// Most answers that are being sent at a time.
+/// Most status reports that are being sent at a time.
 const ANSWERS_MAX: usize = 16;
 
-/// A running server, for those who look at it. Does not keep the server alive.
+/// Access to a running server. Does not keep the server alive.
 #[derive(Clone, Debug)]
 pub(crate) struct Observer {
     server: Weak<Server>,
@@ -28,53 +28,74 @@ pub(crate) struct Observer {
     answers: Arc<AtomicUsize>,
 }
 
+/// A status report that is being sent.
+struct Sending(Arc<AtomicUsize>);
+
+impl Sending {
+    /// `None`: too many are being sent.
+    fn begin(count: &Arc<AtomicUsize>) -> Option<Self> {
+        let this = Self(Arc::clone(count));
+        (count.fetch_add(1, Ordering::Relaxed) < ANSWERS_MAX).then_some(this)
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Observer {
     pub(crate) fn new(server: &Arc<Server>) -> Self {
         Self { server: Arc::downgrade(server), begin: Instant::now(), answers: Arc::default() }
     }
 
-    /// What the server does; `None`: it is stopping.
-    pub(crate) fn look(&self) -> Option<(Observation, Report)> {
-        let seen = self.server.upgrade()?.observe();
-        let report = Report::new(&seen, self.begin.elapsed());
-        Some((seen, report))
+    /// The counters and gauges of the server. `None`: it is stopping.
+    pub(crate) fn observe(&self) -> Option<Observation> {
+        Some(self.server.upgrade()?.observe())
     }
 
-    /// Answers in a thread, because a client may read slowly.
+    /// Time since the server started.
+    pub(crate) fn uptime(&self) -> Duration {
+        self.begin.elapsed()
+    }
+
+    /// The status of the server. `None`: it is stopping.
+    pub(crate) fn report(&self) -> Option<Report> {
+        self.observe().map(|seen| Report::new(&seen, self.uptime()))
+    }
+
+    /// Sends the status on a new thread, because a client may read slowly.
     pub(crate) fn answer(&self, asker: Asker) {
-        if self.answers.fetch_add(1, Ordering::Relaxed) >= ANSWERS_MAX {
-            self.answers.fetch_sub(1, Ordering::Relaxed);
-            return asker.tell(&Err("too many ask at the same time: try again".into()));
-        }
-        let (observer, answers) = (self.clone(), Arc::clone(&self.answers));
-        let answer = move || {
-            asker.tell_all(&observer.status());
-            answers.fetch_sub(1, Ordering::Relaxed);
+        let Some(sending) = Sending::begin(&self.answers) else {
+            return asker.tell(&Err("too many clients ask for the status at the same time: try again".into()));
         };
-        if thread::Builder::new().name("status".into()).spawn(answer).is_err() {
-            self.answers.fetch_sub(1, Ordering::Relaxed);
+        let observer = self.clone();
+        let answer = move || {
+            let _sending = sending;
+            asker.tell_all(&observer.status());
+        };
+        if let Err(error) = thread::Builder::new().name("status".into()).spawn(answer) {
+            log::warn!("the status cannot be sent: starting a thread: {error}");
         }
     }
 
     fn status(&self) -> Answer {
-        let (_, report) = self.look().ok_or("the server is stopping")?;
+        let report = self.report().ok_or("the server is stopping")?;
         serde_json::to_string(&report).map_err(|error| error.to_string())
     }
 
-    /// Ends clients.
+    /// Disconnects clients.
     pub(crate) fn disconnect(&self, target: &Target) -> Answer {
         let server = self.server.upgrade().ok_or("the server is stopping")?;
         match target {
             Target::Client(id) if server.disconnect(*id) => Ok(format!("disconnected client {id}")),
             Target::Client(id) => Err(format!("there is no client {id}: see nbdblk status --clients")),
-            Target::Export(name) if !server.observe().exports.iter().any(|export| export.name == *name) => {
-                Err(format!("there is no export {name:?}: see nbdblk status"))
-            }
-            Target::Export(name) => {
-                let count = server.disconnect_all(name);
-                let noun = if count == 1 { "client" } else { "clients" };
-                Ok(format!("disconnected {count} {noun} of export {name:?}"))
-            }
+            Target::Export(name) => match server.disconnect_all(name) {
+                Some(1) => Ok(format!("disconnected 1 client of export {name:?}")),
+                Some(count) => Ok(format!("disconnected {count} clients of export {name:?}")),
+                None => Err(format!("there is no export {name:?}: see nbdblk status")),
+            },
         }
     }
 }

@@ -1,16 +1,12 @@
 //! `nbdblk reload`, and the control socket of the server: a unix socket for one request of each client, in one line. `reload` makes
-//! the server read its file again, `upgrade` and `upgrade PATH` make it replace its program, `status` asks what it does, and
-//! `disconnect` ends clients.
+//! the server read its file again, `upgrade` and `upgrade PATH` make it replace its program, `status` returns a report, and
+//! `disconnect` disconnects clients.
 
 use std::{
-    ffi::OsString,
     io::{self, ErrorKind, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::OsStringExt,
-            net::{UnixListener, UnixStream},
-        },
+        unix::net::{UnixListener, UnixStream},
     },
     path::Path,
     process::ExitCode,
@@ -33,7 +29,7 @@ use crate::{
     events::Event,
     files::OwnFile,
     listen::{Access, bind_unix, connect_unix},
-    requests::{DISCONNECT, STATUS},
+    requests::Request,
 };
 
 /// The request to read the file again.
@@ -214,37 +210,20 @@ impl Silent {
 pub(crate) fn answer(client: Silent, events: &mpsc::Sender<Event>) {
     let asker = Asker(client.socket);
     let line = client.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let is_whole = client.request.len() > line.len();
-    let Some(event) = event(line, is_whole) else {
-        let text = "unknown request: the control socket accepts \"status\", \"reload\", \"upgrade\", \"upgrade PATH\" and \
-                    \"disconnect {...}\"";
-        return asker.tell(&Err(text.into()));
+    let event = match Request::parse(line, client.request.len() > line.len()) {
+        Some(Request::Reload) => Event::Reload(Some(asker)),
+        Some(Request::Upgrade(program)) => Event::Upgrade(Some(asker), program),
+        Some(Request::Status) => Event::Status(asker),
+        Some(Request::Disconnect(target)) => Event::Disconnect(asker, target),
+        None => {
+            let text = "unknown request: the control socket accepts \"status\", \"reload\", \"upgrade\", \"upgrade PATH\" and \
+                        \"disconnect {...}\"";
+            return asker.tell(&Err(text.into()));
+        }
     };
-    let event = event(asker);
     if let Err(mpsc::SendError(event)) = events.send(event)
         && let Some(asker) = event.into_asker()
     {
         asker.tell(&Err("the server is stopping".into()));
     }
-}
-
-/// The event of a request. `is_whole`: the line has an end.
-fn event(line: &[u8], is_whole: bool) -> Option<Box<dyn FnOnce(Asker) -> Event>> {
-    let text = std::str::from_utf8(line).unwrap_or_default();
-    if text == "reload" {
-        return Some(Box::new(|asker| Event::Reload(Some(asker))));
-    }
-    if text == "upgrade" {
-        return Some(Box::new(|asker| Event::Upgrade(Some(asker), None)));
-    }
-    if text == STATUS {
-        return Some(Box::new(Event::Status));
-    }
-    if let Some(target) = text.strip_prefix(DISCONNECT).filter(|_| is_whole) {
-        let target = serde_json::from_str(target).ok()?;
-        return Some(Box::new(|asker| Event::Disconnect(asker, target)));
-    }
-    let path = line.strip_prefix(b"upgrade /").filter(|_| is_whole)?;
-    let path = OsString::from_vec([b"/", path].concat());
-    Some(Box::new(|asker| Event::Upgrade(Some(asker), Some(path.into()))))
 }

@@ -132,10 +132,10 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     wind_up(ended, server, (reloads, upgrades), kept, (files, announced, metrics))
 }
 
-/// Listens for those who look at the metrics.
+/// Binds the sockets of `--metrics`.
 fn bind_metrics(plan: &Plan, args: &cli::Serve, is_upgrade: bool) -> anyhow::Result<metrics::Sockets> {
     match metrics::Sockets::bind(&args.metrics).map_err(|error| plan.blame("metrics", error)) {
-        // The clients of the program before are more important.
+        // After an upgrade, continuing the clients matters more.
         Err(error) if is_upgrade => {
             log::error!("no metrics: {}", crate::whole(&error));
             Ok(metrics::Sockets::default())
@@ -144,7 +144,7 @@ fn bind_metrics(plan: &Plan, args: &cli::Serve, is_upgrade: bool) -> anyhow::Res
     }
 }
 
-/// Removes the files, answers those who wait, and stops the server.
+/// Removes the files, answers waiting clients of the control socket, and stops the server.
 fn wind_up(
     ended: anyhow::Result<u8>,
     server: Arc<Server>,

@@ -107,7 +107,7 @@ unsafe extern "C" {
 #[allow(non_upper_case_globals, reason = "nbdkit's naming")]
 static nbdblk_debug_stats: AtomicI32 = AtomicI32::new(0);
 
-/// Whether the statistics are to have latencies, for which each request reads the clock.
+/// Whether the statistics include latencies. Then each request reads the clock.
 #[inline]
 pub(crate) fn wants_latencies() -> bool {
     #[cfg(not(test))]

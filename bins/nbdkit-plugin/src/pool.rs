@@ -72,7 +72,7 @@ impl Pool {
         Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4), connections: AtomicUsize::new(0) })
     }
 
-    /// What all channels have done.
+    /// The counters of all channels together.
     pub(crate) fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         self.lanes.iter().for_each(|lane| counts += &lane.counters.copy());

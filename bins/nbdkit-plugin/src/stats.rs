@@ -1,8 +1,8 @@
-//! What the device did, in lines for people, when nbdkit ends.
+//! The statistics that the plugin prints when nbdkit ends.
 
 use blkdev::{Counts, Operation};
 
-/// Lines with the counters. `latencies`: they were measured.
+/// The counters as text, one line for each operation in use. `latencies`: they were measured.
 pub(crate) fn lines(counts: &Counts, latencies: bool) -> Vec<String> {
     let used = Operation::ALL.into_iter().filter(|kind| counts.of(*kind).begun > 0);
     let mut lines: Vec<String> = used.map(|kind| line(counts, kind, latencies)).collect();

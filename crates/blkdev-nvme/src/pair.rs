@@ -294,7 +294,7 @@ impl<T> Pair<T> {
         self.window.mapping()
     }
 
-    /// Its positions, for people.
+    /// Its positions, for log messages.
     pub(crate) fn describe(&self) -> String {
         let Self { id, tail, rung, head, acknowledged, phase, flights, .. } = self;
         let (stage, count) = (flights.stage(), self.slots.len() - self.free.len());

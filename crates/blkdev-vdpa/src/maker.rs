@@ -1,4 +1,4 @@
-//! [`Maker`]: the process that makes a device with VDUSE. It is awaited before the device is reset.
+//! [`Maker`]: the process behind a VDUSE device. A device is reset only while such a process runs.
 
 use std::{
     io,
@@ -18,29 +18,29 @@ use crate::{
 
 /// Longest time for the requests in flight of a dead device whose rings show them, before it is reset.
 const GRACE_MAX: Duration = Duration::from_secs(30);
-/// Longest wait of the one who closes the device.
+/// Longest wait when the device is closed.
 const MOMENT: Duration = Duration::from_secs(1);
-/// Pauses between two looks for a process, and for its requests.
+/// Pauses between checks for a process, and for its requests.
 const LOOK: Duration = Duration::from_millis(200);
 const GLANCE: Duration = Duration::from_millis(10);
 
-const UNSEEN: &str = "no process is seen behind the device (VDUSE), so its restart will not be noticed, and changes that it did \
+const UNSEEN: &str = "no process is visible behind the device (VDUSE), so a restart of it will not be noticed, and changes that it did \
                       not flush may be lost: run as the same user or as root, in the same PID namespace";
 
 #[derive(Debug)]
 pub(crate) struct Maker {
     place: Place,
     vduse: Vduse,
-    /// This process sees it.
+    /// The process is visible in /proc.
     is_seen: bool,
-    /// Rung when no process accesses this one's memory any more. Its end is not enough: the next process goes on with the same
-    /// rings until it is reset.
+    /// Rung when no process can access our memory any more. The end of the process is not enough: the next process continues
+    /// with the same rings until the device is reset.
     end: Wake,
     peer: Arc<Peer>,
 }
 
 impl Maker {
-    /// The process at `place`, and what is readable when it has ended. `None`: the device is of another kind.
+    /// The process behind the device at `place`, and descriptors that are readable when it has ended. `None`: it is no VDUSE device.
     ///
     /// # Errors
     /// No file descriptor is left.
@@ -56,7 +56,7 @@ impl Maker {
         Ok(Some((Self { place: place.clone(), vduse, is_seen, end, peer }, processes)))
     }
 
-    /// The process that may access this one's memory, or its successor.
+    /// The process that may access our memory, or its successor.
     pub(crate) fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
@@ -71,11 +71,11 @@ impl Maker {
         drop(remains);
     }
 
-    /// Closes a dead device, on a thread of its own that the caller waits for a moment.
+    /// Closes a dead device on a new thread. Waits for it up to [`MOMENT`].
     ///
     /// The kernel passes a reset on to the process, and the device is broken for good if none answers within half a minute. So
-    /// the reset waits for a process. That one first goes on with the requests of its predecessor, and qemu-storage-daemon
-    /// aborts if it is reset before it has completed them.
+    /// the reset waits for a process. That process first continues the requests of its predecessor, and qemu-storage-daemon
+    /// aborts if the device is reset before they are completed.
     pub(crate) fn bury(self, remains: Remains, name: &str) {
         if self.is_seen && !self.vduse.has_process() {
             log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
@@ -107,7 +107,7 @@ impl Maker {
             if self.place.is_removed() {
                 return false;
             }
-            // A look takes long where there are many processes.
+            // The search takes long where there are many processes.
             thread::sleep(LOOK.max(10 * start.elapsed()));
         }
     }

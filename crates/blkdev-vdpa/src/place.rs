@@ -13,7 +13,7 @@ use nix::sys::stat::{major, minor};
 pub(crate) struct Place(PathBuf);
 
 impl Place {
-    /// That of an open device. `None`: sysfs does not say.
+    /// The place of an open device. `None`: sysfs does not know it.
     pub(crate) fn of(vhost: BorrowedFd<'_>) -> Option<Self> {
         let file = File::from(vhost.try_clone_to_owned().ok()?);
         fs::canonicalize(format!("/sys/dev/char/{}", number(&file.metadata().ok()?))).ok().map(Self)
@@ -24,13 +24,12 @@ impl Place {
         self.0.parent()?.file_name()?.to_str().map(str::to_owned)
     }
 
-    /// Whether the device was removed. The one who removes it waits until it is closed.
+    /// Whether the device was removed. `vdpa dev del` waits until it is closed.
     pub(crate) fn is_removed(&self) -> bool {
         !self.0.exists()
     }
 
-    /// The name of the VDUSE device that it is made of, and the number of the character device of that. `None`: it is of
-    /// another kind.
+    /// The name of the VDUSE device behind it, and the number of its character device. `None`: it is no VDUSE device.
     pub(crate) fn vduse(&self) -> Option<(String, String)> {
         let is_vduse = |dir: &&Path| fs::read_link(dir.join("subsystem")).is_ok_and(|link| link.ends_with("vduse"));
         let device = self.0.ancestors().find(is_vduse)?;

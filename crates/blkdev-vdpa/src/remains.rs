@@ -1,4 +1,4 @@
-//! [`Remains`]: what is left of a device when it is closed, and how the device is reset.
+//! [`Remains`]: the file and the memory of a device that is being closed, and the reset of the device.
 
 use std::{
     io,
@@ -58,7 +58,7 @@ impl Remains {
     /// Resets the device explicitly, because the file may be open elsewhere. Closing the file, which comes next, does the same.
     ///
     /// # Errors
-    /// The device may go on to access the memory.
+    /// The reset failed, so the device may still access the memory.
     pub(crate) fn reset(&self) -> io::Result<()> {
         let done = reset(&self.vhost);
         let _ = iotlb(&self.vhost, self.backend, Iotlb::Invalidate, &self.mappings);
@@ -121,7 +121,7 @@ mod tests {
             mappings: vec![Arc::clone(&mapping)],
             rings,
         };
-        assert!(remains(vec![]).may_be_busy() && !remains(vec![]).shows_requests(), "there is no ring to look at");
+        assert!(remains(vec![]).may_be_busy() && !remains(vec![]).shows_requests(), "there is no ring");
         let ring = remains(vec![[base + 4096 + 6, base + 8192]]);
         assert!(ring.shows_requests() && !ring.may_be_busy());
         Window::new(&mapping, 4096, 64).store16(8, 65535, Ordering::Relaxed);

@@ -1,8 +1,8 @@
 //! [`Vduse`]: a device that a process makes with the kernel's VDUSE.
 //!
-//! The kernel keeps the device when the process ends. The next process of that name goes on with its rings, and carries out the
-//! requests that are in them. But what the first one had completed and not flushed may be gone, and the kernel does not report
-//! it.
+//! The kernel keeps the device when the process ends. The next process with that name continues with the same rings, and carries
+//! out the requests in them. But changes that the first process had completed and not flushed may be lost, and the kernel reports
+//! nothing.
 
 use std::{fs, os::fd::OwnedFd};
 
@@ -20,20 +20,20 @@ pub(crate) struct Vduse {
 }
 
 impl Vduse {
-    /// `None`: the device is of another kind.
+    /// `None`: it is no VDUSE device.
     pub(crate) fn at(place: &Place) -> Option<Self> {
         place.vduse().map(|(name, number)| Self { name, number })
     }
 
-    /// Whether a process has the device open, as far as this one can see.
+    /// Whether a visible process has the device open.
     pub(crate) fn has_process(&self) -> bool {
         self.ids().next().is_some()
     }
 
-    /// The processes that have the device open and that this one sees, as descriptors that are readable when they have ended.
+    /// The visible processes that have the device open, as descriptors that are readable when they have ended.
     pub(crate) fn processes(&self) -> Vec<OwnedFd> {
         let processes = self.ids().filter_map(|id| Some((id, pidfd_open(id).ok()?)));
-        // Meanwhile one may have ended, and another one may have its number.
+        // A process may have ended meanwhile, and another one may have its id.
         processes.filter(|(id, _)| self.is_held_by(*id)).map(|(_, process)| process).collect()
     }
 
@@ -43,7 +43,7 @@ impl Vduse {
         ids.filter(|id| self.is_held_by(*id))
     }
 
-    /// Looks at the name first: a file of another kind may hang.
+    /// Compares the name first: examining an unrelated file may hang.
     fn is_held_by(&self, id: u32) -> bool {
         let files = fs::read_dir(format!("/proc/{id}/fd")).into_iter().flatten().flatten();
         let mut named = files.filter(|file| fs::read_link(file.path()).is_ok_and(|path| path.ends_with(&self.name)));

@@ -12,13 +12,13 @@ use blkdev_virtio::Liveness;
 
 use crate::place::Place;
 
-/// Interval of looks whether the device was removed. The kernel has no event for the one who has it open.
+/// Interval of checks for the removal of the device. The kernel reports no event to its user.
 const LOOK: Duration = Duration::from_secs(1);
 
 const REMOVED: &str = "the vDPA device was removed";
 const ENDED: &str = "the process behind it (VDUSE) has ended";
 
-/// Watches the device, and all `processes` behind it: it goes on while one of them runs.
+/// Watches the device and all `processes` behind it. The device is dead when the last of them has ended.
 ///
 /// # Errors
 /// No thread or file descriptor is left.

@@ -116,7 +116,7 @@ impl Watch {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct Guard {
     shared: Arc<Shared>,
     requests: Requests,

@@ -28,7 +28,7 @@ pub(crate) trait Virtqueue<T>: Sized + Send + 'static {
     /// Returns the next used request. After an error the queue must not be used again.
     fn pop(&mut self) -> Result<Option<Used<T>>, RingError>;
 
-    /// Its positions, for people.
+    /// Its positions, for log messages.
     fn describe(&self) -> String;
 
     /// Requests a notification for the next used request. `false`: a request is used already, and no notification was
@@ -36,7 +36,7 @@ pub(crate) trait Virtqueue<T>: Sized + Send + 'static {
     fn arm(&mut self) -> bool;
 }
 
-/// Whether notifications are requested, for people.
+/// Whether notifications are requested, for log messages.
 pub(crate) fn on(armed: bool) -> &'static str {
     if armed { "on" } else { "off" }
 }

@@ -73,7 +73,7 @@ impl Shared {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct Reader<T: Transport> {
     core: Arc<Core<T>>,
     shared: Arc<Shared>,

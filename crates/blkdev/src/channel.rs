@@ -5,6 +5,8 @@
 //!
 //! A request that the device can take unchanged goes directly to the queue ([`Slot::Direct`]). Any other becomes a [`Job`].
 
+mod counting;
+
 use std::{
     collections::VecDeque,
     io,
@@ -16,13 +18,13 @@ use std::{
 use crate::{
     ages::{Ages, NEVER, Verdict},
     arena::{Arena, Buf},
-    counters::{Counters, Operation, Pending},
+    counters::{Counters, Operation},
     device::{Completion, Device, Info, Op, Request},
     driver::{Driver, Registered, catch},
     error::Error,
     gate::{Gate, Pass},
     io::{Done, Io},
-    job::{Job, Marks, Way, margins},
+    job::{Job, Way, margins},
     mem::Mapping,
     slots::{Kind, Overdue, Slot, Slots},
     stamp::{Clock, Stamp},
@@ -321,19 +323,15 @@ impl Channel {
     /// Starts a request. It always ends as a [`Done`] with the same tag, whatever happens.
     #[inline]
     pub fn submit(&mut self, tag: u64, io: Io) {
-        if !self.asked {
-            self.begin_turn();
-        }
+        self.enter_turn();
         self.counters.begin(Operation::of(&io));
         self.submit_since(tag, self.clock.stamp(), io);
     }
 
-    /// As [`submit`](Self::submit), but the [counters](Self::counters) do not count it: it is a part of a request that they have
-    /// counted already.
+    /// As [`submit`](Self::submit), but without counting it: it repeats a part of a request that is counted already
+    /// (see [`counters`](Self::counters)).
     pub fn submit_again(&mut self, tag: u64, io: Io) {
-        if !self.asked {
-            self.begin_turn();
-        }
+        self.enter_turn();
         self.submit_since(tag, Stamp::NONE, io);
     }
 
@@ -363,56 +361,16 @@ impl Channel {
         }
     }
 
-    /// Ends a request that the device never had.
-    #[cold]
-    fn conclude(&mut self, since: Stamp, done: Done) {
-        let len = match &done.io {
-            Io::Read { buf, .. } | Io::Write { buf, .. } => buf.len() as u64,
-            Io::Zero { len, .. } | Io::Discard { len, .. } | Io::Status { len, .. } | Io::Prefetch { len, .. } => *len,
-            Io::Flush => 0,
-        };
-        self.count(Operation::of(&done.io), since, len, done.result);
-        self.ready.push(done);
-    }
-
-    /// Counts a request that has ended.
-    #[inline]
-    fn count(&self, operation: Operation, since: Stamp, len: u64, result: Result<(), Error>) {
-        if since != Stamp::NONE {
-            self.counters.end(operation, self.clock.since(since), len, result);
-        }
-    }
-
-    /// What this channel has done, for any thread.
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
-    }
-
-    /// Visits the requests that have not ended, in no order.
-    pub fn pending(&self) -> impl Iterator<Item = Pending> {
-        self.slots.list.iter().filter_map(|slot| {
-            let (tag, since, operation, at, len) = match slot {
-                Slot::Direct { tag, since, kind, at, len, .. } => {
-                    (*tag, *since, kind.operation(), *at, u64::from(*len))
-                }
-                Slot::Job(job) => (job.tag, job.since, job.operation(), job.at, job.len),
-                Slot::Free { .. } | Slot::Overdue(_) => return None,
-            };
-            (since != Stamp::NONE).then(|| Pending { tag, operation, at, len, age: self.clock.age(since) })
-        })
-    }
-
-    /// The state of the queue, for people: empty, or words in parentheses after a space.
-    pub fn describe(&self) -> String {
-        let (state, held) = (self.driver.describe(), self.held.len());
-        let held = if held == 0 { String::new() } else { format!("{held} requests wait for room in the queue") };
-        let parts: Vec<_> = [state, held].into_iter().filter(|part| !part.is_empty()).collect();
-        if parts.is_empty() { String::new() } else { format!(" ({})", parts.join("; ")) }
-    }
-
     /// Whether the device has stalled: see [`tick`](Self::tick).
     pub fn is_stalled(&self) -> bool {
         self.stalled
+    }
+
+    #[inline]
+    fn enter_turn(&mut self) {
+        if !self.asked {
+            self.begin_turn();
+        }
     }
 
     /// Begins a turn: the first `submit` since the last `reap`.
@@ -478,6 +436,7 @@ impl Channel {
             self.push_held();
         }
         if !self.waiting.is_empty() {
+            self.clock.read();
             self.pass.disarm();
             self.admit();
         }
@@ -579,6 +538,7 @@ impl Channel {
     /// Ends requests that have taken too long.
     #[cold]
     fn judge(&mut self) {
+        self.clock.read();
         let born = |slot: &Slot| match slot {
             Slot::Direct { born, .. } => Some(*born),
             Slot::Job(job) if job.out > 0 => Some(job.born),
@@ -644,6 +604,7 @@ impl Channel {
     /// Stops using the queue, because the driver is faulty.
     #[cold]
     fn retire(&mut self) {
+        self.clock.read();
         self.driver.retire();
         // These completions may be false.
         self.completions.drain(..).for_each(|mut completion| completion.op.abandon());
@@ -652,7 +613,6 @@ impl Channel {
 
     /// Ends all requests.
     fn fail_all(&mut self) {
-        self.clock.read();
         self.refuses = true;
         for request in std::mem::take(&mut self.held) {
             let mut done = Vec::new();
@@ -675,7 +635,6 @@ impl Channel {
 
     /// Ends a request that the device has. Its memory stays in use until the device returns it.
     fn expire(&mut self, number: u32) {
-        self.clock.read();
         let empty = self.arena.empty();
         let slot = &mut self.slots.list[number as usize];
         let (done, overdue) = match std::mem::replace(slot, Slot::Free { next: NEVER }) {
@@ -775,6 +734,7 @@ impl Channel {
     /// Cancels the requests whose tags `which` selects: the parts that the device does not have yet never reach it. They end with
     /// [`Error::Cancelled`], or with the device's result if it already has them.
     pub fn cancel(&mut self, which: impl Fn(u64) -> bool) {
+        self.clock.read();
         for slot in 0..self.slots.list.len() {
             if let Slot::Job(job) = &mut self.slots.list[slot]
                 && which(job.tag)
@@ -956,15 +916,6 @@ impl Channel {
         }
         self.count_job(&job);
         self.ready.push(job.done(self.info.block_size));
-    }
-
-    fn count_job(&self, job: &Job) {
-        let Marks { split, flushed, zeroed } = job.marks;
-        self.counters.split.add(split.into());
-        self.counters.merged.add((job.way == Way::Alone).into());
-        self.counters.flushed.add(flushed.into());
-        self.counters.zeroed.add(zeroed.into());
-        self.count(job.operation(), job.since, job.len, job.error.map_or(Ok(()), Err));
     }
 
     /// Pushes a request of a new direct slot, or holds it back.

@@ -1,10 +1,11 @@
-//! [`Counters`]: what a channel has done, written by its owner and read by any thread; and [`Counts`], a copy of them.
+//! [`Counters`] of a channel, written by its owner and read by any thread; and [`Counts`], a copy of them.
 
-use std::{fmt, ops::AddAssign};
+use std::{fmt, ops::AddAssign, time::Duration};
 
 use crate::{
     error::Error,
-    histogram::{Count, Histogram, Latency},
+    gauge::Gauge,
+    histogram::{Histogram, Latency},
     io::Io,
 };
 
@@ -61,25 +62,25 @@ impl fmt::Display for Operation {
     }
 }
 
-/// What a channel has done so far.
+/// The counters of a channel.
 #[derive(Debug, Default)]
 pub struct Counters {
     operations: [Row; Operation::ALL.len()],
     /// See [`Counts`].
-    pub(crate) split: Count,
-    pub(crate) merged: Count,
-    pub(crate) flushed: Count,
-    pub(crate) zeroed: Count,
-    pub(crate) stalls: Count,
+    pub(crate) split: Gauge,
+    pub(crate) merged: Gauge,
+    pub(crate) flushed: Gauge,
+    pub(crate) zeroed: Gauge,
+    pub(crate) stalls: Gauge,
 }
 
 /// One operation.
 #[derive(Debug, Default)]
 struct Row {
-    begun: Count,
-    bytes: Count,
+    begun: Gauge,
+    bytes: Gauge,
     latency: Histogram,
-    errors: [Count; Error::ALL.len()],
+    errors: [Gauge; Error::ALL.len()],
 }
 
 impl Counters {
@@ -99,13 +100,13 @@ impl Counters {
         }
     }
 
-    /// A copy. Requests that begin or end meanwhile may be in it in part.
+    /// A copy. Requests that begin or end during the call may be counted in part.
     pub fn copy(&self) -> Counts {
         let row = |row: &Row| {
             // In this order, so that no more requests have ended than have begun.
             let latency = row.latency.copy();
             let (begun, bytes) = (row.begun.get().max(latency.count()), row.bytes.get());
-            OperationCounts { begun, bytes, errors: row.errors.each_ref().map(Count::get), latency }
+            OperationCounts { begun, bytes, errors: row.errors.each_ref().map(Gauge::get), latency }
         };
         Counts {
             operations: self.operations.each_ref().map(row),
@@ -118,21 +119,21 @@ impl Counters {
     }
 }
 
-/// What a channel, or several, have done so far. There may be more fields later.
+/// The counters of one or several channels. There may be more fields later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counts {
     /// Indexed by [`Operation`].
     pub operations: [OperationCounts; Operation::ALL.len()],
-    /// Requests that the device got in several pieces, because of its limits.
+    /// Requests that were split because of the limits of the device.
     pub split: u64,
-    /// Requests that were merged into blocks which they cover only in part: the blocks were read, changed and written back.
+    /// Unaligned requests, for which blocks were read, changed and written back (read-modify-write).
     pub merged: u64,
-    /// Requests with FUA that were followed by a flush, because the device has no FUA.
+    /// FUA requests that were completed by a flush, because the device has no FUA.
     pub flushed: u64,
-    /// Requests for zeroes that were writes of zeroes, because the device cannot make them.
+    /// Zero requests that became writes of zeroes, because the device cannot make zeroes.
     pub zeroed: u64,
-    /// How often a queue has stalled: all its requests have failed, since nothing was completed within the time-out.
+    /// How often a queue has stalled: it completed nothing within the time-out, and all its requests failed.
     pub stalls: u64,
 }
 
@@ -146,7 +147,7 @@ pub struct OperationCounts {
     pub bytes: u64,
     /// Requests that have failed, in the order of [`Error::ALL`].
     pub errors: [u64; Error::ALL.len()],
-    /// From the turn in which a request was submitted to the one in which it ended; failed requests included.
+    /// Time from the turn in which a request was submitted to the turn in which it ended. Includes failed requests.
     pub latency: Latency,
 }
 
@@ -196,22 +197,19 @@ impl AddAssign<&Self> for Counts {
 pub struct Pending {
     /// The tag from [`Channel::submit`](crate::Channel::submit).
     pub tag: u64,
-    /// What it does.
+    /// The operation.
     pub operation: Operation,
     /// First byte on the device.
     pub at: u64,
     /// Length in bytes.
     pub len: u64,
     /// Time since it was submitted.
-    pub age: std::time::Duration,
+    pub age: Duration,
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::Arc,
-        time::{Duration, Instant},
-    };
+    use std::{sync::Arc, time::Instant};
 
     use super::*;
     use crate::{
@@ -220,7 +218,7 @@ mod tests {
         memory::Memory,
     };
 
-    /// A device of 4 KiB blocks with none of the things that a channel emulates.
+    /// A device of 4 KiB blocks for which a channel must emulate FUA and zeroes.
     fn channel() -> Channel {
         let device: Arc<dyn Device> = Arc::new(Memory::new(1 << 20).with(|info| {
             (info.block_size, info.transfer_max) = (4096, 16384);

@@ -56,7 +56,7 @@ pub trait Device: Send + Sync {
         0
     }
 
-    /// What else the driver knows of it, for people: names, and values with their units.
+    /// Driver-specific properties for display: names, and values with their units.
     fn details(&self) -> Vec<(&'static str, String)> {
         Vec::new()
     }
@@ -165,7 +165,7 @@ pub trait Queue: Send {
         memory.abandon();
     }
 
-    /// The state of its rings, for people, in a few words.
+    /// The state of its rings for log messages, in a few words.
     fn describe(&self) -> String {
         String::new()
     }
@@ -293,7 +293,7 @@ pub struct Info {
     pub target: String,
     /// The device's own identification (a serial number), or empty.
     pub serial: String,
-    /// The system's name of the device, or empty. `target` may be that of another device later.
+    /// The system's name of the device, or empty. Later, `target` may refer to another device.
     pub name: String,
     /// How many queues can be open at a time, at least 1.
     pub queues_max: u16,

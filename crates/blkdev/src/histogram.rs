@@ -1,14 +1,10 @@
-//! [`Histogram`]: how long requests took, counted by one thread and read by others; and [`Latency`], a copy of it.
+//! [`Histogram`] of latencies, written by one thread and read by others; and [`Latency`], a copy of it.
 
-use std::{
-    ops::AddAssign,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+use std::{ops::AddAssign, time::Duration};
 
-use crate::stamp::TICK;
+use crate::{gauge::Gauge, stamp::TICK};
 
-/// Buckets of each doubling. The bounds of a bucket differ by an eighth at most.
+/// Logarithm of the buckets per doubling. The bounds of a bucket differ by an eighth at most.
 const PARTS_LOG2: u32 = 3;
 /// Everything below 2^6 ticks (1.024 µs) is in the first bucket.
 const FIRST_LOG2: u32 = 6;
@@ -28,7 +24,7 @@ fn bucket(ticks: u64) -> usize {
     if log2 >= LAST_LOG2 {
         return BUCKETS - 1;
     }
-    // The leading bit chooses the doubling, and those behind it the part.
+    // The leading bit selects the doubling, and the next bits select the part.
     let part = (ticks >> (log2 - PARTS_LOG2)) - (1 << PARTS_LOG2);
     1 + ((log2 - FIRST_LOG2) << PARTS_LOG2) as usize + part as usize
 }
@@ -40,34 +36,17 @@ fn end(bucket: usize) -> Option<u64> {
     (bucket < BUCKETS - 1).then(|| ((1 << PARTS_LOG2) + part) << (FIRST_LOG2 + doubling - PARTS_LOG2))
 }
 
-/// A counter of one writer.
-#[derive(Debug, Default)]
-pub(crate) struct Count(AtomicU64);
-
-impl Count {
-    /// Only the owner of the counter may call this.
-    #[inline]
-    pub(crate) fn add(&self, more: u64) {
-        // There is one writer, so this needs no atomic addition.
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
-    }
-
-    pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// Counts times. One thread writes.
+/// Counts latencies. One thread writes.
 #[derive(Debug)]
 pub(crate) struct Histogram {
-    buckets: [Count; BUCKETS],
+    buckets: [Gauge; BUCKETS],
     /// The sum of all times, in ticks.
-    sum: Count,
+    sum: Gauge,
 }
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: [const { Count(AtomicU64::new(0)) }; BUCKETS], sum: Count::default() }
+        Self { buckets: std::array::from_fn(|_| Gauge::default()), sum: Gauge::default() }
     }
 }
 
@@ -79,11 +58,11 @@ impl Histogram {
     }
 
     pub(crate) fn copy(&self) -> Latency {
-        Latency { buckets: self.buckets.iter().map(Count::get).collect(), sum: self.sum.get() }
+        Latency { buckets: self.buckets.iter().map(Gauge::get).collect(), sum: self.sum.get() }
     }
 }
 
-/// How long requests took: a histogram from 1 µs to 137 s, whose buckets are an eighth wide.
+/// A histogram of latencies from 1 µs to 137 s. Each doubling has eight buckets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Latency {
     buckets: Vec<u64>,
@@ -108,7 +87,8 @@ impl Latency {
         duration(self.sum)
     }
 
-    /// The time that a fraction `q` (0 to 1) of all requests took at most, within 7 per cent. `None`: there were no requests.
+    /// The quantile `q` (0 to 1): so many of the requests took at most this time. Exact within 7 per cent. `None`: there were no
+    /// requests.
     pub fn quantile(&self, q: f64) -> Option<Duration> {
         let count = self.count();
         // The request with this number, in the order of their times.
@@ -127,13 +107,13 @@ impl Latency {
         self.buckets.iter().enumerate().map(|(place, count)| (end(place).map(duration), *count))
     }
 
-    /// What has been added since `before`, an earlier copy of the same histogram.
+    /// The requests since `before`, an earlier copy of the same histogram.
     pub fn since(&self, before: &Self) -> Self {
         let buckets = self.buckets.iter().zip(&before.buckets).map(|(now, then)| now.saturating_sub(*then)).collect();
         Self { buckets, sum: self.sum.saturating_sub(before.sum) }
     }
 
-    /// From the counts of all buckets, and the sum. `None`: there are not as many.
+    /// A histogram from the counts of all buckets, and the sum. `None`: the number of counts is not [`BUCKETS`].
     pub fn from_parts(buckets: Vec<u64>, sum: Duration) -> Option<Self> {
         let sum = u64::try_from(sum.as_nanos() / u128::from(TICK)).unwrap_or(u64::MAX);
         (buckets.len() == BUCKETS).then_some(Self { buckets, sum })

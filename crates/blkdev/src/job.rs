@@ -42,7 +42,7 @@ pub(crate) struct Job {
     pub(crate) marks: Marks,
 }
 
-/// What a job has needed so far, for the counters.
+/// The extra work that a job has caused so far, for the counters.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Marks {
     pub(crate) split: bool,

@@ -1,4 +1,4 @@
-//! [`Stamp`]: when a request began, in six bytes, so that it fits into a slot.
+//! [`Stamp`]: the start time of a request in six bytes, so that it fits into a slot.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ impl Stamp {
     }
 }
 
-/// The time of the present turn. Its ticks are computed only in turns that need them.
+/// The time of the present turn. Ticks are computed only on demand ([`read`](Self::read)).
 #[derive(Debug, Default)]
 pub(crate) struct Clock {
     /// When it began, and now.

@@ -62,7 +62,7 @@ pub fn ring(fd: BorrowedFd<'_>) {
     let _ = nix::unistd::write(fd, &1_u64.to_ne_bytes());
 }
 
-/// The time, of the one clock that drivers go by.
+/// The present time. Drivers use no other clock, so that fuzz targets can simulate it.
 #[inline]
 pub fn now() -> Instant {
     #[cfg(feature = "fuzz")]
@@ -72,7 +72,7 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
-/// Waits for some time.
+/// Sleeps for `time`.
 pub fn sleep(time: Duration) {
     #[cfg(feature = "fuzz")]
     if let Some(clock) = Clock::entered() {
@@ -88,7 +88,7 @@ pub fn wait<const N: usize>(fds: [BorrowedFd<'_>; N], time: Option<Duration>) ->
     if let Some(clock) = Clock::entered() {
         let ready = poll_for(fds, Some(Duration::ZERO));
         if ready == [false; N] {
-            clock.pass(time.expect("somebody else would have to end this wait"));
+            clock.pass(time.expect("no other thread can end this wait"));
         }
         return ready;
     }
@@ -174,7 +174,7 @@ type Act = Option<Box<dyn FnMut(&Stop) -> bool + Send>>;
 #[cfg(feature = "fuzz")]
 impl Turns for Turn {
     fn take(&self) {
-        // Locked: it is having one.
+        // Locked: this turn is running already.
         if let Ok(mut act) = self.act.try_lock() {
             *act = act.take().and_then(|mut turn| turn(&self.stop).then_some(turn));
         }
@@ -205,8 +205,8 @@ impl Watcher {
         })
     }
 
-    /// As [`start`](Self::start), for a thread that does the same again and again: it calls `turn` until that returns `false`, as
-    /// it must when [`Stop::is_requested`]. A turn waits only at its end, for [`Stop::patience`] at most, besides waits for the
+    /// As [`start`](Self::start), for a thread that does the same again and again: it calls `turn` until that returns `false`,
+    /// which it must do when [`Stop::is_requested`]. A turn waits only at its end, for [`Stop::patience`] at most, besides waits for the
     /// device.
     ///
     /// # Errors
@@ -228,7 +228,7 @@ impl Watcher {
         &self.stop.wake
     }
 
-    /// Wakes the thread for something that the caller waits for next. The caller holds no lock that the thread takes.
+    /// Wakes the thread. The caller then waits for its result, and holds no lock that the thread takes.
     pub fn rouse(&self) {
         self.stop.wake.ring();
         #[cfg(feature = "fuzz")]
@@ -237,7 +237,7 @@ impl Watcher {
         }
     }
 
-    /// As [`wait`], for something that the thread may bring about. The caller holds no lock that the thread takes.
+    /// As [`wait`], for an event that the thread may cause. The caller holds no lock that the thread takes.
     pub fn wait<const N: usize>(&self, fds: [BorrowedFd<'_>; N], time: Duration) -> [bool; N] {
         #[cfg(feature = "fuzz")]
         if let Some(clock) = Clock::entered() {

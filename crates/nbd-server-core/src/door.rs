@@ -543,7 +543,7 @@ impl Guest {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
-            // Also if it comes in with another event, which may report only room to send.
+            // The event that led here may have reported only room to send.
             self.active = Instant::now();
             self.heard = self.heard.take().filter(|heard| heard.len() + staged <= HEARD_MAX);
             if let Some(heard) = &mut self.heard {

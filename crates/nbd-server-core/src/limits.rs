@@ -33,7 +33,8 @@ pub struct Limits {
     pub stall_timeout: Duration,
     /// Grace period of clients whose export is removed [softly](crate::Removal::Soft).
     pub farewell: Duration,
-    /// A request that takes longer than this is reported in the log, with the state of its device; once for each export in that time.
+    /// The log gets a warning about a request that takes longer than this, with the state of its device: at most one per export in
+    /// that time. `None`: never.
     pub slow: Option<Duration>,
     /// Longest busy-poll before a worker sleeps (adaptive). A worker busy-polls if its devices answer soon, or if its clients
     /// send few requests at a time in quick succession. Then it serves them without the wake-up time, which is tens of

@@ -281,8 +281,8 @@ impl Roster {
         present.chain(leaving).collect()
     }
 
-    /// The exports as others see them, removed ones that are still in use last. Waits for no change, which may take long: during
-    /// one, the removed ones are missing.
+    /// The exports for an observation, and then removed exports that are still in use. A change of exports may take long. This does
+    /// not wait for it; removed exports are missing meanwhile.
     pub(crate) fn observe(&self) -> Vec<ExportView> {
         let state = self.state.try_lock().ok();
         let view = self.views.look();
@@ -328,6 +328,11 @@ impl Roster {
         view.seats.iter().zip(view.exports.list()).map(|(seat, export)| (seat.lane, export.name.clone())).collect()
     }
 
+    /// Whether clients can open an export of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.views.look().exports.list().iter().any(|export| export.name == name)
+    }
+
     /// Returns a claim to the seat of an export by its name.
     pub(crate) fn ticket(&self, name: &str) -> Option<Ticket> {
         let view = self.views.look();
@@ -343,7 +348,7 @@ impl Roster {
     }
 }
 
-/// An export as others see it.
+/// An export for an observation.
 fn view_of(seat: &Seat, removal: Option<Removal>, device: Option<&dyn Device>) -> ExportView {
     let mut counts = Counts::default();
     let (mut refused, mut oldest, mut memory, mut is_stalled) = (0, None, MemoryView::default(), false);

@@ -16,7 +16,7 @@ use crate::{observe::LaneGauges, threads::lock};
 pub(crate) struct Seat {
     /// The name of its export.
     pub(crate) name: String,
-    /// What each of the workers shows of its lane.
+    /// The gauges of each worker's lane.
     pub(crate) gauges: Vec<Arc<LaneGauges>>,
     /// When a slow request was last reported.
     reported: Mutex<Option<Instant>>,

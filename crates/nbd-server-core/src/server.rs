@@ -245,7 +245,7 @@ impl Server {
         self.roster.status()
     }
 
-    /// What the server does now, and what it has done so far.
+    /// Returns the state and the counters of the server. Waits for no device, and for no change of exports.
     pub fn observe(&self) -> Observation {
         let now = Instant::now();
         let (clients, clients_served) = self.book.view(now);
@@ -263,10 +263,11 @@ impl Server {
         is_here
     }
 
-    /// Disconnects all clients of an export. Returns their number.
-    pub fn disconnect_all(&self, export: &str) -> usize {
-        let clients = self.book.view(Instant::now()).0;
-        clients.iter().filter(|client| client.export == export && self.disconnect(client.id)).count()
+    /// Disconnects all clients of an export. Returns their number; `None`: there is no such export.
+    pub fn disconnect_all(&self, export: &str) -> Option<usize> {
+        let ids = self.book.ids_of(export);
+        let count = ids.into_iter().filter(|id| self.disconnect(*id)).count();
+        (count > 0 || self.roster.has(export)).then_some(count)
     }
 
     /// Blocks until the server fails: see [`End::wait`]. A failed server must still be dropped.

@@ -451,7 +451,7 @@ impl Session {
         self.replier.error(&mut self.outbox, cookie, at, error, text);
     }
 
-    /// What the client has done.
+    /// The requests and bytes of the client so far.
     #[inline]
     pub fn traffic(&self) -> &Traffic {
         &self.traffic

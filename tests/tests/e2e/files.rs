@@ -472,8 +472,8 @@ fn a_block_device_that_is_mounted_is_not_written_to() {
     Mount(dir.at("m")).unmount();
 }
 
-/// The kernel keeps a loop device that is torn down as long as the server has it open, so clients do not notice. A server that starts
-/// when it is set up again continues on the same content.
+/// The kernel keeps a loop device that is torn down until the server closes it, so clients do not notice. Each round sets the device
+/// up again, starts another server on it, and verifies the content.
 #[test]
 fn no_write_is_lost_when_a_loop_device_is_torn_down_and_set_up() {
     let dir = Dir::in_memory();

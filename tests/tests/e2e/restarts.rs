@@ -1,22 +1,18 @@
 //! The device behind the server dies and comes back, and no client notices.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use nbdblk_tests::checker::{BLOCK, Checker, Durability};
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno, info_query, opt};
-use nbdblk_tests::{Address, Dir, Export, Nbdblk, Qsd, Rng, eventually, nbdblk, tool, write_runs};
+use nbdblk_tests::{
+    Address, Dir, Export, Nbdblk, Qsd, Rng, eventually, nbdblk, restarts, tool, under_load, write_runs,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::MIB;
-
-/// Number of times that the back end is killed: as `NBDBLK_RESTARTS` says, or a few.
-fn restarts() -> u32 {
-    std::env::var("NBDBLK_RESTARTS").map_or(6, |number| number.parse().expect("a number"))
-}
 
 const SIZE: u64 = 64 * MIB;
 
@@ -44,24 +40,9 @@ fn kill_and_upgrade_under_load(format: &'static str, properties: &str, durabilit
     let spec = format!("{}{properties}", first.spec());
     let mut server = Nbdblk::unix(&dir, &[&spec, "--control", "control.sock"]);
     let mut qsd = Some(first);
-    let stop = AtomicBool::new(false);
-    let count = SIZE as usize / BLOCK / 4;
     let mut rng = Rng(7);
-    let checkers = thread::scope(|scope| {
-        let clients: Vec<_> = (0..4_u64)
-            .map(|n| {
-                let (address, stop) = (server.address(), &stop);
-                scope.spawn(move || {
-                    let raw = Raw::enter(address, Mode::Structured, "");
-                    let mut checker = Checker::new(raw, n * count as u64, count, durability);
-                    while !stop.load(Ordering::Relaxed) {
-                        checker.round();
-                    }
-                    checker
-                })
-            })
-            .collect();
-        for _ in 0..restarts() {
+    under_load(server.address(), &[durability; 4], SIZE as usize / BLOCK / 4, || {
+        for _ in 0..restarts(6) {
             thread::sleep(Duration::from_millis(50 + rng.below(400)));
             qsd.take().expect("it runs").kill();
             // Sometimes it is away for a while.
@@ -71,13 +52,7 @@ fn kill_and_upgrade_under_load(format: &'static str, properties: &str, durabilit
                 nbdblk().args(["upgrade", "--control", "control.sock"]).within(dir.path()).ok();
             }
         }
-        stop.store(true, Ordering::Relaxed);
-        clients.into_iter().map(|client| client.join().expect("no client sees an error")).collect::<Vec<_>>()
     });
-    for mut checker in checkers {
-        checker.flush();
-        checker.verify_all();
-    }
     assert!(server.is_alive());
     assert!(server.terminate().success());
     drop(qsd);

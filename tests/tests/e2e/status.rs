@@ -1,4 +1,4 @@
-//! An operator looks into a running server: `nbdblk status`, metrics and the log say what is so.
+//! `nbdblk status`, the metrics and the log report the state of a running server.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -30,7 +30,7 @@ fn status(dir: &Dir) -> Value {
     serde_json::from_str(&text).expect("the status is JSON")
 }
 
-/// Sends a request to the server of metrics. Returns the head and the body of the response.
+/// Sends an HTTP request. Returns the head and the body of the response.
 fn ask(dir: &Dir, request: &str) -> (String, String) {
     let mut socket = UnixStream::connect(dir.at("metrics.sock")).unwrap();
     socket.write_all(request.as_bytes()).unwrap();
@@ -106,7 +106,7 @@ fn all_figures_equal_what_200_clients_did() {
     };
     assert_eq!((sum("bytes_read"), sum("bytes_written"), sum("failed"), sum("refused")), (read, written, 100, 100));
     assert_eq!(sum("requests"), 2 * reads + 100);
-    // The metrics have the same.
+    // The metrics have the same figures.
     let (head, page) =
         ask(&dir, "GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text, text/plain;q=0.5\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200 OK") && head.contains("application/openmetrics-text"), "{head}");
@@ -118,7 +118,7 @@ fn all_figures_equal_what_200_clients_did() {
     assert_eq!(of("nbdblk_request_duration_seconds_count", "write"), reads as f64);
     assert_eq!(metric(&page, "nbdblk_clients{export=\"a\"}"), 100.0);
     assert_eq!(metric(&page, "nbdblk_requests_refused_total{export=\"a\"}"), 100.0);
-    // A table for people.
+    // The tables.
     let table = command(&dir, &["status", "--interval", "50ms"]).ok().out;
     assert!(table.contains("EXPORT") && table.lines().count() == 4 && table.contains("200 clients"), "{table}");
     let table = command(&dir, &["status", "--clients"]).ok().out;
@@ -127,7 +127,7 @@ fn all_figures_equal_what_200_clients_did() {
     eventually("no clients", || status(&dir)["clients"].as_array().unwrap().is_empty());
 }
 
-/// A device whose speed is limited, so that it alone decides how long requests take.
+/// The device is throttled, so latencies depend on it alone.
 #[test]
 fn percentiles_are_those_that_fio_reports() {
     let dir = Dir::new();
@@ -237,7 +237,7 @@ fn a_service_is_found_without_its_name() {
     assert!(!runtime.join("control.sock").exists(), "the socket is removed");
 }
 
-/// While memory is short, the status says who waits.
+/// While memory is short, the status and the metrics count the waiting clients.
 #[test]
 fn a_full_memory_is_seen() {
     let dir = Dir::new();
@@ -284,14 +284,14 @@ fn the_log_can_be_json() {
     let server = serve(&dir, &["memory=1M", "-v", "--log-format", "json"]);
     drop(Raw::enter(server.address(), Mode::Structured, ""));
     server.await_log("leaves export");
-    // The URI is no line of the log.
+    // The URI is on stdout.
     for line in server.log().lines().filter(|line| !line.starts_with("nbd+unix:")) {
         let object: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
         assert!(object["time"].is_f64() && object["level"] == "info" && object["message"].is_string(), "{line}");
     }
 }
 
-/// Bad and slow clients of the metrics harm no other one.
+/// Bad and slow HTTP clients harm no other client.
 #[test]
 fn a_bad_scraper_harms_no_other_one() {
     let dir = Dir::new();

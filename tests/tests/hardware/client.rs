@@ -54,7 +54,7 @@ fn sockets(server: &Nbdblk) -> usize {
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// What the kernel says from a moment on.
+/// The kernel's log from a moment on.
 #[derive(Debug)]
 pub(crate) struct KernelLog(String);
 

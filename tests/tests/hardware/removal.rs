@@ -221,7 +221,7 @@ pub(crate) fn monitor(command: &str) {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits());
     let mut port = None;
-    // A child of another test has the port of the command before until it executes its program.
+    // A forked child of another test holds the port of the last command until it executes its program.
     eventually("the port to the monitor", || {
         port = options.open(expand("$NBDBLK_MONITOR")).ok();
         port.is_some()

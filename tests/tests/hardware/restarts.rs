@@ -1,20 +1,15 @@
-//! The server is replaced on each device. A file system of the Linux kernel goes on while the server and the back end behind it
-//! are replaced in turn.
+//! The server is replaced on each device. A file system of the Linux kernel stays in use while the server and the back end are
+//! replaced in turn.
 
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use nbdblk_tests::raw::{Mode, Raw};
-use nbdblk_tests::{Cmd, Daemon, Dir, Export, Nbdblk, Qsd, Rng, nbdblk, tool};
+use nbdblk_tests::{Cmd, Daemon, Dir, Export, Nbdblk, Qsd, Rng, nbdblk, restarts, tool};
 
 use crate::client::{KernelLog, NbdDisk};
 use crate::target::{Target, check};
-
-/// How often something is replaced: as `NBDBLK_RESTARTS` says, or `few` times.
-pub(crate) fn restarts(few: u32) -> u32 {
-    std::env::var("NBDBLK_RESTARTS").map_or(few, |number| number.parse().expect("a number"))
-}
 
 /// Writes files, makes them durable, and verifies them; without the page cache, so that reads reach the disk. Blocks of the file
 /// `plain` are changed in place and never flushed on purpose. At the end, `verify` reads everything that `load` has written.
@@ -148,7 +143,7 @@ fn start(dir: &Dir, image: &Path) -> Qsd {
     Qsd::start(dir, image, Export { format: "qcow2", queues: 2, ..Export::default() })
 }
 
-/// The load goes on after each upgrade and each restart, so that both meet requests in flight.
+/// The test waits for more load after each upgrade and each restart, so that both meet requests in flight.
 #[test]
 fn a_file_system_survives_upgrades_and_a_killed_back_end() {
     check("the kernel's client", || {
@@ -174,7 +169,7 @@ fn await_rounds(load: &mut Daemon, count: usize) {
     load.await_that("that the load goes on", |log| rounds(log) >= now + count);
 }
 
-/// A client goes on when the server is replaced, and reads what it wrote before.
+/// A client continues when the server is replaced, and reads what it wrote before.
 pub(crate) fn upgraded(target: &Target) {
     let dir = Dir::new();
     let server = Nbdblk::unix(&dir, &[&target.spec(), "--control", "control.sock"]);

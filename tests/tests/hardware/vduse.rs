@@ -1,19 +1,17 @@
 //! The process behind a VDUSE device ends and comes back, while clients verify what they write.
 //!
-//! The kernel keeps a VDUSE device without its process, and the next process of that name goes on with it.
+//! The kernel keeps a VDUSE device without its process, and the next process with that name continues with it.
 
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use nbdblk_tests::checker::{BLOCK, Checker, Durability};
+use nbdblk_tests::checker::{BLOCK, Durability};
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
-use nbdblk_tests::{Daemon, Dir, Nbdblk, Rng, eventually, tool};
+use nbdblk_tests::{Daemon, Dir, Nbdblk, Rng, eventually, restarts, tool, under_load};
 use nix::sys::signal::Signal;
 
-use crate::restarts::restarts;
 use crate::target::{check, vhost_vdpa};
 
 const MIB: u64 = 1 << 20;
@@ -67,7 +65,7 @@ impl<'a> Vduse<'a> {
         daemon.await_end();
     }
 
-    /// Waits until the server is back, and meanwhile starts the daemon as often as QEMU aborts it.
+    /// Waits until the device is back. Starts the daemon again whenever QEMU aborts.
     fn await_log(&mut self, server: &Nbdblk, text: &str, count: usize) {
         eventually(&format!("{text:?} in the log"), || {
             if !self.daemon.as_mut().is_some_and(Daemon::is_alive) {
@@ -92,31 +90,8 @@ impl<'a> Vduse<'a> {
 }
 
 /// Runs `disturb` while two clients verify what they write.
-fn under_load(server: &Nbdblk, durability: Durability, disturb: impl FnOnce()) {
-    let stop = AtomicBool::new(false);
-    let count = SIZE as usize / BLOCK / 2;
-    let checkers = thread::scope(|scope| {
-        let clients: Vec<_> = (0..2_u64)
-            .map(|n| {
-                let (address, stop) = (server.address(), &stop);
-                scope.spawn(move || {
-                    let raw = Raw::enter(address, Mode::Structured, "");
-                    let mut checker = Checker::new(raw, n * count as u64, count, durability);
-                    while !stop.load(Ordering::Relaxed) {
-                        checker.round();
-                    }
-                    checker
-                })
-            })
-            .collect();
-        disturb();
-        stop.store(true, Ordering::Relaxed);
-        clients.into_iter().map(|client| client.join().expect("no client sees an error")).collect::<Vec<_>>()
-    });
-    for mut checker in checkers {
-        checker.flush();
-        checker.verify_all();
-    }
+fn disturbed(server: &Nbdblk, durability: Durability, disturb: impl FnOnce()) {
+    under_load(server.address(), &[durability; 2], SIZE as usize / BLOCK / 2, disturb);
 }
 
 fn kill_under_load(name: &'static str, format: &'static str, durability: Durability) {
@@ -125,7 +100,7 @@ fn kill_under_load(name: &'static str, format: &'static str, durability: Durabil
         let mut vduse = Vduse::new(&dir, name, format);
         let server = Nbdblk::unix(&dir, &[&vduse.spec()]);
         let mut rng = Rng(5);
-        under_load(&server, durability, || {
+        disturbed(&server, durability, || {
             for n in 1..=restarts(4) as usize {
                 thread::sleep(Duration::from_millis(300 + rng.below(400)));
                 vduse.kill();
@@ -147,20 +122,20 @@ fn no_write_is_lost_when_its_process_is_killed() {
     kill_under_load("killed-raw", "raw", Durability::Often);
 }
 
-/// Although no client flushes, and the process forgets what was not flushed.
+/// No client flushes, and the process forgets changes that were not flushed.
 #[test]
 fn no_write_to_qcow2_is_lost_when_its_process_is_killed() {
     kill_under_load("killed-qcow2", "qcow2", Durability::None);
 }
 
-/// The device is deleted, and made again, while the process goes on.
+/// The device is deleted and made again, while the process keeps running.
 #[test]
 fn a_device_that_is_removed_and_added_again_with_its_process() {
     check("a VDUSE device that is removed", || {
         let dir = Dir::in_memory();
         let mut vduse = Vduse::new(&dir, "moved", "raw");
         let server = Nbdblk::unix(&dir, &[&format!("vdpa={}", vduse.link().display())]);
-        under_load(&server, Durability::Often, || {
+        disturbed(&server, Durability::Often, || {
             thread::sleep(Duration::from_millis(500));
             vduse.remove();
             server.await_log("the vDPA device was removed");
@@ -181,11 +156,11 @@ fn a_device_that_is_removed_and_added_again() {
         let dir = Dir::in_memory();
         let mut vduse = Vduse::new(&dir, "removed", "raw");
         let server = Nbdblk::unix(&dir, &[&format!("vdpa={},reconnect=600s", vduse.link().display())]);
-        under_load(&server, Durability::Often, || {
+        disturbed(&server, Durability::Often, || {
             thread::sleep(Duration::from_secs(1));
             vduse.kill();
             server.await_log("reconnecting");
-            // Waits until the server has closed the device, and that waits for the process, in the kernel, for half a minute.
+            // Waits until the server has closed the device. The kernel waits for the process meanwhile, for half a minute.
             vduse.remove();
             tool("qemu-img").args(["resize", "-q", "-f", "raw"]).args([&vduse.image]).args(["48M"]).ok();
             // The kernel has given up on the device. The next process is refused, and destroys it.
@@ -232,7 +207,7 @@ fn clients_go_on_after_a_hang() {
         let vduse = Vduse::new(&dir, "hangs", "raw");
         let server = Nbdblk::unix(&dir, &[&format!("{},request-timeout=1s", vduse.spec())]);
         let daemon = vduse.daemon.as_ref().expect("it runs");
-        under_load(&server, Durability::Often, || {
+        disturbed(&server, Durability::Often, || {
             thread::sleep(Duration::from_millis(500));
             daemon.signal(Signal::SIGSTOP);
             server.await_log("reconnecting");

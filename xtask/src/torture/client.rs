@@ -162,7 +162,7 @@ impl Client {
         Ok(end)
     }
 
-    /// A flush, so that the server keeps nothing for this client any more, and the end.
+    /// Flushes, so that the server keeps no changes for this client any more, and disconnects.
     fn leave(&self, mut client: nbd_client::Client) {
         let from = now();
         let flushed = if client.export().can_flush() { client.flush() } else { Ok(()) };

@@ -190,7 +190,7 @@ impl World {
         loop {
             self.pump()?;
             let Use { descriptors, memory } = self.server.usage()?;
-            // While a back end lives that the server has hung up on, the server keeps the memory that it may access, and its pidfd.
+            // After a hang, a back end may still access memory. The server keeps its pidfd until the process ends.
             if descriptors <= before.descriptors + self.back_ends.len() && memory <= before.memory + SLACK {
                 self.note(&format!("without clients: {descriptors} descriptors, {} KiB", memory >> 10));
                 return Ok(());

@@ -42,41 +42,39 @@ pub(super) fn respond(request: &[u8], observer: &Observer) -> Option<Vec<u8>> {
 }
 
 fn get(path: &str, fields: &[httparse::Header<'_>], observer: &Observer) -> Response {
-    let Some((seen, report)) = observer.look() else {
-        return Response::text("503 Service Unavailable", "the server is stopping\n");
-    };
-    match path {
+    let found = match path {
         "/" => {
             let (page, fields) = page::page();
-            Response { fields, ..Response::new("200 OK", HTML, page) }
+            Some(Response { fields, ..Response::new("200 OK", HTML, page) })
         }
-        "/metrics" => match prometheus::encode(&seen, &report) {
+        "/metrics" => observer.observe().map(|seen| match prometheus::encode(seen, observer.uptime()) {
             Ok(text) if accepts_open_metrics(fields) => Response::new("200 OK", OPEN_METRICS, text),
             Ok(text) => Response::new("200 OK", CLASSIC_METRICS, prometheus::classic(&text)),
             Err(error) => Response::text("500 Internal Server Error", format!("{error}\n")),
-        },
-        "/healthz" => health(&report),
-        "/status.json" => match serde_json::to_string(&report) {
+        }),
+        "/healthz" => observer.report().map(|report| health(&report)),
+        "/status.json" => observer.report().map(|report| match serde_json::to_string(&report) {
             Ok(text) => Response::new("200 OK", JSON, text),
             Err(error) => Response::text("500 Internal Server Error", format!("{error}\n")),
-        },
-        _ => Response::text("404 Not Found", "there are /, /metrics, /healthz and /status.json\n"),
-    }
+        }),
+        _ => Some(Response::text("404 Not Found", "there are /, /metrics, /healthz and /status.json\n")),
+    };
+    found.unwrap_or_else(|| Response::text("503 Service Unavailable", "the server is stopping\n"))
 }
 
-/// Whether the client says that it understands OpenMetrics. Each client understands the classic format.
+/// Whether the client accepts OpenMetrics. All clients understand the classic format.
 fn accepts_open_metrics(fields: &[httparse::Header<'_>]) -> bool {
     let accepted = fields.iter().filter(|field| field.name.eq_ignore_ascii_case("Accept"));
     let ranges = accepted.filter_map(|field| str::from_utf8(field.value).ok()).flat_map(|value| value.split(','));
     ranges.map(|range| range.split(';').map(str::trim)).any(|mut parts| {
         let is_open = parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"));
-        // A weight of 0 means: not this one.
+        // A weight of 0 excludes a format.
         let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse::<f32>().ok());
         is_open && weight.unwrap_or(1.0) > 0.0
     })
 }
 
-/// Whether all devices work, and all threads live.
+/// The health check: status 200 if all devices work and all threads live.
 fn health(report: &Report) -> Response {
     let devices =
         report.exports.iter().filter(|export| export.removal.is_none() && export.state != DeviceState::Working);
@@ -90,12 +88,12 @@ fn health(report: &Report) -> Response {
     }
 }
 
-/// A response. It ends its connection.
+/// A response. The connection is closed after it.
 #[derive(Debug)]
 struct Response {
     status: &'static str,
     kind: &'static str,
-    /// More header fields, each with its end.
+    /// More header fields, each with its line break.
     fields: String,
     body: String,
 }

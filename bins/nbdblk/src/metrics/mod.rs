@@ -1,5 +1,5 @@
-//! `--metrics`: an HTTP server for Prometheus and for people. It only reads, and it is bounded: one thread, few connections, each
-//! with a deadline. A client that is slow or hostile harms only other clients of this server.
+//! `--metrics`: a read-only HTTP server for Prometheus and for browsers. It has one thread and few connections, each with a deadline, so a
+//! slow or hostile client harms only other clients of this HTTP server.
 
 mod http;
 mod page;
@@ -27,7 +27,7 @@ use crate::{
     place::Place,
 };
 
-/// Time of a connection, from its begin to its end.
+/// Longest time of a connection.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Most connections. With one more, the oldest is closed.
@@ -52,18 +52,20 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// A connection, and how far it is.
+/// A connection and its progress.
 #[derive(Debug)]
 struct Connection {
     stream: Stream,
     request: Vec<u8>,
-    /// The part of the response that is not sent yet. `None`: the request is not complete.
+    /// `None`: the request is not complete.
     response: Option<Vec<u8>>,
+    /// Bytes of the response that were sent.
+    sent: usize,
     deadline: Instant,
 }
 
 impl Sockets {
-    /// Listens at all places.
+    /// Listens at all these places.
     pub(crate) fn bind(places: &[Place]) -> anyhow::Result<Self> {
         let mut sockets = Self::default();
         for place in places {
@@ -148,12 +150,14 @@ fn turn(listeners: &[Listener], connections: &mut Vec<Connection>, observer: &Ob
     let now = Instant::now();
     connections.retain_mut(|connection| connection.deadline > now && connection.step(observer));
     for listener in listeners {
-        while let Some(stream) = listener.accept()? {
+        // Bounded, so that a flood of new connections does not delay the present ones.
+        for _ in 0..CONNECTIONS_MAX {
+            let Some(stream) = listener.accept()? else { break };
             if connections.len() >= CONNECTIONS_MAX {
                 connections.remove(0);
             }
             let deadline = Instant::now() + PATIENCE;
-            let mut connection = Connection { stream, request: Vec::new(), response: None, deadline };
+            let mut connection = Connection { stream, request: Vec::new(), response: None, sent: 0, deadline };
             if connection.step(observer) {
                 connections.push(connection);
             }
@@ -167,7 +171,7 @@ impl Connection {
         if self.response.is_some() { PollFlags::POLLOUT } else { PollFlags::POLLIN }
     }
 
-    /// Receives and sends what is possible now. `false`: the connection is over.
+    /// Receives and sends what is possible now. Returns whether the connection stays open.
     fn step(&mut self, observer: &Observer) -> bool {
         match self.receive(observer).and_then(|()| self.send()) {
             Ok(is_sent) => !is_sent,
@@ -193,10 +197,10 @@ impl Connection {
 
     /// Returns whether all is sent.
     fn send(&mut self) -> io::Result<bool> {
-        let Some(response) = &mut self.response else { return Ok(false) };
-        while !response.is_empty() {
-            match self.stream.write(response) {
-                Ok(sent) => drop(response.drain(..sent)),
+        let Some(response) = &self.response else { return Ok(false) };
+        while self.sent < response.len() {
+            match self.stream.write(&response[self.sent..]) {
+                Ok(sent) => self.sent += sent,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

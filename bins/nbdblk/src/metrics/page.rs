@@ -1,4 +1,4 @@
-//! The page for people. It is one file without outside resources; its script draws what /status.json returns.
+//! The status page for browsers. It is one file without outside resources; its script draws what /status.json returns.
 
 use std::{fs::File, io::Read};
 

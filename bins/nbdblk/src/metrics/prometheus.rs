@@ -1,23 +1,23 @@
 //! The metrics, in the OpenMetrics text format and in the classic one of Prometheus. Names and units follow the conventions of
 //! Prometheus; docs/status.md lists them.
 
-use std::{collections::HashSet, fmt};
+use std::{collections::HashSet, fmt, time::Duration};
 
 use blkdev::{Counts, Error, Latency, Operation};
 use nbd_server_core::{ExportView, Observation};
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, NoLabelSet, text},
+    encoding::{DescriptorEncoder, EncodeCounterValue, NoLabelSet, text},
     metrics::{MetricType, exemplar::Exemplar},
     registry::{Registry, Unit},
 };
 
-use crate::status::report::{DeviceState, Report, error, operation};
+use crate::status::report::{DeviceState, error, operation};
 
 /// All metrics in the OpenMetrics text format.
-pub(super) fn encode(seen: &Observation, report: &Report) -> Result<String, fmt::Error> {
+pub(super) fn encode(seen: Observation, uptime: Duration) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("nbdblk");
-    registry.register_collector(Box::new(Metrics { seen: seen.clone(), report: report.clone() }));
+    registry.register_collector(Box::new(Metrics { seen, uptime }));
     let mut page = String::new();
     text::encode(&mut page, &registry)?;
     Ok(page)
@@ -49,10 +49,10 @@ type Labels = Vec<(&'static str, String)>;
 #[derive(Debug)]
 struct Metrics {
     seen: Observation,
-    report: Report,
+    uptime: Duration,
 }
 
-/// What a metric is called.
+/// The name, help and unit of a metric.
 struct Name {
     name: &'static str,
     help: &'static str,
@@ -75,15 +75,11 @@ const fn seconds(name: &'static str, help: &'static str) -> Name {
 struct Encoder<'a>(DescriptorEncoder<'a>);
 
 impl Encoder<'_> {
-    fn counters(&mut self, name: &Name, samples: impl IntoIterator<Item = (Labels, u64)>) -> fmt::Result {
-        let mut encoder = self.0.encode_descriptor(name.name, name.help, name.unit.as_ref(), MetricType::Counter)?;
-        for (labels, value) in samples {
-            encoder.encode_family(&labels)?.encode_counter(&value, None::<&Exemplar<NoLabelSet, f64>>)?;
-        }
-        Ok(())
-    }
-
-    fn times(&mut self, name: &Name, samples: impl IntoIterator<Item = (Labels, f64)>) -> fmt::Result {
+    fn counters<V: EncodeCounterValue>(
+        &mut self,
+        name: &Name,
+        samples: impl IntoIterator<Item = (Labels, V)>,
+    ) -> fmt::Result {
         let mut encoder = self.0.encode_descriptor(name.name, name.help, name.unit.as_ref(), MetricType::Counter)?;
         for (labels, value) in samples {
             encoder.encode_family(&labels)?.encode_counter(&value, None::<&Exemplar<NoLabelSet, f64>>)?;
@@ -109,7 +105,7 @@ impl Encoder<'_> {
     }
 }
 
-/// Two buckets for each doubling: a quarter of those that there are. Prometheus keeps a time series for each.
+/// The buckets of a histogram, four merged into one: Prometheus keeps a time series for each.
 fn halves(latency: &Latency) -> Vec<(f64, u64)> {
     let (mut halves, mut count) = (Vec::new(), 0);
     for (place, (end, more)) in latency.buckets().enumerate() {
@@ -238,7 +234,7 @@ impl Metrics {
         let name = plain("worker_up", "1: the worker thread lives; 0: it has ended");
         encoder.gauges(&name, workers().map(|(labels, worker)| (labels, f64::from(u8::from(worker.is_alive)))))?;
         let name = seconds("worker_busy", "Processor time of the worker thread");
-        encoder.times(&name, workers().map(|(labels, worker)| (labels, worker.busy.as_secs_f64())))?;
+        encoder.counters(&name, workers().map(|(labels, worker)| (labels, worker.busy.as_secs_f64())))?;
         let name = plain("worker_turns", "Turns of the worker thread");
         encoder.counters(&name, workers().map(|(labels, worker)| (labels, worker.turns)))?;
         let name = plain("worker_polls", "Busy-polls of the worker thread");
@@ -251,7 +247,7 @@ impl Metrics {
         let labels = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
         encoder.gauges(&plain("build_info", "1; the label has the version"), [(labels, 1.0)])?;
         let name = seconds("uptime", "Time since the server started");
-        encoder.gauges(&name, [(Vec::new(), self.report.uptime_seconds)])
+        encoder.gauges(&name, [(Vec::new(), self.uptime.as_secs_f64())])
     }
 }
 

@@ -1,4 +1,4 @@
-//! `nbdblk status`: shows what a server does. It asks the server over its control socket.
+//! `nbdblk status`: gets the status of a server over its control socket, and prints it.
 
 pub(crate) mod report;
 mod table;
@@ -16,16 +16,16 @@ use anyhow::{Context, bail, ensure};
 use self::report::{Report, VERSION};
 use crate::{cli, control_place, reload, requests::STATUS};
 
-/// Time between two looks, from which rates follow.
+/// Time between two reports, from which rates are computed.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Longest wait for the server.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Moves to the upper left corner, and erases the rest of the terminal.
+/// Escape sequences: move to the upper left corner, and erase the rest of the terminal.
 const HOME: &str = "\x1b[H\x1b[J";
 
-/// Shows what a server does.
+/// Prints the status of a server.
 pub(crate) fn run(args: &cli::Status) -> anyhow::Result<ExitCode> {
     let path = control_place::find(args.control.as_deref(), args.file.as_deref())?;
     if args.json {

@@ -1,4 +1,4 @@
-//! [`Report`]: what `nbdblk status` prints as JSON. docs/status.md describes it.
+//! [`Report`]: the output of `nbdblk status --json`. docs/status.md describes it.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -18,7 +18,7 @@ pub(crate) struct Report {
     pub(crate) exports: Vec<Export>,
     pub(crate) workers: Vec<Worker>,
     pub(crate) clients: Vec<Client>,
-    /// Those that have left included.
+    /// Since the start, including clients that have left.
     pub(crate) clients_served: u64,
 }
 
@@ -69,7 +69,7 @@ pub(crate) struct Device {
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct OperationReport {
-    /// Those that have ended.
+    /// Requests that have ended.
     pub(crate) requests: u64,
     pub(crate) in_flight: u64,
     pub(crate) bytes: u64,
@@ -113,7 +113,7 @@ pub(crate) struct Client {
     pub(crate) id: u64,
     pub(crate) peer: String,
     pub(crate) export: String,
-    /// "plain text", or the version of TLS and what does its records.
+    /// "plain text", or the version of TLS and its record layer.
     pub(crate) security: String,
     /// Form of replies: "simple", "structured" or "extended".
     pub(crate) protocol: String,
@@ -127,7 +127,7 @@ pub(crate) struct Client {
     pub(crate) bytes_written: u64,
 }
 
-/// The name of an operation in the words of the NBD protocol.
+/// The name of an operation in the NBD protocol.
 pub(crate) fn operation(operation: Operation) -> &'static str {
     match operation {
         Operation::Read => "read",
@@ -265,7 +265,7 @@ impl LatencyReport {
         }
     }
 
-    /// The histogram, for figures of an interval.
+    /// The histogram. The difference of two is that of the time between them.
     pub(crate) fn histogram(&self) -> Latency {
         let mut buckets = vec![0; BUCKETS];
         for (place, count) in &self.buckets {

@@ -1,4 +1,4 @@
-//! Tables of `nbdblk status`, for people.
+//! The tables of `nbdblk status`.
 
 use std::{fmt::Write, time::Duration};
 
@@ -9,10 +9,10 @@ use super::report::{Client, DeviceState, Export, OperationReport, Report};
 /// Width of the bar of an export.
 const BAR: usize = 20;
 
-/// What an export did in an interval.
+/// The activity of an export in an interval.
 #[derive(Debug, Default)]
 struct Rates {
-    /// Each second.
+    /// Per second.
     reads: f64,
     writes: f64,
     bytes_read: f64,
@@ -48,7 +48,7 @@ impl Rates {
     }
 }
 
-/// The table of exports. Rates and percentiles are those since `before`. `bars`: with a bar for each export.
+/// The table of exports. Rates and percentiles cover the time since `before`. `bars`: draws a bar for each export.
 pub(crate) fn exports(now: &Report, before: &Report, bars: bool) -> String {
     let seconds = (now.uptime_seconds - before.uptime_seconds).max(0.001);
     let earlier = |export: &Export| before.exports.iter().find(|then| then.name == export.name);
@@ -152,7 +152,7 @@ pub(crate) fn clients(report: &Report) -> String {
     table(&rows, &[0, 5, 6, 7, 8, 9, 10, 11])
 }
 
-/// The name of an export. The empty one is shown too.
+/// The name of an export; the empty name in quotes.
 fn name(name: &str) -> String {
     if name.is_empty() { "\"\"".into() } else { name.escape_debug().to_string() }
 }
@@ -191,7 +191,7 @@ fn table<const N: usize>(rows: &[[String; N]], right: &[usize]) -> String {
     text
 }
 
-/// With a unit, in three digits or so.
+/// A number with a unit, in about three digits.
 fn scaled(value: f64, step: f64, units: &[&str]) -> String {
     let (mut value, mut unit) = (value, 0);
     while value >= step * 0.9995 && unit + 1 < units.len() {
@@ -213,7 +213,7 @@ fn time(time: Option<Duration>) -> String {
     time.map_or("-".into(), |time| scaled(time.as_secs_f64() * 1e6, 1000.0, &["us", "ms", "s"]))
 }
 
-/// A time of people: seconds, minutes, hours or days.
+/// A long time, in seconds, minutes, hours or days.
 fn span(seconds: f64) -> String {
     match seconds {
         s if s < 10.0 => format!("{s:.1}s"),

@@ -1,4 +1,4 @@
-//! [`Clock`]: a clock that moves only in waits, and the watchers that go by it.
+//! [`Clock`]: a simulated clock that advances only in waits, and the watchers that use it.
 
 use std::{
     cell::RefCell,
@@ -12,8 +12,8 @@ thread_local! {
 }
 
 /// A clock of a fuzz target. A thread that has [entered](Self::enter) it reads no other clock ([`now`](crate::wake::now)), and
-/// its waits take no time: they move the clock. The [watchers](crate::wake::Watcher) that it starts get no threads, but
-/// [turns](Self::turn) between its own acts. So one thread does everything, and the same input gives the same course.
+/// its waits take no time: they advance the clock. The [watchers](crate::wake::Watcher) that it starts get no threads, but
+/// [turns](Self::turn) between its own actions. So one thread does everything, and the same input gives the same run.
 #[derive(Clone, Debug)]
 pub struct Clock(Arc<Mutex<State>>);
 
@@ -25,11 +25,11 @@ struct State {
 
 /// A watcher without a thread.
 pub(crate) trait Turns: fmt::Debug + Send + Sync {
-    /// Lets it act once.
+    /// Gives it one turn.
     fn take(&self);
 }
 
-/// A thread goes by the clock until this is dropped.
+/// A thread uses the clock until this is dropped.
 #[derive(Debug)]
 #[must_use = "the thread leaves the clock when this is dropped"]
 pub struct Entered(());
@@ -51,12 +51,12 @@ impl Clock {
         Entered(())
     }
 
-    /// Lets time pass.
+    /// Advances the clock.
     pub fn pass(&self, time: Duration) {
         self.state().now += time;
     }
 
-    /// Lets each watcher act once.
+    /// Gives each watcher one turn.
     pub fn turn(&self) {
         let watchers = {
             let mut state = self.state();

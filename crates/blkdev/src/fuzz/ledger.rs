@@ -263,7 +263,7 @@ impl Ledger {
             assert_eq!((buf.iova().get(), buf.len() as u64), (flight.memory.start, flight.len), "it has its memory");
         }
         if completion.result == Err(Error::Gone) {
-            // A device may answer that what it had is gone. Then it is done with the memory.
+            // A device that has answered the request no longer uses its memory, whatever the answer is.
             let must_abandon = memory.is_some() && !flight.too_late && flight.answer.is_none();
             assert!(is_abandoned || !must_abandon, "memory of a dead device is returned for reuse: {flight:?}");
             state.doomed.extend(Some(flight.memory).filter(|_| is_abandoned));

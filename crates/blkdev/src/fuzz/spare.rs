@@ -1,11 +1,11 @@
-//! [`Spares`]: what earlier runs of a fuzz target left behind, because new ones cost more than most runs.
+//! [`Spares`]: values of earlier runs of a fuzz target for reuse, because making new ones takes longer than most runs.
 
 use std::{io, sync::Arc};
 
-/// Most that are kept.
+/// Most values that are kept.
 const COUNT: usize = 16;
 
-/// Values for the next who needs one.
+/// Values that are kept for reuse.
 #[derive(Debug)]
 pub(crate) struct Spares<T>(Vec<Arc<T>>);
 

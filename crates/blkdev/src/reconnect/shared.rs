@@ -259,7 +259,7 @@ impl Shared {
         }
     }
 
-    /// Keeps memory until none of `peers` can access it. The thread looks for that.
+    /// Keeps memory until none of `peers` can access it. The thread checks that from time to time.
     pub(super) fn isolate(&self, peers: Vec<Arc<Peer>>, memory: Buf) {
         self.state().quarantine.push((peers, memory));
         self.ring();

@@ -362,7 +362,7 @@ struct Simulation {
     shared: Arc<Shared>,
     gap: Option<Gap>,
     now: Instant,
-    /// Until the thread looks again without the bell. `None`: it sleeps.
+    /// Time until the next step of the thread without the bell. `None`: it sleeps.
     pause: Option<Duration>,
     bell: Arc<Wake>,
     channels: Vec<Channel>,
@@ -401,7 +401,7 @@ impl Simulation {
         Self { rng, world, shared, gap, now, pause, bell, channels, asked, known, tag: 1, losses: 0, mode, errors: 0 }
     }
 
-    /// What the thread does.
+    /// One step of the thread.
     fn step(&mut self) {
         self.bell.clear();
         self.pause = self.shared.step(&mut self.gap, self.now);
@@ -588,7 +588,7 @@ impl Simulation {
         }
     }
 
-    /// The thread looks after memory that waits for the end of a process.
+    /// Checks that the thread wakes up while memory waits for the end of a process.
     fn check_bell(&self) {
         let state = self.shared.state();
         let waits = !state.quarantine.is_empty() || !state.spares.is_empty();
@@ -607,7 +607,7 @@ impl Simulation {
         }
         self.step();
         let registered = self.shared.state().mappings.len();
-        assert_eq!(look(&self.world).process.memory().len(), registered, "the device has memory that nobody uses");
+        assert_eq!(look(&self.world).process.memory().len(), registered, "the device has memory that is not in use");
     }
 }
 

@@ -1,4 +1,4 @@
-//! [`Book`]: the connections in the transmission phase, for those who look at them.
+//! [`Book`]: the list of connections in the transmission phase.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +20,7 @@ struct Pages {
     clients: BTreeMap<u64, Arc<Client>>,
 }
 
-/// The place of a connection in the book, which ends with it.
+/// The entry of a connection. Dropping it removes the connection from the book.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) client: Arc<Client>,
@@ -45,6 +45,11 @@ impl Book {
 
     pub(crate) fn has(&self, id: u64) -> bool {
         lock(&self.0).clients.contains_key(&id)
+    }
+
+    /// The ids of the connections to an export.
+    pub(crate) fn ids_of(&self, export: &str) -> Vec<u64> {
+        lock(&self.0).clients.values().filter(|client| client.export == export).map(|client| client.id).collect()
     }
 
     /// All connections, the oldest first, and how many there have been.

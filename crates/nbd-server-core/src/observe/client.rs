@@ -1,9 +1,11 @@
-//! [`Client`]: what other threads may know of a connection.
+//! [`Client`]: the gauges of a connection.
 
 use std::time::Instant;
 
+use blkdev::Gauge;
+
 use super::{
-    gauge::{Age, Gauge},
+    age::Age,
     views::{ClientView, Traffic},
 };
 use crate::peer::Peer;
@@ -45,7 +47,7 @@ impl Client {
         }
     }
 
-    /// Shows what the connection has done up to now. Returns the requests refused since the last call.
+    /// Publishes the figures of the connection. Returns the number of requests refused since the last call.
     #[inline]
     pub(crate) fn publish(&self, traffic: &Traffic, in_flight: usize) -> u64 {
         self.in_flight.set(in_flight as u64);

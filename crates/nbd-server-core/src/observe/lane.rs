@@ -1,12 +1,12 @@
-//! [`LaneGauges`]: what other threads may know of a lane.
+//! [`LaneGauges`]: the gauges of a lane.
 
 use std::sync::Arc;
 
-use blkdev::{Channel, Counters};
+use blkdev::{Channel, Counters, Gauge};
 
-use super::gauge::{Age, Gauge};
+use super::age::Age;
 
-/// A lane: the channel of one worker to one export. The worker writes, others read.
+/// The gauges of a lane, the channel of one worker to one export. The worker writes, and other threads read.
 #[derive(Debug)]
 pub(crate) struct LaneGauges {
     pub(crate) counters: Arc<Counters>,

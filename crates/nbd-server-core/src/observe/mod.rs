@@ -1,11 +1,11 @@
-//! [`Observation`]: what a server does now and has done so far, as plain data.
+//! [`Observation`]: the state and the counters of a server, as plain data.
 //!
-//! Each worker writes its own counters and gauges, and any thread reads them without a lock. Those that take time to compute, such as
-//! the age of the oldest request, are as of the worker's last patrol, at most a second ago.
+//! Each worker writes its own counters and gauges, and any thread reads them without a lock. Figures that take time to compute, such
+//! as the age of the oldest request, are as of the last patrol of the worker, at most a second ago.
 
+mod age;
 mod book;
 mod client;
-mod gauge;
 mod lane;
 mod views;
 mod worker;

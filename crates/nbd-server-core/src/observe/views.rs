@@ -16,17 +16,17 @@ pub(crate) fn protocol(mode: Mode) -> &'static str {
     }
 }
 
-/// What a server does now and has done so far. There may be more fields later.
+/// The state and the counters of a server. There may be more fields later.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Observation {
-    /// The exports in their order, then removed ones that are still in use.
+    /// The exports in order, then removed exports that are still in use.
     pub exports: Vec<ExportView>,
     /// The worker threads.
     pub workers: Vec<WorkerView>,
     /// The connections in the transmission phase, the oldest first.
     pub clients: Vec<ClientView>,
-    /// Connections in the transmission phase since the server started, those that have ended included.
+    /// Connections that have reached the transmission phase since the server started.
     pub clients_served: u64,
 }
 
@@ -42,10 +42,9 @@ pub struct ExportView {
     pub removal: Option<Removal>,
     /// `None`: it was removed, and its device is being closed.
     pub device: Option<DeviceView>,
-    /// All that the channels of all workers have done.
+    /// The counters of the channels of all workers together.
     pub counts: Counts,
-    /// Requests that were refused before they reached the device: those that violate the protocol or the export's limits, and those
-    /// for a device that does not answer.
+    /// Requests that were refused before they reached the device: invalid requests, and requests to a device that does not answer.
     pub refused: u64,
     /// Age of the oldest request that has not ended.
     pub oldest: Option<Duration>,
@@ -63,13 +62,13 @@ pub struct DeviceView {
     pub capacity: u64,
     /// Whether it works.
     pub state: State,
-    /// A queue of it completes nothing within the time-out: its requests fail until it answers again.
+    /// A queue of the device has stalled: requests fail until it answers again.
     pub is_stalled: bool,
     /// Its open queues, one for each worker that serves it.
     pub queues: usize,
     /// How often it was opened again after it had died.
     pub reconnects: u64,
-    /// What else its driver knows: names and values, for people.
+    /// Driver-specific properties for display: names and values.
     pub details: Vec<(&'static str, String)>,
 }
 
@@ -77,9 +76,9 @@ pub struct DeviceView {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryView {
-    /// All of it, in bytes.
+    /// Total size, in bytes.
     pub total: u64,
-    /// The part that requests and unsent replies hold, in bytes.
+    /// Memory that requests and unsent replies hold, in bytes.
     pub used: u64,
     /// Connections with a request that waits for memory.
     pub waiting: u64,
@@ -91,13 +90,13 @@ pub struct MemoryView {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerView {
-    /// Its thread runs.
+    /// Whether its thread runs.
     pub is_alive: bool,
     /// Number of its connections.
     pub connections: usize,
     /// Turns so far.
     pub turns: u64,
-    /// Polls without a sleep, because it expected an event soon.
+    /// Busy-polls so far.
     pub polls: u64,
     /// Sleeps so far.
     pub sleeps: u64,
@@ -115,32 +114,32 @@ pub struct ClientView {
     pub peer: Peer,
     /// The export's name.
     pub export: String,
-    /// How its bytes are protected: plain text, or the version of TLS and what does its records.
+    /// Plain text, or the version of TLS and its record layer.
     pub security: String,
-    /// How replies look: simple, structured or extended.
+    /// Form of replies: simple, structured or extended.
     pub protocol: &'static str,
     /// Time since its handshake ended.
     pub connected: Duration,
     /// Requests at the device.
     pub in_flight: u64,
-    /// Age of the oldest of them.
+    /// Age of the oldest request at the device.
     pub oldest: Option<Duration>,
-    /// What it has done.
+    /// Its requests and bytes.
     pub traffic: Traffic,
 }
 
-/// What a connection has done. A plain copy.
+/// The requests and bytes of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Traffic {
     /// Requests that have ended.
     pub requests: u64,
-    /// Those of them that have failed, refused ones included.
+    /// Requests that have failed, including refused requests.
     pub failed: u64,
-    /// Those of them that never reached the device.
+    /// Requests that were refused before they reached the device.
     pub refused: u64,
-    /// Bytes of the READs that have succeeded.
+    /// Bytes of successful READs.
     pub read: u64,
-    /// Bytes of the WRITEs that have succeeded.
+    /// Bytes of successful WRITEs.
     pub written: u64,
 }

@@ -1,12 +1,11 @@
-//! [`WorkerGauges`]: what other threads may know of a worker.
+//! [`WorkerGauges`]: the gauges of a worker.
 
 use std::{fs, time::Duration};
 
+use blkdev::Gauge;
 use nix::unistd::gettid;
 
-use super::gauge::Gauge;
-
-/// A worker. It writes, others read.
+/// The gauges of a worker. The worker writes, and other threads read.
 #[derive(Debug, Default)]
 pub(crate) struct WorkerGauges {
     /// The id of its thread; 0: it has not begun.
@@ -22,7 +21,7 @@ impl WorkerGauges {
         self.thread.set(gettid().as_raw() as u64);
     }
 
-    /// Processor time so far. The kernel counts it anyway.
+    /// Processor time so far, as the kernel counts it.
     pub(crate) fn busy(&self) -> Duration {
         let text = fs::read_to_string(format!("/proc/self/task/{}/schedstat", self.thread.get()));
         let nanoseconds = text.ok().and_then(|text| text.split(' ').next()?.parse().ok());

@@ -1,5 +1,5 @@
-//! Cryptography for fuzz targets: cheap, and the same in each run. An exchange of keys is an exclusive or, a signature is a sum, and
-//! random bytes are not random. The ciphers, and what derives their keys, are real.
+//! Cryptography for fuzz targets: cheap, and the same in each run. The key exchange is an exclusive or, a signature is a sum, and
+//! random bytes are not random. The ciphers and the key derivation are real.
 
 use std::sync::{Arc, LazyLock};
 
@@ -33,7 +33,7 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 pub(super) fn server() -> Arc<ServerConfig> {
     let builder = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER));
     let builder = builder.with_safe_default_protocol_versions().expect("known versions").with_no_client_auth();
-    // Neither side looks into it.
+    // Neither side parses it.
     let certificate = CertificateDer::from(vec![7; 300]);
     let key = CertifiedKey::new(vec![certificate], Arc::new(Cheap));
     let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
@@ -61,7 +61,7 @@ impl SecureRandom for Cheap {
     }
 }
 
-/// The keys of both sides. What the network changes makes the secrets differ.
+/// The public keys of both sides. The secrets differ if the network has changed one.
 const PUBLIC: [u8; 32] = [0xa5; 32];
 
 impl SupportedKxGroup for Cheap {

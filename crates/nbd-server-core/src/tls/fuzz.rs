@@ -36,7 +36,7 @@ static SIDES: LazyLock<Sides> = LazyLock::new(|| Sides {
     keys: psk::Offer::of(HashMap::from([("user".into(), vec![7; 32])])).expect("a context"),
 });
 
-/// Text for all who send some.
+/// The text that is sent.
 static TEXT: LazyLock<Vec<u8>> = LazyLock::new(|| (0..TEXT_MAX as u64 + 256).map(|n| (n ^ n >> 8) as u8).collect());
 
 /// Longest text that is sent at once.

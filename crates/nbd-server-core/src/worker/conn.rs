@@ -41,11 +41,11 @@ pub(super) struct Conn {
     /// Only for a unix socket, which reports its unread bytes.
     pub(super) coalesce: Option<Coalesce>,
     pub(super) is_tcp: bool,
-    /// Its place in the book of connections. `None`: it is closed.
+    /// Its entry in the book of connections. `None`: it is closed.
     pub(super) entry: Option<Entry>,
-    /// Why it cannot go on.
+    /// The reason to close it.
     pub(super) why: Option<Why>,
-    /// It waits for memory, and is counted so.
+    /// It is counted among the connections that wait for memory.
     pub(super) is_waiting: bool,
     /// Dropped at the end of the connection, which the receiver notices.
     pub(super) over: Option<mpsc::Sender<()>>,
@@ -66,7 +66,7 @@ pub(super) enum Why {
     /// The device has lost changes.
     Lost,
     Removed,
-    /// An operator wants it.
+    /// An operator has requested it.
     Ended,
     Stopping,
 }
@@ -89,7 +89,7 @@ impl fmt::Display for Why {
 }
 
 impl Conn {
-    /// Shows what it has done.
+    /// Publishes its figures.
     #[inline]
     pub(super) fn publish(&mut self, gauges: &LaneGauges) {
         if let Some(entry) = &self.entry {
@@ -104,7 +104,7 @@ impl Conn {
         }
     }
 
-    /// It waits for memory from now on, or does not any more.
+    /// It begins or stops to wait for memory.
     #[cold]
     fn wait(&mut self, is_waiting: bool, gauges: &LaneGauges) {
         self.is_waiting = is_waiting;
@@ -116,7 +116,7 @@ impl Conn {
         }
     }
 
-    /// It is closed: the last line about it, and the end of its place in the book.
+    /// Logs its end, and removes it from the book of connections.
     #[cold]
     pub(super) fn check_out(&mut self, why: &Why, gauges: &LaneGauges) {
         self.publish(gauges);

@@ -174,7 +174,7 @@ impl Floor {
         }
     }
 
-    /// Ends a connection. `why`: if the connection itself does not know better.
+    /// Ends a connection. `why` applies if the connection has no reason of its own.
     pub(super) fn bury(&mut self, number: u32, turns: &mut Turns, why: Why) {
         self.hang_up(number, why);
         turns.leave(number);
@@ -325,7 +325,7 @@ impl Floor {
         self.lanes[lane].as_ref().is_none_or(|lane| lane.leaving.is_some())
     }
 
-    /// Looks at all requests in flight: shows the ages of the oldest, and reports those that are `slow`.
+    /// Checks all requests in flight: publishes the ages of the oldest, and logs requests that are older than `slow`.
     #[cold]
     pub(super) fn patrol(&mut self, now: Instant, slow: Option<Duration>) {
         let mut ages = vec![None; self.conns.len()];

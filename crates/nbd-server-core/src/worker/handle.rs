@@ -32,7 +32,7 @@ pub(crate) struct Arrival {
     pub(crate) phase: Phase,
     /// Where the client will be served.
     pub(crate) ticket: Ticket,
-    /// Its place in the book of connections.
+    /// Its entry in the book of connections.
     pub(crate) entry: Entry,
     /// Kept until nothing of the connection is left.
     pub(crate) over: Option<mpsc::Sender<()>>,
@@ -100,7 +100,7 @@ impl Handle {
         Self { inbox, bell, load, alive, watch, gauges }
     }
 
-    /// What it does.
+    /// The state and the counters of the worker.
     pub(crate) fn view(&self) -> WorkerView {
         let Self { gauges, .. } = self;
         WorkerView {
@@ -151,7 +151,7 @@ impl Handle {
         self.send(Message::Retire(lane, removal));
     }
 
-    /// Makes it disconnect a client, if it has the client.
+    /// Makes it disconnect a client, if this worker serves the client.
     pub(crate) fn disconnect(&self, id: u64) {
         self.send(Message::Disconnect(id));
     }

@@ -66,7 +66,7 @@ impl Lane {
         std::mem::replace(&mut self.losses, losses) != losses
     }
 
-    /// Shows its gauges, and reports its oldest request if that is `slow`.
+    /// Publishes its gauges, and logs its oldest request if that is older than `slow`.
     pub(super) fn show(&self, oldest: Option<Pending>, now: Instant, slow: Option<Duration>) {
         let Self { channel, gauges, seat, .. } = self;
         gauges.oldest.set(oldest.map(|oldest| oldest.age));

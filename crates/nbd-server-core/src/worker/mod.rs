@@ -41,7 +41,7 @@ use lane::{LANE, Lane, Step, WIND_UP};
 /// The token of the bell.
 const BELL: u64 = u64::MAX;
 
-/// Interval of looks at all requests in flight.
+/// Interval of checks of all requests in flight.
 const PATROL: Duration = Duration::from_secs(1);
 
 /// Idle time after which unused memory is freed.
@@ -160,7 +160,7 @@ impl Worker {
         }
         self.turns.round(&mut self.floor);
         if self.idle.is_none() && self.floor.is_busy() {
-            // For the latency of requests that end in the turn in which they began.
+            // A request may end in the turn in which it began. Its latency is the time between.
             self.now = Instant::now();
             self.floor.tick(self.now);
             self.is_active = true;
