@@ -207,6 +207,23 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "COMMAND")]
     pub(crate) run: Option<OsString>,
 
+    /// Confine the threads of the server: off, on (as far as the kernel can; the log names the rest) or require [default: on]
+    ///
+    /// Threads that serve clients and devices cannot open files, connect, or execute programs, and have no capabilities. A command
+    /// of --run is not confined.
+    #[arg(long, value_name = "MODE", hide_possible_values = true)]
+    pub(crate) sandbox: Option<Sandbox>,
+
+    /// Change to this user, a name or a number, and to its groups, once the devices are open; needs root
+    ///
+    /// What the server opens later, for a reload, a device that comes back or an upgrade, must be accessible to that user.
+    #[arg(long, value_name = "USER", value_parser = user)]
+    pub(crate) user: Option<u32>,
+
+    /// Change to this group, a name or a number, once the devices are open; needs root [default: that of the user]
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    pub(crate) group: Option<u32>,
+
     /// Worker threads; each opens a queue of every device that has enough of them [default: one for each CPU]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<usize>,
@@ -418,6 +435,15 @@ pub(crate) struct Tls {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TlsMode {
     Off,
+    On,
+    Require,
+}
+
+/// How much of the sandbox is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sandbox {
+    Off,
+    #[default]
     On,
     Require,
 }

@@ -25,7 +25,7 @@ use nix::{
     },
 };
 
-use crate::{events::Event, files, logger};
+use crate::{events::Event, files, logger, sandbox};
 
 /// The present meaning of a signal.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +65,7 @@ impl Control {
         let gate = Arc::new(Mutex::new(()));
         let control = Self { events, sender: sender.clone(), phase: phase.clone(), gate: gate.clone() };
         let reader = Reader { signals, sender, phase, gate, has_file, hangs_up };
-        thread::Builder::new().name("signals".into()).spawn(move || reader.run()).context("starting a thread")?;
+        sandbox::spawn_trusted("signals", move || reader.run()).context("starting a thread")?;
         Ok(control)
     }
 

@@ -34,6 +34,7 @@ mod reload;
 mod replace;
 mod requests;
 mod resume;
+mod sandbox;
 mod serve;
 mod shortage;
 mod single;

@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use blkdev::thread::{Role, enter};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -70,6 +71,8 @@ pub(crate) fn detach() {
             state.writing = true;
             drop(state);
             put(line.as_bytes());
+            // Here, because the thread starts before the sandbox, and without the lock, because that may log.
+            enter(Role::Service);
             state = lock();
             state.writing = false;
             IDLE.notify_all();

@@ -5,7 +5,6 @@ use std::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -14,6 +13,7 @@ use nbd_server_core::{Observation, Server};
 use crate::{
     asker::{Answer, Asker},
     requests::Target,
+    sandbox,
     status::report::Report,
 };
 
@@ -75,7 +75,7 @@ impl Observer {
             let _sending = sending;
             asker.tell_all(&observer.status());
         };
-        if let Err(error) = thread::Builder::new().name("status".into()).spawn(answer) {
+        if let Err(error) = sandbox::spawn_service("status", answer) {
             log::warn!("the status cannot be sent: starting a thread: {error}");
         }
     }

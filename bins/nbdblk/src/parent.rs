@@ -1,6 +1,6 @@
 //! `--exit-with-parent`: sends SIGTERM to this process when its parent ends.
 
-use std::{os::fd::AsFd, thread};
+use std::os::fd::AsFd;
 
 use anyhow::{Context, ensure};
 use nix::{
@@ -12,7 +12,7 @@ use nix::{
     unistd::{Pid, getppid, getsid},
 };
 
-use crate::sys::pidfd_open;
+use crate::{sandbox, sys::pidfd_open};
 
 /// Watches the parent from now on.
 ///
@@ -38,6 +38,6 @@ pub(crate) fn watch() -> anyhow::Result<()> {
         log::info!("the parent, process {parent}, has ended");
         let _ = kill(Pid::this(), Signal::SIGTERM);
     };
-    thread::Builder::new().name("parent".into()).spawn(watch).context("starting a thread")?;
+    sandbox::spawn_trusted("parent", watch).context("starting a thread")?;
     Ok(())
 }

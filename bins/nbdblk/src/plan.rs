@@ -17,7 +17,7 @@ use crate::{
     cli,
     config::{self, File, Setting, Source},
     exports::{self, ExportSpec},
-    shortage,
+    sandbox, shortage,
     tls::Security,
 };
 
@@ -139,6 +139,8 @@ impl Plan {
     /// then, and the changes.
     pub(crate) fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
         let (mut next, args) = Self::from_file(path)?;
+        sandbox::extend(&next.specs);
+        sandbox::enter_reload(&next.specs);
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         let open = next.open(Some(self));
         open.map_err(|error| shortage::advise(error, &args, next.specs.len()))?;

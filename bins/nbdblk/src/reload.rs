@@ -30,6 +30,7 @@ use crate::{
     files::OwnFile,
     listen::{Access, bind_unix, connect_unix},
     requests::Request,
+    sandbox,
 };
 
 /// The request to read the file again.
@@ -136,7 +137,7 @@ pub(crate) fn serve(listener: UnixListener, events: mpsc::Sender<Event>) -> anyh
             }
         }
     };
-    thread::Builder::new().name("control".into()).spawn(serve).context("starting a thread")?;
+    sandbox::spawn_service("control", serve).context("starting a thread")?;
     Ok(copy)
 }
 

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use blkdev::thread::{Role, spawn};
 use nbd_server_core::{Limits, Server};
 use nix::{
     libc::RLIM_INFINITY,
@@ -35,7 +36,7 @@ use crate::{
     reload,
     replace::{self, Facts, Prepared},
     resume::{self, Service},
-    shortage, single,
+    sandbox, shortage, single,
     stored::{self, Store},
     tls::Security,
     upgrades::Upgrades,
@@ -89,6 +90,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let passed = Sockets::passed(args, passed)?;
     let has_sockets = passed.is_some() || before.is_some();
     Sockets::check(args, has_sockets).map_err(|error| plan.blame("unix", error))?;
+    sandbox::prepare(args, &plan.specs)?;
     let control = Control::start(args.config.is_some(), before.as_ref().map_or(Phase::Opening, resume::phase))?;
     let security = Security::load(&args.tls).map_err(|error| plan.blame("tls", error))?;
     if args.exit_with_parent {
@@ -104,6 +106,7 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         None => begin(&mut plan, args, (passed, store), &security, limits, &control)?,
     };
     report_failure(&server, control.sender())?;
+    sandbox::seal()?;
 
     let server = Arc::new(server);
     let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
@@ -234,8 +237,7 @@ fn report_failure(server: &Server, events: mpsc::Sender<Event>) -> anyhow::Resul
             let _ = events.send(Event::Failed(why));
         }
     };
-    thread::Builder::new().name("end".into()).spawn(failed).context("starting a thread")?;
-    Ok(())
+    sandbox::spawn_service("end", failed).context("starting a thread")
 }
 
 /// A running server, as the main thread sees it.
@@ -423,7 +425,7 @@ impl Reloads {
         let answer = outcome.map(|(plan, changes)| {
             let old = std::mem::replace(&mut self.plan, Arc::new(plan));
             // Closing a file may take any time.
-            let _ = thread::Builder::new().name("closing".into()).spawn(move || drop(old));
+            let _ = spawn(Role::Helper, "closing", move || drop(old));
             changes
         });
         match &answer {

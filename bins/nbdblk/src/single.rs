@@ -12,14 +12,13 @@ use std::{
         },
     },
     sync::mpsc,
-    thread,
 };
 
 use anyhow::{Context, ensure};
 use nbd_server_core::Listener;
 use nix::unistd::{dup2_stdin, dup2_stdout};
 
-use crate::{control::Control, events::Event};
+use crate::{control::Control, events::Event, sandbox};
 
 /// Takes standard input and output as the only client. Reports its end to `control`.
 pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
@@ -62,8 +61,7 @@ pub(crate) fn client(control: &Control) -> anyhow::Result<Listener> {
 }
 
 fn spawn(work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
-    thread::Builder::new().name("single".into()).spawn(work).context("starting a thread")?;
-    Ok(())
+    sandbox::spawn_service("single", work).context("starting a thread")
 }
 
 /// Forwards bytes as they come, until either end has closed. (io::copy does not: from a socket to a pipe it waits for more.)

@@ -13,10 +13,10 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    thread,
     time::Duration,
 };
 
+use blkdev::thread::{Role, spawn};
 use blkdev_ring::Ring;
 use nix::{
     fcntl::OFlag,
@@ -139,7 +139,7 @@ impl Bounded {
             busy.store(false, Ordering::Release);
             let _ = sender.send(result);
         };
-        if let Err(e) = thread::Builder::new().name("file".into()).spawn(work) {
+        if let Err(e) = spawn(Role::Helper, "file", work) {
             log::debug!("cannot start a thread to query a file system: {e}");
             self.0.store(false, Ordering::Release);
             return None;

@@ -13,11 +13,13 @@ use std::{
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
-    thread,
     time::{Duration, Instant},
 };
 
-use blkdev::{Error, Extent, ExtentKind};
+use blkdev::{
+    Error, Extent, ExtentKind,
+    thread::{Role, spawn},
+};
 use nix::{
     errno::Errno,
     sys::eventfd::{EfdFlags, EventFd},
@@ -107,7 +109,7 @@ impl Helper {
                 let (sender, jobs) = mpsc::channel::<Job>();
                 // Between jobs the thread holds no reference to the device, so it ends when the device is dropped.
                 let work = move || jobs.into_iter().for_each(|job| job());
-                thread::Builder::new().name("block status".into()).spawn(work)?;
+                spawn(Role::Helper, "block status", work)?;
                 thread.insert(sender)
             }
         };

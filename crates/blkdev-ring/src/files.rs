@@ -90,6 +90,7 @@ impl Kind for Files {
         opcode::Fadvise::CODE,
         opcode::PollAdd::CODE,
     ];
+    const OPTIONAL: &'static [u8] = &[opcode::UringCmd16::CODE];
     const TOO_OLD: &'static str = "the kernel's io_uring is too old, or there is none: Linux 5.6 or later is needed";
     const DRAIN_MAX: Duration = Duration::from_secs(10);
 

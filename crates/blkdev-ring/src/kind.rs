@@ -17,7 +17,10 @@ pub trait Kind: Sealed + 'static {
     /// The operation codes that the kernel must have.
     #[doc(hidden)]
     const NEEDED: &'static [u8];
-    /// Why a kernel without them will not do.
+    /// Operation codes that are used if the kernel has them.
+    #[doc(hidden)]
+    const OPTIONAL: &'static [u8];
+    /// Why a kernel without the needed ones will not do.
     #[doc(hidden)]
     const TOO_OLD: &'static str;
     /// How long a ring that is dropped waits for the kernel. An operation that takes longer belongs to a device or file system that

@@ -49,6 +49,7 @@ impl Kind for Passthrough {
     type Cqe = cqueue::Entry32;
 
     const NEEDED: &'static [u8] = &[opcode::UringCmd80::CODE];
+    const OPTIONAL: &'static [u8] = &[];
     const TOO_OLD: &'static str = "NVMe passthrough by io_uring needs Linux 5.19 or later";
     const DRAIN_MAX: Duration = Duration::from_secs(30);
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use blkdev::{Buf, Context, Mapping};
-use io_uring::{Builder, EnterFlags, IoUring, Probe, Submitter, cqueue};
+use io_uring::{Builder, EnterFlags, IoUring, Probe, Submitter, cqueue, register::Restriction, squeue::Flags};
 
 use crate::{files::Files, kind::Kind, memory::Memory, passthrough::Passthrough};
 
@@ -88,7 +88,7 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
     fn open(depth: u16, file: BorrowedFd<'_>, polled: bool, registered: Option<Arc<Mapping>>) -> io::Result<Self> {
         let depth = depth.clamp(1, 32768);
         let explain = |e: io::Error| explain(e, K::TOO_OLD);
-        let ring = setup::<K>(depth, polled).map_err(explain)?;
+        let (ring, is_disabled) = setup::<K>(depth, polled).map_err(explain)?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
         submitter.register_probe(&mut probe).map_err(explain)?;
@@ -97,6 +97,9 @@ impl<T: Operation<K>, K: Kind> Ring<T, K> {
         }
         submitter.register_files(&[file.as_raw_fd()]).map_err(explain)?;
         let memory = register(&submitter, registered);
+        if is_disabled {
+            enable::<K>(&submitter, &probe).map_err(explain)?;
+        }
         Ok(Self {
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
@@ -292,18 +295,41 @@ impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
     }
 }
 
-/// Creates the newest kind of ring that the kernel supports, among those that work from any thread.
-fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<IoUring<K::Sqe, K::Cqe>> {
+/// Creates the newest kind of ring that the kernel supports, among those that work from any thread. Returns whether it is
+/// disabled, which is so from 5.10 on.
+fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<(IoUring<K::Sqe, K::Cqe>, bool)> {
     let mut builder: Builder<K::Sqe, K::Cqe> = IoUring::builder();
     if polled {
         builder.setup_iopoll();
     }
-    let newest = builder.clone().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(depth.into());
-    newest.or_else(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) => builder.build(depth.into()),
-        _ => Err(e),
-    })
+    let old = (builder.clone(), false);
+    let disabled = (builder.setup_r_disabled().clone(), true);
+    let newest = (builder.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().clone(), true);
+    let mut failed = None;
+    for (builder, is_disabled) in [newest, disabled, old] {
+        match builder.build(depth.into()) {
+            Ok(ring) => return Ok((ring, is_disabled)),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => failed = Some(e),
+            Err(e) => return Err(e),
+        }
+    }
+    Err(failed.expect("one was tried"))
 }
+
+/// Restricts a disabled ring for good to the operations of its kind and to its end, and enables it. So code that takes over the
+/// process cannot use the ring to open a file or to connect, past the filters for system calls.
+fn enable<K: Kind>(submitter: &Submitter<'_>, probe: &Probe) -> io::Result<()> {
+    let codes = K::NEEDED.iter().chain(K::OPTIONAL).filter(|&&code| probe.is_supported(code));
+    let ends = [IORING_UNREGISTER_BUFFERS, IORING_UNREGISTER_FILES].map(Restriction::register_op);
+    let flags = Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits());
+    let mut all: Vec<_> = codes.map(|&code| Restriction::sqe_op(code)).chain(ends).chain([flags]).collect();
+    submitter.register_restrictions(&mut all)?;
+    submitter.register_enable_rings()
+}
+
+/// Operations of io_uring_register(2).
+const IORING_UNREGISTER_BUFFERS: u8 = 1;
+const IORING_UNREGISTER_FILES: u8 = 3;
 
 /// Registers memory with the kernel, if the kernel accepts it.
 fn register(submitter: &Submitter<'_>, memory: Option<Arc<Mapping>>) -> Memory {

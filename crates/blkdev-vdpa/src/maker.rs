@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Peer, wake::Wake};
+use blkdev::{
+    Peer,
+    thread::{Role, spawn},
+    wake::Wake,
+};
 
 use crate::{
     place::Place,
@@ -87,7 +91,7 @@ impl Maker {
             self.close(remains);
         };
         let start = Instant::now();
-        match thread::Builder::new().name("vduse-reset".to_owned()).spawn(bury) {
+        match spawn(Role::Helper, "vduse-reset", bury) {
             Ok(thread) => {
                 while !thread.is_finished() && start.elapsed() < MOMENT {
                     thread::sleep(GLANCE);

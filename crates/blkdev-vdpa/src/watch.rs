@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use blkdev::wake::{Stop, Watcher, wait};
+use blkdev::{
+    thread::Role,
+    wake::{Stop, Watcher, wait},
+};
 use blkdev_virtio::Liveness;
 
 use crate::place::Place;
@@ -24,7 +27,7 @@ const ENDED: &str = "the process behind it (VDUSE) has ended";
 /// No thread or file descriptor is left.
 pub(crate) fn watch(place: Place, processes: Vec<OwnedFd>, life: &Arc<Liveness>) -> io::Result<Watcher> {
     let life = Arc::clone(life);
-    Watcher::start("vdpa", move |stop| {
+    Watcher::start(Role::Watcher, "vdpa", move |stop| {
         if let Some(why) = await_end(&place, processes, stop) {
             life.end(why);
         }

@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use blkdev::wake::{Stop, Wake, Watcher, ring, wait};
+use blkdev::{
+    thread::Role,
+    wake::{Stop, Wake, Watcher, ring, wait},
+};
 use blkdev_virtio::Liveness;
 
 #[derive(Debug)]
@@ -40,7 +43,7 @@ impl Watch {
             calls: Mutex::default(),
         });
         let seen = Arc::clone(&shared);
-        let watcher = Watcher::start("virtio-pci", move |stop| seen.run(stop))?;
+        let watcher = Watcher::start(Role::Watcher, "virtio-pci", move |stop| seen.run(stop))?;
         Ok(Self { shared, _watcher: watcher })
     }
 

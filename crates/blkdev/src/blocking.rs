@@ -9,7 +9,6 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU16, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -18,6 +17,7 @@ use crate::{
     error::Error,
     mem::Mapping,
     serve::{Serve, open_one},
+    thread::{Role, spawn},
     wake::Wake,
 };
 
@@ -77,7 +77,7 @@ impl<S: Serve> Device for Blocking<S> {
         let queue = BlockingQueue { pool: Arc::clone(&pool), depth, in_flight: 0, open: Arc::clone(&self.open) };
         for n in 0..self.threads.min(depth) {
             let (pool, served) = (Arc::clone(&pool), Arc::clone(&self.served));
-            thread::Builder::new().name(format!("{} {n}", self.info().driver)).spawn(move || pool.run(&*served))?;
+            spawn(Role::Worker, format!("{} {n}", self.info().driver), move || pool.run(&*served))?;
         }
         Ok(Box::new(queue))
     }
@@ -333,7 +333,7 @@ mod tests {
         }
         // Two are with the threads.
         while gate.came.load(Ordering::Relaxed) < 2 {
-            thread::yield_now();
+            std::thread::yield_now();
         }
         channel.give_up();
         let mut done = Vec::new();

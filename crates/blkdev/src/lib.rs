@@ -62,6 +62,7 @@ mod slots;
 pub mod socket;
 mod source;
 mod stamp;
+pub mod thread;
 pub mod wake;
 pub mod window;
 

@@ -1,14 +1,14 @@
 //! [`Liveness`]: whether a device is alive, and which threads wake when it dies.
 
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
 };
 
-use crate::wake::Wake;
+use crate::{
+    thread::{Role, spawn},
+    wake::Wake,
+};
 
 /// What wakes a thread that sleeps until a device does something: an eventfd.
 pub trait Sleeper: Send + Sync + 'static {
@@ -95,7 +95,7 @@ impl<S: Sleeper> Liveness<S> {
         let wake = move || sleepers.iter().for_each(|sleeper| sleeper.wake());
         if !self.wakes_may_block || is_alone {
             wake();
-        } else if let Err(e) = thread::Builder::new().name("wake".to_owned()).spawn(wake.clone()) {
+        } else if let Err(e) = spawn(Role::Helper, "wake", wake.clone()) {
             log::debug!("{}: cannot start a thread to wake the queues: {e}", self.name);
             wake();
         }

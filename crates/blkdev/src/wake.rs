@@ -20,6 +20,8 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
+use crate::thread::{Role, spawn};
+
 /// An eventfd between the threads of this process, the kernel, or a device. Neither side ever blocks on it.
 ///
 /// A process that is not trusted must not have it: it could clear O_NONBLOCK.
@@ -189,14 +191,14 @@ impl fmt::Debug for Turn {
 }
 
 impl Watcher {
-    /// Starts a thread that runs `run`, which waits for [`Stop::wake`] among other descriptors.
+    /// Starts a thread with a role that runs `run`, which waits for [`Stop::wake`] among other descriptors.
     ///
     /// # Errors
     /// No thread or file descriptor is left.
-    pub fn start(name: &str, run: impl FnOnce(&Stop) + Send + 'static) -> io::Result<Self> {
+    pub fn start(role: Role, name: &str, run: impl FnOnce(&Stop) + Send + 'static) -> io::Result<Self> {
         let stop = Arc::new(Stop { wake: Arc::new(Wake::new()?), is_requested: AtomicBool::new(false) });
         let seen = Arc::clone(&stop);
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || run(&seen))?;
+        let thread = spawn(role, name, move || run(&seen))?;
         Ok(Self {
             stop,
             thread: Some(thread),
@@ -220,7 +222,7 @@ impl Watcher {
             clock.watch(Arc::downgrade(&turns));
             return Ok(Self { stop, thread: None, turns: Some(turns) });
         }
-        Self::start(name, move |stop| while turn(stop) {})
+        Self::start(Role::Watcher, name, move |stop| while turn(stop) {})
     }
 
     /// Wakes the thread when rung.
@@ -291,7 +293,7 @@ mod tests {
     #[test]
     fn a_watcher_is_woken_and_ends_when_it_is_dropped() {
         let (seen, calls) = mpsc::channel();
-        let watcher = Watcher::start("watcher", move |stop| {
+        let watcher = Watcher::start(Role::Watcher, "watcher", move |stop| {
             while !stop.is_requested() {
                 wait([stop.wake().as_fd()], None);
                 seen.send(stop.wake().clear()).unwrap();

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Channel, Context, Counts, Device, Plan};
+use blkdev::{
+    Channel, Context, Counts, Device, Plan,
+    thread::{Role, spawn},
+};
 
 use crate::{
     export::{Export, Exports},
@@ -86,7 +89,7 @@ impl Drop for Look<'_> {
         // The view was replaced in the meantime. Closing a device can take long, and other clients must not wait for it.
         if let Some(view) = self.view.take().and_then(Arc::into_inner)
             && !view.seats.is_empty()
-            && let Ok(thread) = thread::Builder::new().name("closing".into()).spawn(move || drop(view))
+            && let Ok(thread) = spawn(Role::Helper, "closing", move || drop(view))
         {
             let _ = self.views.closers.send(thread);
         }

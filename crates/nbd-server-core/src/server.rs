@@ -8,11 +8,14 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use blkdev::Plan;
+use blkdev::{
+    Plan,
+    thread::{Role, spawn},
+};
 use nbd_proto::limits::PAYLOAD_MAX;
 use nix::sys::eventfd::EventFd;
 
@@ -206,7 +209,7 @@ impl Server {
     fn run(&mut self, door: Door) -> io::Result<()> {
         let (end, stop) = (self.end.clone(), Arc::clone(&self.stop));
         let door = move || end.watch("door", &stop, || door.run());
-        self.threads.insert(0, thread::Builder::new().name("door".into()).spawn(door)?);
+        self.threads.insert(0, spawn(Role::Worker, "door", door)?);
         Ok(())
     }
 

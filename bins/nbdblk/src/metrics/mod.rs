@@ -25,6 +25,7 @@ use crate::{
     listen::{Access, bind_tcp, bind_unix, is_absent},
     observer::Observer,
     place::Place,
+    sandbox,
 };
 
 /// Longest time of a connection.
@@ -131,7 +132,7 @@ impl Sockets {
                     }
                 }
             };
-            thread::Builder::new().name("metrics".into()).spawn(serve).context("starting a thread")?;
+            sandbox::spawn_service("metrics", serve).context("starting a thread")?;
         }
         Ok(files)
     }

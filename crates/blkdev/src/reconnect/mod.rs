@@ -41,6 +41,7 @@ use std::{
 use crate::{
     device::{Device, Info, Queue, State},
     mem::Mapping,
+    thread::Role,
     wake::Watcher,
 };
 
@@ -100,7 +101,7 @@ impl Reconnect {
     pub fn new(device: Arc<dyn Device>, reopen: Reopen, options: Options) -> io::Result<Self> {
         let shared = Shared::new(device, reopen, options);
         let seen = Arc::clone(&shared);
-        let watcher = Watcher::start("reconnect", move |stop| seen.run(stop))?;
+        let watcher = Watcher::start(Role::Opener, "reconnect", move |stop| seen.run(stop))?;
         shared.set_bell(Arc::clone(watcher.wake()));
         Ok(Self { shared, watcher: Some(watcher) })
     }

@@ -22,7 +22,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blkdev::{Channel, socket};
+use blkdev::{
+    Channel, socket,
+    thread::{Role, spawn},
+};
 use nix::sys::{eventfd::EventFd, prctl};
 
 use crate::{
@@ -117,7 +120,7 @@ pub(crate) fn start(
         woken: None,
     };
     let (end, stop) = (end.clone(), Arc::clone(stop));
-    let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+    let thread = spawn(Role::Worker, name.clone(), move || {
         end.watch(&name, &stop, || {
             let _death = Death(alive);
             worker.run();
@@ -354,7 +357,7 @@ impl Worker {
             // Closing the descriptor would do the same, unless a duplicate of it exists.
             let _ = self.poll.remove(fd);
         }
-        match thread::Builder::new().name("closing".into()).spawn(move || drop(channel)) {
+        match spawn(Role::Helper, "closing", move || drop(channel)) {
             Ok(thread) => drop(self.closers.send(thread)),
             Err(e) => log::warn!("cannot start a thread to close a device, so clients had to wait for it: {e}"),
         }

@@ -1,0 +1,104 @@
+//! [`Reach`]: the files that a thread can open (landlock(7)).
+
+use std::path::{Path, PathBuf, absolute};
+
+use anyhow::ensure;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+
+use crate::exports::ExportSpec;
+
+/// The newest version of the kernel's interface that this module uses.
+const VERSION: ABI = ABI::V6;
+
+/// Directories of devices that are bound to vfio-pci: the groups, and what the kernel says about the devices.
+const VFIO: [&str; 3] = ["/dev/vfio", "/sys/bus/pci", "/sys/devices"];
+
+/// Drivers that find their device by its address.
+const BY_ADDRESS: [&str; 2] = ["nvme", "virtio-pci"];
+
+/// The driver whose device can be a process, which is searched in /proc.
+const BY_PROCESS: &str = "vdpa";
+
+/// What can be opened, to open devices again.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Reach {
+    directories: Vec<PathBuf>,
+    everything: bool,
+}
+
+impl Reach {
+    /// What the devices need.
+    pub(super) fn of(specs: &[ExportSpec]) -> Self {
+        let mut reach = Self::default();
+        reach.extend(specs);
+        reach
+    }
+
+    /// Adds what other devices need.
+    pub(super) fn extend(&mut self, specs: &[ExportSpec]) {
+        for settings in specs.iter().map(|spec| &spec.settings) {
+            let driver = settings.driver().name;
+            self.everything |= driver == BY_PROCESS;
+            if BY_ADDRESS.contains(&driver) {
+                self.directories.extend(VFIO.map(PathBuf::from));
+            } else if let Ok(path) = settings.get("path") {
+                // Not the file: another one will have its name.
+                self.directories.extend(absolute(path).ok().and_then(|path| directory(&path)));
+            }
+        }
+        self.directories.sort_unstable();
+        self.directories.dedup();
+    }
+
+    /// Whether a device is found through other processes. The kernel would hide them.
+    pub(super) fn needs_everything(&self) -> bool {
+        self.everything
+    }
+
+    /// Confines the calling thread to these files.
+    pub(super) fn confine(&self) -> anyhow::Result<()> {
+        confine(self.directories.iter().map(PathBuf::as_path), Scope::from_all(VERSION))
+    }
+}
+
+/// What can be done with a device or an image that exists.
+const USE: BitFlags<AccessFs> =
+    landlock::make_bitflags!(AccessFs::{ReadFile | WriteFile | ReadDir | Truncate | IoctlDev});
+
+/// The directory of a path, or the nearest one above that exists.
+fn directory(path: &Path) -> Option<PathBuf> {
+    path.ancestors().skip(1).find(|dir| dir.is_dir()).map(Into::into)
+}
+
+/// Confines the calling thread to what is open.
+pub(super) fn confine_to_nothing() -> anyhow::Result<()> {
+    confine([], Scope::from_all(VERSION))
+}
+
+/// Confines the calling thread to files that exist: it creates, removes and executes none. It can still report to the service
+/// manager, whose socket may be an abstract one.
+pub(super) fn confine_to_existing() -> anyhow::Result<()> {
+    confine([Path::new("/")], BitFlags::EMPTY)
+}
+
+/// Confines the calling thread to the use of files in some directories, and to the other side of its sockets.
+fn confine<'a>(directories: impl IntoIterator<Item = &'a Path>, scope: BitFlags<Scope>) -> anyhow::Result<()> {
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
+    let mut ruleset =
+        ruleset.handle_access(AccessFs::from_all(VERSION))?.handle_access(AccessNet::from_all(VERSION))?;
+    if !scope.is_empty() {
+        ruleset = ruleset.scope(scope)?;
+    }
+    let mut ruleset = ruleset.create()?;
+    for directory in directories {
+        // It may be gone. If it comes back, it is another directory.
+        let Ok(directory) = PathFd::new(directory) else { continue };
+        ruleset = ruleset.add_rule(PathBeneath::new(directory, USE))?;
+    }
+    let status = ruleset.restrict_self()?;
+    ensure!(status.ruleset != RulesetStatus::NotEnforced, "the kernel has no landlock, or it is not enabled");
+    Ok(())
+}
