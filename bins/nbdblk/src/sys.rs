@@ -12,3 +12,15 @@ pub(crate) fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     // SAFETY: the kernel has just opened this descriptor for us, and nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
+
+/// Maps a page of new memory, which can be executed or not.
+#[cfg(test)]
+pub(crate) fn map_page(executable: bool) -> Result<(), Errno> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+
+    let mut protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    protection.set(ProtFlags::PROT_EXEC, executable);
+    let len = 4096.try_into().expect("not 0");
+    // SAFETY: the kernel chooses an address where nothing is, and nothing uses the page.
+    unsafe { mmap_anonymous(None, len, protection, MapFlags::MAP_PRIVATE) }.map(drop)
+}

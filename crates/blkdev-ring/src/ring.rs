@@ -362,3 +362,63 @@ fn explain(error: io::Error, too_old: &str) -> io::Error {
     };
     Context::wrap(format!("cannot create an io_uring: {error}: {remedy}"), error)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::OwnedFd};
+
+    use io_uring::{opcode, squeue, types};
+
+    use super::*;
+    use crate::files::Command;
+
+    /// Syncs the file.
+    struct Sync;
+
+    impl Operation for Sync {
+        fn command(&self) -> Command<'_> {
+            Command::Sync
+        }
+
+        fn buf_mut(&mut self) -> Option<&mut Buf> {
+            None
+        }
+    }
+
+    /// The result of an entry that code in this process has put past the [`Ring`]'s methods.
+    fn result(ring: &mut Ring<Sync>, entry: &squeue::Entry) -> i32 {
+        // SAFETY: the memory of the entries below is static.
+        unsafe { ring.ring.submission().push(entry) }.expect("it has room");
+        ring.ring.submit_and_wait(1).expect("the kernel takes it");
+        ring.ring.completion().next().expect("it has completed").result()
+    }
+
+    #[test]
+    fn a_ring_carries_only_operations_of_its_kind() {
+        let file = File::open("/proc/self/exe").expect("this program");
+        let mut ring: Ring<Sync> = Ring::new(4, file.as_fd()).expect("the kernel has io_uring");
+        let own = types::Fd(libc::AT_FDCWD);
+        let others = [
+            opcode::OpenAt::new(own, c"/etc/passwd".as_ptr()).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::Nop::new().build(),
+            // Of its kind, but linked.
+            opcode::Fsync::new(types::Fixed(0)).build().flags(squeue::Flags::IO_LINK),
+        ];
+        for entry in &others {
+            assert_eq!(result(&mut ring, entry), -libc::EACCES, "{entry:?}");
+        }
+        assert_eq!(result(&mut ring, &opcode::Fsync::new(types::Fixed(0)).build()), 0);
+    }
+
+    #[test]
+    fn a_ring_takes_no_other_files_and_memory() {
+        let file = File::open("/proc/self/exe").expect("this program");
+        let ring: Ring<Sync> = Ring::new(4, file.as_fd()).expect("the kernel has io_uring");
+        let other = OwnedFd::from(File::open("/dev/null").expect("it is there"));
+        let submitter = ring.ring.submitter();
+        let refused = submitter.register_files_update(0, &[other.as_raw_fd()]).map_err(|e| e.raw_os_error());
+        assert_eq!(refused, Err(Some(libc::EACCES)));
+        submitter.unregister_files().expect("the end of the ring needs it");
+    }
+}

@@ -190,8 +190,14 @@ const IOCTL_CLASSES: [u8; 5] = [b'f', 0x12, b'N', b';', 0xaf];
 const IOCTLS: [u64; 2] = [libc::FIONREAD, libc::FIONBIO];
 
 /// Operations of prctl(2) of a thread that runs, or is confined further.
-const PRCTLS: [i32; 5] =
-    [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK, libc::PR_SET_NO_NEW_PRIVS, libc::PR_CAPBSET_DROP, libc::PR_SET_VMA];
+const PRCTLS: [i32; 6] = [
+    libc::PR_SET_NAME,
+    libc::PR_SET_TIMERSLACK,
+    libc::PR_SET_NO_NEW_PRIVS,
+    libc::PR_GET_NO_NEW_PRIVS,
+    libc::PR_CAPBSET_DROP,
+    libc::PR_SET_VMA,
+];
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 

@@ -187,3 +187,162 @@ impl Policy {
         log::warn!("{text}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        io::Read,
+        net::{Ipv4Addr, TcpListener, TcpStream},
+        os::unix::net::{UnixListener, UnixStream},
+        process::Command,
+    };
+
+    use nix::{
+        errno::Errno,
+        libc,
+        sys::{
+            ptrace,
+            signal::{Signal, kill},
+            socket::{AddressFamily, SockFlag, SockType, socket},
+        },
+        unistd::{Pid, execv, getppid},
+    };
+
+    use super::*;
+    use crate::sys::map_page;
+
+    /// Runs `work` on a thread that is confined as one of the server.
+    fn run<T: Send + 'static>(role: Role, reach: Reach, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let policy = Policy {
+            mode: Mode::Require,
+            identity: None,
+            has_command: false,
+            filters: Some(Filters::new().unwrap()),
+            has_landlock: true,
+            reach: Mutex::new(reach),
+        };
+        let confined = move || {
+            policy.confine(role).unwrap();
+            work()
+        };
+        thread::spawn(confined).join().unwrap()
+    }
+
+    const CONFINED: [Role; 3] = [Role::Worker, Role::Watcher, Role::Service];
+
+    fn denied<T>(result: io::Result<T>) -> bool {
+        result.err().is_some_and(|error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)))
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_open_files() {
+        for role in CONFINED {
+            assert!(run(role, Reach::default(), || denied(File::open("/etc/passwd"))), "{role:?}");
+            assert!(run(role, Reach::default(), || denied(fs::remove_file("/etc/passwd.not"))), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_connect() {
+        let dir = std::env::temp_dir().join(format!("nbdblk-sandbox-{}", process::id()));
+        fs::create_dir(&dir).unwrap();
+        let path = dir.join("s");
+        let (_unix, tcp) = (UnixListener::bind(&path).unwrap(), TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+        let port = tcp.local_addr().unwrap().port();
+        for role in CONFINED {
+            let path = path.clone();
+            assert!(run(role, Reach::default(), move || denied(UnixStream::connect(path))), "{role:?}");
+        }
+        for role in [Role::Worker, Role::Watcher, Role::Service, Role::Opener] {
+            let connect = move || denied(TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
+            assert!(run(role, Reach::default(), connect), "{role:?}");
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_make_sockets_of_any_family() {
+        let families = [AddressFamily::Unix, AddressFamily::Inet, AddressFamily::Inet6, AddressFamily::Netlink];
+        for (role, family) in CONFINED.into_iter().flat_map(|role| families.map(|family| (role, family))) {
+            let make = move || socket(family, SockType::Datagram, SockFlag::empty(), None).err();
+            assert_eq!(run(role, Reach::default(), make), Some(Errno::EPERM), "{role:?} {family:?}");
+        }
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_execute_programs() {
+        for role in [Role::Worker, Role::Watcher, Role::Service, Role::Opener] {
+            let execute = || (execv(c"/bin/true", &[c"true"]).err(), denied(Command::new("/bin/true").status()));
+            assert_eq!(run(role, Reach::default(), execute), (Some(Errno::EPERM), true), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_trace_or_signal_other_processes() {
+        for role in [Role::Worker, Role::Watcher, Role::Service, Role::Opener] {
+            let trace = || (ptrace::attach(getppid()).err(), kill(getppid(), None::<Signal>).err());
+            assert_eq!(run(role, Reach::default(), trace), (Some(Errno::EPERM), Some(Errno::EPERM)), "{role:?}");
+        }
+        let signal = || kill(Pid::this(), None::<Signal>).err();
+        assert_eq!(run(Role::Worker, Reach::default(), signal), Some(Errno::EPERM), "not even this process");
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_execute_memory_that_it_has_written() {
+        for role in [Role::Worker, Role::Watcher, Role::Service, Role::Opener] {
+            assert_eq!(run(role, Reach::default(), || map_page(false)), Ok(()), "{role:?}");
+            assert_eq!(run(role, Reach::default(), || map_page(true)), Err(Errno::EPERM), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn a_confined_thread_has_no_capabilities_and_gets_no_new_privileges() {
+        for role in CONFINED {
+            let look = || {
+                let none = rustix::thread::capabilities(None).unwrap();
+                (none.effective | none.permitted | none.inheritable, prctl::get_no_new_privs().unwrap())
+            };
+            assert_eq!(run(role, Reach::default(), look), (rustix::thread::CapabilitySet::empty(), true), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_opens_devices_reaches_their_directories_only() {
+        let dir = std::env::temp_dir().join(format!("nbdblk-reach-{}", process::id()));
+        fs::create_dir(&dir).unwrap();
+        let image = dir.join("image");
+        let spec = format!("io_uring={}", image.display());
+        let specs = crate::exports::from_words(&[spec.into()]).unwrap();
+        // Made later, as a socket is that comes back.
+        fs::write(&image, "content").unwrap();
+        let open = move || {
+            let mut text = String::new();
+            File::options().read(true).write(true).open(&image).unwrap().read_to_string(&mut text).unwrap();
+            (text, denied(File::open("/etc/passwd")), denied(fs::write(image.with_extension("new"), "")))
+        };
+        assert_eq!(run(Role::Opener, Reach::of(&specs), open), ("content".into(), true, true));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_thread_for_a_reload_creates_removes_and_executes_no_files() {
+        let path = std::env::temp_dir().join(format!("nbdblk-reload-{}", process::id()));
+        fs::write(&path, "x").unwrap();
+        let found = thread::spawn({
+            let path = path.clone();
+            move || {
+                reach::confine_to_existing().unwrap();
+                let removed = denied(fs::remove_file(&path));
+                (
+                    fs::read(&path).unwrap(),
+                    removed,
+                    denied(fs::write(path.with_extension("new"), "")),
+                    execv(c"/bin/true", &[c"true"]).err(),
+                )
+            }
+        });
+        assert_eq!(found.join().unwrap(), (b"x".to_vec(), true, true, Some(Errno::EACCES)));
+        fs::remove_file(&path).unwrap();
+    }
+}
