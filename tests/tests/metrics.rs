@@ -23,6 +23,8 @@ impl Server {
         let exports = ["disk:io_uring=disk.img", "scratch:memory=16M"];
         let options = ["--metrics", "tcp:127.0.0.1:0", "--control", "control.sock", "-v"];
         let server = Nbdblk::unix(dir, &[&exports[..], &options].concat());
+        // The log has its own thread, and can come after the URI.
+        server.await_log("metrics at http://");
         let log = server.log();
         let (_, rest) = log.split_once("metrics at http://").expect("the log has the address");
         let metrics = rest.split('/').next().expect("the address ends").to_owned();

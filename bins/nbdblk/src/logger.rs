@@ -63,6 +63,13 @@ pub(crate) fn detach() {
         loop {
             let now = Instant::now();
             state.end_periods(now, false);
+            if std::mem::take(&mut state.confine) {
+                // Without the lock, because that may log.
+                drop(state);
+                enter(Role::Service);
+                state = lock();
+                continue;
+            }
             let Some(line) = state.next() else {
                 let pause = state.wait(now);
                 state = WAKE.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
@@ -71,8 +78,6 @@ pub(crate) fn detach() {
             state.writing = true;
             drop(state);
             put(line.as_bytes());
-            // Here, because the thread starts before the sandbox, and without the lock, because that may log.
-            enter(Role::Service);
             state = lock();
             state.writing = false;
             IDLE.notify_all();
@@ -92,6 +97,12 @@ pub(crate) fn detach() {
         let name = thread::current().name().unwrap_or("?").to_owned();
         log::error!("thread '{name}' {panic}");
     }));
+}
+
+/// Confines the thread that writes, which starts before the sandbox.
+pub(crate) fn confine() {
+    lock().confine = true;
+    WAKE.notify_all();
 }
 
 /// One line. It has no label, unlike log records.
@@ -158,6 +169,8 @@ struct State {
     detached: bool,
     /// A thread is writing a line that has left the queue.
     writing: bool,
+    /// It confines itself before the next line.
+    confine: bool,
     queue: VecDeque<String>,
     bytes: usize,
     dropped: u64,

@@ -15,7 +15,7 @@ use crate::{
     files::OwnFile,
     plan::Plan,
     ready::{self, Ready},
-    reload,
+    reload, sandbox,
     state::{self, State, StateFile},
     uri::Address,
 };
@@ -58,6 +58,7 @@ pub(crate) fn resume(
     let socket = listening.transpose()?;
     let child = state.child.map(|pid| Child::watch(Pid::from_raw(pid), control)).transpose()?;
     let addresses = state.addresses.into_iter().map(Into::into).collect();
+    sandbox::seal()?;
 
     let pause = Duration::from_nanos(clock::now()?.saturating_sub(state.paused_at)).as_millis();
     let (leaving, before) = (state.leaving, state.program);

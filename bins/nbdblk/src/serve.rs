@@ -106,7 +106,6 @@ fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
         None => begin(&mut plan, args, (passed, store), &security, limits, &control)?,
     };
     report_failure(&server, control.sender())?;
-    sandbox::seal()?;
 
     let server = Arc::new(server);
     let reloads = Reloads::new(plan, args.config.clone(), &server, control.sender());
@@ -207,14 +206,26 @@ fn begin(
     let words = security.words();
     let uris: Vec<String> =
         plan.specs.iter().flat_map(|e| addresses.iter().map(|a| a.uri(&e.name, words.as_deref()))).collect();
-    announce(ready, uris, args, control.sender())?;
+    let go = announce(ready, uris, args, control.sender())?;
+    sandbox::seal()?;
+    let _ = go.send(());
     Ok(Service { server, addresses, files, socket, child: None, kept })
 }
 
-/// Reports in a thread that the server is ready, and where.
-fn announce(mut ready: Ready, uris: Vec<String>, args: &cli::Serve, events: mpsc::Sender<Event>) -> anyhow::Result<()> {
+/// Starts a thread that reports that the server is ready, and where, once the result gets a message. It keeps the user that this
+/// thread has now, because the directory of the pid file may belong to that user.
+fn announce(
+    mut ready: Ready,
+    uris: Vec<String>,
+    args: &cli::Serve,
+    events: mpsc::Sender<Event>,
+) -> anyhow::Result<mpsc::Sender<()>> {
+    let (go, gone) = mpsc::channel();
     let (print, say) = (args.print_uri, !args.print_uri && args.run.is_none() && !args.single);
     let announce = move || {
+        if gone.recv().is_err() {
+            return;
+        }
         let announced = ready.announce().and_then(|()| {
             if print {
                 crate::print(&uris.iter().map(|uri| format!("{uri}\n")).collect::<String>())?;
@@ -226,7 +237,7 @@ fn announce(mut ready: Ready, uris: Vec<String>, args: &cli::Serve, events: mpsc
         let _ = events.send(Event::Announced(announced.map(|()| ready)));
     };
     thread::Builder::new().name("announce".into()).spawn(announce).context("starting a thread")?;
-    Ok(())
+    Ok(go)
 }
 
 /// Sends an event when the server fails. A thread waits for it.

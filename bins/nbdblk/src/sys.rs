@@ -1,7 +1,7 @@
-//! pidfd_open(2), which `nix` does not have.
+//! pidfd_open(2) and landlock_restrict_self(2), which `nix` does not have.
 #![allow(unsafe_code)]
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::{errno::Errno, libc, unistd::Pid};
 
@@ -11,6 +11,12 @@ pub(crate) fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
     // SAFETY: the kernel has just opened this descriptor for us, and nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Confines the calling thread by a landlock ruleset. It must have given up new privileges.
+pub(crate) fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: landlock_restrict_self takes two numbers and no pointer.
+    Errno::result(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) }).map(drop)
 }
 
 /// Maps a page of new memory, which can be executed or not.

@@ -15,6 +15,7 @@ mod process;
 mod reload;
 mod requests;
 mod restarts;
+mod sandbox;
 mod status;
 mod tls;
 mod upgrade;

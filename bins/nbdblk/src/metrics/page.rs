@@ -1,6 +1,6 @@
 //! The status page for browsers. It is one file without outside resources; its script draws what /status.json returns.
 
-use std::{fs::File, io::Read};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 /// The page. `{nonce}` is replaced in each response.
 const PAGE: &str = include_str!("page.html");
@@ -19,8 +19,8 @@ pub(super) fn page() -> (String, String) {
 /// A number that cannot be guessed. Without one, the browser runs no script.
 fn nonce() -> String {
     let mut bytes = [0; 16];
-    match File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)) {
-        Ok(()) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
-        Err(_) => String::new(),
+    match getrandom(&mut bytes, GetRandomFlags::empty()) {
+        Ok(16) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        _ => String::new(),
     }
 }

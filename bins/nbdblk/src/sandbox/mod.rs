@@ -26,7 +26,7 @@ use crate::{
 };
 use filter::Filters;
 use identity::{Identity, Keeps};
-use reach::Reach;
+use reach::{Nothing, Reach};
 
 /// What the threads of this process give up.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ struct Policy {
     /// A command of `--run` inherits everything from the main thread.
     has_command: bool,
     filters: Option<Filters>,
-    has_landlock: bool,
+    nothing: Option<Nothing>,
     /// What can be opened again.
     reach: Mutex<Reach>,
 }
@@ -58,16 +58,14 @@ pub(crate) fn prepare(args: &cli::Serve, specs: &[ExportSpec]) -> anyhow::Result
         identity,
         has_command: args.run.is_some(),
         filters: None,
-        has_landlock: false,
+        nothing: None,
         reach: Mutex::new(Reach::of(specs)),
     };
     if mode != Mode::Off {
+        policy.nothing = policy.accept("landlock", Nothing::new())?;
         // On a thread, which takes the restrictions with it.
-        let filters = thread::spawn(|| Filters::new().and_then(|filters| filters.probe().map(|()| filters)));
-        let landlock = thread::spawn(reach::confine_to_nothing);
-        let tried = (filters.join().map_err(|_| anyhow!("a panic")), landlock.join().map_err(|_| anyhow!("a panic")));
-        policy.filters = policy.accept("seccomp", tried.0.flatten())?;
-        policy.has_landlock = policy.accept("landlock", tried.1.flatten())?.is_some();
+        let tried = thread::spawn(|| Filters::new().and_then(|filters| filters.probe().map(|()| filters))).join();
+        policy.filters = policy.accept("seccomp", tried.unwrap_or_else(|_| Err(anyhow!("a panic"))))?;
     }
     if mode != Mode::Off || policy.identity.is_some() {
         let _ = POLICY.set(policy);
@@ -82,6 +80,7 @@ pub(crate) fn prepare(args: &cli::Serve, specs: &[ExportSpec]) -> anyhow::Result
 /// The user cannot be changed, or the sandbox is required and something failed.
 pub(crate) fn seal() -> anyhow::Result<()> {
     let Some(policy) = POLICY.get() else { return Ok(()) };
+    logger::confine();
     let sealed = policy.confine_main();
     match policy.mode {
         Mode::Require => sealed.context("--sandbox require"),
@@ -111,7 +110,7 @@ pub(crate) fn spawn_trusted(name: &'static str, work: impl FnOnce() + Send + 'st
 
 /// Confines the calling thread to opening devices and reading files, for a reload: it creates and removes no file, and executes none.
 pub(crate) fn enter_reload(specs: &[ExportSpec]) {
-    let Some(policy) = POLICY.get().filter(|policy| policy.has_landlock) else { return };
+    let Some(policy) = POLICY.get().filter(|policy| policy.nothing.is_some()) else { return };
     if !Reach::of(specs).needs_everything() {
         policy.check("reload", reach::confine_to_existing());
     }
@@ -154,12 +153,10 @@ impl Policy {
         let reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone();
         identity::keep(if is_opener { Keeps::ToOpen(reach.needs_everything()) } else { Keeps::Nothing })?;
         prctl::set_no_new_privs()?;
-        if self.has_landlock {
-            match is_opener {
-                true if reach.needs_everything() => {}
-                true => reach.confine()?,
-                false => reach::confine_to_nothing()?,
-            }
+        match &self.nothing {
+            Some(nothing) if !is_opener => nothing.confine()?,
+            Some(_) if !reach.needs_everything() => reach.confine()?,
+            _ => {}
         }
         self.filters.iter().try_for_each(|filters| filters.apply(role))
     }
@@ -219,7 +216,7 @@ mod tests {
             identity: None,
             has_command: false,
             filters: Some(Filters::new().unwrap()),
-            has_landlock: true,
+            nothing: Some(Nothing::new().unwrap()),
             reach: Mutex::new(reach),
         };
         let confined = move || {

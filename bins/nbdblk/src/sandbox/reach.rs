@@ -1,14 +1,17 @@
 //! [`Reach`]: the files that a thread can open (landlock(7)).
 
-use std::path::{Path, PathBuf, absolute};
-
-use anyhow::ensure;
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus, Scope,
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf, absolute},
 };
 
-use crate::exports::ExportSpec;
+use anyhow::Context;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, Scope,
+};
+
+use crate::{exports::ExportSpec, sys::landlock_restrict_self};
 
 /// The newest version of the kernel's interface that this module uses.
 const VERSION: ABI = ABI::V6;
@@ -73,9 +76,21 @@ fn directory(path: &Path) -> Option<PathBuf> {
     path.ancestors().skip(1).find(|dir| dir.is_dir()).map(Into::into)
 }
 
-/// Confines the calling thread to what is open.
-pub(super) fn confine_to_nothing() -> anyhow::Result<()> {
-    confine([], Scope::from_all(VERSION))
+/// What confines threads to files that are open. It is made once, because threads must be confined even if no descriptor is left.
+#[derive(Debug)]
+pub(super) struct Nothing(OwnedFd);
+
+impl Nothing {
+    /// Fails if the kernel has no landlock.
+    pub(super) fn new() -> anyhow::Result<Self> {
+        let ruleset: Option<OwnedFd> = ruleset([], Scope::from_all(VERSION))?.into();
+        Ok(Self(ruleset.context("the kernel has no landlock, or it is not enabled")?))
+    }
+
+    /// Confines the calling thread.
+    pub(super) fn confine(&self) -> anyhow::Result<()> {
+        landlock_restrict_self(self.0.as_fd()).context("landlock")
+    }
 }
 
 /// Confines the calling thread to files that exist: it creates, removes and executes none. It can still report to the service
@@ -84,8 +99,16 @@ pub(super) fn confine_to_existing() -> anyhow::Result<()> {
     confine([Path::new("/")], BitFlags::EMPTY)
 }
 
-/// Confines the calling thread to the use of files in some directories, and to the other side of its sockets.
+/// Confines the calling thread to the use of files in some directories.
 fn confine<'a>(directories: impl IntoIterator<Item = &'a Path>, scope: BitFlags<Scope>) -> anyhow::Result<()> {
+    ruleset(directories, scope)?.restrict_self()?;
+    Ok(())
+}
+
+fn ruleset<'a>(
+    directories: impl IntoIterator<Item = &'a Path>,
+    scope: BitFlags<Scope>,
+) -> anyhow::Result<RulesetCreated> {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
     let mut ruleset =
         ruleset.handle_access(AccessFs::from_all(VERSION))?.handle_access(AccessNet::from_all(VERSION))?;
@@ -98,7 +121,5 @@ fn confine<'a>(directories: impl IntoIterator<Item = &'a Path>, scope: BitFlags<
         let Ok(directory) = PathFd::new(directory) else { continue };
         ruleset = ruleset.add_rule(PathBeneath::new(directory, USE))?;
     }
-    let status = ruleset.restrict_self()?;
-    ensure!(status.ruleset != RulesetStatus::NotEnforced, "the kernel has no landlock, or it is not enabled");
-    Ok(())
+    Ok(ruleset)
 }
