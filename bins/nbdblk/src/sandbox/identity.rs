@@ -122,8 +122,8 @@ pub(super) fn keep(keeps: Keeps) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets threads without capabilities pin memory for devices. It is bounded by `--memory`.
+/// Lets another user pin memory for devices, as root can. `--memory` bounds it.
 pub(super) fn raise_locked_memory() {
-    // Without privileges the limit stays, and is that of before.
+    // Without privileges the limit stays.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }

@@ -50,7 +50,7 @@ static POLICY: OnceLock<Policy> = OnceLock::new();
 pub(crate) fn prepare(args: &cli::Serve, specs: &[ExportSpec]) -> anyhow::Result<()> {
     let mode = args.sandbox.unwrap_or_default();
     let identity = Identity::new(args.user, args.group)?;
-    if identity.is_some() || mode != Mode::Off {
+    if identity.is_some() {
         identity::raise_locked_memory();
     }
     let mut policy = Policy {
