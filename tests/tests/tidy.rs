@@ -428,6 +428,36 @@ fn unsafe_stands_where_it_is_known_to() {
     }
 }
 
+/// Files that start threads without a role, and why.
+const THREADS: &[(&str, &str)] = &[
+    ("bins/nbdblk/src/child.rs", "waits for the command of --run"),
+    ("bins/nbdblk/src/control.rs", "removes files at the end"),
+    ("bins/nbdblk/src/logger.rs", "starts before the sandbox, and confines itself then"),
+    ("bins/nbdblk/src/plan.rs", "opens devices after an upgrade"),
+    ("bins/nbdblk/src/resume.rs", "reports to the service manager"),
+    ("bins/nbdblk/src/sandbox/mod.rs", "confines the thread"),
+    ("bins/nbdblk/src/serve.rs", "announces, and reloads"),
+    ("bins/nbdblk/src/upgrades.rs", "executes the next program"),
+    ("crates/blkdev/src/thread.rs", "starts threads with a role"),
+    ("crates/blkdev-nvme/src/model.rs", "for tests"),
+    ("crates/blkdev-virtio/src/model.rs", "for tests"),
+];
+
+/// A thread without a role would not be confined.
+#[test]
+fn every_thread_of_the_server_has_a_role() {
+    let starts = |text: &str| {
+        let product = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        product.contains("Builder::new().name(") || product.contains("thread::spawn(")
+    };
+    let is_product =
+        |name: &str| name.contains("/src/") && (name.starts_with("crates/") || name.starts_with("bins/nbdblk/"));
+    let all = files(&[".rs"]).into_iter().filter(|(name, text)| is_product(name) && starts(text));
+    let found: BTreeSet<String> = all.map(|(name, _)| name).collect();
+    let known: BTreeSet<String> = THREADS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    assert_eq!(found, known, "use blkdev::thread::spawn, or say in THREADS why not");
+}
+
 #[test]
 fn links_in_the_documents_lead_somewhere() {
     for (name, text) in files(&[".md"]) {

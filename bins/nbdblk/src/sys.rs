@@ -13,7 +13,7 @@ pub(crate) fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Confines the calling thread by a landlock ruleset. It must have given up new privileges.
+/// Confines the calling thread by a landlock ruleset. The thread must have no_new_privs set (prctl(2)).
 pub(crate) fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: landlock_restrict_self takes two numbers and no pointer.
     Errno::result(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) }).map(drop)
