@@ -63,7 +63,8 @@ impl Reach {
 
     /// Confines the calling thread to these files.
     pub(super) fn confine(&self) -> anyhow::Result<()> {
-        confine(self.directories.iter().map(PathBuf::as_path), Scope::from_all(VERSION))
+        ruleset(self.directories.iter().map(PathBuf::as_path))?.restrict_self()?;
+        Ok(())
     }
 }
 
@@ -83,7 +84,7 @@ pub(super) struct Nothing(OwnedFd);
 impl Nothing {
     /// Fails if the kernel has no landlock.
     pub(super) fn new() -> anyhow::Result<Self> {
-        let ruleset: Option<OwnedFd> = ruleset([], Scope::from_all(VERSION))?.into();
+        let ruleset: Option<OwnedFd> = ruleset([])?.into();
         Ok(Self(ruleset.context("the kernel has no landlock, or it is not enabled")?))
     }
 
@@ -93,29 +94,21 @@ impl Nothing {
     }
 }
 
-/// Confines the calling thread to files that exist: it creates, removes and executes none. It can still report to the service
-/// manager, whose socket may be an abstract one.
+/// Confines the calling thread to files that exist: it creates, removes and executes none. It can use sockets, to report to the
+/// service manager, to look up users, and to try what the kernel can do for TLS.
 pub(super) fn confine_to_existing() -> anyhow::Result<()> {
-    confine([Path::new("/")], BitFlags::EMPTY)
-}
-
-/// Confines the calling thread to the use of files in some directories.
-fn confine<'a>(directories: impl IntoIterator<Item = &'a Path>, scope: BitFlags<Scope>) -> anyhow::Result<()> {
-    ruleset(directories, scope)?.restrict_self()?;
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
+    let ruleset = ruleset.handle_access(AccessFs::from_all(VERSION))?.create()?;
+    ruleset.add_rule(PathBeneath::new(PathFd::new("/")?, USE))?.restrict_self()?;
     Ok(())
 }
 
-fn ruleset<'a>(
-    directories: impl IntoIterator<Item = &'a Path>,
-    scope: BitFlags<Scope>,
-) -> anyhow::Result<RulesetCreated> {
+/// What confines a thread to the use of files in some directories. It makes no TCP connections, and uses no abstract sockets and no
+/// signals of other processes.
+fn ruleset<'a>(directories: impl IntoIterator<Item = &'a Path>) -> anyhow::Result<RulesetCreated> {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
-    let mut ruleset =
-        ruleset.handle_access(AccessFs::from_all(VERSION))?.handle_access(AccessNet::from_all(VERSION))?;
-    if !scope.is_empty() {
-        ruleset = ruleset.scope(scope)?;
-    }
-    let mut ruleset = ruleset.create()?;
+    let ruleset = ruleset.handle_access(AccessFs::from_all(VERSION))?.handle_access(AccessNet::from_all(VERSION))?;
+    let mut ruleset = ruleset.scope(Scope::from_all(VERSION))?.create()?;
     for directory in directories {
         // It may be gone. If it comes back, it is another directory.
         let Ok(directory) = PathFd::new(directory) else { continue };

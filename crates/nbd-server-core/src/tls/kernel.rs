@@ -2,12 +2,11 @@
 //! secrets of rustls' handshake.
 
 use std::{
-    collections::HashMap,
     fmt,
     io::{self, IoSliceMut},
     net::{TcpListener, TcpStream},
     os::fd::{AsRawFd, BorrowedFd},
-    sync::{Mutex, PoisonError},
+    sync::OnceLock,
 };
 
 use blkdev::{Buf, socket};
@@ -57,15 +56,22 @@ pub(crate) struct Kernel {
     updates: u32,
 }
 
+/// The suites with which the kernel does TLS.
+static KNOWN: OnceLock<Vec<Suite>> = OnceLock::new();
+
+/// Learns what the kernel can do, and makes it load its module, before threads are confined.
+pub(super) fn learn() {
+    KNOWN.get_or_init(|| {
+        let takes = |suite: &Suite| {
+            probe(*suite).inspect_err(|e| log::debug!("the kernel does not continue {suite}: {e}")).is_ok()
+        };
+        Suite::all().filter(takes).collect()
+    });
+}
+
 /// Whether the kernel does TLS on this socket with this suite. If it does not, nothing has changed.
 pub(super) fn can_take(socket: BorrowedFd<'_>, suite: Suite) -> bool {
-    static KNOWN: Mutex<Option<HashMap<Suite, bool>>> = Mutex::new(None);
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known.get_or_insert_default();
-    let takes = known.entry(suite).or_insert_with(|| {
-        probe(suite).inspect_err(|e| log::debug!("the kernel does not continue {suite}: {e}")).is_ok()
-    });
-    *takes && setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
+    KNOWN.get().is_some_and(|known| known.contains(&suite)) && setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
 }
 
 /// Tries the kernel on a connection of our own. TLS 1.3 needs one that can change keys, which Linux can from 6.14 on: clients change

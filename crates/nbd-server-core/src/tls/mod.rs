@@ -49,7 +49,9 @@ impl Tls {
     /// A file cannot be used; the text names the file and the reason. Without the feature `tls`:
     /// [`Unsupported`](io::ErrorKind::Unsupported).
     pub fn with_certificates(files: &Certificates) -> io::Result<Self> {
-        Ok(Self { credentials: Credentials::Certificates(certificates::config(files)?), required: false })
+        let credentials = Credentials::Certificates(certificates::config(files)?);
+        kernel::learn();
+        Ok(Self { credentials, required: false })
     }
 
     /// TLS 1.2 and 1.3 with pre-shared keys. Each line of `file` has a user and its key, `USER:HEX`, as GnuTLS' psktool writes

@@ -23,6 +23,15 @@ pub(super) struct Suite {
     pub(super) cipher: Cipher,
 }
 
+impl Suite {
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        let ciphers = [Cipher::Aes128Gcm, Cipher::Aes256Gcm, Cipher::Chacha20Poly1305];
+        [Version::Tls12, Version::Tls13]
+            .into_iter()
+            .flat_map(move |version| ciphers.map(|cipher| Self { version, cipher }))
+    }
+}
+
 /// As the log names it.
 impl fmt::Display for Suite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
