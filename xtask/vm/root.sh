@@ -36,7 +36,7 @@ files() {
     done | sed -n "s|^insmod .*/modules/$version/\([^ ]*\).*|\1|p" | awk '!seen[$0]++'
 }
 early='virtio_blk ext4 crc32c_generic'
-guest='9p 9pnet_virtio crc32c_intel loop nbd nvme ublk_drv vduse vfio_iommu_type1 vfio_pci vhost_vdpa virtio_blk vsock_loopback'
+guest='9p 9pnet_virtio crc32c_intel loop nbd nvme nvme_tcp nvmet nvmet_tcp ublk_drv vduse vfio_iommu_type1 vfio_pci vhost_vdpa virtio_blk vsock_loopback'
 # TLS in the kernel, and the ciphers that it looks for by itself.
 guest="$guest tls aesni_intel gcm ghash_generic ccm chacha20poly1305 chacha_generic poly1305_generic"
 mkdir -p "$to"

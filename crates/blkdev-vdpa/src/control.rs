@@ -309,8 +309,7 @@ impl Drop for Control {
             rings: std::mem::take(self.rings.get_mut().unwrap_or_else(PoisonError::into_inner)),
         };
         match self.maker.take() {
-            Some(maker) if self.life.is_dead() => maker.bury(remains, self.life.name()),
-            Some(maker) => maker.close(remains),
+            Some(maker) => maker.close(remains, self.life.is_dead(), self.life.name()),
             None => {
                 if self.life.is_dead() {
                     // Time for the requests that were in flight when the device was declared dead.

@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +16,7 @@ use blkdev::{
 
 use crate::{
     place::Place,
-    remains::{GRACE, Remains},
+    remains::{GRACE, RESET, Remains},
     vduse::Vduse,
 };
 
@@ -31,8 +31,28 @@ const GLANCE: Duration = Duration::from_millis(10);
 const UNSEEN: &str = "no process is visible behind the device (VDUSE), so a restart of it will not be noticed, and changes that it did \
                       not flush may be lost: run as the same user or as root, in the same PID namespace";
 
+/// A device of a process, from its opening to its close.
 #[derive(Debug)]
 pub(crate) struct Maker {
+    /// To the thread that closes the device.
+    close: mpsc::Sender<Close>,
+    peer: Arc<Peer>,
+}
+
+/// What there is to close.
+#[derive(Debug)]
+struct Close {
+    remains: Remains,
+    is_dead: bool,
+    name: String,
+    /// Dropped when it is closed.
+    _done: mpsc::Sender<()>,
+}
+
+/// The thread that closes the device. It is started when the device is opened, because it needs to see other processes, and the
+/// thread that drops the device may be confined.
+#[derive(Debug)]
+struct Closer {
     place: Place,
     vduse: Vduse,
     /// The process is visible in /proc.
@@ -40,14 +60,13 @@ pub(crate) struct Maker {
     /// Rung when no process can access our memory any more. The end of the process is not enough: the next process continues
     /// with the same rings until the device is reset.
     end: Wake,
-    peer: Arc<Peer>,
 }
 
 impl Maker {
     /// The process behind the device at `place`, and descriptors that are readable when it has ended. `None`: it is no VDUSE device.
     ///
     /// # Errors
-    /// No file descriptor is left.
+    /// No file descriptor or thread is left.
     pub(crate) fn at(place: &Place, name: &str) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
         let Some(vduse) = Vduse::at(place) else { return Ok(None) };
         let processes = vduse.processes();
@@ -57,7 +76,10 @@ impl Maker {
         }
         let end = Wake::new()?;
         let peer = Arc::new(Peer::new(end.as_fd().try_clone_to_owned()?, 0));
-        Ok(Some((Self { place: place.clone(), vduse, is_seen, end, peer }, processes)))
+        let closer = Closer { place: place.clone(), vduse, is_seen, end };
+        let (close, orders) = mpsc::channel();
+        spawn(Role::Opener, "vduse", move || orders.into_iter().for_each(|order| closer.close(order)))?;
+        Ok(Some((Self { close, peer }, processes)))
     }
 
     /// The process that may access our memory, or its successor.
@@ -65,40 +87,35 @@ impl Maker {
         &self.peer
     }
 
-    /// Closes a device that is alive.
-    pub(crate) fn close(self, remains: Remains) {
+    /// Closes the device on its own thread. Waits for that; if the device is dead, up to [`MOMENT`].
+    pub(crate) fn close(self, remains: Remains, is_dead: bool, name: &str) {
+        let (done, closed) = mpsc::channel();
+        if self.close.send(Close { remains, is_dead, name: name.to_owned(), _done: done }).is_err() {
+            return log::error!("{name}: the thread that closes it has ended");
+        }
+        let limit = if is_dead { MOMENT } else { RESET + MOMENT };
+        let _ = closed.recv_timeout(limit);
+    }
+}
+
+impl Closer {
+    /// The kernel passes a reset on to the process, and the device is broken for good if none answers within half a minute. So
+    /// the reset of a dead device waits for a process. That process first continues the requests of its predecessor, and
+    /// qemu-storage-daemon aborts if the device is reset before they are completed.
+    fn close(&self, Close { remains, is_dead, name, _done }: Close) {
+        if is_dead && self.is_seen && !self.vduse.has_process() {
+            log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
+        }
+        if is_dead && (!self.is_seen || self.await_process()) {
+            settle(&remains);
+        }
         let is_over = remains.reset().is_ok() || self.is_seen && !self.vduse.has_process();
         if is_over {
             // Before the file is closed, which lets the device be opened again.
             self.end.ring();
         }
+        // Before the caller goes on.
         drop(remains);
-    }
-
-    /// Closes a dead device on a new thread. Waits for it up to [`MOMENT`].
-    ///
-    /// The kernel passes a reset on to the process, and the device is broken for good if none answers within half a minute. So
-    /// the reset waits for a process. That process first continues the requests of its predecessor, and qemu-storage-daemon
-    /// aborts if the device is reset before they are completed.
-    pub(crate) fn bury(self, remains: Remains, name: &str) {
-        if self.is_seen && !self.vduse.has_process() {
-            log::warn!("{name}: it stays open, and is reset when there is a process behind it (VDUSE) again");
-        }
-        let bury = move || {
-            if !self.is_seen || self.await_process() {
-                settle(&remains);
-            }
-            self.close(remains);
-        };
-        let start = Instant::now();
-        match spawn(Role::Helper, "vduse-reset", bury) {
-            Ok(thread) => {
-                while !thread.is_finished() && start.elapsed() < MOMENT {
-                    thread::sleep(GLANCE);
-                }
-            }
-            Err(e) => log::error!("{name}: cannot start a thread: {e}; the device does not wait for its process"),
-        }
     }
 
     /// Waits for a process. `false`: the device was removed first.

@@ -12,7 +12,7 @@ use blkdev::{Mapping, window::Window};
 use crate::sys::{BACKEND_F_IOTLB_BATCH, BACKEND_F_IOTLB_MSG_V2, Iotlb, Vhost};
 
 /// Longest reset of a device.
-const RESET: Duration = Duration::from_secs(5);
+pub(crate) const RESET: Duration = Duration::from_secs(5);
 /// Time for the requests in flight of a dead device, before it is reset.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 

@@ -8,6 +8,7 @@ mod capacity;
 mod client;
 mod crash;
 mod data;
+mod fabrics;
 mod info;
 mod machine;
 mod removal;
