@@ -26,8 +26,9 @@ usage: cargo xtask TASK
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
   bench [OPTIONS]  compare nbdblk and its plugin with other NBD servers; `bench --help` lists the options
-  fuzz [TARGET] [SECONDS]
-                   fuzz a target for some seconds (60); without a target: list the targets
+  fuzz [--quick] [TARGET] [SECONDS]
+                   fuzz a target for some seconds (60); without a target: list the targets; --quick: without AddressSanitizer,
+                   which sees no access to mapped memory, so that it runs two to four times as often
   fuzz --minutes N fuzz all targets, one after the other, for N minutes in total, and print how far each came
   picture          draw docs/crates.svg, the picture of the crates
   torture [--seconds N] [--seed S]
@@ -65,8 +66,10 @@ fn run() -> Result<()> {
         ["dist", dir] => dist::run(Some(dir)),
         ["fuzz"] => fuzz::list(),
         ["fuzz", "--minutes", minutes] => fuzz::run_all(minutes.parse()?),
-        ["fuzz", target] => fuzz::run(target, 60),
-        ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?),
+        ["fuzz", "--quick", target] => fuzz::run(target, 60, true),
+        ["fuzz", "--quick", target, seconds] => fuzz::run(target, seconds.parse()?, true),
+        ["fuzz", target] => fuzz::run(target, 60, false),
+        ["fuzz", target, seconds] => fuzz::run(target, seconds.parse()?, false),
         ["picture"] => picture::draw(),
         ["torture", ref words @ ..] => torture::run(words),
         // The processes of a torture.

@@ -415,25 +415,30 @@ impl<T> Pair<T> {
             flight.store(0, Ordering::Relaxed);
         }
         self.free = (0..self.layout.slots()).rev().collect();
-        let pushed = self.pushed;
-        let taken =
-            self.slots.iter_mut().filter_map(|slot| Some((pushed.wrapping_sub(slot.order), slot.owner.take()?)));
-        let mut taken: Vec<_> = taken.collect();
-        taken.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
-        taken.into_iter().map(|(_, owner)| owner)
+        let taken: Vec<T> =
+            self.in_order().into_iter().filter_map(|n| self.slots[usize::from(n)].owner.take()).collect();
+        taken.into_iter()
     }
 
-    /// Starts over after a reset of the controller. Returns the commands that were in flight, each with a flag: true if it
-    /// should be sent again. It should not after `old` ticks, or if it was sent twice already.
+    /// Starts over after a reset of the controller. Returns the commands that were in flight, in the order in which they were
+    /// pushed, each with a flag: true if it should be sent again. It should not after `old` ticks, or if it was sent twice
+    /// already.
     pub(crate) fn restart(&mut self, old: u16) -> Vec<(T, bool)> {
         (self.tail, self.rung, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, true);
         let (start, end) = (self.layout.completions(), self.layout.lists());
         self.window.clear(start, (end - start) / 8);
         let old: Vec<u16> = self.flights.older(old).map(|id| id & (SIZE_MAX - 1)).collect();
-        let slots = self.slots.iter_mut().zip(0..);
-        let back = slots.filter_map(|(slot, n)| Some((slot.owner.take()?, !slot.again && !old.contains(&n)))).collect();
-        self.take_all().for_each(drop);
-        back
+        let again: Vec<bool> =
+            self.in_order().into_iter().map(|n| !self.slots[usize::from(n)].again && !old.contains(&n)).collect();
+        self.take_all().zip(again).collect()
+    }
+
+    /// The slots in use, in the order in which their commands were pushed.
+    fn in_order(&self) -> Vec<u16> {
+        let used = self.slots.iter().zip(0..).filter(|(slot, _)| slot.owner.is_some());
+        let mut used: Vec<_> = used.map(|(slot, n)| (self.pushed.wrapping_sub(slot.order), n)).collect();
+        used.sort_unstable_by_key(|(age, _)| std::cmp::Reverse(*age));
+        used.into_iter().map(|(_, n)| n).collect()
     }
 
     /// As [`push`](Self::push), for a command that [`restart`](Self::restart) returned.

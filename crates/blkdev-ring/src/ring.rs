@@ -403,7 +403,7 @@ mod tests {
             opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
             opcode::Nop::new().build(),
             // Of its kind, but linked.
-            opcode::Fsync::new(types::Fixed(0)).build().flags(squeue::Flags::IO_LINK),
+            opcode::Fsync::new(types::Fixed(0)).build().flags(Flags::IO_LINK),
         ];
         for entry in &others {
             assert_eq!(result(&mut ring, entry), -libc::EACCES, "{entry:?}");

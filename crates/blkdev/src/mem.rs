@@ -2,7 +2,10 @@
 #![allow(unsafe_code)]
 
 #[cfg(feature = "fuzz")]
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 use std::{
     io,
     ops::{Deref, DerefMut, Range},
@@ -43,6 +46,9 @@ pub struct Mapping {
     shareable: bool,
     /// The ranges that have an owner.
     claims: Mutex<Vec<Range<usize>>>,
+    /// End of the memory that may have been written since it was last [cleared](Self::clear).
+    #[cfg(feature = "fuzz")]
+    touched: AtomicUsize,
 }
 
 /// Devices and the IOMMU need large, aligned pieces (SPDK registers memory in steps of 2 MiB).
@@ -108,7 +114,15 @@ impl Mapping {
             // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
             unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         }
-        Ok(Self { base, len, fd, shareable: true, claims: Mutex::default() })
+        Ok(Self {
+            base,
+            len,
+            fd,
+            shareable: true,
+            claims: Mutex::default(),
+            #[cfg(feature = "fuzz")]
+            touched: AtomicUsize::new(0),
+        })
     }
 
     /// Memory that is shared only between this process and the kernel, with a memfd that stays empty.
@@ -124,7 +138,15 @@ impl Mapping {
         let base = map(None, len)?;
         // SAFETY: the range was mapped above, and the advice changes no content. A failure costs only speed.
         unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        Ok(Self { base, len, fd, shareable: false, claims: Mutex::default() })
+        Ok(Self {
+            base,
+            len,
+            fd,
+            shareable: false,
+            claims: Mutex::default(),
+            #[cfg(feature = "fuzz")]
+            touched: AtomicUsize::new(0),
+        })
     }
 
     /// Whether another process can map it. It cannot if the file would exceed the process's limit (`ulimit -f`): then the memfd
@@ -161,11 +183,30 @@ impl Mapping {
         unsafe { libc::madvise(self.base.as_ptr().add(range.start).cast(), range.len(), libc::MADV_REMOVE) };
     }
 
+    /// Makes everything read as zeroes. Nothing uses the memory.
+    #[cfg(feature = "fuzz")]
+    fn clear(&self) {
+        let touched = self.touched.swap(0, Ordering::Relaxed);
+        if touched > CLEARED_MAX {
+            return self.discard(0..self.len);
+        }
+        // SAFETY: a range of this mapping, which has no other user.
+        unsafe { self.base.as_ptr().write_bytes(0, touched) };
+    }
+
+    /// Notes that an owner or a device of a fuzz target may write to the memory before `end`.
+    #[cfg(feature = "fuzz")]
+    pub(crate) fn touch(&self, end: usize) {
+        self.touched.fetch_max(end, Ordering::Relaxed);
+    }
+
     /// Claims a range for an owner that accesses it.
     ///
     /// # Panics
     /// If a part of it has an owner.
     pub(crate) fn claim(&self, range: Range<usize>) {
+        #[cfg(feature = "fuzz")]
+        self.touch(range.end);
         let mut claims = self.claims();
         let is_free = claims.iter().all(|claim| range.end <= claim.start || claim.end <= range.start);
         if is_free {
@@ -213,7 +254,7 @@ fn fresh(len: usize, make: impl FnOnce() -> io::Result<Mapping>) -> io::Result<A
     #[cfg(feature = "fuzz")]
     if Clock::entered().is_some() && len <= SPARE_MAX {
         let renew = |spare: &Mapping| {
-            spare.discard(0..len);
+            spare.clear();
             spare.claims().clear();
         };
         return SPARES.with_borrow_mut(|spares| spares.get(|spare| spare.len == len, renew, make));
@@ -221,6 +262,11 @@ fn fresh(len: usize, make: impl FnOnce() -> io::Result<Mapping>) -> io::Result<A
     let _ = len;
     make().map(Arc::new)
 }
+
+/// Most bytes to clear for the next run of a fuzz target. To return more to the system takes less time, with the page faults that
+/// follow.
+#[cfg(feature = "fuzz")]
+const CLEARED_MAX: usize = 512 << 10;
 
 /// Longest mapping that a fuzz target keeps for its next run, in bytes.
 #[cfg(feature = "fuzz")]

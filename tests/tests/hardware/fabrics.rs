@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use nbdblk_tests::checker::{BLOCK, Durability};
+use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Dir, Nbdblk, eventually, tool, under_load};
 
 use crate::target::check;
@@ -102,13 +103,12 @@ impl Drop for Fabric {
     }
 }
 
-/// Clients verify what they write while the path is lost twice.
-fn survives(port: u16, spec: fn(&str) -> String) {
+#[test]
+fn a_lost_path_is_a_pause_for_the_block_device() {
     check("NVMe over TCP", || {
         let dir = Dir::in_memory();
-        let fabric = Fabric::new(&dir, port);
-        let spec = spec(&fabric.namespace());
-        let server = Nbdblk::unix(&dir, &[&spec]);
+        let fabric = Fabric::new(&dir, 4420);
+        let server = Nbdblk::unix(&dir, &[&format!("io_uring=/dev/{},direct=true", fabric.namespace())]);
         under_load(server.address(), &[Durability::Often; 2], SIZE as usize / BLOCK / 2, || {
             for _ in 0..2 {
                 thread::sleep(Duration::from_secs(1));
@@ -123,12 +123,23 @@ fn survives(port: u16, spec: fn(&str) -> String) {
     });
 }
 
+/// The kernel does not hold requests of the passthrough.
 #[test]
-fn a_lost_path_is_a_pause_for_the_block_device() {
-    survives(4420, |name| format!("io_uring=/dev/{name}"));
-}
-
-#[test]
-fn a_lost_path_is_a_pause_for_the_passthrough() {
-    survives(4421, |name| format!("nvme-io_uring=/dev/{}", name.replacen("nvme", "ng", 1)));
+fn a_lost_path_is_an_error_for_the_passthrough_until_it_is_back() {
+    check("NVMe over TCP", || {
+        let dir = Dir::in_memory();
+        let fabric = Fabric::new(&dir, 4421);
+        let path = fabric.namespace().replacen("nvme", "/dev/ng", 1);
+        let server = Nbdblk::unix(&dir, &[&format!("nvme-io_uring={path}")]);
+        let mut client = Raw::enter(server.address(), Mode::Structured, "");
+        client.write(0, &[7; 4096]);
+        fabric.lose();
+        eventually("a request fails", || client.call(0, cmd::WRITE, 4096, 4096, &[8; 4096]).error != 0);
+        fabric.restore();
+        eventually("a request succeeds", || client.call(0, cmd::WRITE, 8192, 4096, &[9; 4096]).error == 0);
+        assert_eq!(client.read(0, 4096), [7; 4096]);
+        assert_eq!(client.read(8192, 4096), [9; 4096]);
+        assert!(server.terminate().success());
+        fabric.disconnect();
+    });
 }

@@ -1,7 +1,7 @@
 //! The body of the fuzz target, as a plain function: the fuzzer calls it, and an ordinary test replays the corpus through it.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::fd::AsFd,
     os::unix::net::{UnixListener, UnixStream},
     path::PathBuf,
@@ -13,9 +13,12 @@ use std::{
 use blkdev::{
     Device,
     fuzz::{Clock, Script},
-    wake::wait,
 };
 use blkdev_vhost_user::{Options, VhostUser};
+use nix::{
+    poll::{PollFd, PollFlags, ppoll},
+    sys::time::{TimeSpec, TimeValLike},
+};
 
 /// Message ids (vhost-user, "Front-end message types").
 const GET_FEATURES: u32 = 1;
@@ -76,6 +79,43 @@ impl Other {
     }
 }
 
+/// Bytes of the front end that are not taken yet.
+#[derive(Default)]
+struct Received {
+    bytes: Vec<u8>,
+}
+
+/// Length of a message's header, in bytes.
+const HEADER: usize = 12;
+
+impl Received {
+    /// Waits for more. One call, because each takes as long as much of a run.
+    fn read(&mut self, socket: &mut UnixStream) -> std::io::Result<()> {
+        let mut more = [0; 512];
+        match socket.read(&mut more)? {
+            0 => Err(ErrorKind::UnexpectedEof.into()),
+            len => {
+                self.bytes.extend_from_slice(&more[..len]);
+                Ok(())
+            }
+        }
+    }
+
+    /// Request, flags and payload length of the next message, if they are there.
+    fn header(&self) -> Option<[u32; 3]> {
+        (self.bytes.len() >= HEADER).then(|| [0, 4, 8].map(|at| word(&self.bytes, at)))
+    }
+
+    /// Takes the next message, and returns its payload of `len` bytes, if all of it is there.
+    fn take(&mut self, len: usize) -> Option<Vec<u8>> {
+        if self.bytes.len() < HEADER + len {
+            return None;
+        }
+        self.bytes.drain(..HEADER);
+        Some(self.bytes.drain(..len).collect())
+    }
+}
+
 struct Backend<'a> {
     script: &'a Script,
     clock: &'a Clock,
@@ -107,16 +147,18 @@ impl<'a> Backend<'a> {
 
     /// Answers each message. Most answers are right.
     fn serve(&self, mut socket: UnixStream) -> std::io::Result<()> {
-        let mut is_odd = false;
+        let (mut is_odd, mut received) = (false, Received::default());
         loop {
-            self.wait(&socket, is_odd);
-            let mut header = [0; 12];
-            socket.read_exact(&mut header)?;
-            let [request, flags, len] = [0, 4, 8].map(|at| word(&header, at));
+            let Some([request, flags, len]) = received.header() else {
+                self.receive(&mut socket, &mut received, is_odd)?;
+                continue;
+            };
             assert!(flags & 3 == 1 && flags & 4 == 0, "a message of version 1, and no reply");
             assert!(len <= 4096, "a message has a limit");
-            let mut payload = vec![0; len as usize];
-            socket.read_exact(&mut payload)?;
+            let Some(payload) = received.take(len as usize) else {
+                self.receive(&mut socket, &mut received, is_odd)?;
+                continue;
+            };
             let Some(mut reply) = self.reply(request, flags, &payload) else { continue };
             let mut head = [request, 5, reply.len() as u32];
             is_odd = self.script.one_in(8);
@@ -145,14 +187,17 @@ impl<'a> Backend<'a> {
         }
     }
 
-    /// Waits for a message. If none comes, the front end waits for more of an odd answer: then it has waited for long enough.
-    fn wait(&self, socket: &UnixStream, is_odd: bool) {
-        let patience = Duration::from_millis(if is_odd { 1 } else { 100 });
-        if wait([socket.as_fd()], Some(patience)) == [false] {
+    /// Waits for more bytes. If none come, the front end waits for more of an odd answer: then it has waited for long enough.
+    fn receive(&self, socket: &mut UnixStream, received: &mut Received, is_odd: bool) -> std::io::Result<()> {
+        let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        // Usually the front end has sent its next message, or sends it as soon as this thread sleeps.
+        let patience = if is_odd { TimeSpec::microseconds(300) } else { TimeSpec::milliseconds(100) };
+        if ppoll(&mut polled, Some(patience), None) == Ok(0) {
             let _entered = self.clock.enter();
             self.clock.pass(TIMEOUT);
             self.clock.turn();
         }
+        received.read(socket)
     }
 
     /// The payload of the right reply, if the message has one.

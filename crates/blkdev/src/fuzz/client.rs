@@ -18,14 +18,17 @@ use crate::{
 /// Payload memory, in bytes.
 const MEMORY: usize = 2 << 20;
 
-/// Longest request with memory, in bytes, where the device supports it.
-const LONGEST: u64 = 64 << 10;
+/// Longest request with memory, in bytes, where the device supports it: some pages more than fit without a list.
+const LONGEST: u64 = 32 << 10;
 
 /// Most actions of a client.
 const ACTIONS: usize = 300;
 
 /// Most queues that a client has open.
 const QUEUES: usize = 3;
+
+/// Most attempts of a client to open a queue. Each takes as long as many requests, and the first ones show what the others do.
+const OPENS: u32 = 10;
 
 thread_local! {
     /// The memory of the last client of this thread, because a mapping costs more than most clients.
@@ -43,6 +46,8 @@ pub struct Client {
     queues: Vec<Open>,
     /// Number of queues and requests so far.
     count: u64,
+    /// Number of attempts to open a queue.
+    opens: u32,
     /// Has refreshed the device. Once is enough: a driver may wait before it does so again.
     has_refreshed: bool,
 }
@@ -65,10 +70,23 @@ impl Client {
         let spare = SPARE.take().filter(|arena| arena.free() > arena.capacity() / 2);
         let mut arena = spare.unwrap_or_else(|| Mapping::shared(MEMORY).expect("memory").arenas(1).remove(0));
         let mapping = Arc::clone(arena.alloc(1).expect("half of it is free").mapping());
-        device.register(&mapping).ok()?;
+        if device.register(&mapping).is_err() {
+            SPARE.set(Some(arena));
+            return None;
+        }
         ledger.open(device.info().block_size);
         let (script, ledger, arena) = (script.clone(), Arc::clone(ledger), Some(arena));
-        Some(Self { device, script, ledger, mapping, arena, queues: Vec::new(), count: 0, has_refreshed: false })
+        Some(Self {
+            device,
+            script,
+            ledger,
+            mapping,
+            arena,
+            queues: Vec::new(),
+            count: 0,
+            opens: 0,
+            has_refreshed: false,
+        })
     }
 
     /// Acts until the script is over, and lets the device act by calling `step`. Closes everything at the end.
@@ -77,7 +95,7 @@ impl Client {
     /// If the driver is wrong.
     pub fn run(mut self, step: &mut dyn FnMut()) {
         for _ in 0..ACTIONS {
-            if self.script.is_over() {
+            if self.script.is_over() || self.queues.is_empty() && self.opens == OPENS {
                 break;
             }
             let n = self.script.below(self.queues.len() as u64) as usize;
@@ -89,7 +107,7 @@ impl Client {
                 12 => self.arm(n),
                 13..=15 => step(),
                 16 => self.look(),
-                17 if self.queues.len() < QUEUES => self.open(),
+                17 if self.queues.len() < QUEUES && self.opens < OPENS => self.open(),
                 17 | 18 => self.close(n),
                 _ => self.rare(n),
             }
@@ -114,6 +132,7 @@ impl Client {
     }
 
     fn open(&mut self) {
+        self.opens += 1;
         let depth = *self.script.pick(&[4, 1, 2, 32, 1024]);
         // The device may refuse, or be dead.
         if let Ok(queue) = self.device.open_queue(depth) {
@@ -199,7 +218,7 @@ impl Client {
         let last = (capacity - len) / block;
         let first = self.script.below((last + 1).min(12));
         let at = if kind == Kind::Flush { 0 } else { block * if first == 11 { last } else { first } };
-        let (mut memory, mut bytes) = (0..0, Vec::new());
+        let (mut memory, mut bytes) = (0..0, Arc::default());
         let op = match kind {
             Kind::Read | Kind::Write => {
                 let mut buf = self.alloc(len)?;
@@ -250,12 +269,11 @@ impl Client {
     }
 }
 
-/// What a write writes.
-fn content(tag: u64, len: usize) -> Vec<u8> {
+/// What a write writes: whole sectors.
+fn content(tag: u64, len: usize) -> Arc<[u8]> {
     let word = |n: u64| (tag << 32 | n).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    let mut bytes = (0..len.div_ceil(8) as u64).map(word).collect::<Vec<_>>().into_flattened();
-    bytes.truncate(len);
-    bytes
+    let bytes = (0..len as u64 / 8).map(word).collect::<Vec<_>>().into_flattened();
+    bytes.into()
 }
 
 impl Open {

@@ -41,7 +41,8 @@ impl Dma {
     #[must_use]
     pub fn read(&self, iova: u64, bytes: &mut [u8]) -> bool {
         let mappings = self.mappings();
-        let Some(from) = find(&mappings, iova, bytes.len()) else { return false };
+        let Some((mapping, at)) = find(&mappings, iova, bytes.len()) else { return false };
+        let from = mapping.as_ptr().wrapping_add(at);
         // SAFETY: `find` checked that the range lies in a mapping, which the lock keeps registered and so mapped. `bytes` is
         // memory of this process that no device knows.
         unsafe { ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
@@ -52,18 +53,20 @@ impl Dma {
     #[must_use]
     pub fn write(&self, iova: u64, bytes: &[u8]) -> bool {
         let mappings = self.mappings();
-        let Some(to) = find(&mappings, iova, bytes.len()) else { return false };
+        let Some((mapping, at)) = find(&mappings, iova, bytes.len()) else { return false };
+        mapping.touch(at + bytes.len());
+        let to = mapping.as_ptr().wrapping_add(at);
         // SAFETY: as in `read`.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         true
     }
 }
 
-/// The address of `len` bytes in one of the mappings.
-fn find(mappings: &[Arc<Mapping>], iova: u64, len: usize) -> Option<*mut u8> {
+/// The mapping that `len` bytes lie in, and where they start in it.
+fn find(mappings: &[Arc<Mapping>], iova: u64, len: usize) -> Option<(&Mapping, usize)> {
     mappings.iter().find_map(|mapping| {
         let at = usize::try_from(iova.checked_sub(mapping.iova().get())?).ok()?;
-        (at <= mapping.len() && len <= mapping.len() - at).then(|| mapping.as_ptr().wrapping_add(at))
+        (at <= mapping.len() && len <= mapping.len() - at).then_some((&**mapping, at))
     })
 }
 

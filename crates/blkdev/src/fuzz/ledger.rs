@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use super::dma::Dma;
@@ -38,7 +38,9 @@ pub struct Ledger(Mutex<State>);
 struct State {
     flights: Vec<Flight>,
     /// Sectors that were written.
-    disk: BTreeMap<u64, [u8; SECTOR]>,
+    disk: BTreeMap<u64, Sector>,
+    /// The content of the last write, as the device read it.
+    found: Vec<u8>,
     /// Memory that a dead device may still access.
     doomed: Vec<Range<u64>>,
     lies: bool,
@@ -47,6 +49,26 @@ struct State {
     was_reset: bool,
     /// Block size that the driver relies on, as a power of two.
     block_shift: Option<u32>,
+}
+
+/// The content of a sector.
+#[derive(Debug)]
+enum Sector {
+    Zero,
+    /// Sector `at` of a write with this content.
+    Written {
+        bytes: Arc<[u8]>,
+        at: usize,
+    },
+}
+
+impl Sector {
+    fn content(&self) -> &[u8] {
+        match self {
+            Self::Zero => &[0; SECTOR],
+            Self::Written { bytes, at } => &bytes[at * SECTOR..][..SECTOR],
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -58,7 +80,7 @@ pub(super) struct Flight {
     pub(super) len: u64,
     pub(super) memory: Range<u64>,
     /// The content of a write.
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: Arc<[u8]>,
     /// The device was dead, so the driver may return the memory at once.
     pub(super) too_late: bool,
     /// The device has received it.
@@ -164,26 +186,32 @@ impl Ledger {
     /// If the memory of the request is not registered, or the content of a write is wrong.
     pub fn execute(&self, tag: u64, dma: &Dma) {
         let mut state = self.state();
-        let State { flights, disk, lies, .. } = &mut *state;
+        let State { flights, disk, found, lies, .. } = &mut *state;
         // Of a queue that was closed, the device is late.
         let Some(flight) = flights.iter_mut().find(|flight| flight.tag == tag) else { return };
         let sectors = flight.at / SECTOR as u64..(flight.at + flight.len) / SECTOR as u64;
         let mut data = Vec::new();
         match flight.kind {
             Kind::Read => {
-                sectors.for_each(|n| data.extend_from_slice(disk.get(&n).unwrap_or(&unwritten(n))));
+                data.reserve(flight.len as usize);
+                for n in sectors {
+                    match disk.get(&n) {
+                        Some(sector) => data.extend_from_slice(sector.content()),
+                        None => data.extend_from_slice(&unwritten(n)),
+                    }
+                }
                 assert!(dma.write(flight.memory.start, &data) || *lies, "the memory of a read is registered");
             }
             Kind::Write => {
-                let mut bytes = vec![0; flight.len as usize];
-                assert!(dma.read(flight.memory.start, &mut bytes) || *lies, "the memory of a write is registered");
-                assert!(bytes == flight.bytes || *lies, "the memory of a write keeps its content");
-                disk.extend(
-                    sectors.zip(bytes.chunks_exact(SECTOR).map(|piece| piece.try_into().unwrap_or([0; SECTOR]))),
-                );
+                found.resize(flight.len as usize, 0);
+                assert!(dma.read(flight.memory.start, found) || *lies, "the memory of a write is registered");
+                let is_same = found[..] == flight.bytes[..];
+                assert!(is_same || *lies, "the memory of a write keeps its content");
+                let bytes = if is_same { Arc::clone(&flight.bytes) } else { found[..].into() };
+                disk.extend(sectors.zip(0..).map(|(n, at)| (n, Sector::Written { bytes: Arc::clone(&bytes), at })));
             }
             // A model need not remember more than a client reads.
-            Kind::Zero => disk.extend(sectors.take(64).map(|n| (n, [0; SECTOR]))),
+            Kind::Zero => disk.extend(sectors.take(64).map(|n| (n, Sector::Zero))),
             Kind::Discard | Kind::Flush => {}
         }
         let is_short = flight.kind == Kind::Zero && flight.len > 64 * SECTOR as u64;

@@ -15,7 +15,7 @@ use crate::{
 
 use super::{
     Unflushed,
-    berth::Offer,
+    berth::{Offer, Place},
     fit::fits,
     log::Kept,
     replay::replay,
@@ -171,14 +171,16 @@ impl Shared {
         self.publish(device)
     }
 
-    /// Memory in quarantine is memory that clients do not have.
+    /// Memory in quarantine is memory that clients do not have. That of requests in flight goes there, too. If most of it were
+    /// there, requests would wait for the rest forever.
     fn check_quarantine(&self) -> io::Result<()> {
         self.sweep();
         let state = self.state();
         let confined: usize = state.quarantine.iter().map(|(_, buf)| buf.len()).sum();
+        let in_flight: usize = state.berths.iter().map(|berth| moving(&berth.place())).sum();
         let registered: usize = state.mappings.iter().map(|mapping| mapping.len()).sum();
-        if confined > registered / 2 {
-            let why = "the process behind it still runs and may access half of the memory; end it first";
+        if confined > registered / 2 || confined + in_flight > registered / 4 * 3 {
+            let why = "the process behind it still runs and may access most of the memory; end it first";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, why));
         }
         Ok(())
@@ -218,9 +220,7 @@ impl Shared {
     fn spares(&self, state: &State, device: &dyn Device) -> io::Result<Vec<Option<Arena>>> {
         let mut spares = Vec::new();
         for berth in &state.berths {
-            let place = berth.place();
-            let wanted = if place.peer.as_ref().is_some_and(|peer| peer.may_live()) { place.memory } else { 0 };
-            drop(place);
+            let wanted = moving(&berth.place());
             let spare = if wanted == 0 {
                 None
             } else {
@@ -268,4 +268,9 @@ impl Shared {
         }
         gap.why = why;
     }
+}
+
+/// Memory of requests that must move, because a living peer may still access it, in bytes.
+fn moving(place: &Place) -> usize {
+    if place.peer.as_ref().is_some_and(|peer| peer.may_live()) { place.memory } else { 0 }
 }

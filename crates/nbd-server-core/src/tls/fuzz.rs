@@ -1,6 +1,7 @@
 //! The bodies of the fuzz targets, as plain functions: the fuzzer calls them, and an ordinary test replays the corpus through them.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     io::{Read, Write},
     sync::{Arc, LazyLock},
@@ -22,6 +23,11 @@ use crate::received::STAGING_MIN;
 
 /// Most actions of one run.
 const ACTIONS: usize = 200;
+
+thread_local! {
+    /// The staging memory of the last run of this thread: the sanitizer takes long for new memory of this size.
+    static STAGING: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 struct Sides {
     server: Arc<ServerConfig>,
@@ -98,7 +104,7 @@ pub fn session(data: &[u8]) {
         is_honest: true,
         to_server: Vec::new(),
         to_client: Vec::new(),
-        staging: vec![0; STAGING_MIN],
+        staging: STAGING.take(),
         from_client: Vec::new(),
         from_server: Vec::new(),
         has_closed: false,
@@ -106,6 +112,9 @@ pub fn session(data: &[u8]) {
         client_has_failed: false,
         updates: 0,
     };
+    // As new memory.
+    session.staging.clear();
+    session.staging.resize(STAGING_MIN, 0);
     for _ in 0..ACTIONS {
         if session.script.is_over() || !session.act() {
             break;
@@ -217,8 +226,10 @@ impl Session {
     }
 
     fn text(&self) -> Vec<u8> {
-        let len = match self.script.below(8) {
+        let len = match self.script.below(32) {
+            // Several records.
             0 => self.script.below(TEXT_MAX as u64),
+            1 | 2 => self.script.below(5000),
             _ => self.script.below(300),
         } as usize;
         TEXT[len % 256..][..len].to_vec()
@@ -280,7 +291,7 @@ impl Session {
     }
 
     /// Delivers everything. Between honest sides nothing is lost.
-    fn finish(mut self) {
+    fn finish(&mut self) {
         for _ in 0..8 {
             if !self.server_receives() || !self.client_receives() {
                 return;
@@ -292,6 +303,12 @@ impl Session {
         }
         let mut out = Vec::new();
         self.engine.close(&mut out);
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        STAGING.set(std::mem::take(&mut self.staging));
     }
 }
 
