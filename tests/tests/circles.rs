@@ -143,7 +143,10 @@ fn packages() -> Vec<(String, BTreeMap<Module, String>)> {
         let sources = entries.map(|entry| format!("{dir}/{}/src", entry.file_name().to_string_lossy()));
         sources.collect::<Vec<_>>()
     };
-    for source in [below("crates"), below("bins"), vec!["xtask/src".into(), "tests/src".into()]].concat() {
+    for source in
+        [below("crates"), below("bins"), vec!["xtask/src".into(), "xtask/manual/src".into(), "tests/src".into()]]
+            .concat()
+    {
         let mut files = BTreeMap::new();
         modules(&root().join(&source), &Module::new(), &mut files);
         found.push((source, files));

@@ -31,8 +31,9 @@ fn a_project_outside_the_workspace_serves_a_device_of_its_own() {
     let dir = Dir::new();
     let mut package = cargo(root());
     package
-        .args(["package", "--workspace", "--no-verify", "--allow-dirty", "--offline", "--target-dir"])
-        .arg(dir.path());
+        .args(["package", "--no-verify", "--allow-dirty", "--offline", "--target-dir"])
+        .arg(dir.path())
+        .args(libraries().iter().flat_map(|name| ["-p", name.as_str()]));
     run(&mut package);
     let mut manifest = String::from(
         "[package]\nname = \"mine\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[dependencies]\nblkdev = \"0.1.0\"\n\

@@ -28,7 +28,7 @@ fn product() -> Vec<(String, String)> {
         let mut parts = name.split('/');
         match parts.next() {
             Some("crates" | "bins") => parts.nth(1) == Some("src") && !name.ends_with("/model.rs"),
-            Some("xtask") => parts.next() == Some("src"),
+            Some("xtask") => parts.any(|part| part == "src"),
             _ => false,
         }
     };

@@ -1,4 +1,4 @@
-//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | picture | torture | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | manual | picture | torture | trixie | vm`.
 
 mod bench;
 mod demo;
@@ -24,7 +24,9 @@ usage: cargo xtask TASK
   test --long      run a million seeds of the simulation, ten minutes of torture, and all fuzz targets for an hour
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
-  dist [DIR]       build all installed files, and place them under DIR (target/dist) as under /
+  dist [DIR]       build all installed files, place them under DIR (target/dist) as under /, and make Debian packages and a
+                   tarball in target/packages
+  manual           write the generated sections of the manual pages in docs/man again
   bench [OPTIONS]  compare nbdblk and its plugin with other NBD servers; `bench --help` lists the options
   fuzz [--quick] [TARGET] [SECONDS]
                    fuzz a target for some seconds (60); without a target: list the targets; --quick: without AddressSanitizer,
@@ -64,6 +66,7 @@ fn run() -> Result<()> {
         ["test", "--long"] => test::run_long(),
         ["dist"] => dist::run(None),
         ["dist", dir] => dist::run(Some(dir)),
+        ["manual"] => dist::manual(&["update"]),
         ["fuzz"] => fuzz::list(),
         ["fuzz", "--minutes", minutes] => fuzz::run_all(minutes.parse()?),
         ["fuzz", "--quick", target] => fuzz::run(target, 60, true),

@@ -37,18 +37,36 @@ const NEEDS: &[Need] = &[
     Need { program: "openssl", packages: &["openssl"], purpose: "makes a key for TLS" },
     Need { program: "pkg-config", packages: &["pkgconf", "pkg-config"], purpose: "finds libssl" },
     Need { program: "openssl/ssl.h", packages: &["libssl-dev"], purpose: "TLS with pre-shared keys" },
-    Need { program: "pod2man", packages: &["perl"], purpose: "makes the manual page of the plugin" },
     Need { program: "valgrind", packages: &["valgrind"], purpose: "counts instructions of the data path" },
     Need { program: "codespell", packages: &["codespell"], purpose: "finds misspelled words" },
     Need { program: "fio", packages: &["fio"], purpose: "an NBD client: load and verification" },
     Need { program: "prometheus", packages: &["prometheus"], purpose: "reads the metrics" },
     Need { program: "promtool", packages: &["prometheus"], purpose: "checks the metrics and the alert rules" },
     Need { program: "chromium", packages: &["chromium"], purpose: "shows the page of the metrics" },
+    Need { program: "dpkg-shlibdeps", packages: &["dpkg-dev"], purpose: "finds what the packages depend on" },
+    Need { program: "lintian", packages: &["lintian"], purpose: "checks the packages" },
+    Need { program: "man", packages: &["man-db"], purpose: "shows the manual pages" },
+    Need { program: "mandoc", packages: &["mandoc"], purpose: "checks the manual pages" },
+    Need { program: "systemd-analyze", packages: &["systemd"], purpose: "checks the units" },
+    Need { program: "zsh", packages: &["zsh"], purpose: "a shell with completions" },
+    Need { program: "fish", packages: &["fish"], purpose: "a shell with completions" },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"], purpose: "makes a file system without mounting it" },
 ];
 
 /// Programs that only `cargo xtask test` runs: the demo and benchmarks do without them.
-const FOR_TESTS: &[&str] = &["prometheus", "promtool", "chromium", "codespell"];
+const FOR_TESTS: &[&str] = &[
+    "prometheus",
+    "promtool",
+    "chromium",
+    "codespell",
+    "dpkg-shlibdeps",
+    "lintian",
+    "man",
+    "mandoc",
+    "systemd-analyze",
+    "zsh",
+    "fish",
+];
 
 /// The programs to set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

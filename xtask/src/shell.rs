@@ -1,7 +1,8 @@
 //! Running other programs: where they are, what they were called with, and how they ended.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -64,10 +65,57 @@ pub(crate) fn target_dir() -> Result<PathBuf> {
     Ok(dir.into())
 }
 
-/// Builds the release binary of nbdblk and says where it is.
+/// Builds the release binary of nbdblk, as the packages have it, and says where it is.
 pub(crate) fn build_nbdblk() -> Result<PathBuf> {
-    ok(cargo().args(["build", "--release", "-p", "nbdblk", "--features=tls-psk"]))?;
+    ok(release_build()?.args(["-p", "nbdblk", "--all-features"]))?;
     Ok(target_dir()?.join("release/nbdblk"))
+}
+
+/// `cargo build --release` of what is packed: no path of this computer gets into the programs.
+pub(crate) fn release_build() -> Result<Command> {
+    let registry = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo"));
+    let registry = registry.or_else(home).context("neither CARGO_HOME nor HOME is set")?.join("registry/src");
+    // The user's own flags come last. They are separated by spaces in one variable, and by this character in the other.
+    let own = std::env::var("CARGO_ENCODED_RUSTFLAGS")
+        .or_else(|_| std::env::var("RUSTFLAGS").map(|flags| flags.split_whitespace().collect::<Vec<_>>().join("\x1f")));
+    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    let mut flags = vec![remap(root(), "nbdblk"), remap(&target_dir()?, "nbdblk/target"), remap(&registry, "registry")];
+    // The identifier of a build depends on debug information, which has paths of C code.
+    flags.push("-Clink-arg=-Wl,--build-id=none".into());
+    flags.extend(own.ok().filter(|own| !own.is_empty()));
+    let mut command = cargo();
+    command.args(["build", "--release"]).env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    Ok(command)
+}
+
+/// Runs a command to its end, and returns its output.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8(output_bytes(command)?)?)
+}
+
+/// As [`output`], of any bytes.
+pub(crate) fn output_bytes(command: &mut Command) -> Result<Vec<u8>> {
+    filtered(command, &[])
+}
+
+/// Runs a command that gets `input`, and returns its output.
+pub(crate) fn filtered(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
+    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut child = spawned.with_context(|| format!("starting {}", show(command)))?;
+    let mut stdin = child.stdin.take().context("stdin is a pipe")?;
+    let output = std::thread::scope(|scope| {
+        // It may end without reading all of it, and its status then says why.
+        scope.spawn(move || stdin.write_all(input));
+        child.wait_with_output()
+    })?;
+    ensure!(output.status.success(), "{} ended with {}", show(command), output.status);
+    Ok(output.stdout)
+}
+
+/// Bytes as gzip makes them, without name and time.
+pub(crate) fn compressed(bytes: &[u8]) -> Result<Vec<u8>> {
+    filtered(command("gzip").args(["-9", "-n"]), bytes)
 }
 
 /// A directory that is removed when this is dropped.

@@ -7,7 +7,8 @@ use anyhow::Result;
 
 use crate::{bench, dist, fuzz, picture, setup, shell, trixie, vm};
 
-/// What `--long` runs more of: a million seeds of the simulation, ten minutes of torture, and an hour of fuzzing.
+/// What `--long` runs more of: a million seeds of the simulation, ten minutes of torture, and an hour of fuzzing. It also builds
+/// the packages in two directories.
 const TIMES: &str = "100";
 const TORTURE: &str = "600";
 const FUZZING: u32 = 60;
@@ -18,6 +19,8 @@ pub(crate) fn run_long() -> Result<()> {
     simulation.args(["test", "--release", "-p", "nbd-server-core", "--test", "simulation"]);
     step(simulation.env("SIMULATION_TIMES", TIMES).env("RUST_BACKTRACE", "0"))?;
     step(Command::new(std::env::current_exe()?).args(["torture", "--seconds", TORTURE]))?;
+    announce("the packages, built in another directory");
+    dist::check_elsewhere()?;
     fuzz::run_all(FUZZING)
 }
 
@@ -37,6 +40,8 @@ pub(crate) fn run() -> Result<()> {
     let nbdblk = shell::build_nbdblk()?;
     announce("cargo build --release -p nbdkit-nbdblk-plugin");
     let plugin = dist::build_plugin()?;
+    announce("cargo xtask dist, twice");
+    let packages = dist::check()?;
 
     // The tests of the binary run what users run: the release build. Unit tests keep their debug assertions.
     let mut tests = shell::cargo();
@@ -46,7 +51,8 @@ pub(crate) fn run() -> Result<()> {
     } else {
         tests.args(["test", "--workspace", "--all-features", "--no-fail-fast", "--all-targets"]);
     }
-    step(tests.env("NBDBLK_BIN", &nbdblk).env("NBDBLK_PLUGIN", &plugin).stdin(Stdio::null()))?;
+    tests.env("NBDBLK_BIN", &nbdblk).env("NBDBLK_PLUGIN", &plugin).env("NBDBLK_PACKAGES", &packages);
+    step(tests.stdin(Stdio::null()))?;
     match trixie::with(&["libnbd-bin", "python3-libnbd"]) {
         Ok(root) => {
             println!("\n    and once more with the nbdkit and the clients in {}", root.display());
@@ -64,6 +70,8 @@ pub(crate) fn run() -> Result<()> {
     step(Command::new(std::env::current_exe()?).arg("torture"))?;
     announce("cargo xtask bench --check");
     bench::check()?;
+    announce("cargo xtask vm package");
+    vm::test_packages(false, None)?;
     announce("cargo xtask vm test");
     vm::test(&[])?;
     println!("\nall checks passed in {} s", start.elapsed().as_secs());

@@ -45,7 +45,7 @@ const NOT_IN_FILES: &[&str] = &[
 const SIZE_MAX: u64 = 16 << 20;
 
 /// The settings of an export.
-const EXPORT_WORDS: [&str; 9] =
+pub(crate) const EXPORT_WORDS: [&str; 9] =
     ["name", "description", "device", "read-only", "tls-only", "block-size-required", "allow", "on-remove", "wait"];
 
 /// The content of a file.
@@ -157,6 +157,22 @@ fn options() -> clap::Command {
 /// The names of the options that a file can set.
 fn known(command: &clap::Command) -> impl Iterator<Item = &str> {
     command.get_arguments().filter_map(clap::Arg::get_long).filter(|name| !NOT_IN_FILES.contains(name))
+}
+
+/// The options that a file can set.
+pub(crate) fn settings() -> Vec<clap::Arg> {
+    let command = options();
+    let is_known = |option: &&clap::Arg| option.get_long().is_some_and(|name| !NOT_IN_FILES.contains(&name));
+    command.get_arguments().filter(is_known).cloned().collect()
+}
+
+/// What the value of an option may be in a file.
+pub(crate) fn value_kind(option: &clap::Arg) -> String {
+    match option.get_action() {
+        ArgAction::SetTrue => "true or false".into(),
+        ArgAction::Append => "a string, or a list of strings".into(),
+        _ => kinds(option),
+    }
 }
 
 /// A text of clap, with the name of an option as a file writes it: `threads`, not `'--threads <N>'`.

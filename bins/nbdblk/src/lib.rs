@@ -1,7 +1,7 @@
 //! `nbdblk`: serves block devices as Network Block Devices. This crate handles arguments and the exit status; libraries do the
 //! work.
 //!
-//! It is a library only so that fuzz targets reach its parsers.
+//! It is a library only so that fuzz targets reach its parsers, and the manual its options.
 
 mod activation;
 mod asker;
@@ -23,6 +23,7 @@ mod info;
 mod judge;
 mod listen;
 mod logger;
+pub mod manual;
 mod metrics;
 mod observer;
 mod parent;

@@ -1,4 +1,5 @@
-//! The machine's image: a small Debian with its kernel, made once and kept in the user's cache directory.
+//! The machine's images: a small Debian with its kernel, and a clean Debian with systemd. They are made once, and kept in the
+//! user's cache directory.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,8 +12,33 @@ use crate::shell::{self, find};
 
 /// The release of Debian in the machine.
 const SUITE: &str = "trixie";
-/// What makes a root from a bare Debian; runs in it.
-const ROOT_SCRIPT: &str = include_str!("../../vm/root.sh");
+
+/// What an image is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The machine with devices. It has a kernel and QEMU.
+    Devices,
+    /// A Debian to install packages in.
+    Clean,
+}
+
+impl Kind {
+    /// Its directory in the cache.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Devices => "image",
+            Self::Clean => "clean",
+        }
+    }
+
+    /// What makes a root from a bare Debian; runs in it.
+    fn script(self) -> &'static str {
+        match self {
+            Self::Devices => include_str!("../../vm/root.sh"),
+            Self::Clean => include_str!("../../vm/clean-root.sh"),
+        }
+    }
+}
 
 /// An image that is ready.
 #[derive(Debug)]
@@ -43,11 +69,16 @@ impl Image {
     }
 }
 
-/// Makes the image unless it is there already and made by this recipe.
+/// Makes the image with the devices unless it is there already and made by this recipe.
 pub(crate) fn prepare(force: bool) -> Result<Image> {
+    prepare_kind(Kind::Devices, force)
+}
+
+/// As [`prepare`], of any kind.
+pub(crate) fn prepare_kind(kind: Kind, force: bool) -> Result<Image> {
     let cache = cache_dir()?;
-    let image = Image { dir: cache.join("image") };
-    let recipe = format!("{SUITE}\n{ROOT_SCRIPT}");
+    let image = Image { dir: cache.join(kind.name()) };
+    let recipe = format!("{SUITE}\n{}", kind.script());
     let is_current = || std::fs::read_to_string(image.dir.join("recipe")).is_ok_and(|text| text == recipe);
     if !force && is_current() {
         return Ok(image);
@@ -59,7 +90,7 @@ pub(crate) fn prepare(force: bool) -> Result<Image> {
     // Another process may have been making it all the while.
     if force || !is_current() {
         let start = Instant::now();
-        make(&cache, &image.dir, &recipe)?;
+        make(kind, &cache, &image.dir, &recipe)?;
         eprintln!("vm: the image is ready, after {} s", start.elapsed().as_secs());
     }
     Ok(image)
@@ -92,7 +123,7 @@ fn cache_dir() -> Result<PathBuf> {
     Ok(cache.context("neither HOME nor XDG_CACHE_HOME is set")?.join("nbdblk/vm"))
 }
 
-fn make(cache: &Path, image: &Path, recipe: &str) -> Result<()> {
+fn make(kind: Kind, cache: &Path, image: &Path, recipe: &str) -> Result<()> {
     let mirror = mirror()?;
     let work = cache.join("work");
     remove(&work)?;
@@ -111,10 +142,12 @@ fn make(cache: &Path, image: &Path, recipe: &str) -> Result<()> {
         shell::command("debootstrap").args(["--variant=minbase", SUITE]).arg(&root).arg(&mirror),
     )?;
     logged(
-        "installing the machine's programs and its kernel",
-        shell::command("chroot").arg(&root).args(["/bin/sh", "-c", ROOT_SCRIPT]),
+        "installing the machine's programs",
+        shell::command("chroot").arg(&root).args(["/bin/sh", "-c", kind.script()]),
     )?;
-    std::fs::rename(root.join("boot/vmlinux"), work.join("vmlinux"))?;
+    if kind == Kind::Devices {
+        std::fs::rename(root.join("boot/vmlinux"), work.join("vmlinux"))?;
+    }
     let size = Command::new("du").args(["-sxm"]).arg(&root).output().context("starting du")?;
     let size = String::from_utf8(size.stdout)?;
     let size: u64 = size.split_whitespace().next().context("du says nothing")?.parse()?;

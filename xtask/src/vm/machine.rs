@@ -40,6 +40,16 @@ pub(crate) struct Machine<'a> {
     pub(crate) append: &'a str,
     pub(crate) iommu: bool,
     pub(crate) verbose: bool,
+    pub(crate) system: System<'a>,
+}
+
+/// What runs in the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum System<'a> {
+    /// Our own process 1, which makes the devices under test.
+    Devices,
+    /// systemd, in a root that has no devices but a second disk, and these files in `/run/job`: name, content.
+    Systemd { root: &'a Image, files: &'a [(String, Vec<u8>)] },
 }
 
 /// What to do in it.
@@ -137,19 +147,28 @@ impl Machine<'_> {
     fn initramfs(&self, job: &Job) -> Result<Vec<u8>> {
         let read = |path: PathBuf| std::fs::read(&path).with_context(|| format!("reading {}", path.display()));
         let mut archive = Archive::default();
-        for dir in ["bin", "dev", "proc", "sys", "disk", "nbdblk"] {
+        for dir in ["bin", "dev", "proc", "sys", "disk"] {
             archive.dir(dir);
         }
         archive.file("bin/busybox", &read(self.image.root().join("usr/bin/busybox"))?);
-        archive.file("init", include_bytes!("../../vm/initramfs.sh"));
-        archive.file("nbdblk/init.sh", include_bytes!("../../vm/init.sh"));
         let mut early = String::new();
         for (n, module) in self.image.early_modules()?.into_iter().enumerate() {
             archive.file(&format!("{n}.ko"), &read(module)?);
             writeln!(early, "/{n}.ko")?;
         }
         archive.file("early", early.as_bytes());
+        match self.system {
+            System::Devices => self.add_own_system(&mut archive, job)?,
+            System::Systemd { files, .. } => add_systemd(&mut archive, job, files),
+        }
+        Ok(archive.finish())
+    }
 
+    /// The scripts of our own process 1, and what they are to do.
+    fn add_own_system(&self, archive: &mut Archive, job: &Job) -> Result<()> {
+        archive.dir("nbdblk");
+        archive.file("init", include_bytes!("../../vm/initramfs.sh"));
+        archive.file("nbdblk/init.sh", include_bytes!("../../vm/init.sh"));
         let shares: String = self.shares.iter().map(|share| format!("{}\n", share.display())).collect();
         archive.file("nbdblk/shares", shares.as_bytes());
         let (seconds_max, script) = match job {
@@ -165,7 +184,7 @@ impl Machine<'_> {
         let config =
             format!("SECONDS_MAX={seconds_max} MIB={} BINARIES={}\n", self.disk_mib, quote(&binaries.join(":")));
         archive.file("nbdblk/config", config.as_bytes());
-        Ok(archive.finish())
+        Ok(())
     }
 
     fn qemu(&self, dir: &Path) -> Command {
@@ -189,9 +208,19 @@ impl Machine<'_> {
         if self.iommu {
             qemu.args(["-device", "intel-iommu,intremap=on,device-iotlb=on"]);
         }
-        qemu.arg("-drive").arg(option("if=none,id=root,format=raw,snapshot=on,file=", &self.image.disk()));
+        let root = match self.system {
+            System::Devices => self.image,
+            System::Systemd { root, .. } => root,
+        };
+        qemu.arg("-drive").arg(option("if=none,id=root,format=raw,snapshot=on,file=", &root.disk()));
         qemu.args(["-device", "virtio-blk-pci,drive=root,addr=0x4,disable-legacy=on,serial=root"]);
-        self.add_disks(&mut qemu, dir);
+        match self.system {
+            System::Devices => self.add_disks(&mut qemu, dir),
+            System::Systemd { .. } => {
+                qemu.arg("-drive").arg(option("if=none,id=second,format=raw,snapshot=on,file=", &dir.join("disk")));
+                qemu.args(["-device", "virtio-blk-pci,drive=second,addr=0x5,disable-legacy=on"]);
+            }
+        }
         self.add_ports(&mut qemu, dir);
         for (n, share) in self.shares.iter().enumerate() {
             qemu.arg("-fsdev");
@@ -274,6 +303,24 @@ impl Machine<'_> {
             }
             qemu.args(["-device", &format!("virtserialport,chardev={port},name={port}")]);
         }
+    }
+}
+
+/// The scripts that start systemd with one more unit, and what it is to do: the first word of the job names a file.
+fn add_systemd(archive: &mut Archive, job: &Job, files: &[(String, Vec<u8>)]) {
+    archive.dir("job");
+    archive.file("init", include_bytes!("../../vm/clean-initramfs.sh"));
+    archive.file("job/start.sh", include_bytes!("../../vm/clean-start.sh"));
+    if let Job::Command { words, seconds_max, .. } = job {
+        let words: Vec<String> = words.iter().map(|word| quote(word)).collect();
+        archive.file("job/job.sh", format!("cd /run/job\nexec {}\n", words.join(" ")).as_bytes());
+        archive.file("job/seconds", seconds_max.to_string().as_bytes());
+    }
+    for (name, content) in files {
+        if let Some((dir, _)) = name.rsplit_once('/') {
+            archive.dir(&format!("job/{dir}"));
+        }
+        archive.file(&format!("job/{name}"), content);
     }
 }
 

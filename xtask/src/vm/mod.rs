@@ -5,6 +5,7 @@
 mod cpio;
 mod image;
 mod machine;
+mod package;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,18 +14,21 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{dist, shell};
 use image::Image;
-use machine::{Job, Machine};
+use machine::{Job, Machine, System};
+pub(crate) use package::test as test_packages;
 
 pub(crate) const HELP: &str = "\
 usage: cargo xtask vm prepare [--force]
        cargo xtask vm run [OPTION...] [--] COMMAND [ARG...]
        cargo xtask vm test [OPTION...] [-- ARG...]
+       cargo xtask vm package [-v] [-t SECONDS]
        cargo xtask vm shell [OPTION...]
 
   prepare   fetch and build the machine's image, once, in the user's cache directory (needs root, Debian, network)
   run       build nbdblk, start the machine, run a command in it as root, exit with its status
             (124: it exceeded the time of -t; 125: the machine failed)
   test      run the hardware tests in the machine; ARGs go to the test program: filters, --list, ...
+  package   install, upgrade, remove and purge the packages in a clean Debian, in which systemd runs
   shell     start the machine with a shell on this terminal
 
   -t SECONDS        time limit of the command (run: 600, test: 3600)
@@ -64,6 +68,10 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             std::process::exit(status);
         }
         "test" => test(words),
+        "package" => {
+            options.accepts_no_words()?;
+            package::test(options.verbose, options.seconds_max)
+        }
         "shell" => {
             options.accepts_no_words()?;
             machine(&image::prepare(false)?, &options)?.run(&Job::Shell).map(|_| ())
@@ -190,6 +198,7 @@ fn machine<'a>(image: &'a Image, options: &Options<'a>) -> Result<Machine<'a>> {
         append: options.append,
         iommu: options.iommu,
         verbose: options.verbose,
+        system: System::Devices,
     })
 }
 
