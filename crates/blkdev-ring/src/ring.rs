@@ -295,9 +295,11 @@ impl<T: Operation<K>, K: Kind> Drop for Ring<T, K> {
     }
 }
 
+type RingOf<K> = IoUring<<K as Kind>::Sqe, <K as Kind>::Cqe>;
+
 /// Creates the newest kind of ring that the kernel supports, among those that work from any thread. Returns whether it is
 /// disabled, which is so from 5.10 on.
-fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<(IoUring<K::Sqe, K::Cqe>, bool)> {
+fn setup<K: Kind>(depth: u16, polled: bool) -> io::Result<(RingOf<K>, bool)> {
     let mut builder: Builder<K::Sqe, K::Cqe> = IoUring::builder();
     if polled {
         builder.setup_iopoll();

@@ -56,7 +56,7 @@ impl Fabric {
         fabric
     }
 
-    /// The host's side. It tries for ever to connect again, each second.
+    /// The host's side. It tries forever to connect again, each second.
     fn connect(&self) {
         let place = ["-t", "tcp", "-a", "127.0.0.1", "-s", &self.port.to_string(), "-n", &self.name];
         let again = ["--reconnect-delay=1", "--ctrl-loss-tmo=-1", "--nr-io-queues=2"];
