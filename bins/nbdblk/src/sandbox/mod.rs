@@ -81,12 +81,11 @@ pub(crate) fn prepare(args: &cli::Serve, specs: &[ExportSpec]) -> anyhow::Result
 pub(crate) fn seal() -> anyhow::Result<()> {
     let Some(policy) = POLICY.get() else { return Ok(()) };
     logger::confine();
-    let sealed = policy.confine_main();
-    match policy.mode {
-        Mode::Require => sealed.context("--sandbox require"),
-        _ if policy.identity.is_some() => sealed,
-        _ => {
-            sealed.unwrap_or_else(|error| log::warn!("the sandbox of the main thread: {}", crate::whole(&error)));
+    policy.assume()?;
+    match policy.confine_main() {
+        Err(error) if policy.mode == Mode::Require => Err(error.context("--sandbox require")),
+        sealed => {
+            Policy::check("main", false, sealed);
             Ok(())
         }
     }
@@ -101,7 +100,8 @@ pub(crate) fn spawn_service(name: &str, work: impl FnOnce() + Send + 'static) ->
 pub(crate) fn spawn_trusted(name: &'static str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let work = move || {
         if let Some(policy) = POLICY.get() {
-            policy.check(name, policy.confine_main());
+            Policy::check(name, true, policy.assume());
+            Policy::check(name, policy.mode == Mode::Require, policy.confine_main());
         }
         work();
     };
@@ -109,10 +109,15 @@ pub(crate) fn spawn_trusted(name: &'static str, work: impl FnOnce() + Send + 'st
 }
 
 /// Confines the calling thread to opening devices and reading files, for a reload: it creates and removes no file, and executes none.
-pub(crate) fn enter_reload(specs: &[ExportSpec]) {
-    let Some(policy) = POLICY.get().filter(|policy| policy.nothing.is_some()) else { return };
-    if !Reach::of(specs).needs_everything() {
-        policy.check("reload", reach::confine_to_existing());
+///
+/// # Errors
+/// No descriptor or memory is left.
+pub(crate) fn enter_reload(specs: &[ExportSpec]) -> anyhow::Result<()> {
+    match POLICY.get() {
+        Some(policy) if policy.nothing.is_some() && !Reach::of(specs).needs_everything() => {
+            reach::confine_to_existing().context("the sandbox of a reload")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -126,7 +131,8 @@ pub(crate) fn extend(specs: &[ExportSpec]) {
 /// Confines the calling thread according to its role.
 fn confine(role: Role) {
     let Some(policy) = POLICY.get() else { return };
-    policy.check(role, policy.confine(role));
+    Policy::check(role, true, policy.assume());
+    Policy::check(role, policy.mode == Mode::Require, policy.confine(role));
 }
 
 impl Policy {
@@ -144,8 +150,12 @@ impl Policy {
         }
     }
 
+    /// Changes the user of the calling thread.
+    fn assume(&self) -> anyhow::Result<()> {
+        self.identity.iter().try_for_each(Identity::assume)
+    }
+
     fn confine(&self, role: Role) -> anyhow::Result<()> {
-        self.identity.iter().try_for_each(Identity::assume)?;
         if self.mode == Mode::Off {
             return Ok(());
         }
@@ -163,7 +173,6 @@ impl Policy {
 
     /// Confines a thread that opens devices for new configurations, and executes programs.
     fn confine_main(&self) -> anyhow::Result<()> {
-        self.identity.iter().try_for_each(Identity::assume)?;
         if self.mode == Mode::Off || self.has_command {
             return Ok(());
         }
@@ -172,11 +181,11 @@ impl Policy {
         self.filters.iter().try_for_each(Filters::apply_to_main)
     }
 
-    /// What was tried before works, unless memory is short.
-    fn check(&self, thread: impl fmt::Debug, confined: anyhow::Result<()>) {
+    /// What was tried before works, unless memory or descriptors are short. `is_fatal`: the thread must not go on without.
+    fn check(thread: impl fmt::Debug, is_fatal: bool, confined: anyhow::Result<()>) {
         let Err(error) = confined else { return };
-        let text = format!("the sandbox of {thread:?}: {}", crate::whole(&error));
-        if self.mode == Mode::Require || self.identity.is_some() {
+        let text = format!("the sandbox of thread {thread:?}: {}", crate::whole(&error));
+        if is_fatal {
             crate::complain(&text);
             logger::flush(logger::PATIENCE);
             process::exit(1);
