@@ -552,6 +552,7 @@ mod tests {
             ("block-size-required", "1"),
             ("connections", "0"),
             ("control", "true"),
+            ("group", "\"no such group\""),
             ("handshake-timeout", "0"),
             ("ip-addr", "true"),
             ("ipv4-only", "1"),
@@ -563,6 +564,7 @@ mod tests {
             ("poll", "-1"),
             ("port", "65536"),
             ("read-only", "\"yes\""),
+            ("sandbox", "\"maybe\""),
             ("slow", "\"soon\""),
             ("socket-group", "\"no such group\""),
             ("socket-mode", "\"0999\""),
@@ -574,6 +576,7 @@ mod tests {
             ("tls-psk", "true"),
             ("tls-verify-peer", "1"),
             ("unix", "1"),
+            ("user", "\"no such user\""),
             ("vsock", "-1"),
             ("wait", "0"),
         ];
