@@ -179,3 +179,19 @@ fn a_back_end_comes_back_to_a_server_that_has_changed_its_user() {
         assert!(status["Uid"].starts_with(&NOBODY.to_string()), "{name}: {}", status["Uid"]);
     }
 }
+
+/// The configuration in the manifest for Kubernetes is valid.
+#[test]
+fn the_manifest_for_kubernetes_has_a_valid_configuration() {
+    let dir = Dir::new();
+    let manifest = fs::read_to_string(nbdblk_tests::root().join("dist/kubernetes/nbdblk.yaml")).unwrap();
+    let (_, rest) = manifest.split_once("nbdblk.toml: |\n").expect("it has a configuration");
+    let lines = rest.lines().take_while(|line| *line != "---");
+    let config: String = lines.map(|line| format!("{}\n", line.strip_prefix("    ").unwrap_or(line))).collect();
+    fs::write(dir.at("nbdblk.toml"), &config).unwrap();
+    let said = nbdblk().args(["check", "nbdblk.toml"]).within(dir.path()).ok();
+    assert_eq!(said.err, "", "{config}");
+    for part in ["readOnlyRootFilesystem: true", "drop: [\"ALL\"]", "runAsNonRoot: true"] {
+        assert!(manifest.contains(part), "{part}");
+    }
+}
