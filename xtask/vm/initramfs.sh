@@ -13,13 +13,6 @@ for device in /sys/bus/pci/devices/0000:00:0[6-9a].0 /sys/bus/pci/devices/0000:0
     # virtio-pci is part of the kernel and has the device already.
     [ ! -e "$device/driver" ] || echo "${device##*/}" > "$device/driver/unbind"
 done
-while read -r module; do $b insmod "$module"; done < /early
-for try in 1 2 3 4 5 6 7 8 9 10; do
-    [ -e /dev/vda ] && break
-    $b sleep 0.1
-done
-$b mount -t ext4 -o noatime /dev/vda /disk || { echo "no root"; $b poweroff -f; }
-for dir in dev sys proc; do $b mount --move /$dir /disk/$dir; done
-$b mount -t tmpfs -o mode=755 run /disk/run
+. /mount-root.sh
 $b cp -r /nbdblk /disk/run/nbdblk
 exec $b switch_root /disk /bin/sh /run/nbdblk/init.sh

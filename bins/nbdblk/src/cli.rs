@@ -212,7 +212,7 @@ pub(crate) struct Serve {
     /// Threads that serve clients and devices cannot open files, connect, or execute programs, and have no capabilities. A command
     /// of --run is not confined.
     #[arg(long, value_name = "MODE", hide_possible_values = true)]
-    pub(crate) sandbox: Option<Sandbox>,
+    pub(crate) sandbox: Option<SandboxMode>,
 
     /// Change to this user, a name or a number, and to its groups, once the devices are open; needs root
     ///
@@ -439,9 +439,8 @@ pub(crate) enum TlsMode {
     Require,
 }
 
-/// How much of the sandbox is needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Sandbox {
+pub(crate) enum SandboxMode {
     Off,
     #[default]
     On,

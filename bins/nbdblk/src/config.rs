@@ -154,16 +154,19 @@ fn options() -> clap::Command {
     command
 }
 
+/// Whether a file can set an option.
+fn is_setting(option: &clap::Arg) -> bool {
+    option.get_long().is_some_and(|name| !NOT_IN_FILES.contains(&name))
+}
+
 /// The names of the options that a file can set.
 fn known(command: &clap::Command) -> impl Iterator<Item = &str> {
-    command.get_arguments().filter_map(clap::Arg::get_long).filter(|name| !NOT_IN_FILES.contains(name))
+    command.get_arguments().filter(|option| is_setting(option)).filter_map(clap::Arg::get_long)
 }
 
 /// The options that a file can set.
 pub(crate) fn settings() -> Vec<clap::Arg> {
-    let command = options();
-    let is_known = |option: &&clap::Arg| option.get_long().is_some_and(|name| !NOT_IN_FILES.contains(&name));
-    command.get_arguments().filter(is_known).cloned().collect()
+    options().get_arguments().filter(|option| is_setting(option)).cloned().collect()
 }
 
 /// What the value of an option may be in a file.

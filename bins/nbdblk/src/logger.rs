@@ -169,7 +169,7 @@ struct State {
     detached: bool,
     /// A thread is writing a line that has left the queue.
     writing: bool,
-    /// It confines itself before the next line.
+    /// The thread must confine itself before it writes the next line.
     confine: bool,
     queue: VecDeque<String>,
     bytes: usize,

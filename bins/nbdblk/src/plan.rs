@@ -139,7 +139,6 @@ impl Plan {
     /// then, and the changes.
     pub(crate) fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
         let (mut next, args) = Self::from_file(path)?;
-        sandbox::extend(&next.specs);
         sandbox::enter_reload(&next.specs)?;
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         let open = next.open(Some(self));

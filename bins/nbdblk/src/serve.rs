@@ -212,18 +212,18 @@ fn begin(
     Ok(Service { server, addresses, files, socket, child: None, kept })
 }
 
-/// Starts a thread that reports that the server is ready, and where, once the result gets a message. It keeps the user that this
-/// thread has now, because the directory of the pid file may belong to that user.
+/// Starts a thread that reports that the server is ready, and its addresses. The thread waits for a message on the returned channel.
+/// It starts before the user changes, because only the first user may be able to write to the directory of the pid file.
 fn announce(
     mut ready: Ready,
     uris: Vec<String>,
     args: &cli::Serve,
     events: mpsc::Sender<Event>,
 ) -> anyhow::Result<mpsc::Sender<()>> {
-    let (go, gone) = mpsc::channel();
+    let (go, signal) = mpsc::channel();
     let (print, say) = (args.print_uri, !args.print_uri && args.run.is_none() && !args.single);
     let announce = move || {
-        if gone.recv().is_err() {
+        if signal.recv().is_err() {
             return;
         }
         let announced = ready.announce().and_then(|()| {

@@ -31,7 +31,7 @@ const GLANCE: Duration = Duration::from_millis(10);
 const UNSEEN: &str = "no process is visible behind the device (VDUSE), so a restart of it will not be noticed, and changes that it did \
                       not flush may be lost: run as the same user or as root, in the same PID namespace";
 
-/// A device of a process, from its opening to its close.
+/// The process behind an open device, and the thread that closes the device.
 #[derive(Debug)]
 pub(crate) struct Maker {
     /// To the thread that closes the device.
@@ -39,18 +39,18 @@ pub(crate) struct Maker {
     peer: Arc<Peer>,
 }
 
-/// What there is to close.
+/// An order to close the device.
 #[derive(Debug)]
 struct Close {
     remains: Remains,
     is_dead: bool,
     name: String,
-    /// Dropped when it is closed.
+    /// Dropped when the device is closed.
     _done: mpsc::Sender<()>,
 }
 
-/// The thread that closes the device. It is started when the device is opened, because it needs to see other processes, and the
-/// thread that drops the device may be confined.
+/// The thread that closes the device. It needs to see other processes, and the thread that drops the device may not be permitted to
+/// (a sandbox). So it starts when the device is opened.
 #[derive(Debug)]
 struct Closer {
     place: Place,
@@ -87,7 +87,7 @@ impl Maker {
         &self.peer
     }
 
-    /// Closes the device on its own thread. Waits for that; if the device is dead, up to [`MOMENT`].
+    /// Closes the device on the other thread, and waits for it. If the device is dead, it waits up to [`MOMENT`].
     pub(crate) fn close(self, remains: Remains, is_dead: bool, name: &str) {
         let (done, closed) = mpsc::channel();
         if self.close.send(Close { remains, is_dead, name: name.to_owned(), _done: done }).is_err() {

@@ -1,4 +1,4 @@
-//! [`spawn`]: the threads that the libraries start, with a [`Role`] each, so that a program can confine them.
+//! [`spawn`]: starts the threads of the libraries. Each has a [`Role`], so that a program can confine it.
 
 use std::{
     cell::Cell,
@@ -7,21 +7,20 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-/// The work of a thread. It decides what the thread needs of the kernel.
+/// The work of a thread, which determines the files and system calls that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {
-    /// Moves data between clients and devices, and opens queues. All its files, sockets and devices are open, but for the clients
-    /// that it accepts.
+    /// Moves data to and from devices, and opens queues. It uses open files, sockets and devices only, and may accept connections.
     Worker,
     /// Watches a device that is open.
     Watcher,
     /// Opens a device again.
     Opener,
-    /// Serves or reports, on sockets and files that are open.
+    /// Serves or reports, on open sockets and files.
     Service,
-    /// Does one thing for the thread that starts it, which could block: closes a device, or asks a file system. It needs what
-    /// that thread needs, or what a worker needs if that thread has no role.
+    /// Does one thing that may block, for the thread that starts it: closes a device, or queries a file system. It has the role of
+    /// that thread. If that thread has none, it is a worker.
     Helper,
 }
 
@@ -41,7 +40,7 @@ pub fn confine_with(confine: Confine) {
     let _ = CONFINE.set(confine);
 }
 
-/// Gives the calling thread a role, unless it has this one. Without [`confine_with`] it has none.
+/// Gives the calling thread a role, and confines it, unless it has this role already. Does nothing without [`confine_with`].
 pub fn enter(role: Role) {
     let Some(confine) = CONFINE.get() else { return };
     if ROLE.get() != Some(role) {
@@ -61,7 +60,7 @@ pub fn spawn<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     let parent = ROLE.get();
     Builder::new().name(name.into()).spawn(move || {
-        // The kernel passes the restrictions of the parent on.
+        // A thread inherits the restrictions of the thread that starts it.
         ROLE.set(parent);
         match (role, parent) {
             (Role::Helper, Some(_)) => {}

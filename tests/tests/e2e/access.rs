@@ -7,12 +7,12 @@ use nbdblk_tests::{Address, Cmd, Dir, Nbdblk, Pki, tool};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-/// User and group ID of an account without rights, `nobody` on Debian.
-const NOBODY: &str = "65534";
+use crate::NOBODY;
 
-/// A client of that account.
+/// A client that runs as `nobody`.
 fn as_nobody(name: &str) -> Cmd {
-    tool("setpriv").args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]).args([tool(name).path()])
+    let id = NOBODY.to_string();
+    tool("setpriv").args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).args([tool(name).path()])
 }
 
 /// The names in the list that a client gets.

@@ -25,6 +25,9 @@ use std::path::PathBuf;
 
 use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, write_runs};
 
+/// User and group ID of the unprivileged account `nobody` of Debian.
+const NOBODY: u32 = 65534;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 

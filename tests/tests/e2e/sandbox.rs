@@ -1,4 +1,4 @@
-//! What the threads of a running server have given up, and that everything still works. The unit tests of `nbdblk` show what a
+//! The sandbox of a running server: its threads are confined, and everything still works. The unit tests of `nbdblk` show what a
 //! confined thread cannot do.
 
 use std::collections::BTreeMap;
@@ -9,10 +9,7 @@ use nbdblk_tests::raw::{Mode, Raw};
 use nbdblk_tests::{Dir, Export, Nbdblk, Output, Qsd, eventually, nbdblk, nbdinfo};
 use nix::unistd::geteuid;
 
-use crate::MIB;
-
-/// An account without rights, `nobody` on Debian.
-const NOBODY: u32 = 65534;
+use crate::{MIB, NOBODY};
 
 /// Fields of /proc/PID/task/TID/status.
 type Status = BTreeMap<String, String>;

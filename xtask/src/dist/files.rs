@@ -46,6 +46,8 @@ const PLAIN: &[(&str, &str)] = &[
     ("dist/grafana/nbdblk.json", "usr/share/doc/nbdblk/examples/grafana/"),
     ("dist/prometheus/nbdblk-alerts.yml", "usr/share/doc/nbdblk/examples/prometheus/"),
     ("dist/prometheus/scrape.yml", "usr/share/doc/nbdblk/examples/prometheus/"),
+    ("dist/kubernetes/nbdblk.yaml", "usr/share/doc/nbdblk/examples/kubernetes/"),
+    ("docs/operations.md", "usr/share/doc/nbdblk/"),
     ("docs/restarts.md", "usr/share/doc/nbdblk/"),
     ("docs/security.md", "usr/share/doc/nbdblk/"),
     ("docs/status.md", "usr/share/doc/nbdblk/"),

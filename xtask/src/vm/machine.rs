@@ -157,6 +157,7 @@ impl Machine<'_> {
             writeln!(early, "/{n}.ko")?;
         }
         archive.file("early", early.as_bytes());
+        archive.file("mount-root.sh", include_bytes!("../../vm/mount-root.sh"));
         match self.system {
             System::Devices => self.add_own_system(&mut archive, job)?,
             System::Systemd { files, .. } => add_systemd(&mut archive, job, files),

@@ -1,4 +1,4 @@
-//! [`Filters`]: the system calls of each kind of thread (seccomp(2)). Other calls return EPERM.
+//! [`Filters`]: the system calls of each kind of thread (seccomp(2)). Other calls fail with EPERM.
 
 use std::{collections::BTreeMap, env::consts::ARCH, process};
 
@@ -10,7 +10,7 @@ use seccompiler::{
     apply_filter,
 };
 
-/// What all threads may call: it works on what is open, on memory and on threads.
+/// System calls of all threads: they use open files and sockets, memory and threads.
 const COMMON: &[i64] = &[
     // Files and sockets.
     libc::SYS_read,
@@ -98,7 +98,7 @@ const COMMON: &[i64] = &[
     libc::SYS_getrandom,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // To start a thread that is confined further.
+    // Threads that a thread starts confine themselves, too.
     libc::SYS_clone3,
     libc::SYS_capget,
     libc::SYS_capset,
@@ -114,10 +114,10 @@ const OLD: &[i64] = &[libc::SYS_poll, libc::SYS_epoll_wait, libc::SYS_dup2];
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[i64] = &[];
 
-/// What threads that watch a device may call as well.
+/// More system calls of threads that watch a device.
 const WATCH: &[i64] = &[libc::SYS_pidfd_open];
 
-/// What threads that open devices may call as well; landlock says which files these are.
+/// More system calls of threads that open devices. Landlock limits the files.
 const OPEN: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_readlinkat,
@@ -135,7 +135,8 @@ const OLD_OPEN: &[i64] = &[libc::SYS_open, libc::SYS_readlink, libc::SYS_access]
 #[cfg(not(target_arch = "x86_64"))]
 const OLD_OPEN: &[i64] = &[];
 
-/// What no thread calls, not even the main one: it belongs to debuggers, to the set-up of a system, or to holes of earlier kernels.
+/// System calls that no thread needs, not even the main thread: for debuggers, for the set-up of a system, and some that were often
+/// part of attacks on the kernel.
 const FORBIDDEN: &[i64] = &[
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
@@ -183,13 +184,13 @@ const FORBIDDEN: &[i64] = &[
     libc::SYS_mknodat,
 ];
 
-/// Classes of ioctls of drivers (the second byte of the request): files, block devices, NVMe, VFIO, vhost.
-const IOCTL_CLASSES: [u8; 5] = [b'f', 0x12, b'N', b';', 0xaf];
+/// Types of ioctl requests (their second byte) that the drivers use: file systems, block devices, NVMe, VFIO, vhost.
+const IOCTL_TYPES: [u8; 5] = [b'f', 0x12, b'N', b';', 0xaf];
 
-/// Single ioctls, of a class that has others which matter: of sockets and pipes.
+/// Single ioctl requests for sockets and pipes. Their type has others that are dangerous, such as TIOCSTI.
 const IOCTLS: [u64; 2] = [libc::FIONREAD, libc::FIONBIO];
 
-/// Operations of prctl(2) of a thread that runs, or is confined further.
+/// Operations of prctl(2).
 const PRCTLS: [i32; 6] = [
     libc::PR_SET_NAME,
     libc::PR_SET_TIMERSLACK,
@@ -204,7 +205,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 /// The filters of all kinds of threads, compiled.
 #[derive(Debug)]
 pub(super) struct Filters {
-    /// Threads are started with clone(2), whose flags a filter can read, and not with clone3(2).
+    /// Makes clone3(2) fail with ENOSYS, so that the C library calls clone(2), whose flags a filter can read.
     clone3: BpfProgram,
     worker: BpfProgram,
     watcher: BpfProgram,
@@ -236,7 +237,7 @@ impl Filters {
         })
     }
 
-    /// Restricts the calling thread. Its role can become narrower, but not wider.
+    /// Restricts the calling thread. Filters add up: a thread that starts another one passes its own on.
     pub(super) fn apply(&self, role: Role) -> anyhow::Result<()> {
         let filter = match role {
             Role::Watcher => &self.watcher,
@@ -262,7 +263,7 @@ impl Filters {
     }
 }
 
-/// The rules of [`COMMON`], and of calls whose arguments matter.
+/// The rules for [`COMMON`], and for calls with certain arguments only.
 fn common() -> anyhow::Result<Rules> {
     let mut rules: Rules = [COMMON, OLD].into_iter().flat_map(always).collect();
     let masked = |mask| SeccompCmpOp::MaskedEq(mask);
@@ -273,9 +274,9 @@ fn common() -> anyhow::Result<Rules> {
     rules.insert(libc::SYS_clone, vec![rule(0, masked(thread), thread)?]);
     // To this process only, for abort(3).
     rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, process::id().into())?]);
-    let classes = IOCTL_CLASSES.iter().map(|class| rule(1, masked(0xff00), u64::from(*class) << 8));
+    let types = IOCTL_TYPES.iter().map(|kind| rule(1, masked(0xff00), u64::from(*kind) << 8));
     let single = IOCTLS.iter().map(|&request| rule(1, SeccompCmpOp::Eq, request));
-    rules.insert(libc::SYS_ioctl, classes.chain(single).collect::<anyhow::Result<_>>()?);
+    rules.insert(libc::SYS_ioctl, types.chain(single).collect::<anyhow::Result<_>>()?);
     let prctls = PRCTLS.iter().map(|&operation| rule(0, SeccompCmpOp::Eq, operation as u64));
     rules.insert(libc::SYS_prctl, prctls.collect::<anyhow::Result<_>>()?);
     Ok(rules)

@@ -1,7 +1,7 @@
 //! [`Identity`]: the user and groups of a thread, and the capabilities that it [keeps](keep).
 //!
-//! The kernel has all of these for each thread. The C library would change them in all threads at once, which threads with a filter
-//! for system calls cannot do.
+//! The kernel has them for each thread. The functions of the C library change them in all threads at once, which fails in threads
+//! whose filter forbids it. So each thread changes only its own.
 
 use anyhow::{Context, anyhow, ensure};
 use nix::{
@@ -16,7 +16,7 @@ use rustix::thread::{
 /// The user and groups of `--user` and `--group`.
 #[derive(Debug)]
 pub(super) struct Identity {
-    /// `None`: it does not change.
+    /// `None`: only the groups change.
     uid: Option<Uid>,
     gid: Gid,
     groups: Vec<Gid>,
@@ -82,11 +82,11 @@ impl Identity {
 pub(super) enum Keeps {
     /// None.
     Nothing,
-    /// Those that opening devices may take; `true`: also to look into other processes (vDPA devices in user space).
+    /// Those for opening devices. `true`: also the one for looking into other processes (VDUSE).
     ToOpen(bool),
 }
 
-/// Gives up all other capabilities of the calling thread, and of programs that it executes.
+/// Drops all other capabilities of the calling thread, and of programs that it executes.
 pub(super) fn keep(keeps: Keeps) -> anyhow::Result<()> {
     let kept = match keeps {
         Keeps::Nothing => CapabilitySet::empty(),
@@ -107,7 +107,7 @@ pub(super) fn keep(keeps: Keeps) -> anyhow::Result<()> {
     let before = capabilities(None).context("reading the capabilities")?;
     if before.effective.contains(CapabilitySet::SETPCAP) {
         for capability in CapabilitySet::all().difference(kept).iter() {
-            // Those that the kernel does not know.
+            // Fails for those that the kernel does not have.
             let _ = remove_capability_from_bounding_set(capability);
         }
     }
@@ -117,7 +117,7 @@ pub(super) fn keep(keeps: Keeps) -> anyhow::Result<()> {
         inheritable: before.inheritable & kept,
     };
     if sets != before {
-        set_capabilities(None, sets).context("giving up capabilities")?;
+        set_capabilities(None, sets).context("dropping capabilities")?;
     }
     Ok(())
 }

@@ -1,9 +1,9 @@
-//! The sandbox: what threads give up for good, so that code that takes one of them over can do little.
+//! The sandbox: restrictions of the threads, so that an attacker who controls one of them can do little.
 //!
-//! Each thread gives up its own rights at its start ([`confine`]), because the kernel keeps them for each thread. Threads that talk
-//! to clients, devices and the control socket keep only what they need for files and sockets that are open. The main thread and
-//! those that it starts for a reload or an upgrade keep more: they open devices, and execute the next program, which must be able to
-//! open devices in turn.
+//! The kernel has these restrictions for each thread, so each thread applies its own at its start ([`confine`]). A thread cannot
+//! remove them. Threads that serve clients, devices and the control socket can use only files and sockets that are open. The main
+//! thread, and its threads for reloads and upgrades, can do more: they open devices, and execute the next program, which opens
+//! devices in turn.
 
 mod filter;
 mod identity;
@@ -20,30 +20,32 @@ use blkdev::thread::{Role, confine_with, spawn};
 use nix::sys::prctl;
 
 use crate::{
-    cli::{self, Sandbox as Mode},
+    cli::{self, SandboxMode as Mode},
     exports::ExportSpec,
     logger,
 };
 use filter::Filters;
 use identity::{Identity, Keeps};
-use reach::{Nothing, Reach};
+use reach::{OpenFiles, Reach};
 
-/// What the threads of this process give up.
+/// The restrictions of the threads of this process.
 #[derive(Debug)]
 struct Policy {
     mode: Mode,
     identity: Option<Identity>,
-    /// A command of `--run` inherits everything from the main thread.
+    /// There is a command of `--run`, which would inherit the restrictions of the main thread.
     has_command: bool,
+    /// `None`: the kernel has no seccomp.
     filters: Option<Filters>,
-    nothing: Option<Nothing>,
-    /// What can be opened again.
+    /// `None`: the kernel has no landlock.
+    open_files: Option<OpenFiles>,
+    /// Files for opening devices again.
     reach: Mutex<Reach>,
 }
 
 static POLICY: OnceLock<Policy> = OnceLock::new();
 
-/// Prepares the sandbox, before the first thread and the first device. From now on, threads confine themselves.
+/// Prepares the sandbox. Threads that start from now on confine themselves; only the thread for the log has started before.
 ///
 /// # Errors
 /// The user cannot be changed, or the sandbox is required and the kernel cannot do all of it.
@@ -58,12 +60,12 @@ pub(crate) fn prepare(args: &cli::Serve, specs: &[ExportSpec]) -> anyhow::Result
         identity,
         has_command: args.run.is_some(),
         filters: None,
-        nothing: None,
+        open_files: None,
         reach: Mutex::new(Reach::of(specs)),
     };
     if mode != Mode::Off {
-        policy.nothing = policy.accept("landlock", Nothing::new())?;
-        // On a thread, which takes the restrictions with it.
+        policy.open_files = policy.accept("landlock", OpenFiles::new())?;
+        // On a thread that ends then, because the filters stay.
         let tried = thread::spawn(|| Filters::new().and_then(|filters| filters.probe().map(|()| filters))).join();
         policy.filters = policy.accept("seccomp", tried.unwrap_or_else(|_| Err(anyhow!("a panic"))))?;
     }
@@ -108,24 +110,17 @@ pub(crate) fn spawn_trusted(name: &'static str, work: impl FnOnce() + Send + 'st
     thread::Builder::new().name(name.into()).spawn(work).map(drop)
 }
 
-/// Confines the calling thread to opening devices and reading files, for a reload: it creates and removes no file, and executes none.
+/// Confines the calling thread for a reload to these exports: it cannot create, remove or execute files. Threads that it starts can
+/// open their devices again.
 ///
 /// # Errors
 /// No descriptor or memory is left.
 pub(crate) fn enter_reload(specs: &[ExportSpec]) -> anyhow::Result<()> {
-    match POLICY.get() {
-        Some(policy) if policy.nothing.is_some() && !Reach::of(specs).needs_everything() => {
-            reach::confine_to_existing().context("the sandbox of a reload")
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Adds the devices of a new configuration to those that can be opened again.
-pub(crate) fn extend(specs: &[ExportSpec]) {
-    if let Some(policy) = POLICY.get() {
-        policy.reach.lock().unwrap_or_else(PoisonError::into_inner).extend(specs);
-    }
+    let Some(policy) = POLICY.get() else { return Ok(()) };
+    let reach = Reach::of(specs);
+    let is_unlimited = policy.open_files.is_none() || reach.is_unlimited();
+    *policy.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
+    if is_unlimited { Ok(()) } else { reach::confine_to_existing().context("the sandbox of a reload") }
 }
 
 /// Confines the calling thread according to its role.
@@ -136,7 +131,7 @@ fn confine(role: Role) {
 }
 
 impl Policy {
-    /// Part of the sandbox, as far as it works.
+    /// A part of the sandbox, if it works. If it does not, this is logged, or an error if the sandbox is required.
     fn accept<T>(&self, part: &str, tried: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         match tried {
             Ok(part) => Ok(Some(part)),
@@ -159,19 +154,18 @@ impl Policy {
         if self.mode == Mode::Off {
             return Ok(());
         }
-        let is_opener = role == Role::Opener;
-        let reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        identity::keep(if is_opener { Keeps::ToOpen(reach.needs_everything()) } else { Keeps::Nothing })?;
+        let reach = (role == Role::Opener).then(|| self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        identity::keep(reach.as_ref().map_or(Keeps::Nothing, |reach| Keeps::ToOpen(reach.is_unlimited())))?;
         prctl::set_no_new_privs()?;
-        match &self.nothing {
-            Some(nothing) if !is_opener => nothing.confine()?,
-            Some(_) if !reach.needs_everything() => reach.confine()?,
+        match (&self.open_files, reach) {
+            (Some(open_files), None) => open_files.confine()?,
+            (Some(_), Some(reach)) if !reach.is_unlimited() => reach.confine()?,
             _ => {}
         }
         self.filters.iter().try_for_each(|filters| filters.apply(role))
     }
 
-    /// Confines a thread that opens devices for new configurations, and executes programs.
+    /// Confines the main thread, or a thread that may do as much.
     fn confine_main(&self) -> anyhow::Result<()> {
         if self.mode == Mode::Off || self.has_command {
             return Ok(());
@@ -181,7 +175,8 @@ impl Policy {
         self.filters.iter().try_for_each(Filters::apply_to_main)
     }
 
-    /// What was tried before works, unless memory or descriptors are short. `is_fatal`: the thread must not go on without.
+    /// Logs a failure to confine a thread. `is_fatal`: ends the process. Failures are rare: [`prepare`] has tried each part, so that
+    /// only a shortage of memory or descriptors is left.
     fn check(thread: impl fmt::Debug, is_fatal: bool, confined: anyhow::Result<()>) {
         let Err(error) = confined else { return };
         let text = format!("the sandbox of thread {thread:?}: {}", crate::whole(&error));
@@ -218,14 +213,14 @@ mod tests {
     use super::*;
     use crate::sys::map_page;
 
-    /// Runs `work` on a thread that is confined as one of the server.
+    /// Runs `work` on a thread with a role of the server.
     fn run<T: Send + 'static>(role: Role, reach: Reach, work: impl FnOnce() -> T + Send + 'static) -> T {
         let policy = Policy {
             mode: Mode::Require,
             identity: None,
             has_command: false,
             filters: Some(Filters::new().unwrap()),
-            nothing: Some(Nothing::new().unwrap()),
+            open_files: Some(OpenFiles::new().unwrap()),
             reach: Mutex::new(reach),
         };
         let confined = move || {
@@ -329,6 +324,14 @@ mod tests {
         };
         assert_eq!(run(Role::Opener, Reach::of(&specs), open), ("content".into(), true, true));
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// Addresses of memory, for a device without an IOMMU.
+    #[test]
+    fn a_thread_that_opens_a_device_of_vfio_reaches_its_own_page_map() {
+        let specs = crate::exports::from_words(&["nvme=0000:01:00.0".into()]).unwrap();
+        let open = || (File::open("/proc/self/pagemap").is_ok(), denied(File::open("/proc/1/environ")));
+        assert_eq!(run(Role::Opener, Reach::of(&specs), open), (true, true));
     }
 
     #[test]

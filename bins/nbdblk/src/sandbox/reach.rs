@@ -1,4 +1,4 @@
-//! [`Reach`]: the files that a thread can open (landlock(7)).
+//! [`Reach`]: the files that a thread can open, and [`OpenFiles`] for threads that can open none (landlock(7)).
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -16,59 +16,56 @@ use crate::{exports::ExportSpec, sys::landlock_restrict_self};
 /// The newest version of the kernel's interface that this module uses.
 const VERSION: ABI = ABI::V6;
 
-/// Directories of devices that are bound to vfio-pci: the groups, and what the kernel says about the devices.
-const VFIO: [&str; 3] = ["/dev/vfio", "/sys/bus/pci", "/sys/devices"];
+/// Files for opening a device that is bound to vfio-pci: its group, its entries in sysfs, and /proc/self/pagemap, which gives addresses
+/// without an IOMMU.
+const VFIO: [&str; 5] = ["/dev/iommu", "/dev/vfio", "/proc/self", "/sys/bus/pci", "/sys/devices"];
 
 /// Drivers that find their device by its address.
 const BY_ADDRESS: [&str; 2] = ["nvme", "virtio-pci"];
 
-/// The driver whose device can be a process, which is searched in /proc.
+/// The driver whose device can belong to a process. The driver searches /proc for that process.
 const BY_PROCESS: &str = "vdpa";
 
-/// What can be opened, to open devices again.
+/// Files for opening devices again.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reach {
-    directories: Vec<PathBuf>,
-    everything: bool,
+    /// They are below these paths.
+    paths: Vec<PathBuf>,
+    is_unlimited: bool,
 }
 
 impl Reach {
-    /// What the devices need.
+    /// The files for these exports.
     pub(super) fn of(specs: &[ExportSpec]) -> Self {
         let mut reach = Self::default();
-        reach.extend(specs);
+        for settings in specs.iter().map(|spec| &spec.settings) {
+            let driver = settings.driver().name;
+            reach.is_unlimited |= driver == BY_PROCESS;
+            if BY_ADDRESS.contains(&driver) {
+                reach.paths.extend(VFIO.map(PathBuf::from));
+            } else if let Ok(path) = settings.get("path") {
+                // Not the file itself: a socket or an image that comes back is another file.
+                reach.paths.extend(absolute(path).ok().and_then(|path| directory(&path)));
+            }
+        }
+        reach.paths.sort_unstable();
+        reach.paths.dedup();
         reach
     }
 
-    /// Adds what other devices need.
-    pub(super) fn extend(&mut self, specs: &[ExportSpec]) {
-        for settings in specs.iter().map(|spec| &spec.settings) {
-            let driver = settings.driver().name;
-            self.everything |= driver == BY_PROCESS;
-            if BY_ADDRESS.contains(&driver) {
-                self.directories.extend(VFIO.map(PathBuf::from));
-            } else if let Ok(path) = settings.get("path") {
-                // Not the file: another one will have its name.
-                self.directories.extend(absolute(path).ok().and_then(|path| directory(&path)));
-            }
-        }
-        self.directories.sort_unstable();
-        self.directories.dedup();
-    }
-
-    /// Whether a device is found through other processes. The kernel would hide them.
-    pub(super) fn needs_everything(&self) -> bool {
-        self.everything
+    /// Whether a driver searches /proc for other processes. Landlock would hide them.
+    pub(super) fn is_unlimited(&self) -> bool {
+        self.is_unlimited
     }
 
     /// Confines the calling thread to these files.
     pub(super) fn confine(&self) -> anyhow::Result<()> {
-        ruleset(self.directories.iter().map(PathBuf::as_path))?.restrict_self()?;
+        ruleset(&self.paths)?.restrict_self()?;
         Ok(())
     }
 }
 
-/// What can be done with a device or an image that exists.
+/// Rights to use a device or an image that exists.
 const USE: BitFlags<AccessFs> =
     landlock::make_bitflags!(AccessFs::{ReadFile | WriteFile | ReadDir | Truncate | IoctlDev});
 
@@ -77,14 +74,15 @@ fn directory(path: &Path) -> Option<PathBuf> {
     path.ancestors().skip(1).find(|dir| dir.is_dir()).map(Into::into)
 }
 
-/// What confines threads to files that are open. It is made once, because threads must be confined even if no descriptor is left.
+/// A ruleset for threads that use only files which are open already. It is created once, because a thread must be confined even if no
+/// descriptor is left.
 #[derive(Debug)]
-pub(super) struct Nothing(OwnedFd);
+pub(super) struct OpenFiles(OwnedFd);
 
-impl Nothing {
+impl OpenFiles {
     /// Fails if the kernel has no landlock.
     pub(super) fn new() -> anyhow::Result<Self> {
-        let ruleset: Option<OwnedFd> = ruleset([])?.into();
+        let ruleset: Option<OwnedFd> = ruleset(&[])?.into();
         Ok(Self(ruleset.context("the kernel has no landlock, or it is not enabled")?))
     }
 
@@ -94,8 +92,8 @@ impl Nothing {
     }
 }
 
-/// Confines the calling thread to files that exist: it creates, removes and executes none. It can use sockets, to report to the
-/// service manager, to look up users, and to try what the kernel can do for TLS.
+/// Confines the calling thread to files that exist: it cannot create, remove or execute files. It can still use sockets, which a reload
+/// needs to report to the service manager, to look up users, and to learn whether the kernel supports TLS.
 pub(super) fn confine_to_existing() -> anyhow::Result<()> {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
     let ruleset = ruleset.handle_access(AccessFs::from_all(VERSION))?.create()?;
@@ -103,16 +101,16 @@ pub(super) fn confine_to_existing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What confines a thread to the use of files in some directories. It makes no TCP connections, and uses no abstract sockets and no
-/// signals of other processes.
-fn ruleset<'a>(directories: impl IntoIterator<Item = &'a Path>) -> anyhow::Result<RulesetCreated> {
+/// A ruleset that permits the use of files below some paths. It forbids TCP connections, abstract sockets of other processes, and
+/// signals to them.
+fn ruleset(paths: &[PathBuf]) -> anyhow::Result<RulesetCreated> {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
     let ruleset = ruleset.handle_access(AccessFs::from_all(VERSION))?.handle_access(AccessNet::from_all(VERSION))?;
     let mut ruleset = ruleset.scope(Scope::from_all(VERSION))?.create()?;
-    for directory in directories {
-        // It may be gone. If it comes back, it is another directory.
-        let Ok(directory) = PathFd::new(directory) else { continue };
-        ruleset = ruleset.add_rule(PathBeneath::new(directory, USE))?;
+    for path in paths {
+        // It may not exist. A rule is for an inode, so it would not be for a file that is created later.
+        let Ok(path) = PathFd::new(path) else { continue };
+        ruleset = ruleset.add_rule(PathBeneath::new(path, USE))?;
     }
     Ok(ruleset)
 }
