@@ -46,6 +46,7 @@ struct Pool {
 impl Arena {
     pub(crate) fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Self {
         let pages = (len / PAGE).min(u32::MAX as usize);
+        mapping.enter();
         let used = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self { pool: Arc::new(Pool { mapping, start, pages, used }), reserved: 0, recent: 0, resident: 0, floor: 0 }
     }
@@ -53,6 +54,25 @@ impl Arena {
     /// The memory that it is a part of.
     pub(crate) fn mapping(&self) -> &Arc<Mapping> {
         &self.pool.mapping
+    }
+
+    /// Whether other memory [takes the place](Mapping::retire) of this one.
+    #[inline]
+    pub(crate) fn is_retired(&self) -> bool {
+        self.pool.mapping.successor().is_some()
+    }
+
+    /// Moves to the same part of the newest memory that takes the place of this one. Buffers stay where they are.
+    pub(crate) fn move_on(&mut self) {
+        let mut newest = &self.pool.mapping;
+        while let Some(newer) = newest.successor() {
+            newest = newer;
+        }
+        if !Arc::ptr_eq(newest, &self.pool.mapping) {
+            // No other arena has this part: those of the old memory have theirs, and each moves there.
+            let fresh = Self::new(Arc::clone(newest), self.pool.start, self.pool.pages * PAGE);
+            *self = Self { reserved: self.reserved, ..fresh };
+        }
     }
 
     /// Reserves the first `len` bytes for [`alloc_reserved`](Self::alloc_reserved), rounded up to 256 KiB.
@@ -149,6 +169,12 @@ impl Arena {
     /// Total bytes in whole pages, without the reserved ones.
     pub fn capacity(&self) -> usize {
         self.pool.pages.saturating_sub(self.reserved * WORD) * PAGE
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.mapping.leave();
     }
 }
 
@@ -394,6 +420,11 @@ impl Buf {
     /// Leaves an empty buffer.
     pub fn abandon(&mut self) {
         (self.pages, self.len) = (0, 0);
+    }
+
+    /// Whether it lies in memory of this arena.
+    pub(crate) fn is_of(&self, arena: &Arena) -> bool {
+        Arc::ptr_eq(&self.pool, &arena.pool)
     }
 
     /// Whether it is a part of another buffer, which frees the memory.

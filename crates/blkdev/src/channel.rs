@@ -101,6 +101,14 @@ fn check(info: &Info, capacity: u64) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidData, format!("{driver} {target}: the driver is faulty: {fault}")))
 }
 
+/// The channel's own buffers: zeroes, and edges.
+fn own_buffers(arena: &mut Arena, info: &Info) -> Option<(Buf, Buf)> {
+    let zeroes = arena.alloc_reserved(0, zeroes_len(info), 0)?;
+    let edges = arena.alloc_reserved(0, edges_len(info), 0)?;
+    arena.keep();
+    Some((zeroes, edges))
+}
+
 /// The reserved part is a multiple of this.
 const ASIDE: usize = 64 * crate::arena::PAGE;
 
@@ -180,11 +188,9 @@ impl Channel {
     fn open(registered: &Arc<Registered>, mut arena: Arena, aside: usize, pass: Pass, depth: u16) -> io::Result<Self> {
         let info = registered.device().info().clone();
         arena.reserve(aside);
-        let reserved =
-            || io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself");
-        let zeroes = arena.alloc_reserved(0, zeroes_len(&info), 0).ok_or_else(reserved)?;
-        let edges = arena.alloc_reserved(0, edges_len(&info), 0).ok_or_else(reserved)?;
-        arena.keep();
+        let (zeroes, edges) = own_buffers(&mut arena, &info).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "too little payload memory for the channel itself")
+        })?;
         let driver = Driver::open(registered, depth, arena.empty())?;
         Ok(Self {
             capacity: driver.capacity().unwrap_or(0),
@@ -418,6 +424,9 @@ impl Channel {
         self.driver.reap(&mut self.completions);
         if self.driver.has_failed() {
             self.retire();
+        }
+        if self.arena.is_retired() {
+            self.move_memory();
         }
         self.refuses = self.stalled || self.driver.is_dead();
         if self.relieved {
@@ -699,8 +708,8 @@ impl Channel {
                 return;
             }
             let edges = overdue.edges.take_if(|_| job.lost);
-            for memory in job.take_lost().into_iter().chain(edges) {
-                self.driver.confine(memory);
+            for mut memory in job.take_lost().into_iter().chain(edges) {
+                memory.abandon();
             }
         }
         self.overdue_bytes -= overdue.held;
@@ -895,16 +904,35 @@ impl Channel {
             if job.out > 0 {
                 return;
             }
+            if job.lost && self.restart(slot) {
+                continue;
+            }
+            let job = self.slots.job(slot);
             if job.error.is_some() || !job.next_stage(&self.info, &mut self.edges) {
                 return self.finish(slot);
             }
         }
     }
 
+    /// Lets a job whose reads have lost their memory read again, into other memory. `false`: the device is dead, or no memory is
+    /// free.
+    #[cold]
+    fn restart(&mut self, slot: u32) -> bool {
+        let job = self.slots.job(slot);
+        if self.refuses || self.driver.is_dead() || !job.reads() {
+            return false;
+        }
+        let len = if job.operation() == Operation::Read { job.len } else { 0 };
+        let (before, after) = margins(job.at, len, self.info.block_size);
+        let Some(fresh) = self.arena.alloc_with_margins(before, len as usize, after) else { return false };
+        job.restart(fresh, &self.info);
+        true
+    }
+
     fn finish(&mut self, slot: u32) {
         let Slot::Job(mut job) = self.slots.remove(slot) else { unreachable!("only jobs finish here") };
-        if let Some(memory) = job.take_lost() {
-            self.driver.confine(memory);
+        if let Some(mut memory) = job.take_lost() {
+            memory.abandon();
         }
         if job.inside {
             self.pass.leave();
@@ -913,6 +941,9 @@ impl Channel {
             self.alone = None;
             self.pass.open();
             self.pass.end_turn(!self.waiting.is_empty());
+            if !self.edges.is_of(&self.arena) {
+                self.replace_edges();
+            }
         }
         self.count_job(&job);
         self.ready.push(job.done(self.info.block_size));
@@ -1013,13 +1044,28 @@ impl Channel {
         }
     }
 
+    /// Allocates from other memory from now on: a process behind a device that has died may still access the present one. What is
+    /// in use there stays until it is dropped, and is never used again.
+    #[cold]
+    fn move_memory(&mut self) {
+        self.arena.move_on();
+        self.driver.follow(self.arena.mapping(), self.arena.empty());
+        // The new memory is as large as the old, and reads as zeroes.
+        let Some((zeroes, edges)) = own_buffers(&mut self.arena, &self.info) else { return };
+        self.zeroes = zeroes;
+        // A job that is alone may be using the others.
+        if self.alone.is_none() {
+            self.edges = edges;
+        }
+    }
+
     /// Replaces the buffer for edges, if there is memory: the device has died, and may still access it.
     #[cold]
     fn replace_edges(&mut self) {
         let len = edges_len(&self.info);
         let fresh = self.arena.alloc_reserved(0, len, 0).or_else(|| self.arena.alloc(len));
-        let edges = std::mem::replace(&mut self.edges, fresh.unwrap_or_else(|| self.arena.empty()));
-        self.driver.confine(edges);
+        let mut edges = std::mem::replace(&mut self.edges, fresh.unwrap_or_else(|| self.arena.empty()));
+        edges.abandon();
     }
 
     /// The driver has completed a request that it did not have, so it is not trusted any more: [`reap`](Self::reap) ends

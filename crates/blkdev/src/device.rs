@@ -160,11 +160,6 @@ pub trait Queue: Send {
         false
     }
 
-    /// Takes memory that a dead device may still access, until it cannot any more; or forever.
-    fn confine(&mut self, mut memory: Buf) {
-        memory.abandon();
-    }
-
     /// The state of its rings for log messages, in a few words.
     fn describe(&self) -> String {
         String::new()

@@ -6,7 +6,7 @@ use std::{
     os::fd::BorrowedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -23,7 +23,7 @@ use crate::{
 pub(crate) struct Registered {
     device: Arc<dyn Device>,
     /// Present until drop.
-    registration: Option<Registration>,
+    registration: Mutex<Option<Registration>>,
     /// The driver is faulty. Each channel finds out at its next `reap`.
     failed: AtomicBool,
 }
@@ -34,12 +34,18 @@ impl Registered {
     /// # Errors
     /// What the device returned, or that the driver panicked.
     pub(crate) fn new(device: &Arc<dyn Device>, mapping: &Arc<Mapping>) -> io::Result<Arc<Self>> {
-        let registration = Some(catch(|| Registration::new(device, mapping))??);
+        let registration = Mutex::new(Some(catch(|| Registration::new(device, mapping))??));
         Ok(Arc::new(Self { device: Arc::clone(device), registration, failed: AtomicBool::new(false) }))
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    fn follow(&self, mapping: &Arc<Mapping>) {
+        if let Some(registration) = &mut *self.registration.lock().unwrap_or_else(PoisonError::into_inner) {
+            registration.follow(mapping);
+        }
     }
 
     /// Declares the driver faulty. The log gets the reason, once.
@@ -66,7 +72,7 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let registration = self.registration.take();
+        let registration = self.registration.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         self.call(|| drop(registration));
     }
 }
@@ -192,10 +198,11 @@ impl Driver {
         self.registered.call(|| self.queue.relieves()).unwrap_or(false)
     }
 
-    /// As [`Queue::confine`].
+    /// The channel's memory is another one now, which takes the place of that before.
     #[cold]
-    pub(crate) fn confine(&mut self, memory: Buf) {
-        self.call(|queue| queue.confine(memory));
+    pub(crate) fn follow(&mut self, mapping: &Arc<Mapping>, memory: Buf) {
+        self.memory = memory;
+        self.registered.follow(mapping);
     }
 
     /// As [`Queue::describe`].

@@ -261,6 +261,24 @@ impl Job {
         }
     }
 
+    /// Whether its present stage only reads.
+    pub(crate) fn reads(&self) -> bool {
+        matches!(self.stage, Stage::Merge | Stage::EdgesIn) || matches!(self.io, Io::Read { .. })
+    }
+
+    /// Starts its present stage again, which [only reads](Self::reads). Its data goes to `fresh`; what it has
+    /// [lost](Self::lost) is abandoned.
+    pub(crate) fn restart(&mut self, mut fresh: Buf, info: &Info) {
+        if let Io::Read { at, buf } = &mut self.io {
+            let (before, after) = margins(*at, self.len, info.block_size);
+            // It was allocated for that.
+            fresh.widen(before, after);
+            std::mem::replace(buf, fresh).abandon();
+        }
+        (self.lost, self.error) = (false, None);
+        self.enter(self.stage, info);
+    }
+
     /// Enters the next stage; all pieces of the present one have succeeded. `false`: the job is over.
     pub(crate) fn next_stage(&mut self, info: &Info, scratch: &mut Buf) -> bool {
         let zero = matches!(self.io, Io::Zero { .. });

@@ -2,16 +2,16 @@
 #![allow(unsafe_code)]
 
 #[cfg(feature = "fuzz")]
-use std::{
-    cell::RefCell,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::cell::RefCell;
 use std::{
     io,
     ops::{Deref, DerefMut, Range},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 #[cfg(feature = "fuzz")]
@@ -46,6 +46,10 @@ pub struct Mapping {
     shareable: bool,
     /// The ranges that have an owner.
     claims: Mutex<Vec<Range<usize>>>,
+    /// Number of arenas that are left, or whose buffers are.
+    users: AtomicUsize,
+    /// See [`retire`](Self::retire).
+    successor: OnceLock<Arc<Self>>,
     /// End of the memory that may have been written since it was last [cleared](Self::clear).
     #[cfg(feature = "fuzz")]
     touched: AtomicUsize,
@@ -54,8 +58,8 @@ pub struct Mapping {
 /// Devices and the IOMMU need large, aligned pieces (SPDK registers memory in steps of 2 MiB).
 const ALIGN: usize = 2 << 20;
 
-/// The size of the memory cannot change, and neither can these seals.
-const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+/// The size of the memory cannot change. A peer can add the seal that forbids new writable mappings. It harms only itself.
+const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
 
 /// Mappings are placed below 2^38 if there is room. Then the virtual address is also the I/O address, even behind an IOMMU of 39
 /// bits. The process's address space is the allocator of I/O addresses, and there is no table.
@@ -120,6 +124,8 @@ impl Mapping {
             fd,
             shareable: true,
             claims: Mutex::default(),
+            users: AtomicUsize::new(0),
+            successor: OnceLock::new(),
             #[cfg(feature = "fuzz")]
             touched: AtomicUsize::new(0),
         })
@@ -144,6 +150,8 @@ impl Mapping {
             fd,
             shareable: false,
             claims: Mutex::default(),
+            users: AtomicUsize::new(0),
+            successor: OnceLock::new(),
             #[cfg(feature = "fuzz")]
             touched: AtomicUsize::new(0),
         })
@@ -221,6 +229,35 @@ impl Mapping {
         self.claims().retain(|claim| *claim != range);
     }
 
+    /// An arena has a part of it, until [`leave`](Self::leave).
+    pub(crate) fn enter(&self) {
+        self.users.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The arena and its buffers are gone.
+    pub(crate) fn leave(&self) {
+        self.users.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Whether an arena or its buffers are left.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.users.load(Ordering::Acquire) > 0
+    }
+
+    /// Gives this memory up in favour of `successor`, which is as long: a process that this one no longer talks to may still
+    /// access it. Owners of [arenas](Self::arenas) move there. Only the first call has an effect.
+    pub(crate) fn retire(&self, successor: Arc<Self>) {
+        assert_eq!(self.len, successor.len, "the same ranges exist in both");
+        successor.claim(0..successor.len);
+        let _ = self.successor.set(successor);
+    }
+
+    /// The memory that takes the place of this one.
+    #[inline]
+    pub(crate) fn successor(&self) -> Option<&Arc<Self>> {
+        self.successor.get()
+    }
+
     fn claims(&self) -> MutexGuard<'_, Vec<Range<usize>>> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -257,7 +294,9 @@ fn fresh(len: usize, make: impl FnOnce() -> io::Result<Mapping>) -> io::Result<A
             spare.clear();
             spare.claims().clear();
         };
-        return SPARES.with_borrow_mut(|spares| spares.get(|spare| spare.len == len, renew, make));
+        return SPARES.with_borrow_mut(|spares| {
+            spares.get(|spare| spare.len == len && spare.successor().is_none(), renew, make)
+        });
     }
     let _ = len;
     make().map(Arc::new)
@@ -431,7 +470,8 @@ mod tests {
             assert_eq!(file.set_len(size).unwrap_err().raw_os_error(), Some(libc::EPERM), "to {size}");
         }
         // SAFETY: plain system call on an open descriptor.
-        assert!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) } < 0, "seals are final");
+        let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+        assert!(sealed < 0, "nobody can forbid writes while it is mapped");
     }
 
     #[test]

@@ -30,6 +30,11 @@ impl Peer {
         Self(None)
     }
 
+    /// Whether it is a process that is known.
+    pub(crate) fn is_process(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Whether the process may still run.
     pub fn may_live(&self) -> bool {
         // A pidfd is readable when its process has ended.

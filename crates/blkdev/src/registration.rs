@@ -39,6 +39,11 @@ impl Registration {
         Ok(Self { device: Arc::clone(device), mapping: Arc::clone(mapping) })
     }
 
+    /// The device has registered `mapping` by itself, in place of this memory.
+    pub(crate) fn follow(&mut self, mapping: &Arc<Mapping>) {
+        self.mapping = Arc::clone(mapping);
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device

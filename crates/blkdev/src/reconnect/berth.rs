@@ -31,7 +31,7 @@ pub(super) struct Place {
     pub(super) generation: u64,
     /// The queue has left the device that died.
     pub(super) has_left: bool,
-    /// Memory of the requests that wait, in bytes, and the peer that may still access it.
+    /// Memory of the reads that wait, in bytes, and the peer that may still write to it.
     pub(super) memory: usize,
     pub(super) peer: Option<Arc<Peer>>,
     pub(super) offer: Option<Offer>,

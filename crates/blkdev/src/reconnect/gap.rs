@@ -49,6 +49,12 @@ impl Gap {
     fn new(now: Instant) -> Self {
         Self { since: now, next: now, pause: PAUSE_MIN, kept: None, why: String::new() }
     }
+
+    /// Why the last attempt failed.
+    #[cfg(test)]
+    pub(super) fn why(&self) -> &str {
+        &self.why
+    }
 }
 
 impl Shared {
@@ -159,7 +165,7 @@ impl Shared {
     }
 
     fn attempt(&self, gap: &Gap) -> io::Result<()> {
-        self.check_quarantine()?;
+        self.check_memory()?;
         let device = (self.reopen)()?;
         if self.is_closed.load(Ordering::Acquire) {
             return Ok(());
@@ -171,16 +177,11 @@ impl Shared {
         self.publish(device)
     }
 
-    /// Memory in quarantine is memory that clients do not have. That of requests in flight goes there, too. If most of it were
-    /// there, requests would wait for the rest forever.
-    fn check_quarantine(&self) -> io::Result<()> {
+    /// Each time the device is back, new requests get other memory. A process that keeps the old one must not use up all there is.
+    fn check_memory(&self) -> io::Result<()> {
         self.sweep();
-        let state = self.state();
-        let confined: usize = state.quarantine.iter().map(|(_, buf)| buf.len()).sum();
-        let in_flight: usize = state.berths.iter().map(|berth| moving(&berth.place())).sum();
-        let registered: usize = state.mappings.iter().map(|mapping| mapping.len()).sum();
-        if confined > registered / 2 || confined + in_flight > registered / 4 * 3 {
-            let why = "the process behind it still runs and may access most of the memory; end it first";
+        if self.state().memories.is_exhausted() {
+            let why = "the process behind it has died as a device several times, and still maps the memory of then; end it first";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, why));
         }
         Ok(())
@@ -189,22 +190,26 @@ impl Shared {
     /// Gives the device to its users.
     fn publish(&self, device: Arc<dyn Device>) -> io::Result<()> {
         let mut state = self.state();
-        state.mappings.iter().try_for_each(|mapping| device.register(mapping))?;
-        // Requests that have moved there may not have completed before this device died, too.
-        state.spares.iter().try_for_each(|spare| device.register(spare.mapping()))?;
-        let spares = self.spares(&state, &*device)?;
+        // A device that is no process, and is gone, accesses nothing.
+        let is_replaced = state.peer.is_some();
+        let fresh = state.memories.register(&*device, is_replaced)?;
+        let spares = spares(&state, &*device)?;
         let generation = state.generation;
-        let confined = state.quarantine.iter().flat_map(|(peers, _)| peers);
-        let peer = device.peer().map(|peer| peer.or_known(confined.chain(&state.peer)));
+        let peer = device.peer().map(|peer| peer.or_known(state.memories.peers().chain(&state.peer)));
         let mut offers = Vec::new();
         for (berth, spare) in state.berths.iter().zip(spares) {
             let queue = device.open_queue(berth.depth)?;
             offers.push(Offer { queue, generation, peer: peer.clone(), spare });
         }
+        // Before a queue goes on: what completes there frees memory, which must not be used again.
+        let old = std::mem::replace(&mut state.peer, peer);
+        state.memories.replace(fresh, old.as_ref());
+        for spare in offers.iter().filter_map(|offer| offer.spare.as_ref()) {
+            state.memories.add_spare(spare.mapping());
+        }
         for (berth, offer) in state.berths.iter().zip(offers) {
             berth.place().offer = Some(offer);
         }
-        state.peer = peer;
         // What was made again was flushed as well, and nothing else has completed since.
         self.flushed.fetch_max(self.number.load(Ordering::Acquire), Ordering::AcqRel);
         self.is_expired.store(false, Ordering::Release);
@@ -216,36 +221,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Memory for each queue whose requests must move, because a living peer may still access theirs.
-    fn spares(&self, state: &State, device: &dyn Device) -> io::Result<Vec<Option<Arena>>> {
-        let mut spares = Vec::new();
-        for berth in &state.berths {
-            let wanted = moving(&berth.place());
-            let spare = if wanted == 0 {
-                None
-            } else {
-                let mapping = Mapping::shared(wanted)?;
-                device.register(&mapping)?;
-                Some(mapping.arenas(1).remove(0))
-            };
-            spares.push(spare);
-        }
-        Ok(spares)
-    }
-
-    /// Frees memory that no peer can access any more, and memory that took its place. Returns whether some is left.
+    /// Frees memory that neither a request nor a peer uses any more. Returns whether some is left.
     fn sweep(&self) -> bool {
         let mut state = self.state();
-        let freed: Vec<_> =
-            state.quarantine.extract_if(.., |(peers, _)| peers.iter().all(|peer| !peer.may_live())).collect();
-        let spares: Vec<_> = state.spares.extract_if(.., |spare| spare.free() == spare.capacity()).collect();
-        let left = !state.quarantine.is_empty() || !state.spares.is_empty();
+        let unused = state.memories.unused();
         drop(state);
         if let Some(device) = self.device() {
-            spares.iter().for_each(|spare| device.unregister(spare.mapping()));
+            unused.iter().for_each(|unused| device.unregister(&unused.mapping));
         }
-        drop((freed, spares));
-        left
+        let mut state = self.state();
+        unused.into_iter().for_each(|unused| state.memories.hold(unused));
+        state.memories.free()
     }
 
     fn report_return(&self, gap: &Gap) {
@@ -270,7 +256,24 @@ impl Shared {
     }
 }
 
-/// Memory of requests that must move, because a living peer may still access it, in bytes.
+/// Memory for each queue whose reads must move, because a living peer may still write to theirs.
+fn spares(state: &State, device: &dyn Device) -> io::Result<Vec<Option<Arena>>> {
+    let mut spares = Vec::new();
+    for berth in &state.berths {
+        let wanted = moving(&berth.place());
+        let spare = if wanted == 0 {
+            None
+        } else {
+            let mapping = Mapping::shared(wanted)?;
+            device.register(&mapping)?;
+            Some(mapping.arenas(1).remove(0))
+        };
+        spares.push(spare);
+    }
+    Ok(spares)
+}
+
+/// Memory of reads that must move, because a living peer may still write to it, in bytes.
 fn moving(place: &Place) -> usize {
     if place.peer.as_ref().is_some_and(|peer| peer.may_live()) { place.memory } else { 0 }
 }

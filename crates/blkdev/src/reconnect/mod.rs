@@ -25,6 +25,7 @@ mod berth;
 mod fit;
 mod gap;
 mod log;
+mod memory;
 mod queue;
 mod replay;
 mod shared;

@@ -10,7 +10,7 @@ use std::{
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use crate::{
-    arena::{Arena, Buf},
+    arena::Arena,
     device::{Completion, Op, Queue, Request},
     error::Error,
     peer::Peer,
@@ -33,8 +33,6 @@ pub(super) struct ReconnectQueue {
     berth: Arc<Berth>,
     generation: u64,
     peer: Option<Arc<Peer>>,
-    /// Those that may still access memory of longer requests.
-    lost_to: Vec<Arc<Peer>>,
     /// Readable if the queue of the device or the berth's signal is.
     epoll: Epoll,
     /// Requests to send again, in order.
@@ -65,7 +63,6 @@ impl ReconnectQueue {
             berth,
             generation,
             peer,
-            lost_to: Vec::new(),
             epoll,
             parked: VecDeque::new(),
             is_counted: false,
@@ -166,13 +163,11 @@ impl ReconnectQueue {
         self.inner = Some(queue);
         self.generation = generation;
         let old = std::mem::replace(&mut self.peer, peer);
-        if old.as_ref().is_some_and(|old| old.may_live()) {
-            self.replace_memory(spare, old.as_ref());
-        } else if let Some(spare) = spare {
-            // It has ended after all. The thread takes the memory back.
-            self.shared.state().spares.push(spare);
-            self.shared.ring();
+        // The thread takes back what is not used.
+        if old.is_some_and(|old| old.may_live()) {
+            self.replace_memory(spare);
         }
+        self.shared.ring();
         let mut place = self.berth.place();
         (place.has_left, place.memory, place.peer) = (false, 0, None);
         drop(place);
@@ -182,36 +177,28 @@ impl ReconnectQueue {
         }
     }
 
-    /// Moves the requests to other memory, because the peer of the dead device may still access theirs.
-    fn replace_memory(&mut self, spare: Option<Arena>, old: Option<&Arc<Peer>>) {
-        let mut spare = spare;
+    /// Moves reads to other memory, because the peer of the dead device may still write to theirs. Its reads from the memory of
+    /// writes do no harm: the content stays.
+    fn replace_memory(&mut self, mut spare: Option<Arena>) {
         for mut request in std::mem::take(&mut self.parked) {
             let moved = match &mut request.op {
-                Op::Read { buf, .. } | Op::Write { buf, .. } if !buf.is_loan() => {
+                Op::Read { buf, .. } if !buf.is_loan() => {
                     let fresh = spare.as_mut().and_then(|spare| spare.alloc(buf.len()));
-                    fresh.is_some_and(|mut fresh| {
-                        fresh.copy_buf(0, buf, 0, buf.len());
-                        let held = std::mem::replace(buf, fresh);
-                        if let Some(old) = old {
-                            self.shared.isolate(vec![Arc::clone(old)], held);
-                        }
+                    fresh.is_some_and(|fresh| {
+                        std::mem::replace(buf, fresh).abandon();
                         true
                     })
                 }
                 // Its memory belongs to a longer request.
-                Op::Read { .. } | Op::Write { .. } => false,
+                Op::Read { .. } => false,
                 _ => true,
             };
             if moved {
                 self.parked.push_back(request);
             } else {
-                self.shared.confine(&mut request.op, old);
-                self.lost_to.extend(old.cloned());
-                self.ended.push(request.refuse(Error::Gone));
+                self.ended.push(request.lose());
             }
         }
-        self.shared.state().spares.extend(spare);
-        self.shared.ring();
     }
 
     /// Sends parked requests, as many as the queue takes.
@@ -242,10 +229,12 @@ impl ReconnectQueue {
 
     fn fail_parked(&mut self, error: Error) {
         for mut request in std::mem::take(&mut self.parked) {
-            self.shared.confine(&mut request.op, self.peer.as_ref());
+            // The peer may still access its memory. When the device is back, the channel gets other memory anyway.
+            if self.peer.is_some() {
+                request.op.abandon();
+            }
             self.ended.push(request.refuse(error));
         }
-        self.lost_to.extend(self.peer.clone());
         // Nothing is left that new requests could overtake.
         if std::mem::take(&mut self.is_counted) {
             self.shared.has_resent();
@@ -363,17 +352,6 @@ impl Queue for ReconnectQueue {
         self.track.as_ref().is_some_and(|track| !self.is_open || track.shortens())
     }
 
-    fn confine(&mut self, mut memory: Buf) {
-        if self.peer.is_none() {
-            return memory.abandon();
-        }
-        self.lost_to.retain(|peer| peer.may_live());
-        self.lost_to.dedup_by(|one, other| Arc::ptr_eq(one, other));
-        if !self.lost_to.is_empty() {
-            self.shared.isolate(self.lost_to.clone(), memory);
-        }
-    }
-
     fn describe(&self) -> String {
         let parked = self.parked.len();
         match &self.inner {
@@ -406,12 +384,10 @@ fn take_unsent(done: &mut Vec<Completion>, start: usize, unfinished: &mut Vec<Re
     unfinished.extend(unsent.map(|Completion { tag, op, .. }| Request { tag, op }));
 }
 
-/// Memory for the data of a request, in bytes.
+/// Memory that a read needs if it must move, in bytes.
 fn memory_of(op: &Op) -> usize {
     match op {
-        Op::Read { buf, .. } | Op::Write { buf, .. } if !buf.is_loan() => {
-            buf.len().next_multiple_of(crate::arena::PAGE)
-        }
+        Op::Read { buf, .. } if !buf.is_loan() => buf.len().next_multiple_of(crate::arena::PAGE),
         _ => 0,
     }
 }

@@ -9,14 +9,13 @@ use std::{
 };
 
 use crate::{
-    arena::{Arena, Buf},
-    device::{Device, Info, Op, Queue, State as DeviceState},
+    device::{Device, Info, Queue, State as DeviceState},
     mem::Mapping,
     peer::Peer,
     wake::Wake,
 };
 
-use super::{Options, Reopen, Unflushed, berth::Berth, log::Kept};
+use super::{Options, Reopen, Unflushed, berth::Berth, log::Kept, memory::Memories};
 
 pub(super) struct Shared {
     /// That of the device at first.
@@ -59,14 +58,10 @@ pub(super) struct State {
     /// The device that died. The thread drops it, since closing a device may take long.
     pub(super) dead: Option<Arc<dyn Device>>,
     pub(super) peer: Option<Arc<Peer>>,
-    pub(super) mappings: Vec<Arc<Mapping>>,
+    pub(super) memories: Memories,
     pub(super) berths: Vec<Arc<Berth>>,
     /// Changes of queues that were closed.
     pub(super) orphans: Vec<Kept>,
-    /// Memory that took the place of memory in quarantine.
-    pub(super) spares: Vec<Arena>,
-    /// Memory that a peer of a dead device may still access.
-    pub(super) quarantine: Vec<(Vec<Arc<Peer>>, Buf)>,
 }
 
 impl Shared {
@@ -159,24 +154,23 @@ impl Shared {
                 return registered;
             }
         }
-        state.mappings.push(Arc::clone(mapping));
+        state.memories.add(mapping);
         self.set_bound(&state);
         Ok(())
     }
 
     pub(super) fn unregister(&self, mapping: &Arc<Mapping>) {
         let mut state = self.state();
-        state.mappings.retain(|known| !Arc::ptr_eq(known, mapping));
+        let removed = state.memories.remove(mapping);
         self.set_bound(&state);
         if let Some(device) = self.device() {
-            device.unregister(mapping);
+            removed.iter().for_each(|mapping| device.unregister(mapping));
         }
     }
 
     /// Sets the memory for changes.
     fn set_bound(&self, state: &State) {
-        let registered: usize = state.mappings.iter().map(|mapping| mapping.len()).sum();
-        self.bound.store(self.options.unflushed_memory.unwrap_or(registered / 4), Ordering::Relaxed);
+        self.bound.store(self.options.unflushed_memory.unwrap_or(state.memories.len() / 4), Ordering::Relaxed);
     }
 
     /// All changes before this number are durable: no queue keeps them any more.
@@ -246,23 +240,6 @@ impl Shared {
 
     pub(super) fn wake_all(&self) {
         self.state().berths.iter().for_each(|berth| berth.wake());
-    }
-
-    /// Takes the memory of a request that ends, if the peer of the device that had it may still access the memory.
-    pub(super) fn confine(&self, op: &mut Op, peer: Option<&Arc<Peer>>) {
-        let Some(peer) = peer.filter(|peer| peer.may_live()) else { return };
-        if let Op::Read { buf, .. } | Op::Write { buf, .. } = op {
-            if buf.is_loan() {
-                return buf.abandon();
-            }
-            self.isolate(vec![Arc::clone(peer)], buf.take());
-        }
-    }
-
-    /// Keeps memory until none of `peers` can access it. The thread checks that from time to time.
-    pub(super) fn isolate(&self, peers: Vec<Arc<Peer>>, memory: Buf) {
-        self.state().quarantine.push((peers, memory));
-        self.ring();
     }
 
     pub(super) fn close(&self) {

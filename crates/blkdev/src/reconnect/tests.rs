@@ -57,6 +57,8 @@ struct World {
     /// Memory that processes may still access although they are gone as devices: its content if they would read it.
     late: Vec<(Buf, Option<Vec<u8>>, Arc<Process>)>,
     process: Arc<Process>,
+    /// New processes keep memory mapped.
+    keeps: bool,
     /// Dead as devices, but not ended.
     lingering: Vec<Arc<Process>>,
 }
@@ -69,6 +71,9 @@ struct Process {
     end: Wake,
     /// Memory that it maps.
     memory: Mutex<Vec<Range<u64>>>,
+    /// Keeps that memory mapped even when it has hung up.
+    keeps: bool,
+    kept: Mutex<Vec<Arc<Mapping>>>,
 }
 
 impl Process {
@@ -92,10 +97,17 @@ fn look(world: &Shown) -> MutexGuard<'_, World> {
     world.lock().unwrap()
 }
 
-fn new_process() -> Arc<Process> {
+fn new_process(keeps: bool) -> Arc<Process> {
     static IDS: AtomicU32 = AtomicU32::new(1);
     let id = IDS.fetch_add(1, Ordering::Relaxed);
-    Arc::new(Process { id, is_dead: AtomicBool::new(false), end: Wake::new().unwrap(), memory: Mutex::default() })
+    Arc::new(Process {
+        id,
+        is_dead: AtomicBool::new(false),
+        end: Wake::new().unwrap(),
+        memory: Mutex::default(),
+        keeps,
+        kept: Mutex::default(),
+    })
 }
 
 impl World {
@@ -164,7 +176,7 @@ impl Mortal {
         if !look(world).is_there {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let process = new_process();
+        let process = new_process(look(world).keeps);
         look(world).process = Arc::clone(&process);
         let mut info = Info::new("mortal", "here");
         (info.block_size, info.transfer_max, info.queues_max) = (BLOCK as u32, 8 * BLOCK as u32, 4);
@@ -185,6 +197,9 @@ impl Device for Mortal {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         self.process.memory().push(range_of(mapping));
+        if self.process.keeps {
+            self.process.kept.lock().unwrap().push(Arc::clone(mapping));
+        }
         Ok(())
     }
 
@@ -384,7 +399,8 @@ impl Simulation {
             // A device that may be trusted forgets nothing.
             forgets: mode != Unflushed::Trust,
             late: Vec::new(),
-            process: new_process(),
+            process: new_process(false),
+            keeps: false,
             lingering: Vec::new(),
         }));
         let mut options = Options { unflushed: mode, ..Options::default() };
@@ -425,7 +441,9 @@ impl Simulation {
     }
 
     fn end_processes(&self) {
-        look(&self.world).lingering.drain(..).for_each(|process| process.end.ring());
+        let mut world = look(&self.world);
+        world.lingering.drain(..).for_each(|process| process.end.ring());
+        world.late.retain(|(_, _, process)| !process.has_ended());
     }
 
     /// A request for some blocks that no change is in flight for.
@@ -591,7 +609,7 @@ impl Simulation {
     /// Checks that the thread wakes up while memory waits for the end of a process.
     fn check_bell(&self) {
         let state = self.shared.state();
-        let waits = !state.quarantine.is_empty() || !state.spares.is_empty();
+        let waits = state.memories.waits();
         let is_rung = wake::wait([self.bell.as_fd()], Some(Duration::ZERO))[0];
         assert!(!waits || self.pause.is_some() || is_rung, "memory waits, and the thread sleeps");
     }
@@ -606,7 +624,7 @@ impl Simulation {
             assert_eq!(lost, 0, "memory does not come back");
         }
         self.step();
-        let registered = self.shared.state().mappings.len();
+        let registered = self.shared.state().memories.count();
         assert_eq!(look(&self.world).process.memory().len(), registered, "the device has memory that is not in use");
     }
 }
@@ -663,5 +681,91 @@ fn an_abandoned_queue_does_not_wait() {
         let mut done = Vec::new();
         (0..3).for_each(|_| channel.reap(&mut done));
         assert_eq!(channel.in_flight(), 0);
+    }
+}
+
+/// A process hangs up again and again with all memory in flight, and lives on. New requests always get all memory.
+#[test]
+fn a_process_that_lives_on_takes_no_memory_from_others() {
+    let mut simulation = Simulation::new(1, Unflushed::Trust);
+    for _ in 0..20 {
+        simulation.hang_with_all_memory();
+        simulation.return_to_work().unwrap();
+    }
+}
+
+/// As above, but the processes keep the memory mapped, without a use for it. That has a bound; then the device stays away until
+/// they have ended.
+#[test]
+fn a_process_that_keeps_memory_mapped_keeps_the_device_away() {
+    let mut simulation = Simulation::new(1, Unflushed::Trust);
+    look(&simulation.world).keeps = true;
+    let mut returns = 0;
+    let why = loop {
+        simulation.hang_with_all_memory();
+        match simulation.return_to_work() {
+            Ok(()) => returns += 1,
+            Err(why) => break why,
+        }
+        assert!(returns < 20, "there is a bound");
+    };
+    assert!(returns >= 3, "{returns}");
+    assert!(why.contains("still maps the memory"), "{why}");
+    for process in std::mem::take(&mut look(&simulation.world).lingering) {
+        process.kept.lock().unwrap().clear();
+        process.end.ring();
+    }
+    simulation.return_to_work().unwrap();
+}
+
+impl Simulation {
+    /// Fills the memory of a channel with requests, and kills the device as a device.
+    fn hang_with_all_memory(&mut self) {
+        // The model of the disk knows only whole blocks of one value.
+        look(&self.world).disk.durable.extend((0..BLOCKS).map(|block| (block, u64::from_ne_bytes([0x11; 8]))));
+        let channel = &mut self.channels[0];
+        assert_eq!(channel.memory_free(), channel.memory());
+        loop {
+            // Some reads are longer than a transfer, and some requests cover blocks in part.
+            let (at, len) = match self.tag % 4 {
+                2 => (100, 12 * BLOCK),
+                3 => (BLOCK as u64 + 8, 16),
+                _ => (0, BLOCK),
+            };
+            let Some(mut buf) = channel.alloc(at, len) else { break };
+            let io = if self.tag.is_multiple_of(2) {
+                Io::Read { at, buf }
+            } else {
+                let data = [0x11; BLOCK];
+                buf.copy_from(0, &data[..len]);
+                Io::Write { at, buf, fua: false }
+            };
+            channel.submit(self.tag, io);
+            self.tag += 1;
+        }
+        channel.kick();
+        let mut world = look(&self.world);
+        let process = Arc::clone(&world.process);
+        process.is_dead.store(true, Ordering::Relaxed);
+        world.is_there = false;
+        world.lingering.push(process);
+    }
+
+    /// Lets the device return, and all requests end well.
+    fn return_to_work(&mut self) -> Result<(), String> {
+        look(&self.world).is_there = true;
+        for _ in 0..1000 {
+            self.step();
+            self.now += Duration::from_millis(20);
+            let mut done = Vec::new();
+            self.channels.iter_mut().for_each(|channel| channel.reap(&mut done));
+            look(&self.world).late.clear();
+            assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
+            drop(done);
+            if self.channels[0].in_flight() == 0 && self.shared.device().is_some() {
+                return Ok(());
+            }
+        }
+        Err(self.gap.as_ref().map(|gap| gap.why().to_owned()).unwrap_or_default())
     }
 }
