@@ -78,7 +78,7 @@ impl Device for Nvme {
 
     /// Without an IOMMU nothing stops a dead device.
     fn peer(&self) -> Option<Arc<Peer>> {
-        self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::unknown()))
+        self.owner.core.addresses.is_translated().then(|| Arc::new(Peer::device()))
     }
 
     fn ring_at_death(&self, bell: &Arc<Wake>) {

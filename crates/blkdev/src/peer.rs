@@ -1,4 +1,4 @@
-//! [`Peer`]: a process that shares memory with this one.
+//! [`Peer`]: a process or a device that shares memory with this process.
 
 use std::{
     num::NonZeroU32,
@@ -9,41 +9,50 @@ use std::{
 
 use crate::wake;
 
-/// A process that maps memory of a device, and may access it as long as it lives.
+/// What may access registered memory even when the device is closed: a process, as long as it lives and maps the memory, or a
+/// device.
 #[derive(Debug)]
-pub struct Peer(Option<Process>);
+pub struct Peer(Kind);
 
 #[derive(Debug)]
-struct Process {
-    pidfd: OwnedFd,
-    id: Option<NonZeroU32>,
+enum Kind {
+    Process { pidfd: OwnedFd, id: Option<NonZeroU32> },
+    UnknownProcess,
+    Device,
 }
 
 impl Peer {
     /// The process behind a pidfd (pidfd_open(2), SO_PEERPIDFD), and its id, if this process can see it.
     pub fn new(pidfd: OwnedFd, id: u32) -> Self {
-        Self(Some(Process { pidfd, id: NonZeroU32::new(id) }))
+        Self(Kind::Process { pidfd, id: NonZeroU32::new(id) })
     }
 
     /// A process that is not known, so it may live forever.
     pub fn unknown() -> Self {
-        Self(None)
+        Self(Kind::UnknownProcess)
     }
 
-    /// Whether it is a process that is known.
+    /// A device without an IOMMU, which may access pages as long as the host runs.
+    pub fn device() -> Self {
+        Self(Kind::Device)
+    }
+
     pub(crate) fn is_process(&self) -> bool {
-        self.0.is_some()
+        !matches!(self.0, Kind::Device)
     }
 
-    /// Whether the process may still run.
+    /// Whether it may still access memory.
     pub fn may_live(&self) -> bool {
-        // A pidfd is readable when its process has ended.
-        self.0.as_ref().is_none_or(|process| !wake::wait([process.pidfd.as_fd()], Some(Duration::ZERO))[0])
+        match &self.0 {
+            // A pidfd is readable when its process has ended.
+            Kind::Process { pidfd, .. } => !wake::wait([pidfd.as_fd()], Some(Duration::ZERO))[0],
+            Kind::UnknownProcess | Kind::Device => true,
+        }
     }
 
     /// One of `known` that is the same process, or else `self`. So a process that is met again takes no further descriptor.
     pub(crate) fn or_known<'a>(self: Arc<Self>, known: impl IntoIterator<Item = &'a Arc<Self>>) -> Arc<Self> {
-        let id = |peer: &Self| peer.0.as_ref().and_then(|process| process.id);
+        let id = |peer: &Self| if let Kind::Process { id, .. } = peer.0 { id } else { None };
         let Some(own) = id(&self) else { return self };
         // While a process lives, no other one has its id.
         let same = known.into_iter().find(|peer| id(peer) == Some(own) && peer.may_live());

@@ -311,12 +311,13 @@ mod tests {
     fn a_watcher_with_turns_has_them_until_it_is_dropped() {
         let (seen, calls) = mpsc::channel();
         let watcher = Watcher::with_turns("watcher", move |stop| {
-            let _ = seen.send(());
-            !stop.is_requested()
+            let is_last = stop.is_requested();
+            let _ = seen.send(is_last);
+            !is_last
         });
-        assert_eq!((calls.recv(), calls.recv()), (Ok(()), Ok(())));
+        assert_eq!((calls.recv(), calls.recv()), (Ok(false), Ok(false)));
         drop(watcher);
-        assert!(calls.iter().count() > 0, "the last turn learns that it is the last; then the thread is gone");
+        assert_eq!(calls.iter().last(), Some(true), "the last turn learns that it is the last; then the thread is gone");
     }
 
     #[cfg(feature = "fuzz")]

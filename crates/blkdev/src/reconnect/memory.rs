@@ -48,8 +48,9 @@ struct Held {
 
 #[derive(Debug)]
 enum Remains {
+    /// Of processes, which map the file.
     File(OwnedFd),
-    /// Of a device that is no process: it accesses pages, not a file.
+    /// Of a device that accesses pages.
     Pages(#[expect(dead_code, reason = "it only stays")] Arc<Mapping>),
 }
 
@@ -187,8 +188,8 @@ impl Held {
 
     /// Whether a process may still access it.
     fn is_accessible(&self) -> bool {
-        let Remains::File(file) = &self.memory else { return true };
         let lives = self.peers.iter().any(|peer| peer.may_live());
+        let Remains::File(file) = &self.memory else { return lives };
         // The kernel refuses this seal as long as a process maps the file for writing, as a back end does.
         lives && fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err()
     }
