@@ -343,7 +343,7 @@ pub(crate) struct Status {
     pub(crate) control: Option<PathBuf>,
 
     /// Print JSON, with counters since the start instead of rates; docs/status.md describes it
-    #[arg(long, conflicts_with_all = ["watch", "clients"])]
+    #[arg(long, conflicts_with_all = ["watch", "clients", "queues"])]
     pub(crate) json: bool,
 
     /// Refresh the table until interrupted, with a bar for each export
@@ -353,6 +353,10 @@ pub(crate) struct Status {
     /// List the clients
     #[arg(short, long)]
     pub(crate) clients: bool,
+
+    /// List the queues of the devices: their workers, their memory, and the positions in their rings
+    #[arg(short, long)]
+    pub(crate) queues: bool,
 
     /// Interval of rates and percentiles, and of --watch [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = timeout)]

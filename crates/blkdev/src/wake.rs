@@ -317,7 +317,11 @@ mod tests {
         });
         assert_eq!((calls.recv(), calls.recv()), (Ok(false), Ok(false)));
         drop(watcher);
-        assert_eq!(calls.iter().last(), Some(true), "the last turn learns that it is the last; then the thread is gone");
+        assert_eq!(
+            calls.iter().last(),
+            Some(true),
+            "the last turn learns that it is the last; then the thread is gone"
+        );
     }
 
     #[cfg(feature = "fuzz")]

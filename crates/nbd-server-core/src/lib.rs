@@ -75,7 +75,7 @@ pub use handover::{Connection, Greeted, Handover, Paused};
 pub use limits::Limits;
 pub use lines::{Grant, Lines, Part};
 pub use listener::Listener;
-pub use observe::{ClientView, DeviceView, ExportView, MemoryView, Observation, Traffic, WorkerView};
+pub use observe::{ClientView, DeviceView, ExportView, MemoryView, Observation, QueueView, Traffic, WorkerView};
 pub use outbox::Outbox;
 pub use pace::Progress;
 pub use peer::{Identity, Origin, Peer};

@@ -354,28 +354,25 @@ impl Roster {
 /// An export for an observation.
 fn view_of(seat: &Seat, removal: Option<Removal>, device: Option<&dyn Device>) -> ExportView {
     let mut counts = Counts::default();
-    let (mut refused, mut oldest, mut memory, mut is_stalled) = (0, None, MemoryView::default(), false);
     for lane in &seat.gauges {
         counts += &lane.counters.copy();
-        refused += lane.refused.get();
-        oldest = oldest.max(lane.oldest.get());
-        memory.total += lane.memory;
-        memory.used += lane.memory_used.get();
-        memory.waiting += lane.waiting.get();
-        memory.waits += lane.waits.get();
-        is_stalled |= lane.stalled.get() > 0;
     }
+    let refused = seat.gauges.iter().map(|lane| lane.refused.get()).sum();
+    let queues: Vec<_> = seat.gauges.iter().zip(&seat.workers).map(|(lane, worker)| lane.view(*worker)).collect();
+    let mut memory = MemoryView::default();
+    queues.iter().for_each(|queue| memory += queue.memory);
+    let oldest = queues.iter().filter_map(|queue| queue.oldest).max();
     let device = device.map(|device| DeviceView {
         info: device.info().clone(),
         capacity: device.capacity(),
         state: device.state(),
-        is_stalled,
-        queues: seat.gauges.len(),
+        is_stalled: queues.iter().any(|queue| queue.is_stalled),
+        queues: queues.len(),
         reconnects: device.reconnects(),
         details: device.details(),
     });
     let clients = seat.clients.load(Ordering::Relaxed);
-    ExportView { name: seat.name.clone(), clients, removal, device, counts, refused, oldest, memory }
+    ExportView { name: seat.name.clone(), clients, removal, device, counts, refused, oldest, memory, queues }
 }
 
 impl State {

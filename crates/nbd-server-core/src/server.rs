@@ -252,8 +252,12 @@ impl Server {
     pub fn observe(&self) -> Observation {
         let now = Instant::now();
         let (clients, clients_served) = self.book.view(now);
-        let workers = self.workers.iter().map(Handle::view).collect();
-        Observation { exports: self.roster.observe(), workers, clients, clients_served }
+        let mut workers: Vec<_> = self.workers.iter().map(Handle::view).collect();
+        let exports = self.roster.observe();
+        for queue in exports.iter().flat_map(|export| &export.queues) {
+            workers[queue.worker].memory += queue.memory;
+        }
+        Observation { exports, workers, clients, clients_served }
     }
 
     /// Disconnects the client with this [id](crate::ClientView::id). Returns whether there is such a client.

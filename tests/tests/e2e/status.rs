@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread::{self, sleep};
+use std::time::Duration;
 
 use nbdblk_tests::raw::{Mode, Raw, cmd};
 use nbdblk_tests::{Cmd, Dir, Export, Nbdblk, Output, Qsd, eventually, nbdblk, tool};
@@ -127,7 +129,7 @@ fn all_figures_equal_what_200_clients_did() {
     eventually("no clients", || status(&dir)["clients"].as_array().unwrap().is_empty());
 }
 
-/// The device is throttled, so latencies depend on it alone.
+/// The device is throttled, and stops twice for a second, so latencies depend on it alone.
 #[test]
 fn percentiles_are_those_that_fio_reports() {
     let dir = Dir::new();
@@ -149,12 +151,23 @@ fn percentiles_are_those_that_fio_reports() {
             "--size=16m",
         ])
         .args(["--output-format=json", "--thread", &format!("--uri={}", server.uri())]);
-    let out = fio.within(dir.path()).ok().out;
+    let stop_twice = || {
+        for at in [50, 300] {
+            eventually("requests", || status(&dir)["exports"][0]["operations"]["read"]["requests"].as_u64() > Some(at));
+            qsd.freeze();
+            sleep(Duration::from_secs(1));
+            qsd.thaw();
+        }
+    };
+    let out = thread::scope(|scope| {
+        scope.spawn(stop_twice);
+        fio.within(dir.path()).ok().out
+    });
     let json: Value = serde_json::from_str(&out[out.find('{').unwrap()..]).expect("fio prints JSON");
     let theirs = |q: &str| json["jobs"][0]["read"]["clat_ns"]["percentile"][q].as_f64().unwrap() / 1e9;
     let report = status(&dir);
     let ours = |q: &str| report["exports"][0]["operations"]["read"]["latency"][q].as_f64().unwrap();
-    for (mine, other) in [("p50_seconds", "50.000000"), ("p90_seconds", "90.000000")] {
+    for (mine, other) in [("p50_seconds", "50.000000"), ("p90_seconds", "90.000000"), ("p99_seconds", "99.000000")] {
         let ratio = ours(mine) / theirs(other);
         assert!((0.85..1.15).contains(&ratio), "{mine}: {} and {}", ours(mine), theirs(other));
     }
@@ -179,6 +192,16 @@ fn a_device_that_hangs_and_one_that_reconnects_are_seen() {
         is_old(&report["exports"][0]["oldest_seconds"]) && is_old(&report["clients"][0]["oldest_seconds"])
     });
     assert!(metric(&get(&dir, "/metrics").1, "nbdblk_oldest_request_seconds{export=\"\"}") >= 1.0);
+    // The positions in the ring of the queue that has it.
+    let report = status(&dir);
+    let busy: Vec<&Value> =
+        report["exports"][0]["queues"].as_array().unwrap().iter().filter(|queue| queue["in_flight"] == 1).collect();
+    let [queue] = busy[..] else { panic!("one queue has a request in flight: {report}") };
+    let state = queue["state"].as_str().unwrap();
+    assert!(state.contains("1 requests at the device, available index 1, used index 0"), "{state}");
+    assert!(is_old(&queue["oldest_seconds"]));
+    let table = command(&dir, &["status", "--queues"]).ok().out;
+    assert!(table.starts_with("EXPORT") && table.contains("available index 1, used index 0"), "{table}");
     qsd.kill();
     eventually("the device is reconnecting", || status(&dir)["exports"][0]["state"] == "reconnecting");
     let (head, body) = get(&dir, "/healthz");
@@ -253,6 +276,11 @@ fn a_full_memory_is_seen() {
         let memory = &status(&dir)["exports"][0]["memory"];
         memory["waiting"].as_u64() >= Some(1) && memory["used"].as_u64() >= Some(MIB / 2)
     });
+    // Its only worker has all of it.
+    let report = status(&dir);
+    let used = |value: &Value| value["memory"]["used"].as_u64().filter(|used| *used >= MIB / 2);
+    assert!(used(&report["workers"][0]).is_some(), "{report}");
+    assert_eq!(used(&report["workers"][0]), used(&report["exports"][0]["queues"][0]));
     assert!(metric(&get(&dir, "/metrics").1, "nbdblk_memory_waiting_clients{export=\"\"}") >= 1.0);
     qsd.thaw();
     for (client, cookie) in clients.iter_mut().zip(cookies) {

@@ -235,6 +235,11 @@ impl Metrics {
         encoder.gauges(&name, workers().map(|(labels, worker)| (labels, f64::from(u8::from(worker.is_alive)))))?;
         let name = seconds("worker_busy", "Processor time of the worker thread");
         encoder.counters(&name, workers().map(|(labels, worker)| (labels, worker.busy.as_secs_f64())))?;
+        let name = bytes("worker_memory", "Payload memory of the worker thread");
+        encoder.gauges(&name, workers().map(|(labels, worker)| (labels, worker.memory.total as f64)))?;
+        let name =
+            bytes("worker_memory_used", "Payload memory of the worker thread that requests and unsent replies hold");
+        encoder.gauges(&name, workers().map(|(labels, worker)| (labels, worker.memory.used as f64)))?;
         let name = plain("worker_turns", "Turns of the worker thread");
         encoder.counters(&name, workers().map(|(labels, worker)| (labels, worker.turns)))?;
         let name = plain("worker_polls", "Busy-polls of the worker thread");

@@ -31,16 +31,21 @@ pub(crate) fn run(args: &cli::Status) -> anyhow::Result<ExitCode> {
     if args.json {
         return crate::print(&format!("{}\n", ask(&path)?));
     }
-    if args.clients && !args.watch {
-        return crate::print(&table::clients(&look(&path)?));
+    let lists = |report: &Report| {
+        let clients = args.clients.then(|| table::clients(report));
+        let queues = args.queues.then(|| table::queues(report));
+        clients.into_iter().chain(queues).collect::<Vec<_>>()
+    };
+    if (args.clients || args.queues) && !args.watch {
+        return crate::print(&lists(&look(&path)?).join("\n"));
     }
     let mut before = look(&path)?;
     loop {
         thread::sleep(args.interval.unwrap_or(INTERVAL));
         let now = look(&path)?;
         let mut text = table::exports(&now, &before, args.watch);
-        if args.clients {
-            text = format!("{text}\n{}", table::clients(&now));
+        for list in lists(&now) {
+            text = format!("{text}\n{list}");
         }
         if !args.watch {
             return crate::print(&text);

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use blkdev::{BUCKETS, Counts, Error, Latency, Operation, State};
-use nbd_server_core::{ClientView, DeviceView, ExportView, MemoryView, Observation, Removal, WorkerView};
+use nbd_server_core::{ClientView, DeviceView, ExportView, MemoryView, Observation, QueueView, Removal, WorkerView};
 use serde::{Deserialize, Serialize};
 
 /// Version of the schema. It changes when a field is removed or gets another meaning; new fields may come at any time.
@@ -40,6 +40,21 @@ pub(crate) struct Export {
     pub(crate) stalls: u64,
     pub(crate) oldest_seconds: Option<f64>,
     pub(crate) memory: Memory,
+    #[serde(default)]
+    pub(crate) queues: Vec<Queue>,
+}
+
+/// A queue of a device.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Queue {
+    /// The number of its worker, from 0.
+    pub(crate) worker: u64,
+    pub(crate) stalled: bool,
+    pub(crate) in_flight: u64,
+    pub(crate) oldest_seconds: Option<f64>,
+    pub(crate) memory: Memory,
+    /// Positions in its rings, in the driver's words.
+    pub(crate) state: String,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -89,7 +104,7 @@ pub(crate) struct LatencyReport {
     pub(crate) buckets: Vec<(usize, u64)>,
 }
 
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Memory {
     pub(crate) total: u64,
     pub(crate) used: u64,
@@ -106,6 +121,8 @@ pub(crate) struct Worker {
     pub(crate) polls: u64,
     pub(crate) sleeps: u64,
     pub(crate) busy_seconds: f64,
+    #[serde(default)]
+    pub(crate) memory: Memory,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -217,6 +234,20 @@ impl Export {
             stalls,
             oldest_seconds: seen.oldest.map(|age| age.as_secs_f64()),
             memory: Memory::new(&seen.memory),
+            queues: seen.queues.iter().map(Queue::new).collect(),
+        }
+    }
+}
+
+impl Queue {
+    fn new(seen: &QueueView) -> Self {
+        Self {
+            worker: seen.worker as u64,
+            stalled: seen.is_stalled,
+            in_flight: seen.in_flight,
+            oldest_seconds: seen.oldest.map(|age| age.as_secs_f64()),
+            memory: Memory::new(&seen.memory),
+            state: seen.state.clone(),
         }
     }
 }
@@ -293,6 +324,7 @@ impl Worker {
             polls: seen.polls,
             sleeps: seen.sleeps,
             busy_seconds: seen.busy.as_secs_f64(),
+            memory: Memory::new(&seen.memory),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{fmt::Write, time::Duration};
 
 use blkdev::Latency;
 
-use super::report::{Client, DeviceState, Export, OperationReport, Report};
+use super::report::{Client, DeviceState, Export, OperationReport, Queue, Report};
 
 /// Width of the bar of an export.
 const BAR: usize = 20;
@@ -150,6 +150,29 @@ pub(crate) fn clients(report: &Report) -> String {
         ]
     }));
     table(&rows, &[0, 5, 6, 7, 8, 9, 10, 11])
+}
+
+/// The table of queues.
+pub(crate) fn queues(report: &Report) -> String {
+    let mut rows =
+        vec![["EXPORT", "WORKER", "FLIGHT", "OLDEST", "MEMORY", "USED", "WAITING", "STATE"].map(str::to_owned)];
+    for export in &report.exports {
+        rows.extend(export.queues.iter().map(|queue| {
+            let Queue { worker, in_flight, oldest_seconds, memory, .. } = queue;
+            let stalled = if queue.stalled { "stalled; " } else { "" };
+            [
+                name(&export.name),
+                worker.to_string(),
+                in_flight.to_string(),
+                oldest_seconds.map_or("-".into(), span),
+                bytes(memory.total as f64),
+                bytes(memory.used as f64),
+                memory.waiting.to_string(),
+                format!("{stalled}{}", queue.state),
+            ]
+        }));
+    }
+    table(&rows, &[1, 2, 3, 4, 5, 6])
 }
 
 /// The name of an export; the empty name in quotes.

@@ -55,10 +55,16 @@ impl Channel {
 
     /// The state of the queue for log messages: empty, or text in parentheses after a space.
     pub fn describe(&self) -> String {
+        let state = self.queue_state();
+        if state.is_empty() { state } else { format!(" ({state})") }
+    }
+
+    /// The state of the queue in a few words, such as the positions in its rings. Empty: the driver has no words for it.
+    pub fn queue_state(&self) -> String {
         let (state, held) = (self.driver.describe(), self.held.len());
         let held = if held == 0 { String::new() } else { format!("{held} requests wait for room in the queue") };
         let parts: Vec<_> = [state, held].into_iter().filter(|part| !part.is_empty()).collect();
-        if parts.is_empty() { String::new() } else { format!(" ({})", parts.join("; ")) }
+        parts.join("; ")
     }
 
     /// Counts a job that has ended, and the extra work that it caused.

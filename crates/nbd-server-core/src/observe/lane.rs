@@ -1,10 +1,14 @@
 //! [`LaneGauges`]: the gauges of a lane.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use blkdev::{Channel, Counters, Gauge};
+use blkdev::{Channel, Counters, Gauge, Operation};
 
-use super::age::Age;
+use super::{
+    age::Age,
+    views::{MemoryView, QueueView},
+};
+use crate::threads::lock;
 
 /// The gauges of a lane, the channel of one worker to one export. The worker writes, and other threads read.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub(crate) struct LaneGauges {
     pub(crate) oldest: Age,
     /// 1: the device has stalled; 0: it has not.
     pub(crate) stalled: Gauge,
+    /// See [`Channel::queue_state`].
+    state: Mutex<String>,
 }
 
 impl LaneGauges {
@@ -33,6 +39,32 @@ impl LaneGauges {
             refused: Gauge::default(),
             oldest: Age::default(),
             stalled: Gauge::default(),
+            state: Mutex::default(),
         })
+    }
+
+    /// Publishes the state of the queue. It does not wait: while another thread reads the state before, that one stays.
+    pub(crate) fn set_state(&self, state: String) {
+        if let Ok(mut known) = self.state.try_lock() {
+            *known = state;
+        }
+    }
+
+    /// The lane, which belongs to the worker of this number.
+    pub(crate) fn view(&self, worker: usize) -> QueueView {
+        let counts = self.counters.copy();
+        QueueView {
+            worker,
+            in_flight: Operation::ALL.iter().map(|kind| counts.of(*kind).in_flight()).sum(),
+            oldest: self.oldest.get(),
+            is_stalled: self.stalled.get() > 0,
+            memory: MemoryView {
+                total: self.memory,
+                used: self.memory_used.get(),
+                waiting: self.waiting.get(),
+                waits: self.waits.get(),
+            },
+            state: lock(&self.state).clone(),
+        }
     }
 }

@@ -13,5 +13,5 @@ mod worker;
 pub(crate) use book::{Book, Entry};
 pub(crate) use lane::LaneGauges;
 pub(crate) use views::protocol;
-pub use views::{ClientView, DeviceView, ExportView, MemoryView, Observation, Traffic, WorkerView};
+pub use views::{ClientView, DeviceView, ExportView, MemoryView, Observation, QueueView, Traffic, WorkerView};
 pub(crate) use worker::WorkerGauges;

@@ -1,6 +1,6 @@
 //! [`Observation`] and its parts: plain data.
 
-use std::time::Duration;
+use std::{ops::AddAssign, time::Duration};
 
 use blkdev::{Counts, Info, State};
 use nbd_proto::Mode;
@@ -50,6 +50,26 @@ pub struct ExportView {
     pub oldest: Option<Duration>,
     /// Its payload memory.
     pub memory: MemoryView,
+    /// The open queues of its device, one for each worker that serves it.
+    pub queues: Vec<QueueView>,
+}
+
+/// A queue of a device.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct QueueView {
+    /// The number of its worker: its place in [`Observation::workers`].
+    pub worker: usize,
+    /// Requests that have not ended.
+    pub in_flight: u64,
+    /// Age of the oldest of them.
+    pub oldest: Option<Duration>,
+    /// It has stalled: requests fail until the device answers again.
+    pub is_stalled: bool,
+    /// The payload memory of its requests.
+    pub memory: MemoryView,
+    /// Its state for display, such as the positions in its rings, as of the last patrol of the worker. May be empty.
+    pub state: String,
 }
 
 /// The device of an export.
@@ -72,7 +92,7 @@ pub struct DeviceView {
     pub details: Vec<(&'static str, String)>,
 }
 
-/// The payload memory of an export, over all workers that serve it.
+/// Payload memory: of an export, a worker, or a queue, which belongs to both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryView {
@@ -84,6 +104,16 @@ pub struct MemoryView {
     pub waiting: u64,
     /// How often a request had to wait for memory.
     pub waits: u64,
+}
+
+impl AddAssign for MemoryView {
+    fn add_assign(&mut self, other: Self) {
+        let Self { total, used, waiting, waits } = other;
+        self.total += total;
+        self.used += used;
+        self.waiting += waiting;
+        self.waits += waits;
+    }
 }
 
 /// A worker thread.
@@ -102,6 +132,8 @@ pub struct WorkerView {
     pub sleeps: u64,
     /// Processor time so far.
     pub busy: Duration,
+    /// The payload memory of its queues.
+    pub memory: MemoryView,
 }
 
 /// A connection in the transmission phase.

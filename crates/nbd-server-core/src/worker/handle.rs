@@ -18,7 +18,7 @@ use super::lane::LANE;
 use crate::{
     continuation::Continuation,
     handover::Pause,
-    observe::{Entry, LaneGauges, WorkerGauges, WorkerView},
+    observe::{Entry, LaneGauges, MemoryView, WorkerGauges, WorkerView},
     poll::Watch,
     removal::Removal,
     seat::{Seat, Ticket},
@@ -100,7 +100,7 @@ impl Handle {
         Self { inbox, bell, load, alive, watch, gauges }
     }
 
-    /// The state and the counters of the worker.
+    /// The state and the counters of the worker, without those of its queues.
     pub(crate) fn view(&self) -> WorkerView {
         let Self { gauges, .. } = self;
         WorkerView {
@@ -110,6 +110,7 @@ impl Handle {
             polls: gauges.polls.get(),
             sleeps: gauges.sleeps.get(),
             busy: gauges.busy(),
+            memory: MemoryView::default(),
         }
     }
 

@@ -72,6 +72,7 @@ impl Lane {
         gauges.oldest.set(oldest.map(|oldest| oldest.age));
         gauges.memory_used.set(channel.memory().saturating_sub(channel.memory_free()) as u64);
         gauges.stalled.set(channel.is_stalled().into());
+        gauges.set_state(channel.queue_state());
         if let (Some(Pending { operation, at, len, age, .. }), Some(slow)) = (oldest, slow)
             && age >= slow
             && seat.may_report(now, slow)
