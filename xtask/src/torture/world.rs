@@ -183,7 +183,10 @@ impl World {
 
     /// All clients compare everything once more and leave. Then the server must use no more than before.
     pub(crate) fn calm(&mut self) -> Result<()> {
-        let each = || if INTERRUPTED.load(Ordering::Relaxed) { bail!("interrupted") } else { Ok(()) };
+        let each = || {
+            ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
+            self.back_ends.iter_mut().try_for_each(BackEnd::check)
+        };
         self.crew.finish(&mut self.judge, &self.noise, each)?;
         self.server.check_log()?;
         let (start, before) = (now(), self.unused);
