@@ -39,6 +39,8 @@ pub(crate) struct Machine<'a> {
     /// More arguments for the kernel.
     pub(crate) append: &'a str,
     pub(crate) iommu: bool,
+    /// The clock counts instructions of the one processor.
+    pub(crate) instructions: bool,
     pub(crate) verbose: bool,
     pub(crate) system: System<'a>,
 }
@@ -203,7 +205,12 @@ impl Machine<'_> {
         // Without la57 page tables are shorter. Without erms and fsrm the guest does not copy by `rep movsb`, which is
         // emulated byte by byte.
         let cpu = "max,la57=off,erms=off,fsrm=off";
-        qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "2", "-m", "2048"]);
+        if self.instructions {
+            qemu.args(["-accel", "tcg,thread=single,tb-size=512", "-smp", "1", "-icount", "shift=0,sleep=off"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2"]);
+        }
+        qemu.args(["-cpu", cpu, "-m", "2048"]);
         qemu.arg("-kernel").arg(self.image.kernel()).arg("-initrd").arg(dir.join("initramfs"));
         qemu.arg("-append").arg(self.kernel_args());
         if self.iommu {

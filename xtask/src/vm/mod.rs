@@ -38,6 +38,7 @@ usage: cargo xtask vm prepare [--force]
   --all             test: run the slow tests, too
   --size MIB        size of each disk (40)
   --append ARGS     more arguments for the machine's kernel, such as module.option=value
+  --instructions    one processor, and each instruction takes a nanosecond: processor time counts instructions
   --no-iommu        start without an IOMMU; VFIO then works without one (CAP_SYS_RAWIO)
 
 The machine shares the workspace and its target directory, read and write, at the same paths. run, test and shell build
@@ -197,6 +198,7 @@ fn machine<'a>(image: &'a Image, options: &Options<'a>) -> Result<Machine<'a>> {
         disk_mib: options.disk_mib,
         append: options.append,
         iommu: options.iommu,
+        instructions: options.instructions,
         verbose: options.verbose,
         system: System::Devices,
     })
@@ -215,6 +217,7 @@ struct Options<'a> {
     build: bool,
     verbose: bool,
     iommu: bool,
+    instructions: bool,
     all: bool,
     seconds_max: Option<u64>,
     disk_mib: u64,
@@ -231,6 +234,7 @@ impl<'a> Options<'a> {
             build: true,
             verbose: false,
             iommu: true,
+            instructions: false,
             all: false,
             seconds_max: None,
             disk_mib: 40,
@@ -246,6 +250,7 @@ impl<'a> Options<'a> {
                 "--no-build" => options.build = false,
                 "-v" | "--verbose" => options.verbose = true,
                 "--no-iommu" => options.iommu = false,
+                "--instructions" => options.instructions = true,
                 "--all" => options.all = true,
                 "-t" | "--timeout" => options.seconds_max = Some(number(value()?)?),
                 "--size" => options.disk_mib = number(value()?)?,

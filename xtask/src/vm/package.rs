@@ -34,6 +34,7 @@ pub(crate) fn test(verbose: bool, seconds_max: Option<u64>) -> Result<()> {
         disk_mib: 16,
         append: "",
         iommu: false,
+        instructions: false,
         verbose,
         system: System::Systemd { root: &root, files: &files },
     };
