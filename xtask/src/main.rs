@@ -1,6 +1,7 @@
-//! The project's tasks: `cargo xtask setup | bench | demo | test | ci | dist | fuzz | manual | picture | torture | trixie | vm`.
+//! The project's tasks: `cargo xtask setup | bench | ceph | demo | test | ci | dist | fuzz | manual | picture | torture | trixie | vm`.
 
 mod bench;
+mod ceph;
 mod demo;
 mod dist;
 mod fuzz;
@@ -21,7 +22,8 @@ usage: cargo xtask TASK
 
   demo             create a disk image, export it over vhost-user, serve it with nbdblk and read it from Python
   test             check formatting, lints and documentation, then run every test; hardware tests run in a virtual machine
-  test --long      run a million seeds of the simulation, ten minutes of torture, and all fuzz targets for an hour
+  test --long      run a million seeds of the simulation, ten minutes of torture, the test with Ceph, and all fuzz targets for
+                   an hour
   ci               the same as test, for the integration server
   setup            install the packages that demo and test need (Debian, apt-get)
   dist [DIR]       build all installed files, place them under DIR (target/dist) as under /, and make Debian packages and a
@@ -33,6 +35,8 @@ usage: cargo xtask TASK
                    which sees no access to mapped memory, so that it runs two to four times as often
   fuzz --minutes N fuzz all targets, one after the other, for N minutes in total, and print how far each came
   picture          draw docs/crates.svg, the picture of the crates
+  ceph             serve an image of a Ceph cluster, through a back end that is killed and an OSD that stops; needs root, for a
+                   root directory of Debian trixie with the cluster of one node in it
   torture [--seconds N] [--seed S]
                    inject random faults into a live server with verifying clients, for a minute; `torture --help` says more
   trixie           create a root directory of Debian trixie, for its nbdkit and libnbd; needs root (test does it if it can)
@@ -60,6 +64,7 @@ fn run() -> Result<()> {
     std::env::set_current_dir(shell::root())?;
     match args[..] {
         ["setup"] => setup::run(setup::Extent::Tests),
+        ["ceph"] => ceph::run(),
         ["bench", ref words @ ..] => bench::run(words),
         ["demo"] => demo::run(),
         ["test" | "ci"] => test::run(),

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{bench, dist, fuzz, picture, setup, shell, trixie, vm};
+use crate::{bench, ceph, dist, fuzz, picture, setup, shell, trixie, vm};
 
-/// What `--long` runs more of: a million seeds of the simulation, ten minutes of torture, and an hour of fuzzing. It also builds
-/// the packages in two directories.
+/// What `--long` runs more of: a million seeds of the simulation, ten minutes of torture, and an hour of fuzzing. It also serves
+/// an image of a Ceph cluster, and builds the packages in two directories.
 const TIMES: &str = "100";
 const TORTURE: &str = "600";
 const FUZZING: u32 = 60;
@@ -19,6 +19,8 @@ pub(crate) fn run_long() -> Result<()> {
     simulation.args(["test", "--release", "-p", "nbd-server-core", "--test", "simulation"]);
     step(simulation.env("SIMULATION_TIMES", TIMES).env("RUST_BACKTRACE", "0"))?;
     step(Command::new(std::env::current_exe()?).args(["torture", "--seconds", TORTURE]))?;
+    announce("cargo xtask ceph");
+    ceph::run()?;
     announce("the packages, built in another directory");
     dist::check_elsewhere()?;
     fuzz::run_all(FUZZING)

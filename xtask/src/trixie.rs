@@ -1,4 +1,5 @@
-//! `cargo xtask trixie`: a root directory of Debian trixie, so that its nbdkit and libnbd are tested with, too.
+//! `cargo xtask trixie`: a root directory of Debian trixie, so that its nbdkit and libnbd are tested with, too. Ceph gets another
+//! one, because it is large.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,9 +13,22 @@ use crate::shell;
 /// # Errors
 /// Not root, no debootstrap, no mirror.
 pub(crate) fn root() -> Result<PathBuf> {
+    make("trixie", &["nbdkit"])
+}
+
+/// As [`root`], for a Ceph cluster and the qemu-storage-daemon that is its client.
+///
+/// # Errors
+/// As [`root`].
+pub(crate) fn ceph_root() -> Result<PathBuf> {
+    make("ceph", &["ceph-mon", "ceph-osd", "ceph-common", "qemu-block-extra", "qemu-utils"])
+}
+
+/// A root with those packages.
+fn make(name: &str, packages: &[&str]) -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    let dir = cache.context("there is neither HOME nor XDG_CACHE_HOME")?.join("nbdblk/trixie");
+    let dir = cache.context("there is neither HOME nor XDG_CACHE_HOME")?.join("nbdblk").join(name);
     // Made last: without it, the root directory is made again.
     let ready = dir.join("nbdblk-is-ready");
     if ready.exists() {
@@ -25,7 +39,7 @@ pub(crate) fn root() -> Result<PathBuf> {
     if shell::find("debootstrap").is_none() {
         shell::ok(shell::command("apt-get").args(["install", "-y", "-qq", "--no-install-recommends", "debootstrap"]))?;
     }
-    println!("trixie: making {} (some minutes, once)", dir.display());
+    println!("{name}: making {} (some minutes, once)", dir.display());
     std::fs::create_dir_all(&dir)?;
     shell::ok(shell::command("debootstrap").args(["--variant=minbase", "trixie"]).arg(&dir).arg(mirror()?))?;
     // The way to the mirror: name servers and proxies of this machine.
@@ -34,7 +48,7 @@ pub(crate) fn root() -> Result<PathBuf> {
         let _ = std::fs::copy(file.path(), dir.join("etc/apt/apt.conf.d").join(file.file_name()));
     }
     in_root(&dir, &["apt-get", "update", "-qq"])?;
-    in_root(&dir, &["apt-get", "install", "-y", "-qq", "--no-install-recommends", "nbdkit"])?;
+    install(&dir, packages)?;
     std::fs::write(ready, "")?;
     Ok(dir)
 }
@@ -47,9 +61,13 @@ pub(crate) fn with(packages: &[&str]) -> Result<PathBuf> {
     let dir = root()?;
     if packages.iter().any(|package| !dir.join(format!("usr/share/doc/{package}")).exists()) {
         println!("trixie: installing {}", packages.join(" "));
-        in_root(&dir, &[&["apt-get", "install", "-y", "-qq", "--no-install-recommends"], packages].concat())?;
+        install(&dir, packages)?;
     }
     Ok(dir)
+}
+
+fn install(dir: &Path, packages: &[&str]) -> Result<()> {
+    in_root(dir, &[&["apt-get", "install", "-y", "-qq", "--no-install-recommends"], packages].concat())
 }
 
 fn in_root(dir: &Path, line: &[&str]) -> Result<()> {
