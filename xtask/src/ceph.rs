@@ -51,7 +51,8 @@ pub(crate) fn run() -> Result<()> {
     println!(
         "ceph: fio writes and verifies, while qemu-storage-daemon is killed (-9) and started again, and the OSD stops"
     );
-    let mut fio = verify(&uri).spawn().context("starting fio")?;
+    // It leaves a file in its directory.
+    let mut fio = verify(&uri).current_dir(cluster.at("")).spawn().context("starting fio")?;
     sleep(Duration::from_secs(2));
     drop(disk);
     let disk = cluster.export()?;

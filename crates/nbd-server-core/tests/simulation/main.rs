@@ -189,15 +189,17 @@ fn memory_of_stopped_clients_is_given_to_others() {
     }
 }
 
-/// Runs `count` seeds of a group, 10,000 in all groups; or, for long runs, so many times as many as `SIMULATION_TIMES` says.
+/// Runs `count` seeds of a group, 10,000 in all groups; or, for long runs, so many times as many as `SIMULATION_TIMES` says,
+/// without the first `SIMULATION_DONE` times as many.
 fn run_seeds(group: u64, count: u64, worsen: fn(&mut Rng, &mut Faults)) {
     run_worlds(group, count, |seed| World::new(seed, worsen));
 }
 
 fn run_worlds(group: u64, count: u64, world: impl Fn(u64) -> World + RefUnwindSafe) {
-    let times = std::env::var("SIMULATION_TIMES").map_or(1, |times| times.parse().expect("a number"));
+    let number = |name, default| std::env::var(name).map_or(default, |value| value.parse().expect("a number"));
+    let (done, times): (u64, u64) = (number("SIMULATION_DONE", 0), number("SIMULATION_TIMES", 1));
     let first = group << 32;
-    for seed in first..first + count * times {
+    for seed in first + count * done..first + count * times {
         // A panic reports the seed, which is enough to reproduce it.
         let result = std::panic::catch_unwind(|| world(seed).run());
         assert!(result.is_ok(), "seed {seed} fails");
