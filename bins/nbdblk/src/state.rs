@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use nbd_server_core::{
-    Connection, Continuation, Greeted, Handover, Read as Waiting, Unsent,
+    Connection, Continuation, Greeted, Handover, KernelTls, Read as Waiting, Unsent,
     nbd_proto::{
         BlockSizes, Cookie, Mode, Position, Rejection, Terms, Tls, WireError,
         wire::{CommandKind, TransmissionFlags},
@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::{activation, uri::Address};
 
 /// The version of the form. A program refuses a state with a higher one.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// The first bytes of the file.
 const MARK: [u8; 8] = *b"nbdblk\0U";
@@ -110,6 +110,9 @@ enum OldTls {
 #[derive(Debug, Serialize, Deserialize)]
 struct OldConnection {
     socket: RawFd,
+    /// TLS in the kernel: the suite, and the records that were sent with the present key. Since version 2.
+    #[serde(default)]
+    tls: Option<(String, u64)>,
     export: String,
     terms: OldTerms,
     /// Cookie, offset, length, and NBD_CMD_FLAG_DF.
@@ -296,6 +299,7 @@ impl OldConnection {
         let output = output.collect();
         Self {
             socket: connection.socket.as_raw_fd(),
+            tls: connection.tls.as_ref().map(|tls| (tls.suite.clone(), tls.records)),
             export: connection.export.clone(),
             terms: OldTerms::new(terms),
             reads: reads.iter().map(|read| (read.cookie.0, read.at, read.len, read.df)).collect(),
@@ -322,7 +326,8 @@ impl OldConnection {
         let output = output.collect::<anyhow::Result<_>>()?;
         let state =
             Continuation { terms: self.terms.restore()?, reads, position, input: file.bytes(self.input)?, output };
-        Ok(Connection { socket: Arc::new(take(self.socket)?), export: self.export, state })
+        let tls = self.tls.map(|(suite, records)| KernelTls { suite, records });
+        Ok(Connection { socket: Arc::new(take(self.socket)?), tls, export: self.export, state })
     }
 }
 
@@ -392,13 +397,14 @@ mod tests {
         let plain = Terms { mode: Mode::Simple, contexts: ContextSet::EMPTY, ..terms };
         let over = Position { over: true, ..Position::default() };
         let other = Continuation { terms: plain, reads: vec![], position: over, input: vec![], output: vec![] };
+        let tls = KernelTls { suite: "TLS 1.3 with AES-128-GCM".into(), records: 1 << 20 };
         let guest = |tls| Greeted { socket: socket(), tls, heard: b"option".to_vec(), unsent: b"reply".to_vec() };
         Handover {
             listeners: vec![socket()],
             guests: [Tls::Off, Tls::Optional, Tls::Required].map(guest).into(),
             connections: vec![
-                Connection { socket: socket(), export: "an export".into(), state },
-                Connection { socket: socket(), export: String::new(), state: other },
+                Connection { socket: socket(), tls: None, export: "an export".into(), state },
+                Connection { socket: socket(), tls: Some(tls), export: String::new(), state: other },
             ],
         }
     }
@@ -418,7 +424,7 @@ mod tests {
         // The new program owns the descriptors.
         let text = |handover: &Handover| {
             let guests = handover.guests.iter().map(|g| format!("{:?} {:?} {:?}", g.tls, g.heard, g.unsent));
-            let connections = handover.connections.iter().map(|c| format!("{} {:?}", c.export, c.state));
+            let connections = handover.connections.iter().map(|c| format!("{} {:?} {:?}", c.export, c.tls, c.state));
             guests.chain(connections).collect::<Vec<_>>()
         };
         let expected = text(&before);
@@ -454,7 +460,7 @@ mod tests {
             open(&bytes).unwrap_err()
         };
         assert!(changed(0, b'N').contains("not the state of a server"));
-        assert!(changed(8, 2).contains("up to version 1, and this is version 2"));
+        assert!(changed(8, 3).contains("up to version 2, and this is version 3"));
         assert!(changed(8, 0).contains("this is version 0"));
         assert!(changed(19, 255).contains("incomplete"));
         assert!(changed(HEAD, b'[').contains("malformed"));

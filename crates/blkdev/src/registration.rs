@@ -39,7 +39,7 @@ impl Registration {
         Ok(Self { device: Arc::clone(device), mapping: Arc::clone(mapping) })
     }
 
-    /// The device has registered `mapping` by itself, in place of this memory.
+    /// The device has already registered `mapping` in place of this memory.
     pub(crate) fn follow(&mut self, mapping: &Arc<Mapping>) {
         self.mapping = Arc::clone(mapping);
     }

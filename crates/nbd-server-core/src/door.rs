@@ -499,7 +499,7 @@ impl Guest {
                 let (terms, position, input) = (negotiated.terms, Position::default(), self.sent.clone());
                 let state =
                     Continuation { terms, reads: Vec::new(), position, input, output: vec![Unsent::Bytes(unsent)] };
-                Some(Stage::Served(Connection { socket, export: negotiated.export.name.clone(), state }))
+                Some(Stage::Served(Connection { socket, tls: None, export: negotiated.export.name.clone(), state }))
             }
             Some(Ending::StartTls | Ending::Close) => None,
         }

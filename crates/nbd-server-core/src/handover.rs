@@ -33,15 +33,27 @@ pub struct Greeted {
     pub unsent: Vec<u8>,
 }
 
-/// A client in the transmission phase, without TLS.
+/// A client in the transmission phase.
 #[derive(Clone, Debug)]
 pub struct Connection {
     /// The connected socket.
     pub socket: Arc<OwnedFd>,
+    /// TLS, which the kernel does on this socket. `None`: plain text.
+    pub tls: Option<KernelTls>,
     /// The name of its export.
     pub export: String,
     /// Its transmission phase.
     pub state: Continuation,
+}
+
+/// TLS in the kernel. The socket has its keys. The secrets for further keys stay in the process of the handshake, so when a key must
+/// change, the connection ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelTls {
+    /// The version and the cipher, such as "TLS 1.3 with AES-256-GCM".
+    pub suite: String,
+    /// Most records that were sent with the present key.
+    pub records: u64,
 }
 
 /// A server that does not serve at present. Dropping this lets it go on, as if nothing had happened.
@@ -60,7 +72,7 @@ impl Paused {
         &self.state
     }
 
-    /// Number of clients that cannot be handed over: those that use TLS, and those of removed exports.
+    /// Number of clients that cannot be handed over: those whose TLS is not in the kernel, and those of removed exports.
     pub fn leaving(&self) -> usize {
         self.leaving
     }

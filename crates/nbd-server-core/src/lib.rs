@@ -71,7 +71,7 @@ pub use access::{Access, Rule};
 pub use continuation::{Continuation, Read, Unsent};
 pub use end::End;
 pub use export::{Export, Exports, Seen};
-pub use handover::{Connection, Greeted, Handover, Paused};
+pub use handover::{Connection, Greeted, Handover, KernelTls, Paused};
 pub use limits::Limits;
 pub use lines::{Grant, Lines, Part};
 pub use listener::Listener;

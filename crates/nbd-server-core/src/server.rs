@@ -85,7 +85,7 @@ impl Server {
 
     /// Continues a connection.
     fn welcome(&self, connection: Connection) {
-        let Connection { socket, export, state } = connection;
+        let Connection { socket, tls, export, state } = connection;
         let peer = Peer::of(socket.as_fd());
         let Some(ticket) = self.roster.ticket(&export) else {
             return log::warn!("{peer} is disconnected: there is no export {export:?} any more");
@@ -98,7 +98,10 @@ impl Server {
             );
         }
         if let Some(worker) = least_loaded(&self.workers, &ticket) {
-            let stream = Stream::from(socket);
+            let stream = match Stream::resume(socket, tls.as_ref()) {
+                Ok(stream) => stream,
+                Err(e) => return log::warn!("{peer} is disconnected: {e}"),
+            };
             let entry = self.book.enter(peer, export, format!("{stream:?}"), protocol(state.terms.mode));
             let phase = Phase::Continues(Box::new(state));
             worker.welcome(Arrival { stream, phase, ticket, entry, over: None });
@@ -119,7 +122,7 @@ impl Server {
         self.pauses.send(pause).map_err(|_| io::Error::other("the server accepts no connections any more"))?;
         self.bell.write(1)?;
         // The door first: then no client is on its way to a worker that has paused.
-        let Lobby { mut state, mut leaving } = reported.recv().map_err(failed)??;
+        let Lobby { state: mut lobby, mut leaving } = reported.recv().map_err(failed)??;
         let mut threads = vec![sender];
         let lanes = self.roster.lanes();
         let reports: Vec<_> = self
@@ -135,17 +138,17 @@ impl Server {
         for reported in reports {
             let standstill = reported.recv().map_err(failed)??;
             leaving += standstill.leaving;
-            for (lane, socket, session) in standstill.connections {
+            for (lane, socket, tls, state) in standstill.connections {
                 match lanes.iter().find(|(number, _)| *number == lane) {
                     Some((_, export)) => {
-                        state.connections.push(Connection { socket, export: export.clone(), state: session });
+                        lobby.connections.push(Connection { socket, tls, export: export.clone(), state });
                     }
                     // Its export was removed.
                     None => leaving += 1,
                 }
             }
         }
-        Ok(Paused { state, threads, leaving, _hold: hold })
+        Ok(Paused { state: lobby, threads, leaving, _hold: hold })
     }
 
     /// Starts the workers and opens the queues.

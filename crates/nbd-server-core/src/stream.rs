@@ -9,6 +9,7 @@ use std::{
 use blkdev::{Buf, socket};
 
 use crate::{
+    handover::KernelTls,
     outbox::Outbox,
     peer::Identity,
     received::{Received, push},
@@ -127,7 +128,29 @@ impl Stream {
         }
     }
 
-    /// The socket, if another process could continue on it: it carries plain text.
+    /// The socket, and its TLS in the kernel, if another process can continue on it.
+    pub(crate) fn suspend(&self) -> Option<(&Arc<OwnedFd>, Option<KernelTls>)> {
+        let tls = match &self.layer {
+            Layer::Plain => None,
+            Layer::Secure(_) => return None,
+            Layer::Kernel(tls) => Some(tls.suspend()?),
+        };
+        Some((&self.socket, tls))
+    }
+
+    /// Continues on a socket that another process has [left](Self::suspend).
+    ///
+    /// # Errors
+    /// This program does not know the TLS suite.
+    pub(crate) fn resume(socket: Arc<OwnedFd>, tls: Option<&KernelTls>) -> io::Result<Self> {
+        let layer = match tls {
+            None => Layer::Plain,
+            Some(tls) => Layer::Kernel(Box::new(Kernel::resume(tls)?)),
+        };
+        Ok(Self { layer, ..Self::from(socket) })
+    }
+
+    /// The socket, if it carries plain text.
     pub(crate) fn plain(&self) -> Option<&Arc<OwnedFd>> {
         matches!(self.layer, Layer::Plain).then_some(&self.socket)
     }

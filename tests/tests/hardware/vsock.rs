@@ -12,6 +12,30 @@ fn vsock() {
     check("vsock", exchange);
 }
 
+#[test]
+fn a_client_survives_an_upgrade() {
+    check("vsock", upgraded);
+}
+
+fn upgraded() {
+    let dir = Dir::new();
+    dir.sparse("disk.raw", 1 << 20);
+    let port = PORT + 1;
+    let args = ["io_uring=disk.raw", "--control", "control.sock", &format!("--vsock={port}")];
+    let server = Nbdblk::unix(&dir, &args);
+    let script = format!(
+        "import os, subprocess\n\
+         for n in range(1, 4):\n  \
+           h.pwrite(bytes([n]) * 65536, 0)\n  \
+           subprocess.check_call([os.environ['NBDBLK_BIN'], 'upgrade', '--control', '{}'], stdout=subprocess.DEVNULL)\n  \
+           assert h.pread(65536, 0) == bytes([n]) * 65536\n\
+         print('went on')",
+        dir.text("control.sock")
+    );
+    assert_eq!(nbdsh(&format!("nbd+vsock://1:{port}"), &script).trim(), "went on");
+    assert!(server.terminate().success());
+}
+
 fn exchange() {
     let dir = Dir::new();
     let (image, copy) = (dir.text("image.raw"), dir.text("copy.raw"));

@@ -7,7 +7,7 @@ use std::{io, os::fd::BorrowedFd, path::Path};
 
 use blkdev::Buf;
 
-use crate::{outbox::Outbox, peer::Identity, received::Received};
+use crate::{handover::KernelTls, outbox::Outbox, peer::Identity, received::Received};
 pub use files::Certificates;
 
 /// The TLS configuration of a server. Without the feature `tls`, none can be created.
@@ -104,6 +104,14 @@ impl Secure {
 pub(crate) enum Kernel {}
 
 impl Kernel {
+    pub(crate) fn suspend(&self) -> Option<KernelTls> {
+        match *self {}
+    }
+
+    pub(crate) fn resume(_: &KernelTls) -> io::Result<Self> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this build has no feature `tls`"))
+    }
+
     pub(crate) fn receive(
         &mut self,
         _: BorrowedFd<'_>,

@@ -23,7 +23,7 @@ use super::{
     engine::{PLAIN_MAX, broken},
     suite::{Cipher, Suite, Version},
 };
-use crate::{outbox::Outbox, received::Received};
+use crate::{handover::KernelTls, outbox::Outbox, received::Received};
 
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
@@ -33,6 +33,9 @@ const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 const BAD_RECORD_MAC: [u8; 2] = [2, 20];
 /// Fatal: a message that is not allowed here.
 const UNEXPECTED_MESSAGE: [u8; 2] = [2, 10];
+
+/// Fatal: the reason is none of the client's.
+const INTERNAL_ERROR: [u8; 2] = [2, 80];
 
 /// A KeyUpdate message without its last byte, which requests an update from the other side (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 4] = [24, 0, 0, 1];
@@ -46,8 +49,8 @@ const KEY_UPDATES: u32 = 32;
 /// A connection whose TLS the kernel does.
 pub(crate) struct Kernel {
     suite: Suite,
-    /// Derives further secrets.
-    state: KernelConnection<ServerConnectionData>,
+    /// Derives further secrets. `None`: another process had them.
+    state: Option<KernelConnection<ServerConnectionData>>,
     /// Most records that were sent with the present key.
     records: u64,
     /// Our key must change before the next data.
@@ -98,7 +101,30 @@ impl Kernel {
     ) -> io::Result<Self> {
         setsockopt(&socket, TcpTlsTx, &info(suite, &Secret::new(secrets.tx)?))?;
         setsockopt(&socket, TcpTlsRx, &info(suite, &Secret::new(secrets.rx)?))?;
-        Ok(Self { suite, state, records: 0, is_update_due: false, updates: 0 })
+        Ok(Self { suite, state: Some(state), records: 0, is_update_due: false, updates: 0 })
+    }
+
+    /// What another process needs to go on. `None`: the key must change first.
+    pub(crate) fn suspend(&self) -> Option<KernelTls> {
+        let whole = !self.is_update_due && !self.is_worn();
+        whole.then(|| KernelTls { suite: self.suite.to_string(), records: self.records })
+    }
+
+    /// Goes on with what another process has [left](Self::suspend).
+    ///
+    /// # Errors
+    /// The suite is unknown.
+    pub(crate) fn resume(tls: &KernelTls) -> io::Result<Self> {
+        let suite = Suite::all().find(|suite| suite.to_string() == tls.suite);
+        let suite = suite.ok_or_else(|| broken("an unknown suite"))?;
+        Ok(Self { suite, state: None, records: tls.records, is_update_due: false, updates: 0 })
+    }
+
+    fn state(&mut self, socket: BorrowedFd<'_>) -> io::Result<&mut KernelConnection<ServerConnectionData>> {
+        self.state.as_mut().ok_or_else(|| {
+            let _ = socket::send_record(socket, ALERT, &INTERNAL_ERROR);
+            broken("a key must change, and the server was replaced since the handshake")
+        })
     }
 
     /// As [`Stream::receive`](crate::stream::Stream::receive).
@@ -153,7 +179,7 @@ impl Kernel {
             {
                 self.updates += 1;
                 self.is_update_due |= wanted == 1;
-                let secret = Secret::new(self.state.update_rx_secret().map_err(io::Error::other)?)?;
+                let secret = Secret::new(self.state(socket)?.update_rx_secret().map_err(io::Error::other)?)?;
                 setsockopt(&socket, TcpTlsRx, &info(self.suite, &secret))?;
                 Ok(true)
             }
@@ -186,12 +212,13 @@ impl Kernel {
         if self.suite.version == Version::Tls12 {
             return Err(broken("the key has reached its limit, and TLS 1.2 cannot change it"));
         }
+        self.state(socket)?;
         let message = [&KEY_UPDATE[..], &[0]].concat();
         match socket::send_record(socket, HANDSHAKE, &message) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             sent => sent?,
         }
-        let secret = Secret::new(self.state.update_tx_secret().map_err(io::Error::other)?)?;
+        let secret = Secret::new(self.state(socket)?.update_tx_secret().map_err(io::Error::other)?)?;
         setsockopt(&socket, TcpTlsTx, &info(self.suite, &secret))?;
         (self.is_update_due, self.records) = (false, 0);
         Ok(true)

@@ -12,6 +12,7 @@ use nbd_proto::Fatal;
 use crate::{
     coalesce::Coalesce,
     continuation::Continuation,
+    handover::KernelTls,
     lines::Grant,
     observe::{Entry, LaneGauges, Traffic},
     poll::{Interest, Poll},
@@ -196,9 +197,9 @@ impl Conn {
     }
 
     /// Returns its socket and all that another process needs to continue it; `None`: that is impossible, now or at all.
-    pub(super) fn suspend(&self) -> Option<(Arc<OwnedFd>, Continuation)> {
-        let socket = self.stream.as_ref()?.plain().filter(|_| self.over.is_none())?;
-        Some((Arc::clone(socket), self.session.suspend(&self.backlog)?))
+    pub(super) fn suspend(&self) -> Option<(Arc<OwnedFd>, Option<KernelTls>, Continuation)> {
+        let (socket, tls) = self.stream.as_ref()?.suspend().filter(|_| self.over.is_none())?;
+        Some((Arc::clone(socket), tls, self.session.suspend(&self.backlog)?))
     }
 
     /// Whether it has something to do in a turn. `has_ended`: one of its requests has ended since the last turn, or all have.

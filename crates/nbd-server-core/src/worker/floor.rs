@@ -313,7 +313,7 @@ impl Floor {
         let mut standstill = Standstill::default();
         for conn in self.conns.iter().flatten().filter(|conn| conn.stream.is_some()) {
             match conn.suspend().filter(|_| !self.is_leaving(conn.lane)) {
-                Some((socket, state)) => standstill.connections.push((conn.lane, socket, state)),
+                Some((socket, tls, state)) => standstill.connections.push((conn.lane, socket, tls, state)),
                 None => standstill.leaving += 1,
             }
         }

@@ -17,7 +17,7 @@ use nix::sys::eventfd::EventFd;
 use super::lane::LANE;
 use crate::{
     continuation::Continuation,
-    handover::Pause,
+    handover::{KernelTls, Pause},
     observe::{Entry, LaneGauges, MemoryView, WorkerGauges, WorkerView},
     poll::Watch,
     removal::Removal,
@@ -70,8 +70,8 @@ pub(super) enum Message {
 /// The connections of a paused worker.
 #[derive(Debug, Default)]
 pub(crate) struct Standstill {
-    /// Each with its lane and its socket.
-    pub(crate) connections: Vec<(usize, Arc<OwnedFd>, Continuation)>,
+    /// Each with its lane, its socket, and its TLS in the kernel.
+    pub(crate) connections: Vec<(usize, Arc<OwnedFd>, Option<KernelTls>, Continuation)>,
     /// Number of those that no other process can continue.
     pub(crate) leaving: usize,
 }
