@@ -284,11 +284,11 @@ impl Serve {
 /// Make a server read its file again
 ///
 /// Prints the changes. If the file has an error, or a device cannot be opened, prints the reason and exits with status 1; the
-/// server changes nothing.
+/// server changes nothing. Without FILE and --control, it reloads the only service.
 #[derive(Args, Debug)]
 pub(crate) struct Reload {
-    /// The file of "nbdblk serve --config", which names the control socket
-    #[arg(value_name = "FILE", required_unless_present = "control")]
+    /// The file of the server, which names the control socket; or that of a service
+    #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
     /// The control socket
@@ -305,13 +305,13 @@ pub(crate) struct Reload {
 /// The process of the server executes the program again, or another version of it, which continues all connections; clients only
 /// see a pause. First, the new program judges the configuration and the state of the server. If that fails, or a device does not
 /// complete its requests within 5 seconds, prints the reason and exits with status 1; the server goes on as before. Clients that
-/// use TLS are disconnected.
+/// use TLS are disconnected, unless the kernel does it. Without FILE and --control, it replaces the only service.
 ///
 /// SIGUSR2 does the same.
 #[derive(Args, Debug)]
 pub(crate) struct Upgrade {
-    /// The file of "nbdblk serve --config", which names the control socket
-    #[arg(value_name = "FILE", required_unless_present = "control")]
+    /// The file of the server, which names the control socket; or that of a service
+    #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
     /// The control socket
@@ -334,7 +334,7 @@ pub(crate) struct Upgrade {
 /// it searches the runtime directories of services for a control socket.
 #[derive(Args, Debug)]
 pub(crate) struct Status {
-    /// The file of "nbdblk serve --config", which names the control socket
+    /// The file of the server, which names the control socket; or that of a service
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
@@ -372,7 +372,7 @@ pub(crate) struct Disconnect {
     #[arg(value_name = "ID|EXPORT")]
     pub(crate) target: String,
 
-    /// The file of "nbdblk serve --config", which names the control socket
+    /// The file of the server, which names the control socket; or that of a service
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 

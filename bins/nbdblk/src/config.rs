@@ -305,7 +305,11 @@ impl Source {
                 "on-remove" => on_remove = self.parsed("on-remove", value)?,
                 "wait" => wait = self.time("wait", value)?,
                 other => {
-                    return Err(self.wrong(key.span().start, unknown("setting of an export", other, EXPORT_WORDS)));
+                    let mut text = unknown("setting of an export", other, EXPORT_WORDS);
+                    if known(&options()).any(|setting| setting == other) {
+                        text += "; it is a setting of the server, so write it before the first [[export]]";
+                    }
+                    return Err(self.wrong(key.span().start, text));
                 }
             }
         }

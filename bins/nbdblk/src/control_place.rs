@@ -32,19 +32,29 @@ pub(crate) fn find(control: Option<&Path>, file: Option<&Path>) -> anyhow::Resul
     }
 }
 
-/// The control socket of the server that uses this file.
+/// The control socket of the server that uses this file: the one that the file names, or else that of the service of this name.
 fn named_in(file: &Path) -> anyhow::Result<PathBuf> {
     let found = File::read(file)?.settings.into_iter().find(|setting| setting.key == "control");
     let word =
         found.and_then(|setting| setting.words.first().and_then(|w| w.strip_prefix("--control=")).map(PathBuf::from));
-    word.with_context(|| {
-        format!("{} names no control socket (control = \"PATH\"); use --control, or send SIGHUP", file.display())
+    let of_service = || {
+        let place = |root: PathBuf| Some(root.join(file.file_stem()?).join(NAME));
+        roots().into_iter().filter_map(place).find(|path| path.exists())
+    };
+    word.or_else(of_service).with_context(|| {
+        let (file, name) = (file.display(), file.file_stem().unwrap_or_default().display());
+        format!("{file} names no control socket (control = \"PATH\"), and no service {name} runs; use --control")
     })
 }
 
-fn only_service() -> anyhow::Result<PathBuf> {
+/// The runtime directories of services.
+fn roots() -> Vec<PathBuf> {
     let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let roots: Vec<PathBuf> = runtime.into_iter().chain(["/run".into()]).map(|root| root.join(SERVICES)).collect();
+    runtime.into_iter().chain(["/run".into()]).map(|root| root.join(SERVICES)).collect()
+}
+
+fn only_service() -> anyhow::Result<PathBuf> {
+    let roots = roots();
     let mut found: Vec<PathBuf> = roots.iter().flat_map(|root| sockets(root)).collect();
     found.sort();
     found.dedup();

@@ -113,7 +113,7 @@ fn missing(error: &clap::Error) -> Option<String> {
     let (command, what, example) = match names.first()?.as_str() {
         "<EXPORT>..." => ("serve", "a device, or a file with --config", "serve io_uring=disk.img"),
         "<DEVICE>" => ("info", "a device", "info io_uring=disk.img"),
-        "<FILE>" => ("reload", "the file of the server, or --control PATH", "reload /etc/nbdblk.toml"),
+        "<FILE>" => ("check", "a configuration file", "check /etc/nbdblk/nbdblk.toml"),
         _ => return None,
     };
     let is_missing = error.kind() == ErrorKind::MissingRequiredArgument;

@@ -127,7 +127,7 @@ impl Sockets {
             return Ok(None);
         }
         if let Some(option) = args.listening() {
-            bail!("{option} cannot be used when sockets are passed (socket activation, LISTEN_FDS)");
+            bail!("remove {option}: the service manager passes the sockets (socket activation, LISTEN_FDS)");
         }
         let mut sockets = Self::default();
         for (socket, name) in passed {

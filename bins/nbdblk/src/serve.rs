@@ -87,7 +87,7 @@ fn limits(args: &cli::Serve) -> Limits {
 fn serve(mut plan: Plan, args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let before = replace::inherited()?;
     let (store, passed) = if before.is_none() { stored::passed()? } else { Default::default() };
-    let passed = Sockets::passed(args, passed)?;
+    let passed = Sockets::passed(args, passed).map_err(|error| plan.blame("listen", error))?;
     let has_sockets = passed.is_some() || before.is_some();
     Sockets::check(args, has_sockets).map_err(|error| plan.blame("unix", error))?;
     sandbox::prepare(args, &plan.specs)?;

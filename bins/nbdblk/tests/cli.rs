@@ -137,7 +137,7 @@ fn wrong_usage_is_one_line_and_status_1() {
     bad(&["serve", "memory=1M", "--memory", "64K"], &["--memory", "at least 1M"]);
     bad(&["info"], &["info needs a device, for example: nbdblk info io_uring=disk.img; see nbdblk info --help"]);
     bad(&["info", "--json"], &["info needs a device"]);
-    bad(&["reload"], &["reload needs the file of the server, or --control PATH, for example: nbdblk reload "]);
+    bad(&["check"], &["check needs a configuration file, for example: nbdblk check /etc/nbdblk/nbdblk.toml"]);
     bad(&["serve", "memory=1M", "--threads"], &["a value is required for '--threads <N>'"]);
 }
 
@@ -312,11 +312,11 @@ fn a_wrong_file_is_one_line_with_its_place_and_nothing_listens() {
     bad(&["serve", "--config", &file, "-p", "0"], &[&format!("{file}:2:1: socket-mode needs a Unix domain socket")]);
     bad(&["serve", "--config", "/nonexistent/file"], &["reading /nonexistent/file"]);
     bad(&["serve", "--config", &file, "memory=1M"], &["cannot be used with"]);
-    bad(&["reload"], &["reload needs the file of the server"]);
-    bad(&["reload", "--timeout", "5s"], &["reload needs the file of the server"]);
     bad(&["reload", "--control", "/nonexistent/socket"], &["cannot reach the server at /nonexistent/socket"]);
     fs::write(&file, export).expect("a file can be written");
-    bad(&["reload", &file], &["names no control socket"]);
+    bad(&["reload", &file], &["names no control socket", "and no service", "runs; use --control"]);
+    let misplaced = format!("{export}metrics = \"tcp:9810\"\n");
+    refuse(&misplaced, "3:1", &["it is a setting of the server, so write it before the first [[export]]"]);
 }
 
 #[test]

@@ -358,7 +358,8 @@ fn view_of(seat: &Seat, removal: Option<Removal>, device: Option<&dyn Device>) -
         counts += &lane.counters.copy();
     }
     let refused = seat.gauges.iter().map(|lane| lane.refused.get()).sum();
-    let queues: Vec<_> = seat.gauges.iter().zip(&seat.workers).map(|(lane, worker)| lane.view(*worker)).collect();
+    let mut queues: Vec<_> = seat.gauges.iter().zip(&seat.workers).map(|(lane, worker)| lane.view(*worker)).collect();
+    queues.sort_by_key(|queue| queue.worker);
     let mut memory = MemoryView::default();
     queues.iter().for_each(|queue| memory += queue.memory);
     let oldest = queues.iter().filter_map(|queue| queue.oldest).max();

@@ -253,8 +253,21 @@ fn a_service_is_found_without_its_name() {
     let serve = nbdblk().args(["serve", "memory=1M", "-U", "nbd.sock"]).env("RUNTIME_DIRECTORY", &runtime);
     let mut server = serve.within(dir.path()).spawn(dir.at("log"));
     server.await_text("serving at");
-    let out = nbdblk().args(["status", "--interval", "50ms"]).env("XDG_RUNTIME_DIR", dir.path()).ok().out;
-    assert!(out.contains(&format!("process {}", server.pid())), "{out}");
+    let ours = |args: &[&str]| nbdblk().args(args).env("XDG_RUNTIME_DIR", dir.path());
+    let out = ours(&["status", "--interval", "50ms"]).ok().out;
+    // The table says which server it is.
+    let socket = runtime.join("control.sock");
+    assert!(out.contains(&format!(" at {}, process {},", socket.display(), server.pid())), "{out}");
+    // A file without the setting names the service whose directory has its name.
+    std::fs::create_dir(runtime.join("disks")).unwrap();
+    std::fs::rename(&socket, runtime.join("disks/control.sock")).unwrap();
+    std::fs::write(dir.at("disks.toml"), "[[export]]\ndevice = \"memory=1M\"\n").unwrap();
+    let file = dir.text("disks.toml");
+    assert!(ours(&["status", "--json", &file]).ok().out.contains("\"pid\":"), "by the file's name");
+    // A reload and an upgrade find the only service, too; this server has no file, and its export is in memory.
+    refused(&ours(&["reload"]).run(), &["--config"]);
+    refused(&ours(&["upgrade"]).run(), &["memory"]);
+    std::fs::rename(runtime.join("disks/control.sock"), &socket).unwrap();
     server.signal(Signal::SIGTERM);
     server.await_end();
     assert!(!runtime.join("control.sock").exists(), "the socket is removed");

@@ -276,7 +276,7 @@ fn a_program_that_is_unfit_changes_nothing() {
         nbdblk().args(["judge", "--version", version, "--", "nbdblk"]).args(args).within(dir.path()).run()
     };
     assert!(judge("1", &["serve", "null=1M"]).status.success());
-    assert!(judge("2", &["serve", "null=1M"]).err.contains("up to version 1, and this is version 2"));
+    assert!(judge("3", &["serve", "null=1M"]).err.contains("up to version 2, and this is version 3"));
     assert_eq!(judge("1", &["serve", "nosuch=1"]).status.code(), Some(1));
     assert_eq!(judge("1", &["drivers"]).status.code(), Some(1));
     // A program that is removed between its judgement and its execution.

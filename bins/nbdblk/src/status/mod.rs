@@ -43,7 +43,7 @@ pub(crate) fn run(args: &cli::Status) -> anyhow::Result<ExitCode> {
     loop {
         thread::sleep(args.interval.unwrap_or(INTERVAL));
         let now = look(&path)?;
-        let mut text = table::exports(&now, &before, args.watch);
+        let mut text = table::exports(&path, &now, &before, args.watch);
         for list in lists(&now) {
             text = format!("{text}\n{list}");
         }

@@ -1,6 +1,6 @@
 //! The tables of `nbdblk status`.
 
-use std::{fmt::Write, time::Duration};
+use std::{fmt::Write, path::Path, time::Duration};
 
 use blkdev::Latency;
 
@@ -49,7 +49,7 @@ impl Rates {
 }
 
 /// The table of exports. Rates and percentiles cover the time since `before`. `bars`: draws a bar for each export.
-pub(crate) fn exports(now: &Report, before: &Report, bars: bool) -> String {
+pub(crate) fn exports(control: &Path, now: &Report, before: &Report, bars: bool) -> String {
     let seconds = (now.uptime_seconds - before.uptime_seconds).max(0.001);
     let earlier = |export: &Export| before.exports.iter().find(|then| then.name == export.name);
     let all: Vec<_> = now.exports.iter().map(|export| (export, Rates::of(export, earlier(export), seconds))).collect();
@@ -88,11 +88,11 @@ pub(crate) fn exports(now: &Report, before: &Report, bars: bool) -> String {
             if bars { "#".repeat(bar) } else { String::new() },
         ]);
     }
-    format!("{}\n{}", head(now, before, seconds), table(&rows, &[2, 3, 4, 5, 6, 7, 8, 9, 10]))
+    format!("{}\n{}", head(control, now, before, seconds), table(&rows, &[2, 3, 4, 5, 6, 7, 8, 9, 10]))
 }
 
 /// The line above the table.
-fn head(now: &Report, before: &Report, seconds: f64) -> String {
+fn head(control: &Path, now: &Report, before: &Report, seconds: f64) -> String {
     let busy = |report: &Report| report.workers.iter().map(|worker| worker.busy_seconds).sum::<f64>();
     let alive = now.workers.iter().filter(|worker| worker.alive).count();
     let (used, total) = now
@@ -100,8 +100,9 @@ fn head(now: &Report, before: &Report, seconds: f64) -> String {
         .iter()
         .fold((0, 0), |(used, total), export| (used + export.memory.used, total + export.memory.total));
     format!(
-        "{}, process {}, up {}; {} clients, {} so far; {alive} of {} workers, busy {:.0} %; memory {} of {}",
+        "{} at {}, process {}, up {}; {} clients, {} so far; {alive} of {} workers, busy {:.0} %; memory {} of {}",
         now.program,
+        control.display(),
         now.pid,
         span(now.uptime_seconds),
         now.clients.len(),

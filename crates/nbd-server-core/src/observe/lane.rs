@@ -39,7 +39,7 @@ impl LaneGauges {
             refused: Gauge::default(),
             oldest: Age::default(),
             stalled: Gauge::default(),
-            state: Mutex::default(),
+            state: Mutex::new(channel.queue_state()),
         })
     }
 
