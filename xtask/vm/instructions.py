@@ -52,6 +52,8 @@ def measure(program, device, depth):
     """Instructions of the server for each request."""
     server = subprocess.Popen([program, "serve", device, "-U", SOCKET, "--threads", "1"], stderr=subprocess.DEVNULL)
     while not os.path.exists(SOCKET):
+        if server.poll() is not None:
+            sys.exit(f"{program} serve {device} ended with status {server.returncode}")
         time.sleep(0.05)
     client = nbd.NBD()
     client.connect_unix(SOCKET)

@@ -287,7 +287,7 @@ impl Serve {
 /// server changes nothing. Without FILE and --control, it reloads the only service.
 #[derive(Args, Debug)]
 pub(crate) struct Reload {
-    /// The file of the server, which names the control socket; or that of a service
+    /// The configuration file of the server; if it names no control socket, the service of that name is meant
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
@@ -310,7 +310,7 @@ pub(crate) struct Reload {
 /// SIGUSR2 does the same.
 #[derive(Args, Debug)]
 pub(crate) struct Upgrade {
-    /// The file of the server, which names the control socket; or that of a service
+    /// The configuration file of the server; if it names no control socket, the service of that name is meant
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
@@ -334,7 +334,7 @@ pub(crate) struct Upgrade {
 /// it searches the runtime directories of services for a control socket.
 #[derive(Args, Debug)]
 pub(crate) struct Status {
-    /// The file of the server, which names the control socket; or that of a service
+    /// The configuration file of the server; if it names no control socket, the service of that name is meant
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 
@@ -372,7 +372,7 @@ pub(crate) struct Disconnect {
     #[arg(value_name = "ID|EXPORT")]
     pub(crate) target: String,
 
-    /// The file of the server, which names the control socket; or that of a service
+    /// The configuration file of the server; if it names no control socket, the service of that name is meant
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
 

@@ -25,7 +25,6 @@ use crate::{
     gate::{Gate, Pass},
     io::{Done, Io},
     job::{Job, Way, margins},
-    mem::Mapping,
     slots::{Kind, Overdue, Slot, Slots},
     stamp::{Clock, Stamp},
 };
@@ -74,7 +73,7 @@ impl Plan {
             self.memory.checked_add(margins_max(info)).and_then(|n| n.checked_next_multiple_of(crate::arena::PAGE));
         let each = each.and_then(|n| n.checked_add(aside)).ok_or_else(too_much)?;
         let len = each.checked_mul(count).ok_or_else(too_much)?;
-        let mapping = if catch(|| device.shares_memory())? { Mapping::shared(len) } else { Mapping::new(len) }?;
+        let mapping = catch(|| device.new_memory(len))??;
         let registered = Registered::new(device, &mapping)?;
         let passes = Gate::passes(count)?;
         let depth = self.depth.clamp(1, info.depth_max);
@@ -720,6 +719,7 @@ impl Channel {
             && self.edges.is_empty()
         {
             self.edges = edges;
+            self.check_edges();
         }
         self.slots.overdue -= 1;
         self.slots.in_use += 1;
@@ -922,10 +922,13 @@ impl Channel {
         if self.refuses || self.driver.is_dead() || !job.reads() {
             return false;
         }
-        let len = if job.operation() == Operation::Read { job.len } else { 0 };
-        let (before, after) = margins(job.at, len, self.info.block_size);
-        let Some(fresh) = self.arena.alloc_with_margins(before, len as usize, after) else { return false };
-        job.restart(fresh, &self.info);
+        let fresh = match (job.operation(), job.at, job.len as usize) {
+            (Operation::Read, at, len) => self.alloc(at, len),
+            // Only blocks that it covers in part; the channel has other memory for them already.
+            _ => Some(self.arena.empty()),
+        };
+        let Some(fresh) = fresh else { return false };
+        self.slots.job(slot).restart(fresh, &self.info);
         true
     }
 
@@ -941,9 +944,7 @@ impl Channel {
             self.alone = None;
             self.pass.open();
             self.pass.end_turn(!self.waiting.is_empty());
-            if !self.edges.is_of(&self.arena) {
-                self.replace_edges();
-            }
+            self.check_edges();
         }
         self.count_job(&job);
         self.ready.push(job.done(self.info.block_size));
@@ -1059,6 +1060,13 @@ impl Channel {
         }
     }
 
+    /// Replaces the buffer for edges if the channel has moved to other memory meanwhile.
+    fn check_edges(&mut self) {
+        if !self.edges.is_of(&self.arena) {
+            self.replace_edges();
+        }
+    }
+
     /// Replaces the buffer for edges, if there is memory: the device has died, and may still access it.
     #[cold]
     fn replace_edges(&mut self) {
@@ -1099,6 +1107,7 @@ mod tests {
     use crate::{
         device::Queue,
         fault::{Bug, Fault, Faults, Rng},
+        mem::Mapping,
         memory::Memory,
     };
 

@@ -358,6 +358,13 @@ pub struct Caps {
     pub prefetch: bool,
 }
 
+impl dyn Device + '_ {
+    /// New memory for requests to it, of at least `len` bytes. It is not registered yet.
+    pub(crate) fn new_memory(&self, len: usize) -> io::Result<Arc<Mapping>> {
+        if self.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }
+    }
+}
+
 impl fmt::Debug for dyn Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Device").field("info", self.info()).field("capacity", &self.capacity()).finish()

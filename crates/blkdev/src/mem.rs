@@ -58,7 +58,8 @@ pub struct Mapping {
 /// Devices and the IOMMU need large, aligned pieces (SPDK registers memory in steps of 2 MiB).
 const ALIGN: usize = 2 << 20;
 
-/// The size of the memory cannot change. A peer can add the seal that forbids new writable mappings. It harms only itself.
+/// The size of the memory cannot change. A peer can add other seals: then the memory is not returned to the system while it is idle,
+/// or not before the peer ends. Nothing can forbid writes while this process maps the memory.
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
 
 /// Mappings are placed below 2^38 if there is room. Then the virtual address is also the I/O address, even behind an IOMMU of 39

@@ -353,15 +353,16 @@ impl Roster {
 
 /// An export for an observation.
 fn view_of(seat: &Seat, removal: Option<Removal>, device: Option<&dyn Device>) -> ExportView {
-    let mut counts = Counts::default();
-    for lane in &seat.gauges {
-        counts += &lane.counters.copy();
+    let (mut counts, mut memory, mut queues) = (Counts::default(), MemoryView::default(), Vec::new());
+    for (lane, worker) in seat.gauges.iter().zip(&seat.workers) {
+        let copied = lane.counters.copy();
+        let queue = lane.view(*worker, &copied);
+        counts += &copied;
+        memory += queue.memory;
+        queues.push(queue);
     }
-    let refused = seat.gauges.iter().map(|lane| lane.refused.get()).sum();
-    let mut queues: Vec<_> = seat.gauges.iter().zip(&seat.workers).map(|(lane, worker)| lane.view(*worker)).collect();
     queues.sort_by_key(|queue| queue.worker);
-    let mut memory = MemoryView::default();
-    queues.iter().for_each(|queue| memory += queue.memory);
+    let refused = seat.gauges.iter().map(|lane| lane.refused.get()).sum();
     let oldest = queues.iter().filter_map(|queue| queue.oldest).max();
     let device = device.map(|device| DeviceView {
         info: device.info().clone(),

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::NOBODY;
 
-/// A client that runs as `nobody`.
+/// A client whose user is [`NOBODY`].
 fn as_nobody(name: &str) -> Cmd {
     let id = NOBODY.to_string();
     tool("setpriv").args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).args([tool(name).path()])

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 
 use nbdblk_tests::{Dir, Export, Nbdblk, Qsd, write_runs};
 
-/// User and group ID of the unprivileged account `nobody` of Debian.
+/// ID of a user and of a group without privileges, which every Debian has.
 const NOBODY: u32 = 65534;
 
 const KIB: u64 = 1 << 10;

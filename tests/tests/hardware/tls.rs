@@ -11,12 +11,17 @@ fn in_the_kernel() {
     check("tls", exchange);
 }
 
+/// A server on TCP, for clients with a certificate.
+fn start(dir: &Dir, pki: &Pki, args: &[&str]) -> Nbdblk {
+    let tls = ["--tls=require", "--tls-verify-peer", "--tls-certificates", pki.dir()];
+    Nbdblk::tcp(dir, &[args, &tls].concat())
+}
+
 fn exchange() {
     let dir = Dir::new();
     let pki = Pki::new(&dir, "pki");
     let memory = format!("memory={}", tls_clients::SIZE);
-    let tls = ["--tls=require", "--tls-verify-peer", "--tls-certificates", pki.dir()];
-    let server = Nbdblk::tcp(&dir, &[&["-v", &memory], &tls[..]].concat());
+    let server = start(&dir, &pki, &["-v", &memory]);
     for version in Version::BOTH {
         let credentials = Credentials::Certificates(&pki);
         check_column(&format!("{version}, kernel"), &dir, &server, credentials, version);
@@ -38,8 +43,7 @@ fn upgraded() {
     let dir = Dir::new();
     let pki = Pki::new(&dir, "pki");
     dir.sparse("disk.raw", 4 << 20);
-    let tls = ["--tls=require", "--tls-verify-peer", "--tls-certificates", pki.dir()];
-    let server = Nbdblk::tcp(&dir, &[&["io_uring=disk.raw", "--control", "control.sock"], &tls[..]].concat());
+    let server = start(&dir, &pki, &["io_uring=disk.raw", "--control", "control.sock"]);
     let enter = |version| Raw::greeted(server.address()).start_tls(&pki, version).entered(Mode::Structured, "");
     let mut clients = Version::BOTH.map(enter);
     for round in 0..3_u8 {

@@ -9,7 +9,6 @@ use std::{
 use crate::{
     arena::Arena,
     device::Device,
-    mem::Mapping,
     wake::{Stop, wait},
 };
 
@@ -264,7 +263,7 @@ fn spares(state: &State, device: &dyn Device) -> io::Result<Vec<Option<Arena>>> 
         let spare = if wanted == 0 {
             None
         } else {
-            let mapping = Mapping::shared(wanted)?;
+            let mapping = device.new_memory(wanted)?;
             device.register(&mapping)?;
             Some(mapping.arenas(1).remove(0))
         };

@@ -25,7 +25,7 @@ mod berth;
 mod fit;
 mod gap;
 mod log;
-mod memory;
+mod memories;
 mod queue;
 mod replay;
 mod shared;

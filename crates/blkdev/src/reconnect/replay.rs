@@ -10,7 +10,6 @@ use crate::{
     arena::{Arena, PAGE},
     device::{Device, Op, Queue, Request},
     error::Error,
-    mem::Mapping,
     registration::Registration,
     wake,
 };
@@ -37,7 +36,7 @@ pub(super) fn replay(device: &Arc<dyn Device>, kept: &[Kept]) -> io::Result<()> 
     let transfer = device.info().transfer_max as usize;
     let longest = kept.iter().map(|kept| kept.change.range()).map(|(_, len)| len.min(transfer as u64) as usize);
     let len = (longest.max().unwrap_or(0).next_multiple_of(PAGE)).max(1 << 20);
-    let memory = if device.shares_memory() { Mapping::shared(len) } else { Mapping::new(len) }?;
+    let memory = device.new_memory(len)?;
     let registration = Registration::new(device, &memory)?;
     let arena = memory.arenas(1).remove(0);
     let timeout = device.info().timeout.unwrap_or(PATIENCE);

@@ -15,7 +15,7 @@ use crate::{
     wake::Wake,
 };
 
-use super::{Options, Reopen, Unflushed, berth::Berth, log::Kept, memory::Memories};
+use super::{Options, Reopen, Unflushed, berth::Berth, log::Kept, memories::Memories};
 
 pub(super) struct Shared {
     /// That of the device at first.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use blkdev::{Channel, Counters, Gauge, Operation};
+use blkdev::{Channel, Counters, Counts, Gauge, Operation};
 
 use super::{
     age::Age,
@@ -50,9 +50,8 @@ impl LaneGauges {
         }
     }
 
-    /// The lane, which belongs to the worker of this number.
-    pub(crate) fn view(&self, worker: usize) -> QueueView {
-        let counts = self.counters.copy();
+    /// The lane, which belongs to the worker of this number, with a copy of its counters.
+    pub(crate) fn view(&self, worker: usize, counts: &Counts) -> QueueView {
         QueueView {
             worker,
             in_flight: Operation::ALL.iter().map(|kind| counts.of(*kind).in_flight()).sum(),

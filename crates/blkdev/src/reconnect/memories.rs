@@ -93,8 +93,7 @@ impl Memories {
         let retired = self.retired.iter().map(|retired| &retired.mapping);
         present.clone().chain(retired).try_for_each(|mapping| device.register(mapping))?;
         let fresh = |mapping: &Arc<Mapping>| {
-            let fresh =
-                if device.shares_memory() { Mapping::shared(mapping.len()) } else { Mapping::new(mapping.len()) }?;
+            let fresh = device.new_memory(mapping.len())?;
             device.register(&fresh)?;
             Ok(fresh)
         };
@@ -175,13 +174,15 @@ impl Held {
     /// `None`: nothing else can access the memory.
     fn new(mapping: Arc<Mapping>, peers: Vec<Arc<Peer>>) -> Option<Self> {
         let len = mapping.len();
-        let memory = if peers.iter().all(|peer| peer.is_process()) {
-            let file = mapping.as_fd().try_clone_to_owned().ok()?;
-            // Ends the access from here.
-            drop(mapping);
-            Remains::File(file)
-        } else {
-            Remains::Pages(mapping)
+        let file = mapping.as_fd().try_clone_to_owned().ok().filter(|_| peers.iter().all(|peer| peer.is_process()));
+        let memory = match file {
+            Some(file) => {
+                // Ends the access from here.
+                drop(mapping);
+                Remains::File(file)
+            }
+            // Or no descriptor is left.
+            None => Remains::Pages(mapping),
         };
         Some(Self { memory, len, peers }).filter(Self::is_accessible)
     }
