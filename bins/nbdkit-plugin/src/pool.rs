@@ -19,7 +19,11 @@ use std::{
 };
 
 use crate::{abi, host};
-use blkdev::{Buf, Channel, Counters, Counts, Device, Done, Error, Extent, Info, Io, Plan};
+use blkdev::{
+    Buf, Channel, Counters, Counts, Device, Done, Error, Extent, Info, Io, Plan,
+    thread::Role,
+    wake::{Watcher, wait},
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -51,6 +55,8 @@ const TRIAL: u32 = 32;
 
 /// An open device and its Channels.
 pub(crate) struct Pool {
+    /// Reaps lanes that no thread uses when the device dies or is back: only then do their queues leave the device.
+    _watcher: Watcher,
     /// Declared before the device, so that its queues have drained when it closes.
     lanes: Box<[Arc<Lane>]>,
     device: Arc<dyn Device>,
@@ -68,8 +74,11 @@ impl Pool {
     pub(crate) fn open(device: Arc<dyn Device>, count: usize, memory: usize) -> io::Result<Self> {
         let info = device.info().clone();
         let channels = Plan::new(memory).open(&device, count)?;
-        let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<_>>()?;
-        Ok(Self { lanes, device, info, piece: PIECE.min(memory / 4), connections: AtomicUsize::new(0) })
+        let lanes = channels.into_iter().map(Lane::new).collect::<io::Result<Box<_>>>()?;
+        let watcher = watch(&lanes)?;
+        device.ring_at_death(watcher.wake());
+        let (piece, connections) = (PIECE.min(memory / 4), AtomicUsize::new(0));
+        Ok(Self { _watcher: watcher, lanes, device, info, piece, connections })
     }
 
     /// The counters of all channels together.
@@ -304,14 +313,20 @@ impl Lane {
 
     /// See [`Channel::losses`]. `None`: no request can succeed.
     fn losses(&self) -> Option<u32> {
+        let state = self.reap_if_idle()?;
+        (!state.channel.is_dead()).then(|| state.channel.losses())
+    }
+
+    /// Reaps if no request is in flight, and so no other thread does. `None`: the lane is unusable.
+    fn reap_if_idle(&self) -> Option<MutexGuard<'_, State>> {
         let mut state = self.lock().ok()?;
         for _ in 0..2 {
-            // Without requests in flight no other thread reaps. The first call sees a loss, the next one that the device is back.
+            // The first call sees a loss, the next one that the device is back.
             if state.lead == Lead::Vacant {
                 state.turn();
             }
         }
-        (!state.channel.is_dead()).then(|| state.channel.losses())
+        Some(state)
     }
 
     /// Returns a buffer, and the lock with it. Waits in turn while others hold the memory.
@@ -544,6 +559,20 @@ impl Lane {
     }
 }
 
+/// A thread that reaps idle lanes whenever it is woken.
+fn watch(lanes: &[Arc<Lane>]) -> io::Result<Watcher> {
+    let lanes: Vec<_> = lanes.iter().map(Arc::downgrade).collect();
+    Watcher::start(Role::Watcher, "nbdblk-lanes", move |stop| {
+        while !stop.is_requested() {
+            wait([stop.wake().as_fd()], None);
+            stop.wake().clear();
+            for lane in lanes.iter().filter_map(Weak::upgrade) {
+                lane.reap_if_idle();
+            }
+        }
+    })
+}
+
 /// Ensures that a device that does not answer cannot keep nbdkit from ending, whatever its time-out. If nbdkit waits for its
 /// threads, and none of their requests ends for a while, this declares the device dead.
 fn guard(lane: &Weak<Lane>) {
@@ -683,7 +712,10 @@ mod tests {
     use blkdev::{
         Completion, ExtentKind, Mapping, Queue, Request,
         fault::{Fault, Faults},
+        liveness::Liveness,
         memory::Memory,
+        reconnect::{self, Reconnect},
+        wake::Wake,
     };
 
     use super::*;
@@ -827,6 +859,91 @@ mod tests {
                 }
             });
             assert_eq!(pool.pick(), None, "a new client is refused");
+        }
+    }
+
+    /// A device that can be opened again only when all of it is closed, such as one of VFIO.
+    struct Exclusive(Memory, Arc<Liveness>, Arc<()>);
+
+    struct ExclusiveQueue {
+        queue: Box<dyn Queue>,
+        life: Arc<Liveness>,
+        _open: Arc<()>,
+    }
+
+    impl Device for Exclusive {
+        fn info(&self) -> &Info {
+            self.0.info()
+        }
+        fn capacity(&self) -> u64 {
+            self.0.capacity()
+        }
+        fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
+            self.0.register(mapping)
+        }
+        fn state(&self) -> blkdev::State {
+            if self.1.is_dead() { blkdev::State::Dead } else { blkdev::State::Working }
+        }
+        fn ring_at_death(&self, bell: &Arc<Wake>) {
+            self.1.ring_at_end(bell);
+        }
+        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+            let (queue, life) = (self.0.open_queue(depth)?, Arc::clone(&self.1));
+            Ok(Box::new(ExclusiveQueue { queue, life, _open: Arc::clone(&self.2) }))
+        }
+    }
+
+    impl Queue for ExclusiveQueue {
+        fn push(&mut self, request: Request) -> Result<(), Request> {
+            self.queue.push(request)
+        }
+        fn kick(&mut self) {
+            self.queue.kick();
+        }
+        fn reap(&mut self, done: &mut Vec<Completion>) {
+            self.queue.reap(done);
+        }
+        fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+            self.queue.wake_fd()
+        }
+        fn arm(&mut self) -> bool {
+            self.queue.arm()
+        }
+        fn give_up(&mut self) {
+            self.life.end("given up");
+        }
+        fn is_dead(&self) -> bool {
+            self.life.is_dead()
+        }
+    }
+
+    #[test]
+    fn idle_lanes_leave_a_device_that_has_died() {
+        let (opened, life) = (Arc::new(AtomicU32::new(0)), Liveness::new("exclusive".to_owned()));
+        let current = Arc::new(Mutex::new((life, Weak::new())));
+        let (count, now) = (Arc::clone(&opened), Arc::clone(&current));
+        let open = move || {
+            let mut now = now.lock().unwrap();
+            if Weak::upgrade(&now.1).is_some() {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            let (life, token) = (Liveness::new("exclusive".to_owned()), Arc::new(()));
+            *now = (Arc::clone(&life), Arc::downgrade(&token));
+            Ok(Arc::new(Exclusive(Memory::new(MIB as u64), life, token)) as Arc<dyn Device>)
+        };
+        let device = Reconnect::new(open().unwrap(), Box::new(open), reconnect::Options::default()).unwrap();
+        let pool = pool(device, 2, 8 * MIB);
+        let places = [pool.pick().unwrap(), pool.pick().unwrap()];
+        for times in 2..5 {
+            let life = Arc::clone(&current.lock().unwrap().0);
+            life.end("it was removed");
+            let start = Instant::now();
+            while opened.load(Ordering::SeqCst) < times {
+                assert!(start.elapsed() < Duration::from_secs(60), "an idle lane keeps the dead device open");
+                thread::sleep(Duration::from_millis(1));
+            }
+            places.iter().for_each(|place| pool.run(*place, Io::Flush).unwrap());
         }
     }
 

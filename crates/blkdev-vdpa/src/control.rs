@@ -37,6 +37,16 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 /// VIRTIO_F_ORDER_PLATFORM: the device needs the platform's memory barriers for devices. On x86 the CPU's barriers are enough.
 const ORDER_PLATFORM: u64 = 1 << 36;
 
+/// Memory that the device has mapped.
+#[derive(Debug, Default)]
+struct Mappings {
+    used: Vec<Arc<Mapping>>,
+    /// Unregistered, but still mapped: the kernel tells the process behind a VDUSE device to forget all memory whenever some of it
+    /// changes. If a request is in flight then, qemu-storage-daemon 10 writes its status to memory that it no longer has, and
+    /// crashes.
+    unused: Vec<Arc<Mapping>>,
+}
+
 pub(crate) struct Control {
     vhost: Arc<Vhost>,
     target: String,
@@ -51,7 +61,7 @@ pub(crate) struct Control {
     ring_max: u16,
     config_changes: Option<Wake>,
     /// Memory that the device has mapped.
-    mappings: Mutex<Vec<Arc<Mapping>>>,
+    mappings: Mutex<Mappings>,
     /// Addresses of the driver area and the device area of each split ring.
     rings: Mutex<Vec<[u64; 2]>>,
     /// Ends the life of the device when it is removed, or when its process ends.
@@ -228,7 +238,12 @@ impl Transport for Control {
 
     fn register(&self, mapping: &Arc<Mapping>) -> io::Result<()> {
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
-        if mappings.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+        if mappings.used.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+            return Ok(());
+        }
+        if let Some(at) = mappings.unused.iter().position(|known| Arc::ptr_eq(known, mapping)) {
+            let known = mappings.unused.swap_remove(at);
+            mappings.used.push(known);
             return Ok(());
         }
         let (at, len) = (mapping.iova().get(), mapping.len() as u64);
@@ -241,9 +256,14 @@ impl Transport for Control {
         }
         // Hardware drivers pin the memory, and vhost's table has room for few pieces.
         mapping.consolidate();
-        let mapped = mappings.iter().map(|mapping| mapping.len() as u64).sum();
+        // The process is about to forget all memory anyway.
+        while let Some(mapping) = mappings.unused.last() {
+            self.iotlb(Iotlb::Invalidate, mapping)?;
+            mappings.unused.pop();
+        }
+        let mapped = mappings.used.iter().map(|mapping| mapping.len() as u64).sum();
         self.iotlb(Iotlb::Update, mapping).map_err(|e| explain(e, len, mapped))?;
-        mappings.push(Arc::clone(mapping));
+        mappings.used.push(Arc::clone(mapping));
         Ok(())
     }
 
@@ -253,9 +273,14 @@ impl Transport for Control {
             return Ok(());
         }
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(at) = mappings.iter().position(|known| Arc::ptr_eq(known, mapping)) else { return Ok(()) };
-        self.iotlb(Iotlb::Invalidate, mapping)?;
-        mappings.swap_remove(at);
+        let Some(at) = mappings.used.iter().position(|known| Arc::ptr_eq(known, mapping)) else { return Ok(()) };
+        if self.maker.is_some() {
+            let mapping = mappings.used.swap_remove(at);
+            mappings.unused.push(mapping);
+        } else {
+            self.iotlb(Iotlb::Invalidate, mapping)?;
+            mappings.used.swap_remove(at);
+        }
         Ok(())
     }
 
@@ -302,10 +327,11 @@ impl Transport for Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
+        let mappings = std::mem::take(self.mappings.get_mut().unwrap_or_else(PoisonError::into_inner));
         let remains = Remains {
             vhost: Arc::clone(&self.vhost),
             backend: self.backend,
-            mappings: std::mem::take(self.mappings.get_mut().unwrap_or_else(PoisonError::into_inner)),
+            mappings: mappings.used.into_iter().chain(mappings.unused).collect(),
             rings: std::mem::take(self.rings.get_mut().unwrap_or_else(PoisonError::into_inner)),
         };
         match self.maker.take() {

@@ -3,7 +3,7 @@
 
 use std::{env, fs::OpenOptions, path::Path, sync::Arc};
 
-use blkdev::{Device, conformance};
+use blkdev::{Device, Io, Mapping, Plan, Registration, conformance};
 use blkdev_vdpa::{Format, Options, Source, Vdpa};
 
 /// Serialises the tests: a device has one user at a time.
@@ -58,5 +58,32 @@ fn has_one_user() {
         let _first = Vdpa::open(Options::new(Source::Path(path.into()))).unwrap();
         let text = Vdpa::open(Options::new(Source::Path(path.into()))).unwrap_err().to_string();
         assert!(text.contains("fuser -v"), "{text}");
+    });
+}
+
+/// As the memory of old requests is, when a device is back after a restart.
+#[test]
+fn memory_is_unregistered_under_load() {
+    each("unregistering memory", |path| {
+        let device: Arc<dyn Device> = Arc::new(Vdpa::open(Options::new(Source::Path(path.into()))).unwrap());
+        let memory = |_| Registration::new(&device, &Mapping::new(1 << 16).unwrap()).unwrap();
+        let mut unneeded: Vec<_> = (0..32).map(memory).collect();
+        let mut channel = Plan::new(4 << 20).open(&device, 1).unwrap().remove(0);
+        let (mut begun, mut done) = (0, Vec::new());
+        while begun < 6400 || channel.in_flight() > 0 {
+            while begun < 6400 && channel.in_flight() < 64 {
+                let at = begun % 256 * 65536;
+                let Some(buf) = channel.alloc(at, 65536) else { break };
+                channel.submit(begun, Io::Read { at, buf });
+                begun += 1;
+                if begun % 200 == 0 {
+                    drop(unneeded.pop().expect("there is one for each time"));
+                }
+            }
+            channel.tick(std::time::Instant::now());
+            channel.kick();
+            channel.reap(&mut done);
+            done.drain(..).for_each(|done| done.result.unwrap());
+        }
     });
 }

@@ -61,7 +61,9 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
-    /// Rings `bell` when the device dies, if it can tell without a request.
+    /// Rings `bell` when the device dies, if it can tell without a request. A device that is [opened again](crate::reconnect) also
+    /// rings it at each step until it is back. After a ring, reap queues without requests in flight: only then do they leave the
+    /// device that has died, which some drivers must close before they can open it again.
     fn ring_at_death(&self, bell: &Arc<Wake>) {
         let _ = bell;
     }

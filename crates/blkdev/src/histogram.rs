@@ -17,16 +17,11 @@ pub const BUCKETS: usize = ((LAST_LOG2 - FIRST_LOG2) << PARTS_LOG2) as usize + 2
 /// The bucket of a time in ticks.
 #[inline]
 fn bucket(ticks: u64) -> usize {
-    if ticks < 1 << FIRST_LOG2 {
-        return 0;
-    }
-    let log2 = ticks.ilog2();
-    if log2 >= LAST_LOG2 {
-        return BUCKETS - 1;
-    }
-    // The leading bit selects the doubling, and the next bits select the part.
-    let part = (ticks >> (log2 - PARTS_LOG2)) - (1 << PARTS_LOG2);
-    1 + ((log2 - FIRST_LOG2) << PARTS_LOG2) as usize + part as usize
+    // The upper bits of a floating-point number are the doubling and, behind it, the part: few instructions, and exact.
+    let upper = |ticks: f64| ticks.to_bits() >> (f64::MANTISSA_DIGITS - 1 - PARTS_LOG2);
+    let (before, last) = (upper((1_u64 << FIRST_LOG2) as f64) - 1, upper((1_u64 << LAST_LOG2) as f64));
+    // Signed, because that is one instruction. A time of 2^63 ticks and more would be in the last bucket, too.
+    (upper(ticks as i64 as f64).clamp(before, last) - before) as usize
 }
 
 /// The end of a bucket, in ticks. `None`: the last one has none.

@@ -7,20 +7,24 @@ pub(crate) const TICK: u64 = 16;
 
 /// A time in ticks since a clock has begun. It wraps after 52 days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp([u16; 3]);
+#[repr(Rust, packed(2))]
+pub(crate) struct Stamp {
+    low: u32,
+    high: u16,
+}
 
 impl Stamp {
     /// A request that is not counted.
-    pub(crate) const NONE: Self = Self([u16::MAX; 3]);
+    pub(crate) const NONE: Self = Self::new(u64::MAX);
 
     #[inline]
-    fn new(ticks: u64) -> Self {
-        Self([ticks as u16, (ticks >> 16) as u16, (ticks >> 32) as u16])
+    const fn new(ticks: u64) -> Self {
+        Self { low: ticks as u32, high: (ticks >> 32) as u16 }
     }
 
     #[inline]
     fn ticks(self) -> u64 {
-        u64::from(self.0[0]) | u64::from(self.0[1]) << 16 | u64::from(self.0[2]) << 32
+        u64::from(self.low) | u64::from(self.high) << 32
     }
 }
 

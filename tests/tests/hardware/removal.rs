@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nbdblk_tests::raw::{Mode, Raw, cmd, errno};
-use nbdblk_tests::{Daemon, Dir, Nbdblk, eventually, tool};
+use nbdblk_tests::{Daemon, Dir, Nbdblk, Nbdkit, eventually, tool};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
@@ -29,6 +29,13 @@ fn nvme_that_comes_back() {
 }
 
 #[test]
+fn nvme_that_comes_back_below_an_idle_client_of_the_plugin() {
+    check(NVME.address, || {
+        NVME.replaced_below_an_idle_client(|address| format!("nvme={address},reconnect=600s"));
+    });
+}
+
+#[test]
 fn nvme_io_uring() {
     check(NVME.address, || NVME.removed("nvme", |disk| format!("nvme-io_uring={}", disk.replace("/nvme", "/ng"))));
 }
@@ -41,6 +48,13 @@ fn virtio_pci() {
 #[test]
 fn virtio_pci_that_comes_back() {
     check(VIRTIO.address, || VIRTIO.replaced(|address| format!("virtio-pci={address},reconnect=600s")));
+}
+
+#[test]
+fn virtio_pci_that_comes_back_below_an_idle_client_of_the_plugin() {
+    check(VIRTIO.address, || {
+        VIRTIO.replaced_below_an_idle_client(|address| format!("virtio-pci={address},reconnect=600s"));
+    });
 }
 
 /// A device that can be removed and inserted again.
@@ -111,6 +125,30 @@ except nbd.Error as error:
         server.await_log("reconnecting");
         self.insert(&address, &dir);
         went_on(server, client, &dir);
+    }
+
+    /// Replaces the device while a client of the plugin is idle. No request makes the plugin close the old one.
+    fn replaced_below_an_idle_client(&self, spec: impl FnOnce(&str) -> String) {
+        let address = expand(self.address);
+        bind("vfio-pci", &address).unwrap_or_else(|error| panic!("giving {address} to vfio-pci: {error}"));
+        let dir = Dir::new();
+        let server = Nbdkit::start_with(&dir, &["-v"], &spec(&address).split(',').collect::<Vec<_>>());
+        let script = format!(
+            "import os, time\nh.pread(512, 0)\nprint('idle', flush=True)\nwhile not os.path.exists('{}'):\n    \
+             time.sleep(0.1)\nh.pread(512, 0)\nprint('went on')",
+            dir.text("stop")
+        );
+        let mut client = tool("nbdsh").args(["-u", &server.uri(), "-c", &script]).spawn(dir.at("client"));
+        client.await_text("idle");
+        let _slots = slots();
+        monitor(&format!("device_del {}", self.id));
+        eventually("that the plugin reconnects", || server.log().contains("reconnecting"));
+        self.insert(&address, &dir);
+        eventually("that the device is back", || server.log().contains("back after"));
+        std::fs::write(dir.at("stop"), "").unwrap();
+        let (status, log) = client.await_end();
+        assert!(status.success() && log.contains("went on"), "{status}: {log}");
+        assert!(server.terminate().success());
     }
 
     /// Inserts a new device when the old one is gone.

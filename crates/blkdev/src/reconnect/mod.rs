@@ -43,7 +43,7 @@ use crate::{
     device::{Device, Info, Queue, State},
     mem::Mapping,
     thread::Role,
-    wake::Watcher,
+    wake::{Wake, Watcher},
 };
 
 use self::{queue::ReconnectQueue, shared::Shared};
@@ -154,6 +154,10 @@ impl Device for Reconnect {
             Some(State::Working) => State::Working,
             _ => State::Reconnecting,
         }
+    }
+
+    fn ring_at_death(&self, bell: &Arc<Wake>) {
+        self.shared.add_bell(bell);
     }
 
     fn is_replaced(&self) -> bool {

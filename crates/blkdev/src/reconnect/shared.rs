@@ -31,6 +31,8 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// Wakes the thread.
     bell: OnceLock<Arc<Wake>>,
+    /// Rung when the device dies, and whenever the owners of queues wake.
+    bells: Mutex<Vec<Arc<Wake>>>,
     /// Number of the next change.
     pub(super) number: AtomicU64,
     /// All changes before this number are durable.
@@ -77,6 +79,7 @@ impl Shared {
             current: RwLock::new(Some(device)),
             state: Mutex::new(state),
             bell: OnceLock::new(),
+            bells: Mutex::default(),
             number: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             bound: AtomicUsize::new(0),
@@ -95,6 +98,15 @@ impl Shared {
             device.ring_at_death(&bell);
         }
         let _ = self.bell.set(bell);
+    }
+
+    /// Rings `bell` when the device dies, and whenever the owners of queues wake.
+    pub(super) fn add_bell(&self, bell: &Arc<Wake>) {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(bell));
+        // It may have died before.
+        if self.device().is_none_or(|device| device.state() == DeviceState::Dead) {
+            bell.ring();
+        }
     }
 
     /// Looks whether the device has died while no request was in flight.
@@ -229,6 +241,7 @@ impl Shared {
             state.dead = Some(dead);
         }
         self.ring();
+        self.ring_bells();
     }
 
     /// A queue has sent everything again.
@@ -240,6 +253,11 @@ impl Shared {
 
     pub(super) fn wake_all(&self) {
         self.state().berths.iter().for_each(|berth| berth.wake());
+        self.ring_bells();
+    }
+
+    fn ring_bells(&self) {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|bell| bell.ring());
     }
 
     pub(super) fn close(&self) {
