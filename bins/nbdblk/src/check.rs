@@ -6,7 +6,7 @@ use crate::{cli, listen::Sockets, plan::Plan};
 
 pub(crate) fn run(args: &cli::Check) -> anyhow::Result<ExitCode> {
     let words = ["nbdblk".into(), "serve".into(), "--config".into(), args.file.clone().into_os_string()];
-    let (plan, serve) = Plan::from_file_with(&args.file, &words)?;
+    let (plan, serve, _) = Plan::from_file_with(&args.file, &words)?;
     // Sockets of a service manager may come in addition to those of the file.
     Sockets::check(&serve, true).map_err(|error| plan.blame("unix", error))?;
     let names: Vec<String> = plan.specs.iter().map(|export| format!("{:?}", export.name)).collect();

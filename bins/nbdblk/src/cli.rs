@@ -342,7 +342,7 @@ pub(crate) struct Status {
     #[arg(long, value_name = "PATH", conflicts_with = "file")]
     pub(crate) control: Option<PathBuf>,
 
-    /// Print JSON, with counters since the start instead of rates; docs/status.md describes it
+    /// Print JSON, with counters since the start instead of rates; status.md in the documentation describes it
     #[arg(long, conflicts_with_all = ["watch", "clients", "queues"])]
     pub(crate) json: bool,
 

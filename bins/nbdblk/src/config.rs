@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, anyhow, ensure};
 use blkdev_drivers::{Settings, Spec, find, nearest};
-use clap::{ArgAction, Args, CommandFactory, Parser, parser::ValueSource};
+use clap::{ArgAction, CommandFactory, Parser, parser::ValueSource};
 use nbd_server_core::{Removal, Rule};
 use toml::{
     Spanned,
@@ -25,21 +25,15 @@ use crate::{
     cli::{self, Cli},
     exports::{ExportSpec, NAME_MAX},
     files::open_regular,
+    logger::Detail,
 };
 
 /// Options for one run of the program, which a file cannot set.
-const NOT_IN_FILES: &[&str] = &[
-    "config",
-    "exit-with-parent",
-    "foreground",
-    "help",
-    "log-format",
-    "print-uri",
-    "ready-fd",
-    "run",
-    "single",
-    "verbose",
-];
+const NOT_IN_FILES: &[&str] =
+    &["config", "exit-with-parent", "foreground", "help", "print-uri", "ready-fd", "run", "single"];
+
+/// What the value of an option that is repeated on the command line must be.
+const COUNT: &str = "a number from 0 to 3";
 
 /// Longest file, in bytes: enough for tens of thousands of exports.
 const SIZE_MAX: u64 = 16 << 20;
@@ -119,7 +113,7 @@ impl File {
     }
 
     /// Combines the arguments of the command line with those of this file.
-    pub(crate) fn merge(&self, own: &[OsString]) -> anyhow::Result<cli::Serve> {
+    pub(crate) fn merge(&self, own: &[OsString]) -> anyhow::Result<(cli::Serve, Detail)> {
         let given = Cli::command().try_get_matches_from(own)?;
         let given = given.subcommand_matches("serve").expect("only serve reads a file");
         for Setting { key, at, .. } in &self.settings {
@@ -132,7 +126,9 @@ impl File {
         }
         let words = self.settings.iter().flat_map(|setting| &setting.words).map(OsString::from);
         match Cli::try_parse_from(own.iter().cloned().chain(words)) {
-            Ok(Cli { command: cli::Command::Serve(args), .. }) => Ok(*args),
+            Ok(Cli { command: cli::Command::Serve(args), verbose, log_format, .. }) => {
+                Ok((*args, Detail { verbose, format: log_format }))
+            }
             Ok(_) => unreachable!("only serve reads a file"),
             Err(error) => {
                 let text = crate::one_line(&error);
@@ -148,10 +144,10 @@ impl File {
 
 /// The options of `nbdblk serve`.
 fn options() -> clap::Command {
-    let mut command = cli::Serve::augment_args(clap::Command::new("serve"));
-    // Only then can options be printed.
+    let mut command = Cli::command();
+    // Only then can options be printed, and the subcommand has the global ones.
     command.build();
-    command
+    command.find_subcommand("serve").expect("nbdblk has it").clone()
 }
 
 /// Whether a file can set an option.
@@ -174,6 +170,7 @@ pub(crate) fn value_kind(option: &clap::Arg) -> String {
     match option.get_action() {
         ArgAction::SetTrue => "true or false".into(),
         ArgAction::Append => "a string, or a list of strings".into(),
+        ArgAction::Count => COUNT.into(),
         _ => kinds(option),
     }
 }
@@ -239,6 +236,11 @@ impl Source {
             },
             (ArgAction::SetTrue, DeValue::Boolean(on)) => on.then(|| format!("--{key}")).into_iter().collect(),
             (ArgAction::SetTrue, _) => return Err(self.kind(key, value, "true or false")),
+            (ArgAction::Count, DeValue::Integer(count)) => match count.as_str().parse() {
+                Ok(count @ 0..=3) => vec![format!("--{key}"); count],
+                _ => return Err(self.wrong(value.span().start, format!("{key} must be {COUNT}"))),
+            },
+            (ArgAction::Count, _) => return Err(self.kind(key, value, COUNT)),
             (ArgAction::Append, DeValue::Array(list)) => {
                 let item = format!("an item of {key}");
                 let word = |value| Ok(format!("--{key}={}", self.string(&item, value)?));
@@ -422,6 +424,7 @@ fn unknown<'a>(kind: &str, name: &str, known: impl IntoIterator<Item = &'a str>)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::LogFormat;
 
     const EXPORT: &str = "\n[[export]]\ndevice = \"null=1M\"\n";
 
@@ -431,7 +434,7 @@ mod tests {
 
     fn parse(text: &str, words: &[&str]) -> anyhow::Result<(File, cli::Serve)> {
         let file = File::parse(Path::new("f.toml"), text.into())?;
-        let args = file.merge(&own(words))?;
+        let (args, _) = file.merge(&own(words))?;
         Ok((file, args))
     }
 
@@ -516,6 +519,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_says_what_is_logged() {
+        let detail = |text: &str, words: &[&str]| {
+            let file = File::parse(Path::new("f.toml"), format!("{text}\n[[export]]\ndevice = \"null=1\"")).unwrap();
+            file.merge(&own(words)).map(|(_, detail)| detail).map_err(|error| error.to_string())
+        };
+        let is = |verbose, format| Ok(Detail { verbose, format });
+        assert_eq!(detail("", &["-v"]), is(1, LogFormat::Text));
+        assert_eq!(detail("verbose = 2\nlog-format = \"json\"", &[]), is(2, LogFormat::Json));
+        assert_eq!(detail("verbose = 0", &["--log-format=json"]), is(0, LogFormat::Json));
+        assert!(detail("verbose = 2", &["-v"]).unwrap_err().contains("verbose is given on the command line as well"));
+        refuse("verbose = 4", "1:11", "verbose must be a number from 0 to 3");
+        refuse("verbose = true", "1:11", "verbose is a TOML boolean, and must be a number from 0 to 3");
+    }
+
+    #[test]
     fn wrong_kinds() {
         refuse("port = [1]", "1:8", "port is a TOML array, and must be a string or a number");
         refuse("tls = true", "1:7", "tls is a TOML boolean, and must be one of \"off\", \"on\", \"require\"");
@@ -565,6 +583,7 @@ mod tests {
             ("ipv4-only", "1"),
             ("ipv6-only", "1"),
             ("listen", "\"here\""),
+            ("log-format", "\"xml\""),
             ("memory", "\"64K\""),
             ("metrics", "\"vsock:5\""),
             ("pidfile", "\"\""),
@@ -584,6 +603,7 @@ mod tests {
             ("tls-verify-peer", "1"),
             ("unix", "1"),
             ("user", "\"no such user\""),
+            ("verbose", "4"),
             ("vsock", "-1"),
             ("wait", "0"),
         ];

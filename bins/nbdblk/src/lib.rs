@@ -59,7 +59,10 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
-use crate::cli::{Cli, Command};
+use crate::{
+    cli::{Cli, Command},
+    logger::Detail,
+};
 
 /// The program.
 pub fn main() -> ExitCode {
@@ -67,7 +70,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    logger::start(cli.verbose, cli.log_format);
+    logger::start(Detail { verbose: cli.verbose, format: cli.log_format });
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Reload(args) => reload::run(&args),

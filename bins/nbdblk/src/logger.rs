@@ -42,18 +42,31 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// How long the end of the process may wait for stderr.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Starts logging. `verbose` is the number of `-v`: information, debugging, everything. From [`detach`] on, a thread writes the
-/// lines; before it, the logging thread does.
-pub(crate) fn start(verbose: u8, format: LogFormat) {
-    IS_JSON.store(format == LogFormat::Json, Ordering::Relaxed);
-    let level = match verbose {
-        0 => LevelFilter::Warn,
-        1 => LevelFilter::Info,
-        2 => LevelFilter::Debug,
-        _ => LevelFilter::Trace,
-    };
+/// What is logged, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Detail {
+    /// The number of `-v`: information, debugging, everything.
+    pub(crate) verbose: u8,
+    pub(crate) format: LogFormat,
+}
+
+impl Detail {
+    /// Applies to all lines from here on.
+    pub(crate) fn apply(self) {
+        IS_JSON.store(self.format == LogFormat::Json, Ordering::Relaxed);
+        log::set_max_level(match self.verbose {
+            0 => LevelFilter::Warn,
+            1 => LevelFilter::Info,
+            2 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        });
+    }
+}
+
+/// Starts logging. From [`detach`] on, a thread writes the lines; before it, the logging thread does.
+pub(crate) fn start(detail: Detail) {
     log::set_logger(&Stderr).expect("the logger is set once, at the start");
-    log::set_max_level(level);
+    detail.apply();
 }
 
 /// From here on, a thread writes to stderr, and no other thread waits for it. Panics are logged in the same way.

@@ -17,6 +17,7 @@ use crate::{
     cli,
     config::{self, File, Setting, Source},
     exports::{self, ExportSpec},
+    logger::Detail,
     sandbox, shortage,
     tls::Security,
 };
@@ -39,27 +40,33 @@ impl Plan {
     }
 
     /// Reads a file, and combines it with the arguments.
-    pub(crate) fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve)> {
+    pub(crate) fn from_file(path: &Path) -> anyhow::Result<(Self, cli::Serve, Detail)> {
         Self::from_file_with(path, &std::env::args_os().collect::<Vec<_>>())
     }
 
     /// As [`from_file`](Self::from_file), for the arguments of another process.
-    pub(crate) fn from_file_with(path: &Path, words: &[OsString]) -> anyhow::Result<(Self, cli::Serve)> {
+    pub(crate) fn from_file_with(path: &Path, words: &[OsString]) -> anyhow::Result<(Self, cli::Serve, Detail)> {
         let file = File::read(path)?;
-        let args = file.merge(words)?;
+        let (args, detail) = file.merge(words)?;
         let File { source, settings, exports } = file;
         let file = Some((source, settings));
         let mut plan = Self { specs: Vec::new(), devices: Vec::new(), sizes: Vec::new(), file };
         plan.specs = exports::under(exports, &args).map_err(|error| plan.blame("allow", error))?;
-        Ok((plan, args))
+        Ok((plan, args, detail))
     }
 
-    /// Adds its place to an error that a setting of the file causes: the one that the error names, or the first of this kind.
+    /// Adds its place to an error that a setting of the file causes: the one that the error names, the one of this kind whose value
+    /// the error names, such as a directory, or the first of this kind.
     pub(crate) fn blame(&self, kind: &str, error: anyhow::Error) -> anyhow::Error {
         let Some((source, settings)) = &self.file else { return error };
         let text = crate::whole(&error);
-        let of_kind = || settings.iter().find(|setting| setting.key.starts_with(kind));
-        match config::blamed(settings, &text).or_else(of_kind) {
+        let of_kind = || settings.iter().filter(|setting| setting.key.starts_with(kind));
+        // A path, because another value may be an ordinary word.
+        let has_path = |setting: &&Setting| {
+            let values = setting.words.iter().filter_map(|word| Some(word.split_once('=')?.1));
+            values.filter(|value| value.contains('/')).any(|value| text.contains(value))
+        };
+        match config::blamed(settings, &text).or_else(|| of_kind().find(has_path)).or_else(|| of_kind().next()) {
             Some(setting) => source.wrong(setting.at, config::in_words_of_files(&text)),
             None => error,
         }
@@ -138,7 +145,7 @@ impl Plan {
     /// Serves the present content of the file: all of it, or, after any error, nothing of it. Returns the plan that is served
     /// then, and the changes.
     pub(crate) fn reload(&self, path: &Path, server: &Weak<Server>) -> anyhow::Result<(Self, String)> {
-        let (mut next, args) = Self::from_file(path)?;
+        let (mut next, args, detail) = Self::from_file(path)?;
         sandbox::enter_reload(&next.specs)?;
         let security = Security::load(&args.tls).map_err(|error| next.blame("tls", error))?;
         let open = next.open(Some(self));
@@ -152,6 +159,7 @@ impl Plan {
         let replaced = server.replace(next.exports(), security.tls, removal).context("starting the exports");
         let replaced = replaced.map_err(|error| shortage::advise(error, &args, next.specs.len()));
         replaced.with_context(|| path.display().to_string())?;
+        detail.apply();
         let changes = next.changes_since(self);
         Ok((next, changes))
     }
@@ -247,7 +255,7 @@ const REOPENING: Duration = Duration::from_secs(2);
 const REOPENING_MAX: Duration = Duration::from_secs(10);
 
 /// Settings that take effect with the exports, in addition to those of TLS.
-const AT_ONCE: &[&str] = &["allow", "read-only"];
+const AT_ONCE: &[&str] = &["allow", "log-format", "read-only", "verbose"];
 
 #[cfg(test)]
 mod tests {

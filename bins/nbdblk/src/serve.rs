@@ -58,7 +58,11 @@ const ASKERS_MAX: usize = 64;
 pub(crate) fn run(args: cli::Serve) -> anyhow::Result<ExitCode> {
     logger::detach();
     let (plan, args) = match args.config.clone() {
-        Some(path) => Plan::from_file(&path)?,
+        Some(path) => {
+            let (plan, args, detail) = Plan::from_file(&path)?;
+            detail.apply();
+            (plan, args)
+        }
         None => (Plan::from_words(&args)?, args),
     };
     let exports = plan.specs.len();

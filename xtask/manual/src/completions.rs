@@ -13,7 +13,19 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         generate_to(shell, &mut public(), "nbdblk", dir)?;
     }
+    let bash = dir.join("nbdblk.bash");
+    std::fs::write(&bash, with_files(&std::fs::read_to_string(&bash)?))?;
     Ok(())
+}
+
+/// The completion for bash, with file names where an argument may be no option. clap_complete offers only options there, and bash
+/// falls back to file names only if nothing is offered.
+fn with_files(text: &str) -> String {
+    let (commands, after) = text.split_once("        nbdblk__subcmd__").unwrap_or((text, ""));
+    let after = after
+        .replace("if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]]", "if [[ ${cur} == -* ]]")
+        .replace("esac\n            COMPREPLY=( $(compgen -W \"${opts}\" -- \"${cur}\") )\n", "esac\n");
+    format!("{commands}        nbdblk__subcmd__{after}")
 }
 
 /// The command line without hidden subcommands, which clap_complete would complete.

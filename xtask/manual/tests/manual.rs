@@ -78,7 +78,7 @@ fn man_shows_the_pages_without_warnings() {
     }
 }
 
-/// Each shell completes `nbdblk s` to a command, and `nbdblk serve --rea` to an option.
+/// Each shell completes `nbdblk s` to a command, and `nbdblk serve --rea` to an option. bash completes `nbdblk check ` to a file.
 #[test]
 fn completions_work_in_each_shell() {
     let dir = Dir::new("completions");
@@ -89,6 +89,11 @@ fn completions_work_in_each_shell() {
     let bash = "source \"$1\"; COMP_WORDS=(nbdblk serve --rea); COMP_CWORD=2; _nbdblk nbdblk --rea serve; echo ${COMPREPLY[*]}";
     let found = tool("bash", &["--norc", "-ec", bash, "bash", &at("nbdblk.bash")]);
     assert!(found.contains("--read-only") && found.contains("--ready-fd"), "bash: {found}");
+
+    // With the options of the real call, bash offers file names if the function offers nothing.
+    let bash = "source \"$1\"; COMP_WORDS=(nbdblk check ''); COMP_CWORD=2; _nbdblk nbdblk '' check; echo ${#COMPREPLY[*]}; complete -p";
+    let found = tool("bash", &["--norc", "-ec", bash, "bash", &at("nbdblk.bash")]);
+    assert!(found.starts_with("0\n") && found.contains("-o default"), "bash: {found}");
 
     let fish = "source $argv[1]; complete -C 'nbdblk serve --rea'; complete -C 'nbdblk s'";
     let found = tool("fish", &["--no-config", "-c", fish, &at("nbdblk.fish")]);

@@ -72,7 +72,11 @@ pub(crate) fn all(release: &Release) -> Result<Vec<File>> {
     for (from, to) in PLAIN {
         let name = from.rsplit('/').next().unwrap_or_default();
         let to = if to.ends_with('/') { format!("{to}{name}") } else { (*to).to_owned() };
-        files.push(file(PROGRAM, to, read(&shell::root().join(from))?));
+        let mut content = read(&shell::root().join(from))?;
+        if from.ends_with(".md") {
+            content = with_installed_links(std::str::from_utf8(&content)?).into_bytes();
+        }
+        files.push(file(PROGRAM, to, content));
     }
     files.push(File { package: PROGRAM, path: "etc/nbdblk".into(), content: None, mode: 0o755 });
     for (package, features) in [(PROGRAM, &["--all-features"][..]), (PLUGIN, &[])] {
@@ -82,6 +86,36 @@ pub(crate) fn all(release: &Release) -> Result<Vec<File>> {
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(files)
+}
+
+/// A page of docs/ whose links lead to installed files. A link to a file that is not installed becomes plain text.
+fn with_installed_links(page: &str) -> String {
+    let mut text = String::new();
+    let mut rest = page;
+    while let Some(middle) = rest.find("](") {
+        let (before, after) = (&rest[..middle], &rest[middle + 2..]);
+        let (Some(start), Some(end)) = (before.rfind('['), after.find(')')) else { break };
+        let (label, link) = (&before[start + 1..], &after[..end]);
+        text += &before[..start];
+        text += &match installed(link) {
+            Some(link) => format!("[{label}]({link})"),
+            None => label.to_owned(),
+        };
+        rest = &after[end + 1..];
+    }
+    text + rest
+}
+
+/// A link of a page of docs/, as it is between installed files. `None`: its target is not installed.
+fn installed(link: &str) -> Option<String> {
+    if link.starts_with('#') || link.contains("://") {
+        return Some(link.to_owned());
+    }
+    let (path, anchor) = link.split_at(link.find('#').unwrap_or(link.len()));
+    let source = path.strip_prefix("../").map_or_else(|| format!("docs/{path}"), str::to_owned);
+    let (_, to) = PLAIN.iter().find(|(from, _)| *from == source)?;
+    let name = source.rsplit('/').next().unwrap_or_default();
+    Some(format!("{}{name}{anchor}", to.strip_prefix("usr/share/doc/nbdblk/")?))
 }
 
 fn programs(built: &Built) -> Result<Vec<File>> {
@@ -119,4 +153,17 @@ fn plugin_dir() -> Result<PathBuf> {
     let text = text.context("nbdkit is not installed: run `cargo xtask setup`")?;
     let dir = text.lines().find_map(|line| line.strip_prefix("plugindir="));
     Ok(dir.context("nbdkit --dump-config names no plugindir")?.trim_start_matches('/').into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_lead_to_installed_files() {
+        let page = "See [a](#b), [c](status.md#d), [the\nmanifest](../dist/kubernetes/nbdblk.yaml) and [map](../ARCHITECTURE.md).";
+        let expected = "See [a](#b), [c](status.md#d), [the\nmanifest](examples/kubernetes/nbdblk.yaml) and map.";
+        assert_eq!(with_installed_links(page), expected);
+        assert_eq!(with_installed_links("[x](https://example.org/a) [y"), "[x](https://example.org/a) [y");
+    }
 }
