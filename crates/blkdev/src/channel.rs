@@ -1008,7 +1008,7 @@ impl Channel {
             {
                 let (tag, since, len) = (*tag, *since, u64::from(*len));
                 self.ages.completed(*born);
-                self.slots.remove(slot);
+                self.slots.remove_direct(slot);
                 self.count(Operation::Read, since, len, result);
                 done.push(Done { tag, io: Io::Read { at, buf }, result });
             }
@@ -1018,7 +1018,7 @@ impl Channel {
             ) if at == *asked => {
                 let (tag, since, len) = (*tag, *since, u64::from(*len));
                 self.ages.completed(*born);
-                self.slots.remove(slot);
+                self.slots.remove_direct(slot);
                 self.count(Operation::Write, since, len, result);
                 if self.is_gated() {
                     self.pass.leave();
@@ -1028,7 +1028,7 @@ impl Channel {
             (Some(Slot::Direct { tag, since, born, kind: Kind::Flush, .. }), Op::Flush) => {
                 let (tag, since) = (*tag, *since);
                 self.ages.completed(*born);
-                self.slots.remove(slot);
+                self.slots.remove_direct(slot);
                 self.count(Operation::Flush, since, 0, result);
                 done.push(Done { tag, io: Io::Flush, result });
             }

@@ -98,6 +98,15 @@ impl Slots {
         std::mem::replace(&mut self.list[index as usize], Slot::Free { next })
     }
 
+    /// As [`remove`](Self::remove), for a [`Slot::Direct`].
+    #[inline]
+    pub(crate) fn remove_direct(&mut self, index: u32) {
+        let slot = self.remove(index);
+        debug_assert!(matches!(slot, Slot::Direct { .. }), "slot {index} holds no direct request");
+        // There is nothing to drop, which the compiler does not know.
+        std::mem::forget(slot);
+    }
+
     pub(crate) fn job(&mut self, index: u32) -> &mut Job {
         let Slot::Job(job) = &mut self.list[index as usize] else { unreachable!("slot {index} holds a job") };
         job

@@ -22,9 +22,15 @@ impl Stamp {
         Self { low: ticks as u32, high: (ticks >> 32) as u16 }
     }
 
+    /// Whether the request is counted.
     #[inline]
-    fn ticks(self) -> u64 {
-        u64::from(self.low) | u64::from(self.high) << 32
+    pub(crate) fn is_counted(self) -> bool {
+        self.ticks() != Self::NONE.ticks()
+    }
+
+    #[inline]
+    const fn ticks(self) -> u64 {
+        self.low as u64 | (self.high as u64) << 32
     }
 }
 

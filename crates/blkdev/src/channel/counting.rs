@@ -29,7 +29,7 @@ impl Channel {
     /// Counts a request that has ended.
     #[inline]
     pub(super) fn count(&self, operation: Operation, since: Stamp, len: u64, result: Result<(), Error>) {
-        if since != Stamp::NONE {
+        if since.is_counted() {
             self.counters.end(operation, self.clock.since(since), len, result);
         }
     }
@@ -49,7 +49,7 @@ impl Channel {
                 Slot::Job(job) => (job.tag, job.since, job.operation(), job.at, job.len),
                 Slot::Free { .. } | Slot::Overdue(_) => return None,
             };
-            (since != Stamp::NONE).then(|| Pending { tag, operation, at, len, age: self.clock.age(since) })
+            since.is_counted().then(|| Pending { tag, operation, at, len, age: self.clock.age(since) })
         })
     }
 
