@@ -42,10 +42,7 @@ pub(crate) fn run(args: &cli::Judge) -> anyhow::Result<ExitCode> {
         Err(error) => bail!("the arguments of the server: {}", crate::one_line(&error)),
     };
     let (plan, serve) = match serve.config.clone() {
-        Some(path) => {
-            let (plan, serve, _) = Plan::from_file_with(&path, &args.args)?;
-            (plan, serve)
-        }
+        Some(path) => Plan::from_file_with(&path, &args.args).map(|(plan, serve, _)| (plan, serve))?,
         None => (Plan::from_words(&serve)?, serve),
     };
     // The sockets are passed on.

@@ -41,9 +41,9 @@ const ORDER_PLATFORM: u64 = 1 << 36;
 #[derive(Debug, Default)]
 struct Mappings {
     used: Vec<Arc<Mapping>>,
-    /// Unregistered, but still mapped: the kernel tells the process behind a VDUSE device to forget all memory whenever some of it
-    /// changes. If a request is in flight then, qemu-storage-daemon 10 writes its status to memory that it no longer has, and
-    /// crashes.
+    /// Unregistered, but still mapped, because the device is one of VDUSE. Each change makes the kernel invalidate all memory of the
+    /// process behind it. With a request in flight, qemu-storage-daemon 10 then writes the status to memory that is unmapped, and
+    /// crashes. So this memory stays until the next change.
     unused: Vec<Arc<Mapping>>,
 }
 
@@ -256,7 +256,7 @@ impl Transport for Control {
         }
         // Hardware drivers pin the memory, and vhost's table has room for few pieces.
         mapping.consolidate();
-        // The process is about to forget all memory anyway.
+        // The memory of the process is invalidated in any case.
         while let Some(mapping) = mappings.unused.last() {
             self.iotlb(Iotlb::Invalidate, mapping)?;
             mappings.unused.pop();

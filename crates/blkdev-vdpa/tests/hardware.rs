@@ -61,7 +61,7 @@ fn has_one_user() {
     });
 }
 
-/// As the memory of old requests is, when a device is back after a restart.
+/// A device that is back after a restart unregisters the memory of old requests like this.
 #[test]
 fn memory_is_unregistered_under_load() {
     each("unregistering memory", |path| {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::NOBODY;
 
-/// A client whose user is [`NOBODY`].
+/// A client that runs with the user ID [`NOBODY`].
 fn as_nobody(name: &str) -> Cmd {
     let id = NOBODY.to_string();
     tool("setpriv").args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).args([tool(name).path()])

@@ -18,14 +18,15 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The completion for bash, with file names where an argument may be no option. clap_complete offers only options there, and bash
+/// The completion for bash, with file names where an argument is not an option. clap_complete offers only options there, and bash
 /// falls back to file names only if nothing is offered.
 fn with_files(text: &str) -> String {
-    let (commands, after) = text.split_once("        nbdblk__subcmd__").unwrap_or((text, ""));
-    let after = after
+    // The command itself takes no file.
+    let (command, subcommands) = text.split_at(text.find("        nbdblk__subcmd__").unwrap_or(text.len()));
+    let subcommands = subcommands
         .replace("if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]]", "if [[ ${cur} == -* ]]")
         .replace("esac\n            COMPREPLY=( $(compgen -W \"${opts}\" -- \"${cur}\") )\n", "esac\n");
-    format!("{commands}        nbdblk__subcmd__{after}")
+    format!("{command}{subcommands}")
 }
 
 /// The command line without hidden subcommands, which clap_complete would complete.
